@@ -1,0 +1,6 @@
+"""`python -m ssl_runner`: the same as `ssl-run`."""
+
+from ssl_runner.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Backbones: images (B, C, H, W) -> features (B, width). Each is a module with a `width`; the probe reads these features."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+SMALL_IMAGE = 64  # pixels a side: at most this, ResNets take the CIFAR stem
+
+
+class Backbone(nn.Module):
+    """A body and the width of the features that it makes: forward (B, C, H, W) -> (B, width)."""
+
+    def __init__(self, body: nn.Module, width: int):
+        super().__init__()
+        self.body, self.width = body, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def convnet(channels: int, image_size: int, widths: Sequence[int] = (32, 64, 128, 256)) -> Backbone:
+    """Small and quick on a CPU: per width a 3x3 convolution, batch norm and ReLU; all but the last halve the side by stride 2."""
+    layers: list[nn.Module] = []
+    for depth, width in enumerate(widths):
+        stride = 2 if depth < len(widths) - 1 else 1
+        layers += [nn.Conv2d(channels, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        channels = width
+    return Backbone(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), widths[-1])
+
+
+def resnet(channels: int, image_size: int, name: str, weights: str | None = None) -> Backbone:
+    """A torchvision ResNet. Up to 64 pixels a side with the CIFAR stem (3x3, stride 1, no pooling), above with ImageNet's."""
+    body = torchvision.models.get_model(name, weights=weights)
+    width = body.fc.in_features
+    body.fc = nn.Identity()
+    if image_size <= SMALL_IMAGE:
+        body.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+        body.maxpool = nn.Identity()
+    elif channels != 3:
+        body.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+    return Backbone(body, width)
+
+
+def from_timm(channels: int, image_size: int, name: str, **settings: Any) -> Backbone:
+    """Any timm model by name, without its classifier; `settings` go to timm.create_model. ValueError for an unknown name."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"backbone.name={name} is not a timm model{hint} (timm.list_models() names them all)")
+    body = timm.create_model(name, num_classes=0, in_chans=channels, **settings)
+    with torch.no_grad():
+        width = body.eval()(torch.zeros(1, channels, image_size, image_size)).shape[1]
+    return Backbone(body.train(), width)
+
+
+def vit_tiny(channels: int, image_size: int) -> Backbone:
+    """timm's ViT-Ti at the image's size, in patches of an eighth of the side up to 64 pixels and of 16 pixels above."""
+    patch = max(1, image_size // 8) if image_size <= SMALL_IMAGE else 16
+    return from_timm(channels, image_size, "vit_tiny_patch16_224", img_size=image_size, patch_size=patch)
+
+
+def linear(channels: int, image_size: int, width: int = 256) -> Backbone:
+    """features = W' x of the flattened pixels: the regime in which every loss has a closed form."""
+    return Backbone(nn.Sequential(nn.Flatten(), nn.Linear(channels * image_size**2, width, bias=False)), width)

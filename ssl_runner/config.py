@@ -1,0 +1,288 @@
+"""Checks a command line before any work starts, every job of a sweep, without importing torch: unknown keys, types, ranges."""
+
+import argparse
+import difflib
+import math
+import re
+import secrets
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ssl_runner.errors import Refused
+
+PACKAGE = Path(__file__).parent
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # in a wheel, in a checkout
+
+
+@dataclass
+class Rule:
+    """What a setting accepts: a kind of value, within bounds, or one of some choices; null if `optional`."""
+
+    kind: type[int] | type[float] | type[bool] | type[str]
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+
+    def accepts(self, value: Any) -> bool:
+        if value is None:
+            return self.optional
+        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not self.kind:
+            return False
+        if self.choices:
+            return value in self.choices
+        if self.kind in (int, float) and isinstance(value, (int, float)):
+            above = value > self.low if self.open_low else value >= self.low
+            return above and value <= self.high and math.isfinite(value)
+        return True
+
+    def __str__(self) -> str:
+        if self.choices:
+            text = "one of " + ", ".join(self.choices)
+        else:
+            text = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[self.kind]
+            if self.high < math.inf:
+                text += f" {'above' if self.open_low else 'from'} {self.low} {'and up to' if self.open_low else 'to'} {self.high}"
+            elif self.low > -math.inf:
+                text += f" {'>' if self.open_low else '>='} {self.low}"
+        return text + (" or null" if self.optional else "")
+
+
+def _positive(kind: type[int] | type[float], optional: bool = False) -> Rule:
+    return Rule(kind, low=0, open_low=True, optional=optional) if kind is float else Rule(kind, low=1, optional=optional)
+
+
+RULES = {
+    "V": Rule(int, low=2),
+    "epochs": _positive(int),
+    "batch_size": _positive(int),
+    "seed": Rule(int, low=0, high=2**32 - 1),
+    "precision": Rule(str, choices=("auto", "fp32", "bf16", "fp16")),
+    "views_forward": Rule(str, choices=("joint", "separate")),
+    "resume": Rule(str, optional=True),
+    "alpha": Rule(float, low=0),
+    "beta": Rule(float, low=0),
+    "gamma": Rule(float, low=0),
+    "variance": Rule(str, choices=("hinge", "squared")),
+    "tau": _positive(float),
+    "reduction": Rule(str, choices=("mean", "sum")),
+    "dataset.val": Rule(float, low=0, high=0.9, open_low=True),
+    "dataset.subset": _positive(int, optional=True),
+    "dataset.split_seed": Rule(int, low=0, high=2**32 - 1),
+    "dataset.location": Rule(str, choices=("auto", "device", "host")),
+    "dataset.root": Rule(str, optional=True),
+    "dataset.size": Rule(int, low=4, optional=True),
+    "backbone.width": _positive(int),
+    "projector.width": _positive(int),
+    "projector.depth": _positive(int),
+    "projector.K": _positive(int),
+    "optimizer.lr": _positive(float),
+    "optimizer.weight_decay": Rule(float, low=0),
+    "optimizer.warmup_epochs": Rule(float, low=0),
+    "optimizer.final_lr": Rule(float, low=0, high=1),
+    "optimizer.clip": _positive(float, optional=True),
+    "probe.every": Rule(int, low=0),
+}
+DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+PROBES = ("linear", "knn")
+FEATURES = ("backbone", "projector", "random_init", "pixels")
+
+
+def register_resolvers() -> None:
+    """`${unique:}`: eight random hex digits, the same wherever one run or one sweep asks for them."""
+    OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(4), use_cache=True, replace=True)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Composes every job that the command line asks for; raises Refused, with one line, for the first that cannot run."""
+    for folder in (args.config_dir, args.config_path):
+        if folder is not None and not Path(folder).is_dir():
+            raise Refused(f"{folder} is not a folder: --config-dir takes one that holds <group>/<choice>.yaml")
+    search = [f"hydra.searchpath=[file://{Path(args.config_dir).resolve()}]"] if args.config_dir else []
+    with initialize_config_dir(str(Path(args.config_path or CONF).resolve()), version_base="1.3"):
+        composer = Composer(args.config_name or "config", search)
+        for overrides in jobs(args.overrides, args.multirun):
+            composer.check(overrides)
+
+
+def jobs(lines: list[str], multirun: bool) -> list[list[Override]]:
+    """The overrides of each job: one list, or in a sweep one for every combination. Ranges that a search strategy samples from
+    (interval and the like) have no combinations: they are left out here and checked when their job starts."""
+    overrides = parse(lines)
+    swept = [override for override in overrides if override.is_sweep_override()]
+    if swept and not (multirun or "hydra.mode=MULTIRUN" in lines):
+        raise Refused(f"{swept[0].input_line} is a sweep: add -m for a run of every value, or write a list as [a,b]")
+    finite = [override for override in overrides if not override.is_sweep_override() or override.is_discrete_sweep()]
+    [batch] = BasicSweeper.split_arguments(finite, max_batch_size=None)
+    return [parse(list(job)) for job in batch]
+
+
+def parse(lines: list[str]) -> list[Override]:
+    """Hydra's reading of the overrides. Refused when one is not group=choice or key=value."""
+    try:
+        return OverridesParser.create().parse_overrides(lines)
+    except HydraException as error:
+        message = one_line(error).split(" See https")[0]
+        raise Refused(f"{message}: settings are written group=choice or key=value") from error
+
+
+class Composer:
+    """Composes configurations from one set of folders and says what is wrong with them."""
+
+    def __init__(self, config_name: str, search: list[str]):
+        self.config_name, self.search = config_name, search
+        self.repository = GlobalHydra.instance().config_loader().repository  # type: ignore[attr-defined]
+        self.references: dict[tuple[str, ...], DictConfig] = {}
+
+    def compose(self, lines: Iterable[str]) -> tuple[DictConfig, DictConfig]:
+        """The composed configuration and which choice each group has. Refused when Hydra cannot compose it."""
+        try:
+            config = compose(self.config_name, overrides=[*self.search, *lines], return_hydra_config=True)
+        except MissingConfigException as error:
+            group, _, choice = str(error.missing_cfg_file).rpartition("/")
+            if not group or not error.options:
+                raise Refused(one_line(error)) from error
+            near = nearest(choice, error.options)
+            raise Refused(f"{group}={choice} is not a choice{near}; {group} is one of {', '.join(error.options)}") from error
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            raise Refused(one_line(error.__cause__ or error)) from error
+        return OmegaConf.masked_copy(config, [key for key in map(str, config) if key != "hydra"]), config.hydra.runtime.choices
+
+    def check(self, overrides: list[Override]) -> None:
+        """Raises Refused when the job of these overrides cannot run."""
+        mine = [override for override in overrides if not override.key_or_group.startswith(("hydra.", "hydra/"))]
+        groups = [override for override in mine if self.repository.group_exists(override.key_or_group)]
+        _, chosen = self.compose(str(override.input_line) for override in groups)
+        reference = self.reference(chosen, {override.key_or_group for override in groups if override.is_add()})
+        for override in mine:
+            if override not in groups:
+                self.check_key(override, reference, chosen.loss)
+        config, _ = self.compose(str(override.input_line) for override in mine)
+        for key in config:
+            if key not in reference:
+                raise Refused(self.unknown(str(key), reference, chosen.loss))
+        check_values(config)
+        check_tree(config, reference)
+
+    def reference(self, chosen: DictConfig, added: set[str]) -> DictConfig:
+        """The configuration of the chosen groups alone, without an experiment or single values: it says which keys there are."""
+        lines = tuple(
+            f"{'+' if group in added else ''}{group}={choice}"
+            for group, choice in ((str(group), choice) for group, choice in chosen.items())
+            if choice is not None and group != "experiment" and not group.startswith("hydra/")
+        )
+        if lines not in self.references:
+            self.references[lines], _ = self.compose(lines)
+        return self.references[lines]
+
+    def check_key(self, override: Override, reference: DictConfig, loss: str) -> None:
+        """Refuses a key that the chosen groups do not have. Arguments may be added (`+`) below whatever has a `_target_`."""
+        key = override.key_or_group
+        node: Any = reference
+        known, open_ended = True, False
+        for name in key.split("."):
+            known = known and isinstance(node, DictConfig) and name in node
+            node = node[name] if known else None
+            open_ended = open_ended or (isinstance(node, DictConfig) and "_target_" in node)
+        if override.is_add() and known:
+            raise Refused(f"{override.input_line}: {key} is there already; write {str(override.input_line).lstrip('+')}")
+        if override.is_delete() and known:
+            raise Refused(f"{override.input_line}: {key} cannot be removed; set it, to null where it accepts that")
+        if not known and not (override.is_add() and open_ended):
+            add = f", or add it as an argument by +{override.input_line}" if open_ended and not override.is_delete() else ""
+            raise Refused(self.unknown(key, reference, loss) + add)
+
+    def unknown(self, key: str, reference: DictConfig, loss: str) -> str:
+        """What to say of a key that is not there: whose setting it is, or the nearest that is."""
+        settings = self.loss_settings()
+        owners = [f"loss={choice}" for choice, keys in settings.items() if key in keys]
+        if owners:
+            own = ", ".join(settings.get(loss, [])) or "none"
+            return f"{key} is a setting of {' and '.join(owners)}, not of loss={loss} (settings: {own})"
+        keys = [*dotted_keys(reference), *(str(group) for group in reference)]
+        return f"{key} is not a setting{nearest(key, keys)}; `ssl-run --cfg job` shows all"
+
+    def loss_settings(self) -> dict[str, list[str]]:
+        """The root keys of each loss's yaml."""
+        return {
+            choice: [str(key) for key in self.repository.load_config(f"loss/{choice}").config if key not in ("loss", "defaults")]
+            for choice in self.repository.get_group_options("loss")
+        }
+
+
+def check_tree(config: DictConfig, reference: DictConfig, path: str = "", open_ended: bool = False) -> None:
+    """Refuses keys that the reference lacks (but for arguments below a `_target_`) and values of another type than its own."""
+    open_ended = open_ended or "_target_" in reference
+    for name in map(str, config):
+        key = f"{path}{name}"
+        if name not in reference:
+            if path and not open_ended:
+                raise Refused(f"{key} is not a setting{nearest(str(name), map(str, reference))}; `ssl-run --cfg job` shows all")
+            continue
+        value, default = config[name], reference[name]
+        if isinstance(default, DictConfig):
+            if not isinstance(value, DictConfig):
+                raise Refused(f"{key}={value}: {key} is a group of settings ({', '.join(map(str, default))}); set one of them")
+            if value.get("_target_") == default.get("_target_"):
+                check_tree(value, default, f"{key}.", open_ended)
+        elif key not in RULES and default is not None:
+            rule = Rule(type(default)) if type(default) in (int, float, bool, str) else None
+            if (rule and not rule.accepts(value)) or (isinstance(default, ListConfig) and not isinstance(value, ListConfig)):
+                raise Refused(f"{key}={value}: {key} is {rule or 'a list'}")
+
+
+def check_values(config: DictConfig) -> None:
+    """Refuses values that are out of range. Needs no reference, so that a configuration made in Python can be checked too."""
+    for key, rule in RULES.items():
+        value = OmegaConf.select(config, key, default=MISSING)
+        if value is not MISSING and not rule.accepts(value):
+            raise Refused(f"{key}={'null' if value is None else value}: {key} is {rule}")
+    if not DEVICES.fullmatch(str(config.device)):
+        raise Refused(f"device={config.device}: device is one of auto, cpu, cuda, cuda:<number>, mps")
+    for key, accepted in (("probe.probes", PROBES), ("probe.features", FEATURES)):
+        values = OmegaConf.select(config, key)
+        if not isinstance(values, ListConfig) or not values or not set(values) <= set(accepted):
+            raise Refused(f"{key}={values}: {key} is a list of {', '.join(accepted)}")
+    if config.optimizer.warmup_epochs > config.epochs:
+        given = f"optimizer.warmup_epochs={config.optimizer.warmup_epochs}"
+        raise Refused(f"{given} is more than epochs={config.epochs}: warm up for at most all of them")
+
+
+MISSING = object()
+
+
+def dotted_keys(config: DictConfig, path: str = "") -> Iterator[str]:
+    """The full names of all values below a node."""
+    for name in map(str, config):
+        value = None if OmegaConf.is_missing(config, name) else config[name]
+        if isinstance(value, DictConfig):
+            yield from dotted_keys(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}"
+
+
+def nearest(given: str, accepted: Iterable[str]) -> str:
+    """ "; did you mean ...?", or nothing when no accepted name is near."""
+    accepted = list(accepted)
+    tails = [name for name in accepted if name.rpartition(".")[2] == given]  # lr is meant as optimizer.lr
+    near = tails or difflib.get_close_matches(given, accepted, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,8 @@
+"""The losses, each a function of the embeddings Z (N, K) and a relation G over their rows."""
+
+from ssl_runner.loss.barlow import BarlowTwins
+from ssl_runner.loss.base import Loss
+from ssl_runner.loss.simclr import SimCLR
+from ssl_runner.loss.vicreg import VICReg
+
+__all__ = ["BarlowTwins", "Loss", "SimCLR", "VICReg"]

@@ -1,0 +1,74 @@
+"""run.json: what a run is, on what it runs, and how it ended."""
+
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from ssl_runner.metrics import read_json, write_json
+
+LIBRARIES = ("ssl_runner", "torch", "torchvision", "timm", "numpy", "scikit-learn", "hydra-core", "omegaconf")
+
+
+class Record:
+    """A context that keeps run.json: `running` on entry, `done` at the end, `failed` with the error on any exception.
+
+    A run that goes on adds its wall seconds to those of before.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / "run.json"
+        self.start = time.time()
+        before = read_json(self.path) if self.path.exists() else {}
+        self.seconds_before = before.get("wall_seconds") or 0.0
+        self.content: dict[str, Any] = {
+            "status": "running",
+            "error": None,
+            "wall_seconds": self.seconds_before,
+            "started": before.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": " ".join(sys.argv),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "process_started": psutil.Process().create_time(),
+            "git_commit": git_commit(),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        }
+
+    def note(self, **facts: Any) -> None:
+        """Adds facts and writes the file."""
+        self.content |= facts
+        self.content["wall_seconds"] = round(self.seconds_before + time.time() - self.start, 3)
+        write_json(self.path, self.content)
+
+    def __enter__(self) -> Self:
+        self.note()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.note(status="done")
+        else:
+            self.note(
+                status="failed", error=f"{type(error).__name__}: {error}", traceback="".join(traceback.format_exception(error))
+            )
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this package runs from, "-dirty" behind it if it is changed; None outside a checkout."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip() or None

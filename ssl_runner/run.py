@@ -1,0 +1,194 @@
+"""One run, from its configuration to its files; reads top to bottom as the way of the data."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from tqdm import tqdm
+
+from ssl_runner import checkpoint, dataset, optimizer
+from ssl_runner.config import check_values, one_line
+from ssl_runner.dataset import DataSet
+from ssl_runner.errors import Refused
+from ssl_runner.metrics import Table
+from ssl_runner.probe import probe
+from ssl_runner.record import Record
+from ssl_runner.relation import Relation
+from ssl_runner.train import Pretraining, choose_device, choose_precision
+from ssl_runner.views import preview
+
+DATASET_OPTIONS = ("name", "val", "subset", "split_seed", "location")
+OPTIMIZER_OPTIONS = ("lr", "weight_decay", "warmup_epochs", "final_lr", "clip")
+
+
+def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
+    """Pretrains, probes and writes metrics.csv, probe.csv, run.json, checkpoint.pt and backbone.safetensors into `folder`, or
+    with cfg.resume goes on in it. Returns the last `loss`, and the first probe's top-1 on the test split (`top1`) and on the
+    validation split (`val_top1`). Raises Refused for what cannot run; whatever is raised also stands in run.json.
+    """
+    if (folder / "run.json").exists() and cfg.resume is None:
+        raise Refused(f"{folder} already holds a run: choose another hydra.run.dir, or go on with it by resume={folder}")
+    with Record(folder) as record:
+        check_values(cfg)
+        device = choose_device(cfg.device)
+        precision = choose_precision(cfg.precision, device)
+        loss = build("loss", cfg.loss).to(device)
+        relation = build("relation", cfg.relation, partial=True)
+        augment = build("views", cfg.views, without=("preview",))
+        algorithm = build("optimizer", cfg.optimizer, without=OPTIMIZER_OPTIONS, partial=True)
+
+        source = build("dataset", cfg.dataset, without=DATASET_OPTIONS, partial=True)
+        data = dataset.load(source, device=device, **{option: cfg.dataset[option] for option in DATASET_OPTIONS})
+        check_fit(cfg, data, relation)
+        steps_per_epoch = len(data.pretrain) // cfg.batch_size
+
+        def fresh_backbone() -> nn.Module:
+            torch.manual_seed(cfg.seed)
+            backbone = build("backbone", cfg.backbone, channels=data.channels, image_size=data.image_size)
+            return backbone.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+
+        backbone = fresh_backbone()
+        projector = build("projector", cfg.projector, features=backbone.width).to(device)
+        training = Pretraining(
+            backbone,
+            projector,
+            loss,
+            optimizer.build([backbone, projector, loss], algorithm, cfg.optimizer.lr, cfg.optimizer.weight_decay),
+            partial(
+                optimizer.cosine,
+                steps=cfg.epochs * steps_per_epoch,
+                warmup=round(cfg.optimizer.warmup_epochs * steps_per_epoch),
+                lr=cfg.optimizer.lr,
+                final=cfg.optimizer.final_lr,
+            ),
+            data,
+            augment,
+            relation,
+            V=cfg.V,
+            epochs=cfg.epochs,
+            batch_size=cfg.batch_size,
+            clip=cfg.optimizer.clip,
+            precision=precision,
+            channels_last=cfg.channels_last,
+            separate=cfg.views_forward == "separate",
+            seed=cfg.seed,
+        )
+        metrics, probes = Table(folder / "metrics.csv"), Table(folder / "probe.csv")
+        if cfg.resume is not None:
+            training.load_state_dict(checkpoint.load(folder / "checkpoint.pt"))
+            metrics.keep(training.epoch)
+            probes.keep(min(training.epoch, cfg.epochs - 1))  # the last epoch's are written after its checkpoint
+        if cfg.compile:
+            backbone.compile()
+            projector.compile()
+        record.note(
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            precision=precision,
+            relation={"target": cfg.relation._target_, "normalized": cfg.relation.get("normalized", False)},
+            images={split: len(getattr(data, split)) for split in ("pretrain", "train", "val", "test")},
+            classes=data.classes,
+            parameters={"backbone": count(backbone), "projector": count(projector)},
+        )
+        print(headline(cfg, record), flush=True)
+        if cfg.views.preview:
+            preview(augment, data, cfg.V, cfg.seed, folder / "views.png")
+
+        for row in training.epochs():
+            metrics.append(row)
+            if cfg.probe.every and training.epoch % cfg.probe.every == 0 and training.epoch < cfg.epochs:
+                for scored in probe("backbone", backbone, data, cfg.probe.probes, score_test=False):
+                    probes.append({"epoch": training.epoch, **scored})
+            checkpoint.save(training.state_dict(), folder / "checkpoint.pt")
+        export(cfg, data, backbone, folder / "backbone.safetensors")
+
+        networks = {
+            "backbone": lambda: backbone,
+            "projector": lambda: nn.Sequential(backbone, projector),
+            "random_init": fresh_backbone,
+            "pixels": nn.Flatten,
+        }
+        scores: dict[tuple[str, str, str], float] = {}
+        for features in tqdm(cfg.probe.features, "probe", disable=None):
+            for scored in probe(features, networks[features](), data, cfg.probe.probes, score_test=True):
+                probes.append({"epoch": training.epoch, **scored})
+                scores[features, scored["probe"], scored["eval_split"]] = scored["top1"]
+        print(table(scores), flush=True)
+        result = {
+            "loss": training.last_row["loss"],
+            "top1": scores["backbone", cfg.probe.probes[0], "test"],
+            "val_top1": scores["backbone", cfg.probe.probes[0], "val"],
+        }
+        record.note(**result)
+    return result
+
+
+def build(key: str, node: DictConfig, *, without: Sequence[str] = (), partial: bool = False, **extra: Any) -> Any:
+    """What a node's `_target_` makes of its settings, but for those in `without`. Refused when the target does not take them."""
+    settings = {name: value for name, value in node.items() if name not in without}
+    try:
+        return instantiate(settings, **extra, _partial_=partial, _convert_="all")
+    except InstantiationException as error:
+        raise Refused(f"{key}: {one_line(error.__cause__ or error)}") from error
+
+
+def check_fit(cfg: DictConfig, data: DataSet, relation: Callable[..., Relation]) -> None:
+    """Refuses a batch larger than the data set, and a relation that needs labels where there are none."""
+    if cfg.batch_size > len(data.pretrain):
+        raise Refused(
+            f"batch_size={cfg.batch_size}: {data.name} has {len(data.pretrain)} images to pretrain on; give at most as many"
+        )
+    if needs_labels(relation) and bool((data.pretrain.y < 0).any()):
+        raise Refused(
+            f"relation={cfg.relation._target_} needs a label for every image, and {data.name} has unlabelled ones; use views"
+        )
+
+
+def needs_labels(relation: Any) -> bool:
+    """Whether the relation's class, behind its `of_batch`, relates by label."""
+    return getattr(getattr(relation.func, "__self__", None), "needs_labels", False)
+
+
+def count(module: nn.Module) -> int:
+    """The number of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def headline(cfg: DictConfig, record: Record) -> str:
+    """One line that says what is about to run."""
+    facts = record.content
+    relation = facts["relation"]["target"].split(".")[-2] + (" (normalized)" if facts["relation"]["normalized"] else "")
+    images = " ".join(f"{split}={n}" for split, n in facts["images"].items())
+    parameters = " ".join(f"{module}={n:,}" for module, n in facts["parameters"].items())
+    return (
+        f"{cfg.dataset.name} {images} | V={cfg.V} G={relation} | {parameters} parameters | {facts['device']} {facts['precision']}"
+    )
+
+
+def table(scores: dict[tuple[str, str, str], float]) -> str:
+    """Top-1 on the test split as lines: a row for the features, a column for the probe."""
+    probes = list(dict.fromkeys(probe for _, probe, _ in scores))
+    lines = [f"{'test top-1':<12}" + "".join(f"{probe:>9}" for probe in probes)]
+    for features in dict.fromkeys(features for features, _, _ in scores):
+        lines.append(f"{features:<12}" + "".join(f"{scores[features, probe, 'test']:>9.4f}" for probe in probes))
+    return "\n".join(lines)
+
+
+def export(cfg: DictConfig, data: DataSet, backbone: nn.Module, path: Path) -> None:
+    """Writes the backbone with what is needed to rebuild it and to feed it."""
+    checkpoint.export(
+        backbone,
+        path,
+        {
+            "backbone": OmegaConf.to_container(cfg.backbone),
+            "channels": data.channels,
+            "image_size": data.image_size,
+            "mean": data.mean.tolist(),
+            "std": data.std.tolist(),
+        },
+    )

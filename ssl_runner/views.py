@@ -1,0 +1,305 @@
+"""Batched augmentation: uint8 originals (n, C, H, W) -> X (V n, C, H, W), view-major, with fresh randomness for every row.
+
+Every operation is a pure tensor function on the device of its input, takes one parameter a row, and agrees with
+torchvision.transforms.functional on one image with the same parameters. Images are float in [0, 1] until normalised, last.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+
+from ssl_runner.dataset import DataSet
+
+GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision
+
+
+class Augment:
+    """`policies` names the ways in which a view is made, each the settings of a `Policy`; view v is made by the policy number
+    v mod len(policies), so one policy serves any V. Raises ValueError for settings that make no sense."""
+
+    def __init__(self, policies: Mapping[str, Mapping[str, Any]]):
+        if not policies:
+            raise ValueError("views.policies is empty: name at least one policy, such as {all: {flip: 0.5}}")
+        self.policies = [Policy(**settings) for settings in policies.values()]
+
+    def __call__(self, images: Tensor, V: int, mean: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
+        """images (n, C, H, W) uint8 -> V views of each, normalised: (V n, C, H, W) float32, row v n + k a view of image k."""
+        n = len(images)
+        X = torch.empty(V, *images.shape, device=images.device)
+        for which, policy in enumerate(self.policies[:V]):
+            views = X[which :: len(self.policies)]
+            order = torch.randperm(len(views) * n, device=images.device, generator=generator)
+            x = normalize(policy(to_unit(images[order % n]), generator), mean, std)
+            views[order // n, order % n] = x
+        return X.flatten(0, 1)
+
+
+class Policy:
+    """How one view is made; an operation that is not named is left out.
+
+    crop      {scale: [low, high] share of the area, ratio: [low, high] of width to height}: a box, resized to the image's size
+    affine    {degrees, translate: share of the side, scale: [low, high], shear: degrees}, black outside the image
+    flip      probability of a left-right flip
+    jitter    {p, brightness, contrast, saturation, hue}: strengths as in torchvision's ColorJitter, in a random order
+    grayscale probability of losing colour
+    blur      {p, sigma: [low, high] in pixels, kernel: side in pixels, odd; by default a tenth of the image's}
+    solarize  {p, threshold: in [0, 1]}
+
+    Crop, affine and flip are one resampling. Colour operations on one-channel images act on brightness and contrast only.
+    """
+
+    def __init__(
+        self,
+        crop: dict | None = None,
+        affine: dict | None = None,
+        flip: float = 0.0,
+        jitter: dict | None = None,
+        grayscale: float = 0.0,
+        blur: dict | None = None,
+        solarize: dict | None = None,
+    ):
+        self.crop, self.affine, self.flip, self.jitter = crop, affine, flip, jitter
+        self.grayscale, self.blur, self.solarize = grayscale, blur, solarize
+
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """x (B, C, H, W) float in [0, 1] -> one random view of each row, float in [0, 1]."""
+        draw = Draw(len(x), x.device, generator)
+        if self.crop or self.affine or self.flip:
+            boxes = random_boxes(draw, *x.shape[-2:], **self.crop) if self.crop else None
+            matrices = random_affines(draw, *x.shape[-2:], **self.affine) if self.affine else None
+            x = resample(x, boxes, draw.coin(self.flip) if self.flip else None, matrices)
+        if self.jitter:
+            x = color_jitter(x, draw, **self.jitter)
+        if self.grayscale and x.shape[1] == 3:
+            x = torch.where(column(draw.coin(self.grayscale)), luma(x), x)
+        if self.blur:
+            kernel = self.blur.get("kernel") or max(3, min(x.shape[-2:]) // 20 * 2 + 1)  # a tenth of the side, odd
+            blurred = gaussian_blur(x, draw.uniform(*self.blur["sigma"]), kernel)
+            x = torch.where(column(draw.coin(self.blur["p"])), blurred, x)
+        if self.solarize:
+            x = torch.where(column(draw.coin(self.solarize["p"])), solarize(x, self.solarize["threshold"]), x)
+        return x
+
+
+class Draw:
+    """One random number a row, on the device, from the run's generator."""
+
+    def __init__(self, rows: int, device: torch.device, generator: torch.Generator):
+        self.rows, self.device, self.generator = rows, device, generator
+
+    def uniform(self, low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(self.rows, device=self.device, generator=self.generator)
+
+    def coin(self, p: float) -> Tensor:
+        return torch.rand(self.rows, device=self.device, generator=self.generator) < p
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [0, 1]."""
+    return images.float() / 255
+
+
+def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """x (B, C, H, W) in [0, 1], mean and std (C,) -> (x - mean) / std, the same in training and evaluation."""
+    return (x - mean[:, None, None]) / std[:, None, None]
+
+
+def column(v: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1), to act on images."""
+    return v[:, None, None, None]
+
+
+# --- geometry: one bilinear resampling ---------------------------------------------------------------------------------------
+
+
+def random_boxes(draw: Draw, height: int, width: int, scale: Sequence[float], ratio: Sequence[float] = (3 / 4, 4 / 3)) -> Tensor:
+    """Boxes (B, 4) of whole pixels: top, left, height, width, drawn as torchvision's RandomResizedCrop draws them: a share of
+    the area uniform in `scale`, a ratio log-uniform in `ratio`; of ten tries the first that fits, else the whole image."""
+    tries = 10
+    shape = (tries, draw.rows)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(shape, device=draw.device, generator=draw.generator)
+
+    area = height * width * uniform(*scale)
+    aspect = uniform(math.log(ratio[0]), math.log(ratio[1])).exp()
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    first = fits.int().argmax(0, keepdim=True)
+    found = fits.any(0)
+    w = torch.where(found, w.gather(0, first)[0], width)
+    h = torch.where(found, h.gather(0, first)[0], height)
+    top, left = ((size + 1 - side) * draw.uniform(0, 1) for size, side in ((height, h), (width, w)))
+    return torch.stack([top.floor(), left.floor(), h, w], 1)
+
+
+def random_affines(
+    draw: Draw,
+    height: int,
+    width: int,
+    degrees: float = 0.0,
+    translate: float = 0.0,
+    scale: Sequence[float] = (1.0, 1.0),
+    shear: float = 0.0,
+) -> Tensor:
+    """Inverse affine matrices (B, 2, 3): angle in +-degrees, whole pixels up to `translate` of the side, scale, x-shear."""
+    return affine_matrices(
+        draw.uniform(-degrees, degrees),
+        (draw.uniform(-translate, translate) * width).round(),
+        (draw.uniform(-translate, translate) * height).round(),
+        draw.uniform(*scale),
+        draw.uniform(-shear, shear),
+    )
+
+
+def affine_matrices(angle: Tensor, right: Tensor, down: Tensor, scale: Tensor, shear: Tensor) -> Tensor:
+    """Angle and x-shear in degrees, shift in pixels, scale, each (B,) -> (B, 2, 3): output to input pixel, about the centre.
+
+    The inverse of torchvision's RSS: x -> shift + scale R(angle) Shear(shear) x.
+    """
+    angle, shear = angle.deg2rad(), shear.deg2rad()
+    a, b = angle.cos(), -(angle.cos() * shear.tan() + angle.sin())
+    c, d = angle.sin(), -(angle.sin() * shear.tan() - angle.cos())
+    inverse = torch.stack([d, -b, -c, a], 1).view(-1, 2, 2) / scale[:, None, None]  # the determinant of a, b, c, d is 1
+    shift = -inverse @ torch.stack([right, down], 1)[:, :, None]
+    return torch.cat([inverse, shift], 2)
+
+
+def resample(x: Tensor, boxes: Tensor | None = None, flip: Tensor | None = None, matrices: Tensor | None = None) -> Tensor:
+    """One bilinear look-up for crop, flip and affine: output pixel -> flipped -> inside the box -> through the matrix -> input.
+
+    x (B, C, H, W); boxes (B, 4) top, left, height, width; flip (B,) bool; matrices (B, 2, 3) about the image's centre.
+    A crop alone reads nothing outside its box (torchvision's resized_crop); an affine reads black outside the image.
+    """
+    B, _, H, W = x.shape
+    down = torch.arange(H, device=x.device).add(0.5).expand(B, H)  # pixel centres, in pixels from the image's corner
+    right = torch.arange(W, device=x.device).add(0.5).expand(B, W)
+    if flip is not None:
+        right = torch.where(flip[:, None], W - right, right)
+    if boxes is not None:
+        top, left, h, w = boxes[:, :, None].unbind(1)
+        down, right = down * (h / H), right * (w / W)
+        if matrices is None:
+            down, right = down.clamp(min=0.5).minimum(h - 0.5), right.clamp(min=0.5).minimum(w - 0.5)
+        down, right = down + top, right + left
+    down, right = down - H / 2, right - W / 2
+    if matrices is None:
+        across, along = right[:, None, :].expand(B, H, W), down[:, :, None].expand(B, H, W)
+    else:
+        m = matrices[:, :, :, None, None]
+        across, along = (m[:, r, 0] * right[:, None, :] + m[:, r, 1] * down[:, :, None] + m[:, r, 2] for r in (0, 1))
+    grid = torch.stack([across / (W / 2), along / (H / 2)], -1)
+    return F.grid_sample(
+        x, grid, mode="bilinear", padding_mode="zeros" if matrices is not None else "border", align_corners=False
+    )
+
+
+# --- colour: x in [0, 1], one factor a row ------------------------------------------------------------------------------------
+
+
+def blend(x: Tensor, reference: Tensor, factor: Tensor) -> Tensor:
+    """factor x + (1 - factor) reference, clamped to [0, 1]; x (B, C, H, W), factor (B,)."""
+    return torch.lerp(reference, x, column(factor)).clamp_(0, 1)
+
+
+def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return blend(x, torch.zeros_like(x[:, :1]), factor)
+
+
+def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
+    return blend(x, luma(x).mean((1, 2, 3), keepdim=True), factor)
+
+
+def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
+    return blend(x, luma(x), factor)
+
+
+def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """x (B, 3, H, W), turns (B,) in [-0.5, 0.5] of the colour circle. Value and chroma of a pixel stay, its hue h turns: each
+    channel is value - chroma * clip(min(k, 4 - k), 0, 1), with k = (n + 6 h) mod 6 and n = 5, 3, 1 for red, green, blue."""
+    r, g, b = x.unbind(1)
+    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
+    safe = torch.where(chroma > 0, chroma, 1)
+    sixths = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    n = torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]
+    k = (sixths + 6 * turns[:, None, None])[:, None].add(n).remainder_(6)
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def color_jitter(
+    x: Tensor,
+    draw: Draw,
+    p: float = 1.0,
+    brightness: float = 0.0,
+    contrast: float = 0.0,
+    saturation: float = 0.0,
+    hue: float = 0.0,
+) -> Tensor:
+    """With probability p a row: brightness, contrast, saturation and hue by random factors, in a random order.
+
+    Factors are uniform in [max(0, 1 - strength), 1 + strength], the hue's in [-hue, hue] turns. Brightness, contrast and
+    saturation are one blend with a row's own reference, so every row has its own order of them; the hue comes first, second,
+    third or last by quarters of the rows, which `Augment` shuffles. No step waits for the device, and none is computed twice.
+    """
+    on = draw.coin(p)
+    strengths = (brightness, contrast, saturation)
+    factors = torch.stack([torch.where(on, draw.uniform(max(0, 1 - s), 1 + s), 1) for s in strengths], 1)
+    turns = torch.where(on, draw.uniform(-hue, hue), 0)
+    order = torch.rand(len(x), 3, device=x.device, generator=draw.generator).argsort(1)
+    quarters = [len(x) * q // 4 for q in range(5)]
+    for place in range(4):
+        if hue and x.shape[1] == 3:
+            rows = slice(quarters[place], quarters[place + 1])
+            x[rows] = adjust_hue(x[rows], turns[rows])
+        if place < 3:
+            which = order[:, place]
+            gray = luma(x)
+            contrasted, saturated = column(which == 1), column(which == 2)
+            reference = saturated * gray + contrasted * gray.mean((1, 2, 3), keepdim=True)
+            x = blend(x, reference, factors.gather(1, which[:, None])[:, 0])
+    return x
+
+
+def luma(x: Tensor) -> Tensor:
+    """x (B, 3, H, W) -> (B, 1, H, W); one-channel images are their own luma."""
+    if x.shape[1] == 1:
+        return x
+    r, g, b = x.split(1, dim=1)
+    return GRAY[0] * r + GRAY[1] * g + GRAY[2] * b
+
+
+def solarize(x: Tensor, threshold: float) -> Tensor:
+    """Values at or above the threshold are inverted."""
+    return torch.where(x >= threshold, 1 - x, x)
+
+
+def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
+    """x (B, C, H, W), sigma (B,) in pixels, an odd kernel side; mirrored edges, as torchvision's. Two products with a small
+    matrix a row, B_y x B_x', since a blur is linear and separable."""
+    offsets = torch.arange(kernel, device=x.device) - kernel // 2
+    weights = (-(offsets**2) / (2 * sigma[:, None] ** 2)).exp()
+    weights = weights / weights.sum(1, keepdim=True)
+    blurs = []
+    for side in x.shape[-2:]:
+        pixels = torch.arange(side, device=x.device)[:, None] + offsets  # (side, kernel), mirrored at both ends
+        pixels = side - 1 - (side - 1 - pixels.abs()).abs()
+        matrix = torch.zeros(len(x), side, side, device=x.device)
+        blurs.append(matrix.scatter_add_(2, pixels.expand(len(x), -1, -1), weights[:, None].expand(-1, side, -1)))
+    return blurs[0][:, None] @ x @ blurs[1][:, None].mT
+
+
+def preview(augment: Augment, data: DataSet, V: int, seed: int, path: Path, images: int = 8) -> None:
+    """Writes a picture with a row for each of a few pretraining images: the image itself, then V views of it."""
+    order = torch.randperm(len(data.pretrain), generator=torch.Generator().manual_seed(seed))[:images]
+    originals, _ = next(data.pretrain.batches(order, images, data.mean.device))
+    X = augment(originals, V, data.mean, data.std, torch.Generator(data.mean.device).manual_seed(seed))
+    X = X * data.std[:, None, None] + data.mean[:, None, None]
+    rows = torch.cat([to_unit(originals)[None], X.unflatten(0, (V, -1))]).transpose(0, 1)
+    rows = F.interpolate(rows.flatten(0, 1), scale_factor=max(1, 96 // data.image_size), mode="nearest")
+    torchvision.utils.save_image(rows.clamp(0, 1), path, nrow=V + 1, pad_value=1.0)
