@@ -25,6 +25,8 @@ class Backbone(nn.Module):
 
 def convnet(channels: int, image_size: int, widths: Sequence[int] = (32, 64, 128, 256)) -> Backbone:
     """Small and quick on a CPU: per width a 3x3 convolution, batch norm and ReLU; all but the last halve the side by stride 2."""
+    if not widths or not all(isinstance(width, int) and width >= 1 for width in widths):
+        raise ValueError(f"backbone.widths={widths} is not a list of integers >= 1")
     layers: list[nn.Module] = []
     for depth, width in enumerate(widths):
         stride = 2 if depth < len(widths) - 1 else 1
@@ -59,8 +61,10 @@ def from_timm(channels: int, image_size: int, name: str, **settings: Any) -> Bac
 
 
 def vit_tiny(channels: int, image_size: int) -> Backbone:
-    """timm's ViT-Ti at the image's size, in patches of an eighth of the side up to 64 pixels and of 16 pixels above."""
-    patch = max(1, image_size // 8) if image_size <= SMALL_IMAGE else 16
+    """timm's ViT-Ti at the image's size. Its patches divide the side and are as near as can be to an eighth of it, up to 64
+    pixels, or to 16 pixels above."""
+    wanted = image_size / 8 if image_size <= SMALL_IMAGE else 16
+    patch = min((p for p in range(1, image_size + 1) if image_size % p == 0), key=lambda p: abs(p - wanted))
     return from_timm(channels, image_size, "vit_tiny_patch16_224", img_size=image_size, patch_size=patch)
 
 

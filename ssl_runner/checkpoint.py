@@ -31,7 +31,9 @@ def load(path: Path) -> dict[str, Any]:
 
 def export(backbone: nn.Module, path: Path, metadata: dict[str, Any]) -> None:
     """The backbone's weights as safetensors, with what is needed to rebuild and feed it as JSON in the header."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    state = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in backbone.state_dict().items()
+    }
     partial = path.with_suffix(".partial")
     safetensors.torch.save_file(state, partial, {"ssl_runner": json.dumps(metadata)})
     os.replace(partial, path)

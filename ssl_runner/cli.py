@@ -1,15 +1,17 @@
 """`ssl-run`: from the command line to run(cfg), with refusals that a person can read. Imports torch only when a job runs."""
 
-import argparse
 import os
 import socket
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 import psutil
+from filelock import FileLock, Timeout
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,21 +19,20 @@ from ssl_runner import config
 from ssl_runner.errors import Refused
 from ssl_runner.metrics import read_json
 
+FAILED: list[str] = []  # the jobs of this process's sweep that failed
+
 
 def main() -> None:
     """The console script. Exits with 0 when every run is done, 1 when one was refused or failed, 130 when interrupted."""
     config.register_resolvers()
-    parser = get_args_parser()
-    args = parser.parse_args()
+    FAILED.clear()
     debugging = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what went wrong instead of printing a traceback and leaving
     try:
-        if not (args.help or args.hydra_help or args.info or args.shell_completion):
-            sys.argv[1:] += resumed(args)
-            args = parser.parse_args()
-            config.check(args)
+        prepare()
         hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")(job)()
     except KeyboardInterrupt:
+        print("interrupted; resume=<the run's folder> goes on after its last whole epoch", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has left, as in `ssl-run --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -39,9 +40,46 @@ def main() -> None:
     except Exception as error:
         if debugging:
             raise
-        if not getattr(error, "told", False):
-            print(said(error), file=sys.stderr)
+        print(said(error), file=sys.stderr)
         sys.exit(1)
+    if FAILED:
+        print(f"failed: {len(FAILED)} of the sweep's jobs, {'; '.join(FAILED)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def prepare() -> None:
+    """Refuses, before Hydra writes anything, a command line of which some job cannot run; completes that of a resumed run."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise Refused(f"{message}; `ssl-run --help` shows what there is")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    args = parser.parse_args()
+    if args.help or args.hydra_help or args.info or args.shell_completion:
+        return
+    given = {override.key_or_group: override for override in config.parse(args.overrides)}
+    if "resume" in given and given["resume"].value() is not None:
+        if args.multirun:
+            raise Refused(f"{given['resume'].input_line} continues one run: leave out -m")
+        sys.argv[1:] += resumed(Path(str(given["resume"].value())).resolve(), given, with_config_dir=args.config_dir is None)
+        args = parser.parse_args()
+    else:
+        for key in ("hydra.run.dir", "hydra.sweep.dir"):
+            if key in given and not args.cfg:
+                not_taken(Path(str(given[key].value())))
+    jobs = config.check(args)
+    if args.multirun and not args.cfg and not any(key.startswith("hydra/launcher") for key in given):
+        from ssl_runner.run import check_jobs
+
+        check_jobs(jobs)
+
+
+def not_taken(folder: Path) -> None:
+    """Refuses a folder in which, or one level below which, a run lies."""
+    for taken in (folder, *folder.glob("*")):
+        if (taken / "run.json").exists():
+            raise Refused(f"{taken} already holds a run: choose another folder, or go on with it by resume={taken}")
 
 
 def job(cfg: DictConfig) -> float:
@@ -49,27 +87,51 @@ def job(cfg: DictConfig) -> float:
 
     A failure is told in one line at once. A single run ends there; in a sweep the other jobs go on.
     """
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
     try:
         OmegaConf.resolve(cfg)
-        if cfg.resume is None:
-            OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")  # Hydra's own copy is not resolved
-        else:
-            unchanged(cfg, folder)
-        from ssl_runner.run import run
+        with claimed(folder):
+            if cfg.resume is None:
+                not_taken(folder)
+                describe(cfg, folder)
+            else:
+                unchanged(cfg, folder)
+            from ssl_runner.run import run
 
-        result = run(cfg, folder)
+            result = run(cfg, folder)
     except Exception as error:
-        where = "" if isinstance(error, Refused) or not (folder / "run.json").exists() else f" (more in {folder}/run.json)"
         if os.environ.get("SSL_RUNNER_TRACEBACK") == "1":
             raise
-        print(said(error) + where, file=sys.stderr, flush=True)
-        if HydraConfig.get().mode == RunMode.RUN:
+        more = "" if isinstance(error, Refused) or not (folder / "run.json").exists() else f" (more in {folder}/run.json)"
+        if hydra_config.mode == RunMode.RUN:
+            print(said(error) + more, file=sys.stderr)
             sys.exit(1)
-        error.told = True  # type: ignore[attr-defined]
-        raise
+        name = f"#{hydra_config.job.num} ({hydra_config.job.override_dirname})"
+        print(f"job {name}: {said(error)}{more}", file=sys.stderr, flush=True)
+        FAILED.append(name)
+        return float("nan")
     print(f"top1={result['top1']:.4f} loss={result['loss']:.6g} run={folder}", flush=True)
     return result["val_top1"]
+
+
+def claimed(folder: Path) -> FileLock:
+    """A lock on the folder for as long as the run lives. Refused when another process has it."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise Refused(f"{folder} is in use by another process: wait for it, or choose another folder") from None
+    return lock
+
+
+def describe(cfg: DictConfig, folder: Path) -> None:
+    """Writes .hydra/: the resolved configuration, the overrides, and Hydra's own settings."""
+    hydra_config = HydraConfig.get()
+    (folder / ".hydra").mkdir(exist_ok=True)
+    OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
+    OmegaConf.save(hydra_config.overrides.task, folder / ".hydra" / "overrides.yaml")
+    OmegaConf.save(OmegaConf.create({"hydra": OmegaConf.to_container(hydra_config)}), folder / ".hydra" / "hydra.yaml")
 
 
 def said(error: Exception) -> str:
@@ -78,15 +140,9 @@ def said(error: Exception) -> str:
     return config.one_line(error) if from_us else f"{type(error).__name__}: {config.one_line(error)}"
 
 
-def resumed(args: argparse.Namespace) -> list[str]:
-    """The arguments to add for `resume=<folder>`: the overrides that the run was started with (those on the command line win),
-    its folder, and its --config-dir. Refused when there is no run to go on with."""
-    given = {override.key_or_group: override for override in config.parse(args.overrides)}
-    if "resume" not in given or given["resume"].value() is None:
-        return []
-    folder = Path(str(given["resume"].value())).resolve()
-    if args.multirun:
-        raise Refused(f"resume={folder} continues one run: leave out -m")
+def resumed(folder: Path, given: dict[str, Override], with_config_dir: bool) -> list[str]:
+    """The arguments to add for resume=<folder>: the overrides that the run was started with (those on the command line win), its
+    folder, and its --config-dir; goes to the directory that it was started in. Refused when there is no run to go on with."""
     if not (folder / "run.json").is_file() or not (folder / ".hydra" / "overrides.yaml").is_file():
         raise Refused(f"resume={folder} is not the folder of a run: give one that holds run.json and .hydra")
     record = read_json(folder / "run.json")
@@ -96,10 +152,12 @@ def resumed(args: argparse.Namespace) -> list[str]:
         raise Refused(f"resume={folder}: this run is still running, as process {record['pid']}")
     first = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
     added = [str(o.input_line) for o in config.parse([str(line) for line in first]) if o.key_or_group not in given]
-    added += [f"hydra.run.dir='{folder}'", "hydra.output_subdir=null"]
+    quoted = str(folder).replace("'", "\\'")
+    added.append(f"hydra.run.dir='{quoted}'")
     sources = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.config_sources
     folders = [source.path for source in sources if source.provider == "command-line"]
-    return added + (["--config-dir", folders[0]] if folders and args.config_dir is None else [])
+    os.chdir(record["cwd"])
+    return added + (["--config-dir", folders[0]] if folders and with_config_dir else [])
 
 
 def alive(record: dict) -> bool:
@@ -116,4 +174,5 @@ def unchanged(cfg: DictConfig, folder: Path) -> None:
     for key in dict.fromkeys([*config.dotted_keys(saved), *config.dotted_keys(cfg)]):
         then, now = OmegaConf.select(saved, key), OmegaConf.select(cfg, key)
         if then != now and key != "resume":
-            raise Refused(f"resume={cfg.resume} goes on with the run as it was, and {key} was {then}, not {now}: leave it out")
+            was = f"{key} was {config.shown(then)}, not {config.shown(now)}"
+            raise Refused(f"resume={cfg.resume} goes on with the run as it was, and {was}: leave it out")

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -107,16 +110,23 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(4), use_cache=True, replace=True)
 
 
-def check(args: argparse.Namespace) -> None:
-    """Composes every job that the command line asks for; raises Refused, with one line, for the first that cannot run."""
+def check(args: argparse.Namespace) -> list[tuple[str, DictConfig]]:
+    """Composes every job that the command line asks for: its overrides as written, and its configuration. Raises Refused, with
+    one line, for the first that cannot run."""
     for folder in (args.config_dir, args.config_path):
         if folder is not None and not Path(folder).is_dir():
             raise Refused(f"{folder} is not a folder: --config-dir takes one that holds <group>/<choice>.yaml")
-    search = [f"hydra.searchpath=[file://{Path(args.config_dir).resolve()}]"] if args.config_dir else []
-    with initialize_config_dir(str(Path(args.config_path or CONF).resolve()), version_base="1.3"):
-        composer = Composer(args.config_name or "config", search)
-        for overrides in jobs(args.overrides, args.multirun):
-            composer.check(overrides)
+    search_path = create_config_search_path(str(Path(args.config_path or CONF).resolve()))
+    if args.config_dir:
+        query = SearchPathQuery(provider="schema")  # where Hydra itself puts it: after our own
+        search_path.prepend("command-line", f"file://{Path(args.config_dir).resolve()}", anchor=query)
+    Hydra.create_main_hydra2(task_name="check", config_search_path=search_path)
+    try:
+        composer = Composer(args.config_name or "config")
+        all_jobs = jobs(args.overrides, args.multirun)
+        return [(" ".join(str(o.input_line) for o in overrides), composer.check(overrides)) for overrides in all_jobs]
+    finally:
+        GlobalHydra.instance().clear()
 
 
 def jobs(lines: list[str], multirun: bool) -> list[list[Override]]:
@@ -127,56 +137,77 @@ def jobs(lines: list[str], multirun: bool) -> list[list[Override]]:
     if swept and not (multirun or "hydra.mode=MULTIRUN" in lines):
         raise Refused(f"{swept[0].input_line} is a sweep: add -m for a run of every value, or write a list as [a,b]")
     finite = [override for override in overrides if not override.is_sweep_override() or override.is_discrete_sweep()]
-    [batch] = BasicSweeper.split_arguments(finite, max_batch_size=None)
-    return [parse(list(job)) for job in batch]
+    batches = BasicSweeper.split_arguments(finite, max_batch_size=None)
+    if not batches or not batches[0]:
+        raise Refused(f"{swept[0].input_line} is a sweep over nothing: give it at least one value")
+    return [parse(list(job)) for job in batches[0]]
 
 
 def parse(lines: list[str]) -> list[Override]:
     """Hydra's reading of the overrides. Refused when one is not group=choice or key=value."""
     try:
-        return OverridesParser.create().parse_overrides(lines)
+        overrides = OverridesParser.create().parse_overrides(lines)
     except HydraException as error:
         message = one_line(error).split(" See https")[0]
         raise Refused(f"{message}: settings are written group=choice or key=value") from error
+    for override in overrides:
+        if not override.key_or_group:
+            raise Refused(f"{override.input_line} names no setting: settings are written group=choice or key=value")
+    return overrides
 
 
 class Composer:
     """Composes configurations from one set of folders and says what is wrong with them."""
 
-    def __init__(self, config_name: str, search: list[str]):
-        self.config_name, self.search = config_name, search
+    def __init__(self, config_name: str):
+        self.config_name = config_name
         self.repository = GlobalHydra.instance().config_loader().repository  # type: ignore[attr-defined]
         self.references: dict[tuple[str, ...], DictConfig] = {}
 
     def compose(self, lines: Iterable[str]) -> tuple[DictConfig, DictConfig]:
         """The composed configuration and which choice each group has. Refused when Hydra cannot compose it."""
         try:
-            config = compose(self.config_name, overrides=[*self.search, *lines], return_hydra_config=True)
+            config = compose(self.config_name, overrides=list(lines), return_hydra_config=True)
         except MissingConfigException as error:
             group, _, choice = str(error.missing_cfg_file).rpartition("/")
-            if not group or not error.options:
+            if not group:
                 raise Refused(one_line(error)) from error
-            near = nearest(choice, error.options)
-            raise Refused(f"{group}={choice} is not a choice{near}; {group} is one of {', '.join(error.options)}") from error
+            options = self.repository.get_group_options(group)
+            accepted = f"{group} is one of {', '.join(options)}" if options else f"{group} has none; --config-dir can add some"
+            raise Refused(f"{group}={choice} is not a choice{nearest(choice, options)}; {accepted}") from error
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise Refused(one_line(error.__cause__ or error)) from error
         return OmegaConf.masked_copy(config, [key for key in map(str, config) if key != "hydra"]), config.hydra.runtime.choices
 
-    def check(self, overrides: list[Override]) -> None:
-        """Raises Refused when the job of these overrides cannot run."""
+    def check(self, overrides: list[Override]) -> DictConfig:
+        """The configuration of the job of these overrides. Raises Refused when it cannot run."""
         mine = [override for override in overrides if not override.key_or_group.startswith(("hydra.", "hydra/"))]
         groups = [override for override in mine if self.repository.group_exists(override.key_or_group)]
+        for override in groups:
+            self.check_choice(override)
         _, chosen = self.compose(str(override.input_line) for override in groups)
         reference = self.reference(chosen, {override.key_or_group for override in groups if override.is_add()})
         for override in mine:
             if override not in groups:
-                self.check_key(override, reference, chosen.loss)
+                self.check_key(override, reference, chosen)
         config, _ = self.compose(str(override.input_line) for override in mine)
-        for key in config:
+        for key in map(str, config):
+            if key == "experiment":
+                raise Refused(f"experiment={chosen.experiment}: its file must begin with the line # @package _global_")
             if key not in reference:
-                raise Refused(self.unknown(str(key), reference, chosen.loss))
+                raise Refused(self.unknown(key, reference, chosen))
         check_values(config)
         check_tree(config, reference)
+        return config
+
+    def check_choice(self, override: Override) -> None:
+        """Refuses a group override that does not name one choice."""
+        group, options = override.key_or_group, self.repository.get_group_options(override.key_or_group)
+        one_choice = isinstance(override.value(), str) and not override.is_delete()
+        if not one_choice and not (group == "experiment" and override.value() is None):
+            raise Refused(f"{override.input_line}: {group} is one of {', '.join(options) or '(none yet)'}")
+        if override.is_add() and group == "experiment":
+            raise Refused(f"{override.input_line}: write experiment={override.value()}")
 
     def reference(self, chosen: DictConfig, added: set[str]) -> DictConfig:
         """The configuration of the chosen groups alone, without an experiment or single values: it says which keys there are."""
@@ -189,39 +220,45 @@ class Composer:
             self.references[lines], _ = self.compose(lines)
         return self.references[lines]
 
-    def check_key(self, override: Override, reference: DictConfig, loss: str) -> None:
+    def check_key(self, override: Override, reference: DictConfig, chosen: DictConfig) -> None:
         """Refuses a key that the chosen groups do not have. Arguments may be added (`+`) below whatever has a `_target_`."""
         key = override.key_or_group
         node: Any = reference
         known, open_ended = True, False
         for name in key.split("."):
-            known = known and isinstance(node, DictConfig) and name in node
-            node = node[name] if known else None
+            if known and isinstance(node, DictConfig) and name in node:
+                parent, node = node, node[name]
+            else:
+                known, node = False, None
             open_ended = open_ended or (isinstance(node, DictConfig) and "_target_" in node)
+        if known and key.startswith("loss.") and OmegaConf.is_interpolation(parent, name) and name in reference:
+            raise Refused(f"{override.input_line}: set it at the root, {name}={override.get_value_element_as_str()}")
         if override.is_add() and known:
             raise Refused(f"{override.input_line}: {key} is there already; write {str(override.input_line).lstrip('+')}")
         if override.is_delete() and known:
             raise Refused(f"{override.input_line}: {key} cannot be removed; set it, to null where it accepts that")
         if not known and not (override.is_add() and open_ended):
-            add = f", or add it as an argument by +{override.input_line}" if open_ended and not override.is_delete() else ""
-            raise Refused(self.unknown(key, reference, loss) + add)
+            raise Refused(self.unknown(key, reference, chosen, str(override.input_line) if open_ended else None))
 
-    def unknown(self, key: str, reference: DictConfig, loss: str) -> str:
-        """What to say of a key that is not there: whose setting it is, or the nearest that is."""
-        settings = self.loss_settings()
-        owners = [f"loss={choice}" for choice, keys in settings.items() if key in keys]
-        if owners:
-            own = ", ".join(settings.get(loss, [])) or "none"
-            return f"{key} is a setting of {' and '.join(owners)}, not of loss={loss} (settings: {own})"
-        keys = [*dotted_keys(reference), *(str(group) for group in reference)]
-        return f"{key} is not a setting{nearest(key, keys)}; `ssl-run --cfg job` shows all"
+    def unknown(self, key: str, reference: DictConfig, chosen: DictConfig, argument: str | None = None) -> str:
+        """What to say of a key that is not there: whose setting it is, or the nearest that is, or how to add it as an argument."""
+        group, _, name = key.rpartition(".")
+        group = group or "loss"  # whose settings stand at the root
+        if self.repository.group_exists(group):
+            settings = {choice: self.settings(group, choice) for choice in self.repository.get_group_options(group)}
+            owners = [f"{group}={choice}" for choice, names in settings.items() if name in names]
+            if owners:
+                choice = chosen[group]
+                own = ", ".join(settings.get(choice, [])) or "none"
+                return f"{key} is a setting of {' and '.join(owners)}, not of {group}={choice} (settings: {own})"
+        keys = [*dotted_keys(reference), *map(str, reference)]
+        add = f", and +{argument} adds an argument" if argument else ""
+        return f"{key} is not a setting{nearest(key, keys)}; `ssl-run --cfg job` shows all{add}"
 
-    def loss_settings(self) -> dict[str, list[str]]:
-        """The root keys of each loss's yaml."""
-        return {
-            choice: [str(key) for key in self.repository.load_config(f"loss/{choice}").config if key not in ("loss", "defaults")]
-            for choice in self.repository.get_group_options("loss")
-        }
+    def settings(self, group: str, choice: str) -> list[str]:
+        """The keys of a choice's yaml that a user may set."""
+        content = self.repository.load_config(f"{group}/{choice}").config
+        return [key for key in map(str, content) if key not in (group, "defaults", "_target_", "name")]
 
 
 def check_tree(config: DictConfig, reference: DictConfig, path: str = "", open_ended: bool = False) -> None:
@@ -242,7 +279,7 @@ def check_tree(config: DictConfig, reference: DictConfig, path: str = "", open_e
         elif key not in RULES and default is not None:
             rule = Rule(type(default)) if type(default) in (int, float, bool, str) else None
             if (rule and not rule.accepts(value)) or (isinstance(default, ListConfig) and not isinstance(value, ListConfig)):
-                raise Refused(f"{key}={value}: {key} is {rule or 'a list'}")
+                raise Refused(f"{key}={shown(value)}: {key} is {rule or 'a list'}")
 
 
 def check_values(config: DictConfig) -> None:
@@ -250,19 +287,30 @@ def check_values(config: DictConfig) -> None:
     for key, rule in RULES.items():
         value = OmegaConf.select(config, key, default=MISSING)
         if value is not MISSING and not rule.accepts(value):
-            raise Refused(f"{key}={'null' if value is None else value}: {key} is {rule}")
+            raise Refused(f"{key}={shown(value)}: {key} is {rule}")
     if not DEVICES.fullmatch(str(config.device)):
         raise Refused(f"device={config.device}: device is one of auto, cpu, cuda, cuda:<number>, mps")
     for key, accepted in (("probe.probes", PROBES), ("probe.features", FEATURES)):
         values = OmegaConf.select(config, key)
-        if not isinstance(values, ListConfig) or not values or not set(values) <= set(accepted):
-            raise Refused(f"{key}={values}: {key} is a list of {', '.join(accepted)}")
+        if not isinstance(values, ListConfig) or not values or not set(values) <= set(accepted) or len(set(values)) < len(values):
+            raise Refused(f"{key}={shown(values)}: {key} is a list of different ones of {', '.join(accepted)}")
+    if "backbone" not in config.probe.features:
+        raise Refused(f"probe.features={shown(config.probe.features)} lacks backbone, whose accuracy is the run's result: add it")
     if config.optimizer.warmup_epochs > config.epochs:
         given = f"optimizer.warmup_epochs={config.optimizer.warmup_epochs}"
         raise Refused(f"{given} is more than epochs={config.epochs}: warm up for at most all of them")
 
 
 MISSING = object()
+
+
+def shown(value: Any) -> str:
+    """A value as one would write it on the command line; text that could pass for something else in quotes."""
+    if isinstance(value, ListConfig):
+        return f"[{','.join(map(shown, value))}]"
+    if isinstance(value, str):
+        return repr(value) if re.fullmatch(r"[-+.\d]+|true|false|null", value) else value
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def dotted_keys(config: DictConfig, path: str = "") -> Iterator[str]:

@@ -56,12 +56,11 @@ class Images:
 
         Images that are not resident are gathered and copied by a thread, one batch ahead of the step that needs them.
         """
-        chunks = self.rows[order].split(batch_size)
         if self.resident:
-            for rows in chunks:
-                rows = rows.to(device)
+            for rows in self.rows[order].to(device).split(batch_size):
                 yield self.images[rows], self.labels[rows]
             return
+        chunks = self.rows[order].split(batch_size)
         copier = Copier(device)
         with ThreadPoolExecutor(1) as thread:
             ahead = thread.submit(copier.fetch, self, chunks[0])
@@ -196,7 +195,7 @@ def channel_statistics(images: Images, most: int = 10_000) -> tuple[Tensor, Tens
     some = images.rows[:: max(1, len(images) // most)]
     count, total, square = 0, torch.zeros(()), torch.zeros(())
     for rows in some.split(1000):
-        x = images.images[rows.to(images.images.device)].double() / 255
+        x = images.images[rows.to(images.images.device)].cpu().double() / 255
         count += x.numel() // x.shape[1]
         total, square = total + x.sum((0, 2, 3)), square + x.square().sum((0, 2, 3))
     mean = total / count

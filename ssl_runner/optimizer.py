@@ -2,19 +2,29 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from ssl_runner.errors import Refused
+
 
 def build(modules: Iterable[nn.Module], algorithm: Callable[..., Optimizer], lr: float, weight_decay: float) -> Optimizer:
-    """An optimiser over all parameters; 1-d ones (biases, norms) are neither decayed nor, under LARS, adapted."""
+    """An optimiser over all parameters; 1-d ones (biases, norms) are neither decayed nor, under LARS, adapted. Refused for
+    settings that the algorithm does not take.
+
+    `always_adapt` is read by timm's LARS alone, which would else leave out whatever is not decayed.
+    """
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay, "always_adapt": True},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "always_adapt": False},
     ]
-    return algorithm([group for group in groups if group["params"]], lr=lr)
+    try:
+        return algorithm([group for group in groups if group["params"]], lr=lr)
+    except (TypeError, ValueError) as error:
+        raise Refused(f"optimizer: {error}") from error
 
 
 def cosine(step: int, steps: int, warmup: int, lr: float, final: float) -> float:

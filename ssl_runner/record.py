@@ -2,9 +2,9 @@
 
 import os
 import platform
+import shlex
 import socket
 import subprocess
-import sys
 import time
 import traceback
 from importlib.metadata import version
@@ -35,7 +35,8 @@ class Record:
             "error": None,
             "wall_seconds": self.seconds_before,
             "started": before.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": " ".join(sys.argv),
+            "command": shlex.join(psutil.Process().cmdline()),
+            "cwd": str(Path.cwd()),
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "process_started": psutil.Process().create_time(),
@@ -58,7 +59,9 @@ class Record:
             self.note(status="done")
         else:
             self.note(
-                status="failed", error=f"{type(error).__name__}: {error}", traceback="".join(traceback.format_exception(error))
+                status="failed",
+                error=f"{type(error).__name__}: {error}".removesuffix(": "),
+                traceback="".join(traceback.format_exception(error)),
             )
 
 

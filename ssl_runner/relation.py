@@ -69,7 +69,8 @@ class Views(Relation):
 class Labels(Relation):
     """Rows i != j are positives iff they have the same label (supervised SSL). y (N,) integers >= 0.
 
-    `G @ Z` is the class sum minus the row itself: O(N K). Where `num_classes` is known, giving it saves a host-device sync.
+    `G @ Z` is the class sum minus the row itself: O(N K); CUDA takes the sums in any order, so its last bits vary there. Where
+    `num_classes` is known, giving it saves a host-device sync.
     """
 
     needs_labels = True
@@ -108,7 +109,10 @@ class Edges(Relation):
     """
 
     def __init__(self, i: Tensor, j: Tensor, num_rows: int):
-        i, j = torch.as_tensor(i).long(), torch.as_tensor(j).long()
+        i, j = torch.as_tensor(i), torch.as_tensor(j)
+        if len(i) and (i.is_floating_point() or j.is_floating_point()):
+            raise ValueError(f"Edges needs integers, not {i.dtype} and {j.dtype}")
+        i, j = i.long(), j.long()
         if i.shape != j.shape or i.ndim != 1:
             raise ValueError(f"Edges needs two vectors of one length, not shapes {tuple(i.shape)} and {tuple(j.shape)}")
         if len(i):

@@ -1,6 +1,7 @@
 """One run, from its configuration to its files; reads top to bottom as the way of the data."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,22 +10,87 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from ssl_runner import checkpoint, dataset, optimizer
 from ssl_runner.config import check_values, one_line
 from ssl_runner.dataset import DataSet
 from ssl_runner.errors import Refused
+from ssl_runner.loss import Loss
 from ssl_runner.metrics import Table
 from ssl_runner.probe import probe
 from ssl_runner.record import Record
 from ssl_runner.relation import Relation
 from ssl_runner.train import Pretraining, choose_device, choose_precision
-from ssl_runner.views import preview
+from ssl_runner.views import Augment, preview
 
 DATASET_OPTIONS = ("name", "val", "subset", "split_seed", "location")
 OPTIMIZER_OPTIONS = ("lr", "weight_decay", "warmup_epochs", "final_lr", "clip")
+
+
+@dataclass
+class Prepared:
+    """All that a run is made of, built and checked, before its first step."""
+
+    device: torch.device
+    precision: str
+    data: DataSet
+    augment: Augment
+    relation: Callable[[Tensor, int, int], Relation]
+    fresh_backbone: Callable[[], nn.Module]
+    backbone: nn.Module
+    projector: nn.Module
+    loss: Loss
+    optimizer: Optimizer
+
+
+def prepare(cfg: DictConfig, data: DataSet | None = None) -> Prepared:
+    """Builds every stage from its settings; `data` spares reading it again. Raises Refused for what cannot run."""
+    check_values(cfg)
+    device = choose_device(cfg.device)
+    precision = choose_precision(cfg.precision, device)
+    loss = build("loss", cfg.loss).to(device)
+    relation = build("relation", cfg.relation, partial=True)
+    augment = build("views", cfg.views, without=("preview",))
+    algorithm = build("optimizer", cfg.optimizer, without=OPTIMIZER_OPTIONS, partial=True)
+    if data is None:
+        source = build("dataset", cfg.dataset, without=DATASET_OPTIONS, partial=True)
+        data = dataset.load(source, device=device, **{option: cfg.dataset[option] for option in DATASET_OPTIONS})
+    check_fit(cfg, data, relation)
+
+    def fresh_backbone() -> nn.Module:
+        torch.manual_seed(cfg.seed)
+        backbone = build("backbone", cfg.backbone, channels=data.channels, image_size=data.image_size)
+        return backbone.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+
+    backbone = fresh_backbone()
+    projector = build("projector", cfg.projector, features=backbone.width).to(device)
+    modules = [backbone, projector, loss]
+    return Prepared(
+        device=device,
+        precision=precision,
+        data=data,
+        augment=augment,
+        relation=relation,
+        fresh_backbone=fresh_backbone,
+        backbone=backbone,
+        projector=projector,
+        loss=loss,
+        optimizer=optimizer.build(modules, algorithm, cfg.optimizer.lr, cfg.optimizer.weight_decay),
+    )
+
+
+def check_jobs(jobs: Iterable[tuple[str, DictConfig]]) -> None:
+    """Prepares every job of a sweep, reading each data set once. Raises Refused for the first that cannot run."""
+    read: dict[str, DataSet] = {}
+    for overrides, cfg in jobs:
+        key = OmegaConf.to_yaml(cfg.dataset, resolve=True) + cfg.device
+        try:
+            read[key] = prepare(cfg, read.get(key)).data
+        except Refused as error:
+            raise Refused(f"{error} (in the sweep's job {overrides})") from error
 
 
 def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
@@ -32,34 +98,15 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     with cfg.resume goes on in it. Returns the last `loss`, and the first probe's top-1 on the test split (`top1`) and on the
     validation split (`val_top1`). Raises Refused for what cannot run; whatever is raised also stands in run.json.
     """
-    if (folder / "run.json").exists() and cfg.resume is None:
-        raise Refused(f"{folder} already holds a run: choose another hydra.run.dir, or go on with it by resume={folder}")
     with Record(folder) as record:
-        check_values(cfg)
-        device = choose_device(cfg.device)
-        precision = choose_precision(cfg.precision, device)
-        loss = build("loss", cfg.loss).to(device)
-        relation = build("relation", cfg.relation, partial=True)
-        augment = build("views", cfg.views, without=("preview",))
-        algorithm = build("optimizer", cfg.optimizer, without=OPTIMIZER_OPTIONS, partial=True)
-
-        source = build("dataset", cfg.dataset, without=DATASET_OPTIONS, partial=True)
-        data = dataset.load(source, device=device, **{option: cfg.dataset[option] for option in DATASET_OPTIONS})
-        check_fit(cfg, data, relation)
+        stages = prepare(cfg)
+        data, backbone, projector = stages.data, stages.backbone, stages.projector
         steps_per_epoch = len(data.pretrain) // cfg.batch_size
-
-        def fresh_backbone() -> nn.Module:
-            torch.manual_seed(cfg.seed)
-            backbone = build("backbone", cfg.backbone, channels=data.channels, image_size=data.image_size)
-            return backbone.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
-
-        backbone = fresh_backbone()
-        projector = build("projector", cfg.projector, features=backbone.width).to(device)
         training = Pretraining(
             backbone,
             projector,
-            loss,
-            optimizer.build([backbone, projector, loss], algorithm, cfg.optimizer.lr, cfg.optimizer.weight_decay),
+            stages.loss,
+            stages.optimizer,
             partial(
                 optimizer.cosine,
                 steps=cfg.epochs * steps_per_epoch,
@@ -68,13 +115,13 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
                 final=cfg.optimizer.final_lr,
             ),
             data,
-            augment,
-            relation,
+            stages.augment,
+            stages.relation,
             V=cfg.V,
             epochs=cfg.epochs,
             batch_size=cfg.batch_size,
             clip=cfg.optimizer.clip,
-            precision=precision,
+            precision=stages.precision,
             channels_last=cfg.channels_last,
             separate=cfg.views_forward == "separate",
             seed=cfg.seed,
@@ -88,8 +135,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
             backbone.compile()
             projector.compile()
         record.note(
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-            precision=precision,
+            device=torch.cuda.get_device_name(stages.device) if stages.device.type == "cuda" else str(stages.device),
+            precision=stages.precision,
             relation={"target": cfg.relation._target_, "normalized": cfg.relation.get("normalized", False)},
             images={split: len(getattr(data, split)) for split in ("pretrain", "train", "val", "test")},
             classes=data.classes,
@@ -97,7 +144,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         )
         print(headline(cfg, record), flush=True)
         if cfg.views.preview:
-            preview(augment, data, cfg.V, cfg.seed, folder / "views.png")
+            preview(stages.augment, data, cfg.V, cfg.seed, folder / "views.png")
 
         for row in training.epochs():
             metrics.append(row)
@@ -110,7 +157,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         networks = {
             "backbone": lambda: backbone,
             "projector": lambda: nn.Sequential(backbone, projector),
-            "random_init": fresh_backbone,
+            "random_init": stages.fresh_backbone,
             "pixels": nn.Flatten,
         }
         scores: dict[tuple[str, str, str], float] = {}

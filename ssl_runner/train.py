@@ -21,6 +21,9 @@ from ssl_runner.views import Augment
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+ADVICE = "lower optimizer.lr, set optimizer.clip or use precision=fp32"
+
+
 class Diverged(RuntimeError):
     """The loss is not finite any more."""
 
@@ -57,6 +60,7 @@ class Pretraining:
         self.V, self.total_epochs, self.batch_size, self.clip = V, epochs, batch_size, clip
         self.device = data.mean.device
         self.dtype = PRECISIONS[precision]
+        self.computed = f"{self.device.type} in {precision}"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.chunks = V if separate else 1
@@ -98,6 +102,8 @@ class Pretraining:
             bar.set_postfix(watch.latest, refresh=False)
             bar.update(self.batch_size)
         watch.finish()
+        if not nn.utils.get_total_norm(self.parameters()).isfinite():
+            raise Diverged(f"the weights are not finite after step {self.step - 1}, though the loss was; {ADVICE}")
         means = dict(zip(sums, (torch.stack(list(sums.values())) / self.steps_per_epoch).tolist(), strict=True))
         seconds = time.perf_counter() - start
         self.epoch += 1
@@ -114,7 +120,8 @@ class Pretraining:
         return self.last_row
 
     def _step(self, images: Tensor, labels: Tensor, lr: float, watch: "Watch") -> dict[str, Tensor]:
-        """One step on a batch; returns the loss and its terms, on the device. Nothing in here waits for the device."""
+        """One step on a batch; returns the loss and its terms, on the device. Nothing in here waits for the device,
+        but for fp16's scaler, which must know whether the gradients overflowed."""
         X = self.augment(images, self.V, self.data.mean, self.data.std, self.view_generator)
         G = self.relation(labels, self.V, len(self.data.classes))
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
@@ -132,11 +139,14 @@ class Pretraining:
         self.scaler.scale(loss).backward()
         if self.clip is not None:
             self.scaler.unscale_(self.optimizer)
-            parameters = itertools.chain.from_iterable(group["params"] for group in self.optimizer.param_groups)
-            nn.utils.clip_grad_norm_(list(parameters), self.clip)
+            nn.utils.clip_grad_norm_(self.parameters(), self.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return values
+
+    def parameters(self) -> list[Tensor]:
+        """All parameters that the optimiser moves."""
+        return list(itertools.chain.from_iterable(group["params"] for group in self.optimizer.param_groups))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -152,18 +162,24 @@ class Pretraining:
             "order_generator": self.order_generator.get_state(),
             "view_generator": self.view_generator.get_state(),
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "device_rng": None if self.device.type == "cpu" else torch.get_device_module(self.device).get_rng_state(),
+            "computed": self.computed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["computed"] != self.computed:
+            raise Refused(
+                f"resume: the run computed on {state['computed']} and would go on on {self.computed}, to other numbers:"
+                " go on where it began, or start a new run"
+            )
         self.epoch, self.step, self.seconds, self.last_row = (state[name] for name in ("epoch", "step", "seconds", "last_row"))
         for name in ("backbone", "projector", "loss", "optimizer", "scaler"):
             getattr(self, name).load_state_dict(state[name])
         self.order_generator.set_state(state["order_generator"])
         self.view_generator.set_state(state["view_generator"])
         torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        if state["device_rng"] is not None:
+            torch.get_device_module(self.device).set_rng_state(state["device_rng"])
 
 
 class Watch:
@@ -202,8 +218,7 @@ class Watch:
             broken = {name: value for name, value in numbers.items() if not math.isfinite(value)}
             if broken:
                 terms = ", ".join(f"{name}={value}" for name, value in broken.items() if name != "loss" or len(broken) == 1)
-                advice = "lower optimizer.lr, set optimizer.clip or use precision=fp32"
-                raise Diverged(f"the loss is not finite at step {step}: {terms}; {advice}")
+                raise Diverged(f"the loss is not finite at step {step}: {terms}; {ADVICE}")
             self.latest = {"loss": f"{numbers['loss']:.4g}"}
 
 

@@ -5,7 +5,7 @@ torchvision.transforms.functional on one image with the same parameters. Images 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,12 @@ class Augment:
     def __init__(self, policies: Mapping[str, Mapping[str, Any]]):
         if not policies:
             raise ValueError("views.policies is empty: name at least one policy, such as {all: {flip: 0.5}}")
-        self.policies = [Policy(**settings) for settings in policies.values()]
+        self.policies = []
+        for name, settings in policies.items():
+            try:
+                self.policies.append(Policy(**settings))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"views.policies.{name}: {error}") from error
 
     def __call__(self, images: Tensor, V: int, mean: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
         """images (n, C, H, W) uint8 -> V views of each, normalised: (V n, C, H, W) float32, row v n + k a view of image k."""
@@ -43,29 +48,39 @@ class Augment:
 class Policy:
     """How one view is made; an operation that is not named is left out.
 
-    crop      {scale: [low, high] share of the area, ratio: [low, high] of width to height}: a box, resized to the image's size
-    affine    {degrees, translate: share of the side, scale: [low, high], shear: degrees}, black outside the image
+    crop      settings of `random_boxes`: a box, resized to the image's size
+    affine    settings of `random_affines`, black outside the image
     flip      probability of a left-right flip
-    jitter    {p, brightness, contrast, saturation, hue}: strengths as in torchvision's ColorJitter, in a random order
+    jitter    settings of `color_jitter`
     grayscale probability of losing colour
-    blur      {p, sigma: [low, high] in pixels, kernel: side in pixels, odd; by default a tenth of the image's}
-    solarize  {p, threshold: in [0, 1]}
+    blur      p, sigma: [low, high] in pixels, kernel: side in pixels, odd, by default a tenth of the image's
+    solarize  p, threshold in [0, 1]
 
-    Crop, affine and flip are one resampling. Colour operations on one-channel images act on brightness and contrast only.
+    Crop, affine and flip are one resampling. Images of one channel have no saturation, hue or colour to lose.
     """
 
     def __init__(
         self,
-        crop: dict | None = None,
-        affine: dict | None = None,
+        crop: Mapping[str, Any] | None = None,
+        affine: Mapping[str, Any] | None = None,
         flip: float = 0.0,
-        jitter: dict | None = None,
+        jitter: Mapping[str, Any] | None = None,
         grayscale: float = 0.0,
-        blur: dict | None = None,
-        solarize: dict | None = None,
+        blur: Mapping[str, Any] | None = None,
+        solarize: Mapping[str, Any] | None = None,
     ):
         self.crop, self.affine, self.flip, self.jitter = crop, affine, flip, jitter
         self.grayscale, self.blur, self.solarize = grayscale, blur, solarize
+        check_settings("crop", crop, {"scale": (0, 1), "ratio": (0, math.inf)}, required={"scale"})
+        affine_bounds = {"degrees": (0, 180), "translate": (0, 1), "shear": (0, 89), "scale": (0, math.inf)}
+        check_settings("affine", affine, affine_bounds)
+        strengths = dict.fromkeys(("brightness", "contrast", "saturation"), (0, math.inf))
+        check_settings("jitter", jitter, {"p": (0, 1), **strengths, "hue": (0, 0.5)})
+        check_settings("blur", blur, {"p": (0, 1), "sigma": (0, math.inf), "kernel": (1, math.inf)}, required={"p", "sigma"})
+        check_settings("solarize", solarize, {"p": (0, 1), "threshold": (0, 1)}, required={"p", "threshold"})
+        check_settings("policy", {"flip": flip, "grayscale": grayscale}, {"flip": (0, 1), "grayscale": (0, 1)})
+        if blur and blur.get("kernel", 1) % 2 != 1:
+            raise ValueError(f"blur.kernel={blur['kernel']} is not an odd number of pixels")
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """x (B, C, H, W) float in [0, 1] -> one random view of each row, float in [0, 1]."""
@@ -79,12 +94,38 @@ class Policy:
         if self.grayscale and x.shape[1] == 3:
             x = torch.where(column(draw.coin(self.grayscale)), luma(x), x)
         if self.blur:
-            kernel = self.blur.get("kernel") or max(3, min(x.shape[-2:]) // 20 * 2 + 1)  # a tenth of the side, odd
+            kernel = self.blur.get("kernel") or max(3, min(x.shape[-2:]) // 20 * 2 + 1)
             blurred = gaussian_blur(x, draw.uniform(*self.blur["sigma"]), kernel)
             x = torch.where(column(draw.coin(self.blur["p"])), blurred, x)
         if self.solarize:
             x = torch.where(column(draw.coin(self.solarize["p"])), solarize(x, self.solarize["threshold"]), x)
         return x
+
+
+def check_settings(
+    operation: str, settings: Any, bounds: Mapping[str, tuple[float, float]], required: Set[str] = frozenset()
+) -> None:
+    """Raises ValueError unless `settings` maps some of the names in `bounds`, the required ones among them, to numbers within
+    their bounds; scale, ratio and sigma are pairs [low, high] above the lower bound."""
+    if settings is None:
+        return
+    if not isinstance(settings, Mapping) or not required <= settings.keys() <= bounds.keys():
+        raise ValueError(f"{operation}={settings} does not consist of: {', '.join(bounds)}")
+    for name, value in settings.items():
+        low, high = bounds[name]
+        if name in ("scale", "ratio", "sigma"):
+            pair = [*value] if isinstance(value, Sequence) and not isinstance(value, str) else []
+            good = len(pair) == 2 and all(map(is_number, pair)) and low < pair[0] <= pair[1] <= high
+            accepted = f"a pair [low, high] above {low}" + (f" and up to {high}" if high < math.inf else "")
+        else:
+            good = is_number(value) and low <= value <= high
+            accepted = f"a number from {low} to {high}" if high < math.inf else f"a number >= {low}"
+        if not good:
+            raise ValueError(f"{operation}.{name}={value} is not {accepted}")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Draw:
@@ -120,7 +161,8 @@ def column(v: Tensor) -> Tensor:
 
 def random_boxes(draw: Draw, height: int, width: int, scale: Sequence[float], ratio: Sequence[float] = (3 / 4, 4 / 3)) -> Tensor:
     """Boxes (B, 4) of whole pixels: top, left, height, width, drawn as torchvision's RandomResizedCrop draws them: a share of
-    the area uniform in `scale`, a ratio log-uniform in `ratio`; of ten tries the first that fits, else the whole image."""
+    the area uniform in `scale`, width to height log-uniform in `ratio`; of ten tries the first that fits, else the whole image.
+    """
     tries = 10
     shape = (tries, draw.rows)
 
@@ -148,7 +190,8 @@ def random_affines(
     scale: Sequence[float] = (1.0, 1.0),
     shear: float = 0.0,
 ) -> Tensor:
-    """Inverse affine matrices (B, 2, 3): angle in +-degrees, whole pixels up to `translate` of the side, scale, x-shear."""
+    """Inverse affine matrices (B, 2, 3): an angle in +-`degrees`, a shift by whole pixels of up to the share `translate` of the
+    side, a factor in `scale`, a shear along x in +-`shear` degrees."""
     return affine_matrices(
         draw.uniform(-degrees, degrees),
         (draw.uniform(-translate, translate) * width).round(),
@@ -195,9 +238,7 @@ def resample(x: Tensor, boxes: Tensor | None = None, flip: Tensor | None = None,
         m = matrices[:, :, :, None, None]
         across, along = (m[:, r, 0] * right[:, None, :] + m[:, r, 1] * down[:, :, None] + m[:, r, 2] for r in (0, 1))
     grid = torch.stack([across / (W / 2), along / (H / 2)], -1)
-    return F.grid_sample(
-        x, grid, mode="bilinear", padding_mode="zeros" if matrices is not None else "border", align_corners=False
-    )
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 # --- colour: x in [0, 1], one factor a row ------------------------------------------------------------------------------------
@@ -227,7 +268,7 @@ def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
     value, chroma = x.amax(1), x.amax(1) - x.amin(1)
     safe = torch.where(chroma > 0, chroma, 1)
     sixths = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    n = torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]
+    n = torch.arange(5, 0, -2, device=x.device)[:, None, None]  # made on the device: a copy would wait for it
     k = (sixths + 6 * turns[:, None, None])[:, None].add(n).remainder_(6)
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 
@@ -247,7 +288,7 @@ def color_jitter(
     saturation are one blend with a row's own reference, so every row has its own order of them; the hue comes first, second,
     third or last by quarters of the rows, which `Augment` shuffles. No step waits for the device, and none is computed twice.
     """
-    on = draw.coin(p)
+    x, on = x.clone(), draw.coin(p)
     strengths = (brightness, contrast, saturation)
     factors = torch.stack([torch.where(on, draw.uniform(max(0, 1 - s), 1 + s), 1) for s in strengths], 1)
     turns = torch.where(on, draw.uniform(-hue, hue), 0)
@@ -282,6 +323,8 @@ def solarize(x: Tensor, threshold: float) -> Tensor:
 def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
     """x (B, C, H, W), sigma (B,) in pixels, an odd kernel side; mirrored edges, as torchvision's. Two products with a small
     matrix a row, B_y x B_x', since a blur is linear and separable."""
+    if kernel // 2 >= min(x.shape[-2:]):
+        raise ValueError(f"blur.kernel={kernel} reaches over images of {x.shape[-1]} x {x.shape[-2]} pixels: give a smaller one")
     offsets = torch.arange(kernel, device=x.device) - kernel // 2
     weights = (-(offsets**2) / (2 * sigma[:, None] ** 2)).exp()
     weights = weights / weights.sum(1, keepdim=True)

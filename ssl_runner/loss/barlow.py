@@ -26,7 +26,7 @@ class BarlowTwins(Loss):
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
         d = G.degrees.to(Z)[:, None]
         if self.center:
-            Z = Z - (d * Z).sum(0) / d.sum()
+            Z = Z - (d * Z).sum(0) / d.sum().clamp(min=1)
         n = (d * Z.square()).sum(0).clamp(min=torch.finfo(Z.dtype).tiny).sqrt()  # a dead column has gradient 0, not nan
         C = Z.T @ (G @ Z) / (n[:, None] * n + self.eps)
         return {"diagonal": (C.diagonal() - 1).square().sum(), "off_diagonal": off_diagonal(C).square().sum()}

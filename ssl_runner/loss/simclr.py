@@ -32,7 +32,7 @@ class SimCLR(Loss):
 
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
         Z, d = F.normalize(Z), G.degrees.to(Z)
-        total = d.sum() if self.reduction == "mean" else 1
+        total = d.sum().clamp(min=1) if self.reduction == "mean" else 1
         return {
             "repulsion": _WeightedLogSumExp.apply(Z, d, self.tau) / total,
             "attraction": -(Z * (G @ Z)).sum() / (self.tau * total),

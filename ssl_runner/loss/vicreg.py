@@ -1,5 +1,6 @@
 """VICReg (Bardes et al. 2022) on any relation G."""
 
+import torch
 from torch import Tensor
 
 from ssl_runner.loss.base import Loss, off_diagonal
@@ -29,13 +30,13 @@ class VICReg(Loss):
         self.variance, self.eps = variance, eps
 
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
-        N, _ = Z.shape
+        N, d = len(Z), G.degrees.to(Z)[:, None]
         centred = Z - Z.mean(0)
         C = centred.T @ centred / (N - 1)
-        std = (C.diagonal() + self.eps).sqrt()
+        std = (C.diagonal() + self.eps).clamp(min=torch.finfo(Z.dtype).tiny).sqrt()  # a dead column has gradient 0, not nan
         variance = (1 - std).relu() if self.variance == "hinge" else (1 - C.diagonal()).square()
         return {
             "variance": variance.sum(),
             "covariance": off_diagonal(C).square().sum(),
-            "invariance": 2 / N * ((G.degrees.to(Z)[:, None] * Z - G @ Z) * Z).sum(),  # 2/N tr(Z'LZ)
+            "invariance": 2 / N * ((d * centred - G @ centred) * centred).sum(),  # 2/N tr(Z'LZ), and L1 = 0
         }

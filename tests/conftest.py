@@ -1,0 +1,52 @@
+"""What the tests share: a tiny run, and refusals as a user sees them."""
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+
+from ssl_runner import cli
+
+TINY = (
+    "epochs=2 dataset.subset=200 batch_size=50 backbone.widths=[8,16] projector.width=16 projector.K=8"
+    " probe.probes=[linear,knn] device=cpu"
+)
+
+
+@pytest.fixture(autouse=True)
+def one_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def ssl_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable]:
+    """ssl_run("loss=simclr epochs=1") -> (exit code, standard output, standard error), in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SSL_RUNNER_DATA", str(tmp_path / "data"))
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    hydra_config = HydraConfig.instance().cfg
+
+    def run(command: str) -> tuple[int, str, str]:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["ssl-run", *shlex.split(command)])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    yield run
+    HydraConfig.instance().cfg = hydra_config
+
+
+def run_folder(out: str) -> Path:
+    """The run folder that the last line of standard output names."""
+    return Path(out.strip().splitlines()[-1].partition("run=")[2])

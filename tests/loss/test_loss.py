@@ -1,0 +1,219 @@
+"""The losses against golden values, double loops, the authors' formulas, and what they must not depend on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from ssl_runner.loss import BarlowTwins, Loss, SimCLR, VICReg, simclr
+from ssl_runner.relation import Edges, Labels, Relation, Views
+
+GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
+Y = torch.tensor([0, 1, 0, 2, 1, 0, 2, 3, 0, 2])
+RELATIONS = {
+    "views V=2": Views(5, 2),
+    "views V=5": Views(2, 5),
+    "labels": Labels(Y),
+    "labels normalized": Labels(Y, normalized=True),
+    "edges": Edges(torch.tensor([0, 1, 2, 7, 8]), torch.tensor([3, 2, 9, 0, 5]), 10),
+}
+LOSSES = {
+    "vicreg": VICReg(),
+    "vicreg squared": VICReg(2.0, 2.0, 0.5, variance="squared"),
+    "simclr": SimCLR(0.2),
+    "simclr sum": SimCLR(0.5, reduction="sum"),
+    "barlow": BarlowTwins(0.1),
+    "barlow centred": BarlowTwins(center=True),
+}
+
+
+def golden_embeddings(case: dict, dtype: torch.dtype) -> torch.Tensor:
+    i = torch.arange(case["N"], dtype=torch.float64)[:, None]
+    k = torch.arange(case["K"], dtype=torch.float64)
+    return (case["scale"] * (0.7 * i + 1.3 * k + 0.1 * i * k + 0.3).sin()).to(dtype)
+
+
+def golden_relation(relation: dict) -> Relation:
+    if relation["kind"] == "views":
+        return Views(relation["n"], relation["V"])
+    if relation["kind"] == "labels":
+        return Labels(torch.tensor(relation["y"]))
+    i, j = torch.tensor(relation["edges"]).T
+    return Edges(i, j, relation["N"])
+
+
+def golden_loss(case: dict) -> Loss:
+    if case["loss"] == "vicreg":
+        return VICReg(case["alpha"], case["beta"], case["gamma"], case["variance"], case["eps"])
+    if case["loss"] == "simclr":
+        return SimCLR(case["tau"], case["reduction"])
+    return BarlowTwins(case["alpha"], case["center"], case["eps"])
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"{case['loss']}-{case['relation']['kind']}-{case['value']:.6g}")
+def test_golden_values(case: dict, dtype: torch.dtype, rtol: float) -> None:
+    relation = golden_relation(case["relation"])
+    value = golden_loss(case)(golden_embeddings(case, dtype), relation)
+    assert value.dtype == dtype
+    assert_close(value.double(), torch.tensor(case["value"], dtype=torch.float64), rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
+def test_vicreg_is_its_double_sum(G: Relation) -> None:
+    Z = torch.randn(10, 4, dtype=torch.float64)
+    distances = torch.cdist(Z, Z).square()
+    assert_close(VICReg(0, 0, 1)(Z, G), (G.dense(torch.float64) * distances).sum() / 10)
+    C = Z.T.cov()
+    off_diagonal = sum(C[j, k] ** 2 for j in range(4) for k in range(4) if j != k)
+    assert_close(VICReg(0, 1, 0)(Z, G), off_diagonal)
+    assert_close(VICReg(1, 0, 0, eps=0)(Z, G), (1 - Z.std(0)).clamp(min=0).sum())
+    assert_close(VICReg(1, 0, 0, variance="squared")(Z, G), (1 - Z.var(0)).square().sum())
+
+
+@pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
+def test_simclr_is_the_cross_entropy_between_g_and_the_softmax(G: Relation) -> None:
+    Z = torch.randn(10, 4, dtype=torch.float64)
+    S = F.cosine_similarity(Z[:, None], Z, dim=2) / 0.3
+    log_softmax = S.masked_fill(torch.eye(10, dtype=torch.bool), -torch.inf).log_softmax(1).fill_diagonal_(0)
+    dense = G.dense(torch.float64)
+    assert_close(SimCLR(0.3, "sum")(Z, G), -(dense * log_softmax).sum())
+    assert_close(SimCLR(0.3)(Z, G), -(dense * log_softmax).sum() / dense.sum())
+
+
+@pytest.mark.parametrize("name", ["views V=2", "views V=5", "labels", "edges"])
+def test_barlow_is_the_correlation_of_all_positive_pairs(name: str) -> None:
+    Z, G = torch.randn(10, 4, dtype=torch.float64), RELATIONS[name]
+    i, j = G.edges()
+    for center in (False, True):
+        left, right = (Z[rows] - (Z[rows].mean(0) if center else 0) for rows in (i, j))
+        C = F.normalize(left, dim=0).T @ F.normalize(right, dim=0)
+        value = (C.diagonal() - 1).square().sum() + 0.1 * (C.square().sum() - C.diagonal().square().sum())
+        assert_close(BarlowTwins(0.1, center, eps=0)(Z, G), value)
+
+
+def test_the_authors_vicreg() -> None:
+    """Bardes et al.: 25 mse + 25 mean hinge + covariance / K a view. Times K it is ours at (25, 2, 25) when the views have the
+    same statistics, up to the pooled covariance's 2n - 1 in place of n - 1."""
+    n, K = 20_000, 6
+    a = torch.randn(n, K, dtype=torch.float64) @ torch.randn(K, K, dtype=torch.float64) / 4
+    b = a.flip(0)
+    std = [(z.var(0) + 1e-4).sqrt() for z in (a, b)]
+    hinge = sum(F.relu(1 - s).mean() / 2 for s in std)
+    covariance = sum((z.T.cov() - z.T.cov().diagonal().diag()).square().sum() / K for z in (a, b))
+    official = 25 * F.mse_loss(a, b) + 25 * hinge + covariance
+    assert_close(VICReg(25, 2, 25)(torch.cat([a, b]), Views(n, 2)), K * official, rtol=1e-4, atol=0)
+
+
+def test_the_authors_simclr() -> None:
+    """Chen et al.: NT-Xent, the mean cross-entropy of each row's positive among the 2n - 1 others."""
+    n, tau = 7, 0.5
+    Z = F.normalize(torch.randn(2 * n, 5, dtype=torch.float64))
+    logits = (Z @ Z.T / tau).fill_diagonal_(-torch.inf)
+    assert_close(SimCLR(tau)(Z, Views(n, 2)), F.cross_entropy(logits, (torch.arange(2 * n) + n) % (2 * n)))
+
+
+def test_the_authors_barlow_twins() -> None:
+    """Zbontar et al.: batch norm, cross-correlation over n. b is a mirrored in the order of its rows: equal statistics, and a
+    symmetric cross-correlation, as ours is by counting each pair in both orders."""
+    n, K, lambd = 30, 5, 5e-3
+    a = torch.randn(n, K, dtype=torch.float64) + 3
+    b = a.flip(0)
+    normalized = [F.batch_norm(z, None, None, training=True, eps=1e-14) for z in (a, b)]
+    c = normalized[0].T @ normalized[1] / n
+    on_diagonal = (c.diagonal() - 1).square().sum()
+    off_diagonal = (c - c.diagonal().diag()).square().sum()
+    assert_close(BarlowTwins(lambd, center=True, eps=0)(torch.cat([a, b]), Views(n, 2)), on_diagonal + lambd * off_diagonal)
+
+
+@pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_gradients(loss: Loss, G: Relation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simclr, "BLOCK_ELEMENTS", 30)  # blocks of three rows, the last of one
+    Z = torch.randn(10, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda Z: loss(Z, G), (Z,))
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_the_loss_is_the_weighted_sum_of_its_terms(loss: Loss) -> None:
+    Z, G = torch.randn(10, 3), RELATIONS["labels"]
+    terms = loss.terms(Z, G)
+    assert terms.keys() == loss.weights.keys()
+    assert_close(loss(Z, G), sum(loss.weights[name] * term for name, term in terms.items()))
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_the_order_of_rows_does_not_matter(loss: Loss) -> None:
+    Z, order = torch.randn(10, 3, dtype=torch.float64), torch.randperm(10)
+    assert_close(loss(Z[order], Labels(Y[order])), loss(Z, Labels(Y)))
+
+
+def test_what_each_loss_does_not_see() -> None:
+    Z, G = torch.randn(10, 3, dtype=torch.float64), RELATIONS["labels"]
+    shift, columns, rows = torch.randn(3).double(), torch.rand(3).double() + 0.5, torch.rand(10, 1).double() + 0.5
+    rotation, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))
+    assert_close(VICReg()(Z + shift, G), VICReg()(Z, G))
+    assert_close(SimCLR()(rows * Z @ rotation, G), SimCLR()(Z, G))
+    assert_close(BarlowTwins(eps=0)(columns * Z, G), BarlowTwins(eps=0)(Z, G))
+    assert_close(BarlowTwins(center=True, eps=0)(columns * Z + shift, G), BarlowTwins(center=True, eps=0)(Z, G))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_half_precision_is_computed_in_float32(loss: Loss, dtype: torch.dtype) -> None:
+    Z, G = (200 * torch.randn(10, 3)).to(dtype).requires_grad_(), RELATIONS["labels"]  # 200^2 x 10 overflows in fp16
+    exact = Z.detach().float().requires_grad_()
+    with torch.autocast("cpu", dtype):
+        value = loss(Z, G)
+    value.backward()
+    loss(exact, G).backward()
+    assert value.dtype == torch.float32
+    assert_close(value, loss(exact, G))
+    assert_close(Z.grad, exact.grad.to(dtype))
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_collapsed_embeddings_have_finite_gradients(loss: Loss) -> None:
+    for Z in (torch.zeros(10, 3), torch.ones(10, 3)):
+        Z.requires_grad_()
+        value = loss(Z, RELATIONS["labels"])
+        value.backward()
+        assert value.isfinite()
+        assert Z.grad.isfinite().all()
+
+
+def test_simclr_never_holds_n_by_n(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.elements = max([self.elements, *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t))])
+            return out
+
+    monkeypatch.setattr(simclr, "BLOCK_ELEMENTS", 2**14)
+    Z = torch.randn(2048, 4, requires_grad=True)
+    with Largest() as largest:
+        SimCLR()(Z, Views(1024, 2)).backward()
+    assert 2**13 < largest.elements <= 2**14
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_the_wrong_number_of_rows_is_refused(loss: Loss) -> None:
+    with pytest.raises(ValueError, match=r"needs Z of shape \(10, K\), not \(9, 3\)"):
+        loss(torch.randn(9, 3), RELATIONS["labels"])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: SimCLR(0), lambda: SimCLR(reduction="none"), lambda: VICReg(variance="soft")],
+    ids=["tau", "reduction", "variance"],
+)
+def test_settings_that_make_no_sense_are_refused(make) -> None:
+    with pytest.raises(ValueError, match="is not"):
+        make()

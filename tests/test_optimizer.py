@@ -1,0 +1,53 @@
+"""Parameter groups, LARS against its formula, and the learning-rate schedule."""
+
+import itertools
+import math
+from functools import partial
+
+import pytest
+import timm.optim
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from ssl_runner import optimizer
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def test_one_dimensional_parameters_are_not_decayed() -> None:
+    net = model()
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = [parameter.clone() for parameter in net.parameters()]
+    optimizer.build([net], torch.optim.AdamW, lr=0.1, weight_decay=0.5).step()
+    for parameter, old in zip(net.parameters(), before, strict=True):
+        assert_close(parameter.detach(), old if parameter.ndim == 1 else old * (1 - 0.1 * 0.5))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lars(weight_decay: float) -> None:
+    """You et al. 2017: matrices move by lr * trust * |w| / (|g| + wd |w|) * (g + wd w), vectors by lr * g."""
+    net, lr, trust = model(), 0.3, 0.01
+    net(torch.randn(8, 3)).square().sum().backward()
+    before = [(parameter.detach().clone(), parameter.grad.clone()) for parameter in net.parameters()]
+    algorithm = partial(timm.optim.Lars, momentum=0.9, trust_coeff=trust)
+    optimizer.build([net], algorithm, lr=lr, weight_decay=weight_decay).step()
+    for parameter, (w, g) in zip(net.parameters(), before, strict=True):
+        adapted = lr * trust * w.norm() / (g.norm() + weight_decay * w.norm()) * (g + weight_decay * w)
+        step = lr * g if w.ndim == 1 else adapted
+        assert_close(parameter.detach(), w - step, rtol=1e-4, atol=1e-6)
+
+
+def test_warm_up_and_cosine() -> None:
+    rates = [optimizer.cosine(step, steps=100, warmup=10, lr=2.0, final=0.1) for step in range(100)]
+    assert_close(rates[:10], [0.2 * (step + 1) for step in range(10)])
+    assert rates[10] == 2.0
+    assert rates[55] == pytest.approx(2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2))
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[10:]))
+    assert rates[-1] == pytest.approx(0.2, rel=0.01)
+    assert optimizer.cosine(0, steps=5, warmup=0, lr=1.0, final=0.0) == 1.0
+    assert optimizer.cosine(2, steps=3, warmup=3, lr=1.0, final=0.0) == 1.0

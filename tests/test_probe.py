@@ -1,0 +1,149 @@
+"""The probes against scikit-learn, and what they may not do to the network or see of the data."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from ssl_runner import probe as module
+from ssl_runner.probe import LinearProbe, NeighborProbe, accuracies, best_of, extract, probe
+from tests.test_dataset import load, toy
+
+
+def blobs(n: int = 300, d: int = 6, classes: int = 3) -> tuple[Tensor, Tensor]:
+    """Overlapping classes whose features have very different scales and correlations."""
+    y = torch.arange(n) % classes
+    X = torch.randn(n, d) + torch.randn(classes, d)[y]
+    return (X @ torch.randn(d, d)) * torch.logspace(-3, 3, d) + 5, y
+
+
+@pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
+def test_the_linear_probe_is_scikit_learns_optimum(l2: float) -> None:
+    X, y = blobs()
+    ours = LinearProbe(X, y, 3)
+    ours.fit(l2)
+    standardised = (X.double() - X.double().mean(0)) / X.double().std(0)
+    theirs = LogisticRegression(C=1 / (l2 * len(X)), tol=1e-10, max_iter=10_000).fit(standardised.numpy(), y.numpy())
+
+    def objective(W: Tensor, b: Tensor) -> Tensor:
+        return F.cross_entropy(standardised @ W + b, y) + l2 / 2 * W.square().sum()
+
+    best = objective(torch.from_numpy(theirs.coef_.T), torch.from_numpy(theirs.intercept_))
+    assert_close(objective(ours.W.double(), ours.b.double()), best, rtol=1e-5, atol=0)
+    agreement = ours.scores(l2, X).argmax(1).numpy() == theirs.predict(standardised.numpy())
+    assert agreement.mean() > 0.995
+
+
+def test_a_constant_feature_changes_nothing() -> None:
+    X, y = blobs()
+    with_constant = torch.cat([X, torch.full((len(X), 1), 7.0)], 1)
+    assert_close(
+        LinearProbe(with_constant, y, 3).scores(0.01, with_constant), LinearProbe(X, y, 3).scores(0.01, X), atol=1e-2, rtol=0
+    )
+
+
+def test_more_features_than_rows() -> None:
+    X, y = torch.randn(30, 100), torch.arange(30) % 3
+    ours = LinearProbe(X, y, 3)
+    for l2 in module.STRENGTHS:
+        assert ours.fit(l2) < 1000
+        assert ours.W.isfinite().all()
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_the_neighbour_probe_is_scikit_learns(k: int) -> None:
+    X, y, X_eval = torch.randn(300, 6), torch.arange(300) % 3, torch.randn(100, 6)
+    weights = lambda distances: np.exp((1 - distances) / module.TEMPERATURE)  # noqa: E731
+    theirs = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weights).fit(X.double().numpy(), y.numpy())
+    ours = NeighborProbe(X, y, 3).scores(k, X_eval)
+    assert_close(
+        ours / ours.sum(1, keepdim=True),
+        torch.from_numpy(theirs.predict_proba(X_eval.double().numpy())).float(),
+        atol=1e-3,
+        rtol=0,
+    )
+
+
+def test_the_path_of_neighbours_is_each_k_alone() -> None:
+    X, y = blobs(60)
+    X_eval, _ = blobs(20)
+    settings = []
+    for k, scores in NeighborProbe(X, y, 3).path(X_eval):
+        settings.append(k)
+        assert_close(scores, NeighborProbe(X, y, 3).scores(k, X_eval))
+    assert settings == [1, 5, 10, 20, 50]
+
+
+def test_accuracies() -> None:
+    scores = torch.tensor([[6.0, 5, 4, 3, 2, 1], [1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1], [6, 5, 4, 3, 2, 1]])
+    assert accuracies(scores, torch.tensor([0, 0, 4, 5])) == {"top1": 0.25, "top5": 0.5}
+    assert accuracies(scores[:, :5], torch.tensor([0, 4, 4, 3])) == {"top1": 0.5, "top5": None}
+
+
+def test_best_of_stops_when_it_gets_no_better() -> None:
+    y, seen = torch.tensor([0, 1, 0, 1]), []
+
+    def path():
+        for setting, right in enumerate([1, 3, 3, 2, 4]):
+            seen.append(setting)
+            yield setting, F.one_hot(torch.where(torch.arange(4) < right, y, 1 - y), 2).float()
+
+    chosen, scores = best_of(path(), y)
+    assert chosen == 1
+    assert (scores.argmax(1) == y).sum() == 3
+    assert seen == [0, 1, 2, 3]
+
+
+class Spy(nn.Module):
+    """Remembers the mode it was called in and whether it ever saw a test image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.modes: set[bool] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.modes.add(self.training)
+        return self.norm(x).flatten(1)
+
+
+def test_features_are_read_in_eval_mode_and_the_mode_is_put_back() -> None:
+    data, spy = load(toy()), Spy().train()
+    before = {name: value.clone() for name, value in spy.state_dict().items()}
+    features = extract(spy, data.train, data.mean, data.std, batch_size=7)
+    assert features.shape == (60, 48)
+    assert spy.modes == {False}
+    assert spy.training
+    assert all(torch.equal(value, before[name]) for name, value in spy.state_dict().items())
+
+
+def test_rows_and_splits() -> None:
+    data = load(toy())
+    rows = list(probe("pixels", nn.Flatten(), data, ["linear", "knn"], score_test=True))
+    assert [(row["probe"], row["train_split"], row["eval_split"], row["n_train"]) for row in rows] == [
+        ("linear", "train", "val", 60),
+        ("linear", "train+val", "test", 80),
+        ("knn", "train", "val", 60),
+        ("knn", "train+val", "test", 80),
+    ]
+    assert all(row["selection"].endswith("(val)") and row["features"] == "pixels" for row in rows)
+
+
+def test_while_training_the_test_split_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load(toy())
+    data.test = None
+    rows = list(probe("backbone", nn.Flatten(), data, ["linear"], score_test=False))
+    assert [row["eval_split"] for row in rows] == ["val"]
+
+
+def test_the_selection_does_not_see_the_test_split() -> None:
+    """Test labels that are all wrong must leave the chosen settings as they are."""
+    first, second = load(toy()), load(toy())
+    second.test.labels = second.test.labels.clone()
+    second.test.labels[second.test.rows] = (second.test.y + 1) % 4
+    chosen = [[row["selection"] for row in probe("pixels", nn.Flatten(), d, ["linear", "knn"], True)] for d in (first, second)]
+    assert chosen[0] == chosen[1]

@@ -1,0 +1,269 @@
+"""The loop: determinism, exact resume, precisions, what stops it, and what it may not do."""
+
+import copy
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from ssl_runner import backbone, checkpoint, optimizer, projector
+from ssl_runner.errors import Refused
+from ssl_runner.loss import BarlowTwins, Loss, SimCLR, VICReg
+from ssl_runner.relation import Labels, Views
+from ssl_runner.train import Diverged, Pretraining, Watch, choose_device, choose_precision
+from ssl_runner.views import Augment
+from tests.test_dataset import CPU, load, toy
+
+TIMINGS = ("seconds", "images_per_s")
+
+
+def pretraining(
+    loss: Loss | None = None,
+    relation: type = Views,
+    epochs: int = 3,
+    precision: str = "fp32",
+    clip: float | None = None,
+    lr: float = 1e-2,
+    V: int = 2,
+    separate: bool = False,
+    dropout: float = 0.0,
+    location: str = "auto",
+    device: torch.device = CPU,
+) -> Pretraining:
+    torch.manual_seed(0)
+    source = toy()
+    source.images = torch.randint(0, 256, source.images.shape, dtype=torch.uint8)
+    data = load(source, location=location, device=device)
+    body = backbone.convnet(3, 4, [4, 8]).to(device)
+    head = nn.Sequential(nn.Dropout(dropout), projector.mlp(8, 8, 2, 5)).to(device)
+    loss = loss or VICReg()
+    return Pretraining(
+        body,
+        head,
+        loss,
+        optimizer.build([body, head], torch.optim.AdamW, lr, 1e-2),
+        partial(optimizer.cosine, steps=epochs * 3, warmup=2, lr=lr, final=0.0),
+        data,
+        Augment({"all": {"crop": {"scale": [0.3, 1.0]}, "flip": 0.5}}),
+        relation.of_batch,
+        V=V,
+        epochs=epochs,
+        batch_size=20,
+        clip=clip,
+        precision=precision,
+        channels_last=True,
+        separate=separate,
+        seed=0,
+    )
+
+
+def rows(training: Pretraining) -> list[dict]:
+    return [{name: value for name, value in row.items() if name not in TIMINGS} for row in training.epochs()]
+
+
+def weights(training: Pretraining) -> dict[str, torch.Tensor]:
+    return {**training.backbone.state_dict(prefix="b."), **training.projector.state_dict(prefix="p.")}
+
+
+@pytest.mark.parametrize("loss", [VICReg(), SimCLR(), BarlowTwins()], ids=["vicreg", "simclr", "barlow"])
+@pytest.mark.parametrize("relation", [Views, Labels])
+@pytest.mark.parametrize("V", [2, 3])
+def test_the_loss_falls_and_the_row_says_so(loss: Loss, relation: type, V: int) -> None:
+    training = pretraining(loss, relation, epochs=8, V=V)
+    table = rows(training)
+    assert [row["epoch"] for row in table] == list(range(1, 9))
+    assert [row["step"] for row in table] == list(range(3, 27, 3))
+    assert [row["images_seen"] for row in table] == list(range(60, 481, 60))
+    assert table[-1]["loss"] < table[0]["loss"]
+    for row in table:
+        assert_close(row["loss"], sum(weight * row[name] for name, weight in loss.weights.items()), rtol=1e-4, atol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_run() -> None:
+    first = pretraining(dropout=0.3)
+    table = rows(first)
+    second = pretraining(dropout=0.3)
+    assert rows(second) == table
+    for name, value in weights(first).items():
+        assert torch.equal(value, weights(second)[name])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("stop", [1, 2])
+def test_resume_is_exact(stop: int, precision: str, tmp_path) -> None:
+    """Weights, optimiser, gradient scaler, data order, views and dropout go on as if nothing had happened."""
+    whole = pretraining(dropout=0.3, precision=precision)
+    expected = rows(whole)
+    first = pretraining(dropout=0.3, precision=precision)
+    begun = list(itertools.islice(first.epochs(), stop))
+    checkpoint.save(first.state_dict(), tmp_path / "checkpoint.pt")
+    second = pretraining(dropout=0.3, precision=precision)
+    torch.rand(7)  # whatever was drawn in between is forgotten
+    second.load_state_dict(checkpoint.load(tmp_path / "checkpoint.pt"))
+    begun = [{name: value for name, value in row.items() if name not in TIMINGS} for row in begun]
+    assert begun + rows(second) == expected
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(second)[name])
+
+
+def test_images_copied_ahead_train_the_same_network() -> None:
+    assert rows(pretraining(location="host")) == rows(pretraining())
+
+
+@pytest.mark.parametrize("loss", [VICReg(), SimCLR(), BarlowTwins()], ids=["vicreg", "simclr", "barlow"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_computes_the_same_loss_and_learns(loss: Loss, precision: str) -> None:
+    """Without learning the loss is float32's to a few roundings (bf16 keeps 8 bits); with it, it falls."""
+    seen = []
+    still, full = pretraining(loss, precision=precision, lr=1e-9, epochs=1), pretraining(loss, lr=1e-9, epochs=1)
+    still.projector.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    assert_close(rows(still)[0]["loss"], rows(full)[0]["loss"], rtol=0.02, atol=0)
+    assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float16}
+    training = small_scale(pretraining(loss, precision=precision, epochs=8))
+    assert training.scaler.is_enabled() == (precision == "fp16")
+    table = rows(training)
+    assert table[-1]["loss"] < 0.95 * table[0]["loss"]
+    assert all(parameter.dtype == torch.float32 for parameter in training.backbone.parameters())
+
+
+def small_scale(training: Pretraining) -> Pretraining:
+    """Starts the gradient scaler at a scale that does not overflow: it would else skip the first steps, as it should."""
+    if training.scaler.is_enabled():
+        training.scaler = torch.amp.GradScaler("cpu", init_scale=128)
+    return training
+
+
+class Quiet:
+    """Watches nothing."""
+
+    def put(self, step: int, values: dict) -> None:
+        pass
+
+
+class Breaks(VICReg):
+    """Its covariance becomes `value` at the fifth step."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value, self.step = value, 0
+
+    def _terms(self, Z, G):
+        terms = super()._terms(Z, G)
+        self.step += 1
+        return terms | ({"covariance": terms["covariance"] * self.value} if self.step == 5 else {})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_at_once(value: float) -> None:
+    training = pretraining(Breaks(value))
+    epochs = training.epochs()
+    next(epochs)
+    with pytest.raises(Diverged, match=rf"not finite at step 4: covariance={value}; lower optimizer.lr"):
+        next(epochs)
+    assert training.loss.step == 5
+    assert all(parameter.isfinite().all() for parameter in training.backbone.parameters())
+
+
+def test_clipping_bounds_the_gradient() -> None:
+    """SGD at rate 1 moves by the gradient itself."""
+    for precision in ("fp32", "fp16"):
+        training = small_scale(pretraining(clip=0.5, precision=precision, epochs=1))
+        parameters = [*training.backbone.parameters(), *training.projector.parameters()]
+        training.optimizer = torch.optim.SGD(parameters, lr=1.0)
+        training.learning_rate = lambda step: 1.0
+        images, labels = next(training.data.pretrain.batches(torch.arange(20), 20, training.device))
+        before = copy.deepcopy(parameters)
+
+        training._step(images, labels, 1.0, Quiet())
+        moved = torch.stack([(a - b).norm() for a, b in zip(parameters, before, strict=True)]).norm()
+        assert_close(moved, torch.tensor(0.5), rtol=1e-3, atol=0)
+
+
+def test_views_forwarded_separately_have_their_own_batch_statistics() -> None:
+    calls = []
+    training = pretraining(separate=True, V=3)
+    training.backbone.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    next(training.epochs())
+    assert calls == [20] * 9
+
+
+def test_nothing_of_size_n_by_n_and_no_host_sync_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`.item()`, `.tolist()`, `bool(tensor)` and the like inside a step would make the host wait for a GPU."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoSync(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func.overloadpacket is not torch.ops.aten._local_scalar_dense, "a step reads a value back"
+            assert func.overloadpacket is not torch.ops.aten.nonzero, "a step makes a tensor whose size depends on values"
+            return func(*args, **(kwargs or {}))
+
+    for loss, relation in itertools.product([VICReg(), SimCLR(), BarlowTwins()], [Views, Labels]):
+        training = pretraining(loss, relation)
+        training.augment = Augment(
+            {
+                "all": {
+                    "crop": {"scale": [0.3, 1.0]}, "affine": {"degrees": 10}, "flip": 0.5, "grayscale": 0.2,
+                    "jitter": {"p": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
+                    "blur": {"p": 0.5, "sigma": [0.1, 2.0], "kernel": 3}, "solarize": {"p": 0.2, "threshold": 0.5},
+                }
+            }
+        )  # fmt: skip
+        # the fused form that runs on a GPU: the plain CPU one reads its own step counter, a host number, back
+        parameters = [*training.backbone.parameters(), *training.projector.parameters()]
+        training.optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+        images, labels = next(training.data.pretrain.batches(torch.arange(20), 20, training.device))
+        with NoSync():
+            training._step(images, labels, 0.1, Quiet())
+
+
+def test_the_device_is_chosen_or_refused() -> None:
+    assert choose_device("cpu") == torch.device("cpu")
+    if not torch.cuda.is_available():
+        assert choose_device("auto").type in ("cpu", "mps")
+        for device in ("cuda", "cuda:1"):
+            with pytest.raises(Refused, match=f"device={device}: this machine has no CUDA device"):
+                choose_device(device)
+    if not torch.backends.mps.is_available():
+        with pytest.raises(Refused, match="no MPS device"):
+            choose_device("mps")
+
+
+def test_the_precision_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda, mps = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
+    assert choose_precision("auto", cpu) == choose_precision("auto", mps) == "fp32"
+    assert choose_precision("bf16", cpu) == "bf16"
+    with pytest.raises(Refused, match="precision=fp16: mps does not support it"):
+        choose_precision("fp16", mps)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert choose_precision("auto", cuda) == "bf16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    assert choose_precision("auto", cuda) == "fp16"
+    with pytest.raises(Refused, match="precision=bf16: cuda does not support it"):
+        choose_precision("bf16", cuda)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("loss", [VICReg(), SimCLR(), BarlowTwins()], ids=["vicreg", "simclr", "barlow"])
+def test_a_step_on_cuda_never_makes_the_host_wait(loss: Loss, precision: str) -> None:
+    training = pretraining(loss, precision=precision, device=torch.device("cuda"))
+    next(training.epochs())
+    [(images, labels)] = training.data.pretrain.batches(torch.arange(20), 20, training.device)
+    watch = Watch(training.device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        training._step(images, labels, 0.01, watch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    watch.finish()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_images_copied_ahead_to_cuda_train_the_same_network() -> None:
+    cuda = torch.device("cuda")
+    assert_close(rows(pretraining(location="host", device=cuda)), rows(pretraining(device=cuda)), rtol=1e-3, atol=1e-3)
