@@ -241,7 +241,7 @@ class Composer:
             raise Refused(self.unknown(key, reference, chosen, str(override.input_line) if open_ended else None))
 
     def unknown(self, key: str, reference: DictConfig, chosen: DictConfig, argument: str | None = None) -> str:
-        """What to say of a key that is not there: whose setting it is, or the nearest that is, or how to add it as an argument."""
+        """What to say of a key that is not there: whose setting it is, the nearest that is, how to add it as an argument."""
         group, _, name = key.rpartition(".")
         group = group or "loss"  # whose settings stand at the root
         if self.repository.group_exists(group):
@@ -256,9 +256,10 @@ class Composer:
         return f"{key} is not a setting{nearest(key, keys)}; `ssl-run --cfg job` shows all{add}"
 
     def settings(self, group: str, choice: str) -> list[str]:
-        """The keys of a choice's yaml that a user may set."""
+        """The keys of a choice's yaml that a user may set: a loss's at the root, another group's in its own node."""
         content = self.repository.load_config(f"{group}/{choice}").config
-        return [key for key in map(str, content) if key not in (group, "defaults", "_target_", "name")]
+        node = content if group == "loss" else content.get(group, content)
+        return [key for key in map(str, node) if key not in ("loss", "defaults", "_target_", "name")]
 
 
 def check_tree(config: DictConfig, reference: DictConfig, path: str = "", open_ended: bool = False) -> None:

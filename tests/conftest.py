@@ -9,12 +9,13 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from PIL import Image
 
 from ssl_runner import cli
 
 TINY = (
     "epochs=2 dataset.subset=200 batch_size=50 backbone.widths=[8,16] projector.width=16 projector.K=8"
-    " probe.probes=[linear,knn] device=cpu"
+    " probe.probes=[knn] probe.features=[backbone] device=cpu"
 )
 
 
@@ -50,3 +51,14 @@ def ssl_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def run_folder(out: str) -> Path:
     """The run folder that the last line of standard output names."""
     return Path(out.strip().splitlines()[-1].partition("run=")[2])
+
+
+def make_pictures(root: Path, train: int, test: int, side: int) -> None:
+    """root/train and root/test of the classes dark and light: noise of two brightnesses, side x side."""
+    generator = torch.Generator().manual_seed(0)
+    for part, n in (("train", train), ("test", test)):
+        for c, name in enumerate(("dark", "light")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = torch.randint(100 * c, 100 * c + 100, (side, side, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(root / part / name / f"{i}.png")
