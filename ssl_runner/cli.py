@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import hydra
 import psutil
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
@@ -115,14 +115,12 @@ def job(cfg: DictConfig) -> float:
     return result["val_top1"]
 
 
-def claimed(folder: Path) -> FileLock:
-    """A lock on the folder for as long as the run lives. Refused when another process has it."""
-    lock = FileLock(folder / ".lock")
+def claimed(folder: Path) -> AcquireReturnProxy:
+    """A lock on the folder, for as long as the run lives. Refused when another process has it."""
     try:
-        lock.acquire(timeout=0)
+        return FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         raise Refused(f"{folder} is in use by another process: wait for it, or choose another folder") from None
-    return lock
 
 
 def describe(cfg: DictConfig, folder: Path) -> None:

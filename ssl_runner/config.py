@@ -162,12 +162,15 @@ class Composer:
     def __init__(self, config_name: str):
         self.config_name = config_name
         self.repository = GlobalHydra.instance().config_loader().repository  # type: ignore[attr-defined]
-        self.references: dict[tuple[str, ...], DictConfig] = {}
+        self.composed: dict[tuple[str, ...], tuple[DictConfig, DictConfig]] = {}
 
     def compose(self, lines: Iterable[str]) -> tuple[DictConfig, DictConfig]:
         """The composed configuration and which choice each group has. Refused when Hydra cannot compose it."""
+        key = tuple(lines)
+        if key in self.composed:  # the jobs of a sweep share most of what is composed here
+            return self.composed[key]
         try:
-            config = compose(self.config_name, overrides=list(lines), return_hydra_config=True)
+            config = compose(self.config_name, overrides=list(key), return_hydra_config=True)
         except MissingConfigException as error:
             group, _, choice = str(error.missing_cfg_file).rpartition("/")
             if not group:
@@ -177,7 +180,8 @@ class Composer:
             raise Refused(f"{group}={choice} is not a choice{nearest(choice, options)}; {accepted}") from error
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise Refused(one_line(error.__cause__ or error)) from error
-        return OmegaConf.masked_copy(config, [key for key in map(str, config) if key != "hydra"]), config.hydra.runtime.choices
+        own = OmegaConf.masked_copy(config, [key for key in map(str, config) if key != "hydra"])
+        return self.composed.setdefault(key, (own, config.hydra.runtime.choices))
 
     def check(self, overrides: list[Override]) -> DictConfig:
         """The configuration of the job of these overrides. Raises Refused when it cannot run."""
@@ -216,9 +220,7 @@ class Composer:
             for group, choice in ((str(group), choice) for group, choice in chosen.items())
             if choice is not None and group != "experiment" and not group.startswith("hydra/")
         )
-        if lines not in self.references:
-            self.references[lines], _ = self.compose(lines)
-        return self.references[lines]
+        return self.compose(lines)[0]
 
     def check_key(self, override: Override, reference: DictConfig, chosen: DictConfig) -> None:
         """Refuses a key that the chosen groups do not have. Arguments may be added (`+`) below whatever has a `_target_`."""

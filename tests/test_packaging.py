@@ -1,0 +1,48 @@
+"""A wheel and an editable install each find conf/, in fresh environments that borrow only this one's dependencies."""
+
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def call(*command: str | Path, cwd: Path) -> str:
+    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Path:
+    """The bin folder of a new environment. A .pth file adds this one's packages without its .pth files, so that an ssl_runner
+    installed here in editable mode is not seen there."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    [site_packages] = (tmp_path / "venv").glob("lib*/python*/site-packages")
+    (site_packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    bin_folder = tmp_path / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
+    missing = subprocess.run([bin_folder / "python", "-c", "import ssl_runner"], cwd=tmp_path, capture_output=True, text=True)
+    assert "ModuleNotFoundError" in missing.stderr
+    return bin_folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_an_installed_package_finds_its_configuration(kind: str, fresh: Path, tmp_path: Path) -> None:
+    options = ["--no-deps", "--no-build-isolation", "--quiet", "--disable-pip-version-check"]
+    if kind == "wheel":
+        call(fresh / "python", "-m", "pip", "wheel", *options, "--wheel-dir", tmp_path, ROOT, cwd=tmp_path)
+        [wheel] = tmp_path.glob("ssl_runner-*.whl")
+        call(fresh / "python", "-m", "pip", "install", *options, wheel, cwd=tmp_path)
+    else:
+        call(fresh / "python", "-m", "pip", "install", *options, "--editable", ROOT, cwd=tmp_path)
+    where = Path(call(fresh / "python", "-c", "from ssl_runner import config; print(config.CONF)", cwd=tmp_path).strip())
+    assert where.is_relative_to(ROOT if kind == "editable" else tmp_path)
+    for command in ([fresh / "ssl-run"], [fresh / "python", "-m", "ssl_runner"]):
+        assert "gamma: 7" in call(*command, "loss=vicreg", "gamma=7", "--cfg", "job", "--resolve", cwd=tmp_path)
+    packaged = {path.relative_to(where) for path in where.rglob("*.yaml")}
+    assert packaged == {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml")}
