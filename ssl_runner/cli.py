@@ -26,7 +26,7 @@ def main() -> None:
     """The console script. Exits with 0 when every run is done, 1 when one was refused or failed, 130 when interrupted."""
     config.register_resolvers()
     FAILED.clear()
-    debugging = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what went wrong instead of printing a traceback and leaving
     try:
         prepare()
@@ -38,10 +38,12 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        if debugging:
+        if before == "1":
             raise
         print(said(error), file=sys.stderr)
         sys.exit(1)
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = before or "0"
     if FAILED:
         print(f"failed: {len(FAILED)} of the sweep's jobs, {'; '.join(FAILED)}", file=sys.stderr)
         sys.exit(1)
@@ -62,14 +64,21 @@ def prepare() -> None:
     if "resume" in given and given["resume"].value() is not None:
         if args.multirun:
             raise Refused(f"{given['resume'].input_line} continues one run: leave out -m")
-        sys.argv[1:] += resumed(Path(str(given["resume"].value())).resolve(), given, with_config_dir=args.config_dir is None)
+        folder = Path(str(given["resume"].value())).resolve()
+        place = sys.argv.index(str(given["resume"].input_line)) + 1
+        sys.argv[place:place] = resumed(folder, given)  # beside it: argparse wants all overrides in one place
+        if args.config_dir is None:
+            sys.argv += config_dir_of(folder)
+        else:
+            sys.argv += ["--config-dir", str(Path(args.config_dir).resolve())]
         args = parser.parse_args()
+        os.chdir(read_json(folder / "run.json")["cwd"])  # relative paths mean what they meant when the run was started
     else:
         for key in ("hydra.run.dir", "hydra.sweep.dir"):
             if key in given and not args.cfg:
                 not_taken(Path(str(given[key].value())))
     jobs = config.check(args)
-    if args.multirun and not args.cfg and not any(key.startswith("hydra/launcher") for key in given):
+    if (args.multirun or "hydra.mode" in given) and not args.cfg and not any(key.startswith("hydra/launcher") for key in given):
         from ssl_runner.run import check_jobs
 
         check_jobs(jobs)
@@ -96,19 +105,20 @@ def job(cfg: DictConfig) -> float:
                 not_taken(folder)
                 describe(cfg, folder)
             else:
+                not_done(folder)
                 unchanged(cfg, folder)
             from ssl_runner.run import run
 
             result = run(cfg, folder)
     except Exception as error:
-        if os.environ.get("SSL_RUNNER_TRACEBACK") == "1":
-            raise
         more = "" if isinstance(error, Refused) or not (folder / "run.json").exists() else f" (more in {folder}/run.json)"
         if hydra_config.mode == RunMode.RUN:
             print(said(error) + more, file=sys.stderr)
             sys.exit(1)
         name = f"#{hydra_config.job.num} ({hydra_config.job.override_dirname})"
         print(f"job {name}: {said(error)}{more}", file=sys.stderr, flush=True)
+        if not hydra_config.launcher._target_.endswith("BasicLauncher"):
+            raise  # another process's launcher learns of it only so
         FAILED.append(name)
         return float("nan")
     print(f"top1={result['top1']:.4f} loss={result['loss']:.6g} run={folder}", flush=True)
@@ -138,24 +148,36 @@ def said(error: Exception) -> str:
     return config.one_line(error) if from_us else f"{type(error).__name__}: {config.one_line(error)}"
 
 
-def resumed(folder: Path, given: dict[str, Override], with_config_dir: bool) -> list[str]:
-    """The arguments to add for resume=<folder>: the overrides that the run was started with (those on the command line win), its
-    folder, and its --config-dir; goes to the directory that it was started in. Refused when there is no run to go on with."""
+def resumed(folder: Path, given: dict[str, Override]) -> list[str]:
+    """The overrides to add for resume=<folder>: those that the run was started with (those on the command line win), and its
+    folder. Refused when there is no run to go on with."""
     if not (folder / "run.json").is_file() or not (folder / ".hydra" / "overrides.yaml").is_file():
         raise Refused(f"resume={folder} is not the folder of a run: give one that holds run.json and .hydra")
     record = read_json(folder / "run.json")
-    if record["status"] == "done":
-        raise Refused(f"resume={folder}: this run is done; start a new one to train differently")
+    not_done(folder)
+    if not Path(record["cwd"]).is_dir():
+        raise Refused(
+            f"resume={folder}: the run was started in {record['cwd']}, which is gone; make it again, or start a new run"
+        )
     if record["status"] == "running" and alive(record):
         raise Refused(f"resume={folder}: this run is still running, as process {record['pid']}")
     first = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
     added = [str(o.input_line) for o in config.parse([str(line) for line in first]) if o.key_or_group not in given]
     quoted = str(folder).replace("'", "\\'")
-    added.append(f"hydra.run.dir='{quoted}'")
+    return [*added, f"hydra.run.dir='{quoted}'"]
+
+
+def not_done(folder: Path) -> None:
+    """Refuses to go on with a run that is done."""
+    if read_json(folder / "run.json")["status"] == "done":
+        raise Refused(f"resume={folder}: this run is done; start a new one to train differently")
+
+
+def config_dir_of(folder: Path) -> list[str]:
+    """The --config-dir that a run was started with, as arguments."""
     sources = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.config_sources
-    folders = [source.path for source in sources if source.provider == "command-line"]
-    os.chdir(record["cwd"])
-    return added + (["--config-dir", folders[0]] if folders and with_config_dir else [])
+    paths = [str(source.path) for source in sources if source.provider == "command-line"]
+    return ["--config-dir", paths[0]] if paths else []
 
 
 def alive(record: dict) -> bool:

@@ -77,12 +77,6 @@ RULES = {
     "precision": Rule(str, choices=("auto", "fp32", "bf16", "fp16")),
     "views_forward": Rule(str, choices=("joint", "separate")),
     "resume": Rule(str, optional=True),
-    "alpha": Rule(float, low=0),
-    "beta": Rule(float, low=0),
-    "gamma": Rule(float, low=0),
-    "variance": Rule(str, choices=("hinge", "squared")),
-    "tau": _positive(float),
-    "reduction": Rule(str, choices=("mean", "sum")),
     "dataset.val": Rule(float, low=0, high=0.9, open_low=True),
     "dataset.subset": _positive(int, optional=True),
     "dataset.split_seed": Rule(int, low=0, high=2**32 - 1),
@@ -99,6 +93,14 @@ RULES = {
     "optimizer.final_lr": Rule(float, low=0, high=1),
     "optimizer.clip": _positive(float, optional=True),
     "probe.every": Rule(int, low=0),
+}
+LOSS_RULES = {  # of the settings of our own losses; another's are checked by their type, and by the loss itself
+    "alpha": Rule(float, low=0),
+    "beta": Rule(float, low=0),
+    "gamma": Rule(float, low=0),
+    "variance": Rule(str, choices=("hinge", "squared")),
+    "tau": _positive(float),
+    "reduction": Rule(str, choices=("mean", "sum")),
 }
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 PROBES = ("linear", "knn")
@@ -200,8 +202,10 @@ class Composer:
                 raise Refused(f"experiment={chosen.experiment}: its file must begin with the line # @package _global_")
             if key not in reference:
                 raise Refused(self.unknown(key, reference, chosen))
-        check_values(config)
         check_tree(config, reference)
+        check_values(config)
+        if config.resume is not None and not any(override.key_or_group == "resume" for override in mine):
+            raise Refused(f"resume={config.resume} stands in a file: give it on the command line")
         return config
 
     def check_choice(self, override: Override) -> None:
@@ -279,7 +283,9 @@ def check_tree(config: DictConfig, reference: DictConfig, path: str = "", open_e
                 raise Refused(f"{key}={value}: {key} is a group of settings ({', '.join(map(str, default))}); set one of them")
             if value.get("_target_") == default.get("_target_"):
                 check_tree(value, default, f"{key}.", open_ended)
-        elif key not in RULES and default is not None:
+        elif (
+            key not in RULES and key not in LOSS_RULES and default is not None and not OmegaConf.is_interpolation(reference, name)
+        ):
             rule = Rule(type(default)) if type(default) in (int, float, bool, str) else None
             if (rule and not rule.accepts(value)) or (isinstance(default, ListConfig) and not isinstance(value, ListConfig)):
                 raise Refused(f"{key}={shown(value)}: {key} is {rule or 'a list'}")
@@ -287,7 +293,8 @@ def check_tree(config: DictConfig, reference: DictConfig, path: str = "", open_e
 
 def check_values(config: DictConfig) -> None:
     """Refuses values that are out of range. Needs no reference, so that a configuration made in Python can be checked too."""
-    for key, rule in RULES.items():
+    ours = str(config.loss.get("_target_")).startswith("ssl_runner.loss.")
+    for key, rule in (RULES | LOSS_RULES if ours else RULES).items():
         value = OmegaConf.select(config, key, default=MISSING)
         if value is not MISSING and not rule.accepts(value):
             raise Refused(f"{key}={shown(value)}: {key} is {rule}")

@@ -79,11 +79,12 @@ class Copier:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def fetch(self, images: Images, rows: Tensor) -> tuple[Tensor, Tensor]:
-        batch, labels = images.images[rows], images.labels[rows.to(images.labels.device)]
+        batch = images.images[rows]
         if self.stream is None:
-            return batch.to(self.device), labels.to(self.device)
+            return batch.to(self.device), images.labels[rows.to(self.device)]
         with torch.cuda.stream(self.stream):
-            return batch.pin_memory().to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            batch, rows = (tensor.pin_memory().to(self.device, non_blocking=True) for tensor in (batch, rows))
+            return batch, images.labels[rows]
 
     def ready(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Makes the compute stream wait for the copy; the host does not wait."""
@@ -135,14 +136,12 @@ def load(
             )
         train = train[balanced_order(labels[train], split_seed)[:subset]]
         unlabeled = np.random.default_rng(split_seed).permutation(unlabeled)[:subset]
-    smallest = np.bincount(labels[train], minlength=len(data.classes)).argmin()
+    counts = np.bincount(labels[train], minlength=len(data.classes))
     held_out = round(val * len(train))
-    if np.bincount(labels[train], minlength=len(data.classes)).min() < 2 or not len(data.classes) <= held_out <= len(train) - len(
-        data.classes
-    ):
+    if counts.min() < 2 or not len(data.classes) <= held_out <= len(train) - len(data.classes):
         raise Refused(
             f"dataset.val={val} of {len(train)} training images leaves a class without an image to train or to validate on:"
-            f" every class needs two or more (the smallest is {data.classes[smallest]}); give more images or another share"
+            f" every class needs two or more (the smallest is {data.classes[counts.argmin()]}); give more images or another share"
         )
     train, val_rows = train_test_split(train, test_size=held_out, stratify=labels[train], random_state=split_seed)
 
@@ -179,6 +178,8 @@ def place(data: Source, location: str, device: torch.device) -> tuple[Tensor, bo
         return data.images, False
     if device.type == "cpu" and not data.mapped:
         return data.images, True
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what earlier runs of this process have left counts as free
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     needed = data.images.numel()
     if location == "auto" and needed > MEMORY_SHARE * free:

@@ -3,6 +3,7 @@
 import os
 import platform
 import shlex
+import shutil
 import socket
 import subprocess
 import time
@@ -66,12 +67,10 @@ class Record:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, "-dirty" behind it if it is changed; None outside a checkout."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() or None
+    """The commit of the checkout that this package runs from, "-dirty" behind it if it is changed; None outside a checkout or
+    without git."""
+    checkout = Path(__file__).parent.parent
+    if not (checkout / ".git").exists() or shutil.which("git") is None:
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False).stdout.strip() or None

@@ -50,6 +50,8 @@ def prepare(cfg: DictConfig, data: DataSet | None = None) -> Prepared:
     """Builds every stage from its settings; `data` spares reading it again. Raises Refused for what cannot run."""
     check_values(cfg)
     device = choose_device(cfg.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     precision = choose_precision(cfg.precision, device)
     loss = build("loss", cfg.loss).to(device)
     relation = build("relation", cfg.relation, partial=True)

@@ -156,6 +156,7 @@ def _decode(files: Sequence[Path], size: int | None, target: Path) -> None:
             decoded = threads.map(lambda file: _read(file, size), files)
             for row, image in enumerate(tqdm(decoded, "decode", total=len(files), unit="images", unit_scale=True, disable=None)):
                 if image.shape != shape:
+                    threads.shutdown(wait=False, cancel_futures=True)
                     raise Refused(
                         f"{files[row]} is {image.shape[2]} x {image.shape[1]} pixels and {files[0].name} is"
                         f" {shape[2]} x {shape[1]}: give dataset.size=<pixels a side> to resize all to one size"

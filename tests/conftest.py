@@ -1,5 +1,6 @@
 """What the tests share: a tiny run, and refusals as a user sees them."""
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,11 @@ TINY = (
 )
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each, in what they start too
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def one_seed() -> None:
     torch.manual_seed(0)
@@ -35,7 +41,6 @@ def ssl_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     def run(command: str) -> tuple[int, str, str]:
         GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", ["ssl-run", *shlex.split(command)])
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         try:
             cli.main()
             code = 0

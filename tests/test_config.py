@@ -104,7 +104,8 @@ REFUSED_BY_THE_RUN = [
     ("+views.policies.all.flip=2", "policy.flip=2 is not a number from 0 to 1"),
     ("backbone=timm backbone.name=resnett18", "did you mean resnet18"),
     ("+optimizer.nesterof=true", "optimizer: AdamW.__init__() got an unexpected keyword argument 'nesterof'"),
-    ("+dataset.sbset=5", "sbset"),
+    ("+dataset.sbset=5", "mnist5k() got an unexpected keyword argument 'sbset'"),
+    ("device=cuda:99", "device=cuda:99: this machine has"),
     ("backbone.widths=[]", "backbone.widths=[] is not a list of integers >= 1"),
     ("optimizer.betas=[2,3]", "optimizer: Invalid beta parameter"),
 ]
@@ -131,6 +132,8 @@ def test_an_experiment_file_is_checked_like_the_command_line(ssl_run, tmp_path: 
         ("typo", "epoch: 3", "epoch is not a setting; did you mean epochs?"),
         ("nested", "dataset: {sbset: 3}\nprobe: {evry: 3}", "probe.evry is not a setting; did you mean every?"),
         ("type", "epochs: many", "epochs=many: epochs is an integer >= 1"),
+        ("flat", "probe: 3", "probe is a group of settings"),
+        ("resume", "resume: somewhere", "resume=somewhere stands in a file"),
         ("text", "epochs: '3'", "epochs='3': epochs is an integer >= 1"),
         ("range", "tau: -1", "tau=-1: tau is a number > 0"),
     ]:

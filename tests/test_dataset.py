@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_statistics_are_those_of_the_pretraining_images() -> None:
 
 
 def test_batches_ahead_are_the_batches_of_resident_images() -> None:
-    """The thread that copies ahead changes nothing, whether the images are on the host or in a mapped file."""
+    """The thread that copies ahead changes nothing."""
     order = torch.randperm(60)
 
     def read(data: DataSet) -> list[tuple[Tensor, Tensor]]:
@@ -107,6 +108,27 @@ def test_batches_ahead_are_the_batches_of_resident_images() -> None:
     for (a, b), (c, d) in zip(expected, read(host), strict=True):
         assert torch.equal(a, c)
         assert torch.equal(b, d)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(("free", "location", "resident"), [(1e9, "auto", True), (5000, "auto", False), (1e9, "host", False)])
+def test_images_become_resident_if_they_fit(mapped, free, location, resident, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy's images take 4,224 bytes. What a CPU has in memory already stays there; a mapped file is read if it fits."""
+    monkeypatch.setattr(dataset.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    source = toy()
+    source.mapped = mapped
+    data = load(source, location=location)
+    assert data.pretrain.resident == (resident or (location == "auto" and not mapped))
+    assert torch.equal(data.pretrain.images, source.images)
+    assert (data.pretrain.images.data_ptr() != source.images.data_ptr()) == (mapped and resident)
+
+
+def test_images_that_do_not_fit_are_refused_where_they_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset.psutil, "virtual_memory", lambda: SimpleNamespace(available=100))
+    source = toy()
+    source.mapped = True
+    with pytest.raises(Refused, match="the images take 4,224 bytes and cpu has 100 free; use auto or host"):
+        load(source, location="device")
 
 
 def test_an_error_while_copying_ahead_reaches_the_reader() -> None:

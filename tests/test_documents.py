@@ -32,6 +32,11 @@ def test_every_command_shown_is_accepted(ssl_run, command: str) -> None:
     assert out
 
 
+def test_no_placeholder_is_left() -> None:
+    for page in [*PAGES, *(ROOT / "conf").rglob("*.yaml")]:
+        assert "@@" not in page.read_text()
+
+
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -180,18 +181,23 @@ def test_a_loss_of_ones_own(ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyP
 # --- sweeps -------------------------------------------------------------------------------------------------------------------
 
 
-def test_two_sweeps_in_one_second_share_no_folder(ssl_run, tmp_path: Path) -> None:
-    command = f"-m loss=vicreg gamma=1,25 seed=0,1 {TINY} epochs=1"
+def test_runs_and_sweeps_of_one_second_share_no_folder(ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock that names folders stands still: two sweeps of six runs, and two single runs, still make fourteen folders."""
+    OmegaConf.register_new_resolver("now", lambda form: datetime(2026, 1, 1).strftime(form), use_cache=True, replace=True)
+    monkeypatch.setattr("hydra.core.utils.setup_globals", lambda: None)  # would set the real clock again
+    for module in ("hydra._internal.hydra", "hydra._internal.core_plugins.basic_launcher"):
+        monkeypatch.setattr(f"{module}.setup_globals", lambda: None, raising=False)
     lines = []
-    for _ in range(2):
-        code, out, err = ssl_run(f"{command} hydra.sweep.dir=outputs/sweep/same-second-'${{unique:}}'")
+    for command in 2 * [f"-m loss=vicreg gamma=1,5,25 seed=0,1 {TINY} epochs=1"] + 2 * [f"{TINY} epochs=1"]:
+        code, out, err = ssl_run(command)
         assert (code, err) == (0, "")
         lines += [line for line in out.splitlines() if line.startswith("top1=")]
-    folders = {run_folder(line) for line in lines}
-    assert len(lines) == len(folders) == 8
-    assert {folder.parent.parent for folder in folders} == {tmp_path / "outputs" / "sweep"}
-    settings = [OmegaConf.load(folder / ".hydra" / "config.yaml") for folder in folders]
-    assert sorted((c.gamma, c.seed) for c in settings) == sorted([(1, 0), (1, 1), (25, 0), (25, 1)] * 2)
+    folders = [run_folder(line) for line in lines]
+    assert len(folders) == len(set(folders)) == 14
+    assert all("2026-01-01_00-00-00" in str(folder) for folder in folders)
+    swept = [OmegaConf.load(folder / ".hydra" / "config.yaml") for folder in folders[:12]]
+    assert [(c.gamma, c.seed) for c in swept] == 2 * [(g, s) for g in (1, 5, 25) for s in (0, 1)]
+    assert len({folder.parent for folder in folders[:12]}) == 2
 
 
 def test_a_job_that_cannot_run_stops_a_sweep_before_it_starts(ssl_run, tmp_path: Path) -> None:
@@ -239,9 +245,8 @@ def test_a_killed_run_goes_on_to_the_same_result(ssl_run, tmp_path: Path) -> Non
     command = f"{TINY} epochs=40 projector.K=9 probe.every=1"
     process = start(f"{command} hydra.run.dir=outputs/killed", tmp_path)
     killed = tmp_path / "outputs" / "killed"
-    while process.poll() is None and not (killed / "checkpoint.pt").exists():
+    while process.poll() is None and not ((killed / "checkpoint.pt").exists() and len(table(killed / "metrics.csv")) >= 2):
         time.sleep(0.01)
-    time.sleep(0.3)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert 1 <= len(table(killed / "metrics.csv")) < 40
@@ -309,7 +314,7 @@ def test_resume_from_another_directory(ssl_run, tmp_path: Path, monkeypatch: pyt
     (tmp_path / "mine" / "run.json").write_text(json.dumps(record | {"status": "failed"}))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    code, out, err = ssl_run("resume=../mine")
+    code, out, err = ssl_run("resume=../mine --config-dir .")
     assert (code, err) == (0, "")
     assert run_folder(out) == tmp_path / "mine"
 

@@ -22,8 +22,8 @@ def fresh(tmp_path: Path) -> Path:
     """The bin folder of a new environment. A .pth file adds this one's packages without its .pth files, so that an ssl_runner
     installed here in editable mode is not seen there."""
     venv.create(tmp_path / "venv", with_pip=True)
-    [site_packages] = (tmp_path / "venv").glob("lib*/python*/site-packages")
-    (site_packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    paths = sysconfig.get_paths(vars={"base": str(tmp_path / "venv"), "platbase": str(tmp_path / "venv")})
+    (Path(paths["purelib"]) / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     bin_folder = tmp_path / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
     missing = subprocess.run([bin_folder / "python", "-c", "import ssl_runner"], cwd=tmp_path, capture_output=True, text=True)
     assert "ModuleNotFoundError" in missing.stderr

@@ -190,7 +190,7 @@ def test_views_forwarded_separately_have_their_own_batch_statistics() -> None:
     assert calls == [20] * 9
 
 
-def test_nothing_of_size_n_by_n_and_no_host_sync_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_reads_nothing_back() -> None:
     """`.item()`, `.tolist()`, `bool(tensor)` and the like inside a step would make the host wait for a GPU."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -211,7 +211,7 @@ def test_nothing_of_size_n_by_n_and_no_host_sync_in_a_step(monkeypatch: pytest.M
                 }
             }
         )  # fmt: skip
-        # the fused form that runs on a GPU: the plain CPU one reads its own step counter, a host number, back
+        # AdamW on a CPU reads its own step counter back, which on a GPU lies on the host
         parameters = [*training.backbone.parameters(), *training.projector.parameters()]
         training.optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
         images, labels = next(training.data.pretrain.batches(torch.arange(20), 20, training.device))
