@@ -108,7 +108,7 @@ class LinearProbe:
 
     def fit(self, l2: float, tolerance: float = 1e-5, max_passes: int = 2000) -> int:
         """Minimises until no entry of the preconditioned gradient exceeds `tolerance`; returns the passes over X that it took.
-        Warns where `max_passes` or float32 stop it far from that."""
+        Warns when `max_passes` end it; float32 may end it a little sooner, where no step makes the objective any smaller."""
         eye = torch.eye(len(self.gram), dtype=torch.float64)
         jitter = 1e-7 * self.gram.trace()  # the Gram matrix carries float32 roundings; the minimum does not depend on L
         L = torch.linalg.cholesky(self.gram / 2 + (l2 + jitter) * eye).to(self.X)
@@ -134,12 +134,8 @@ class LinearProbe:
 
         solver.step(objective)
         self.W, self.b = torch.linalg.solve_triangular(L.T, V.detach(), upper=True), b.detach()
-        objective()
-        gradient = max(parameter.grad.abs().max().item() for parameter in (V, b) if parameter.grad is not None)
-        if gradient > 10 * tolerance:
-            warnings.warn(
-                f"the linear probe at l2={l2:g} stopped at a gradient of {gradient:.1g} after {passes} passes", stacklevel=2
-            )
+        if passes >= max_passes:
+            warnings.warn(f"the linear probe at l2={l2:g} has not converged after {passes} passes", stacklevel=2)
         return passes
 
 

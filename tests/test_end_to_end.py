@@ -11,9 +11,11 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import hydra._internal.hydra
 import pytest
 import safetensors.torch
 import torch
+from hydra._internal.core_plugins import basic_launcher
 from omegaconf import OmegaConf
 
 from tests.conftest import TINY, make_pictures, run_folder
@@ -184,9 +186,8 @@ def test_a_loss_of_ones_own(ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_runs_and_sweeps_of_one_second_share_no_folder(ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock that names folders stands still: two sweeps of six runs, and two single runs, still make fourteen folders."""
     OmegaConf.register_new_resolver("now", lambda form: datetime(2026, 1, 1).strftime(form), use_cache=True, replace=True)
-    monkeypatch.setattr("hydra.core.utils.setup_globals", lambda: None)  # would set the real clock again
-    for module in ("hydra._internal.hydra", "hydra._internal.core_plugins.basic_launcher"):
-        monkeypatch.setattr(f"{module}.setup_globals", lambda: None, raising=False)
+    for module in (hydra._internal.hydra, basic_launcher):
+        monkeypatch.setattr(module, "setup_globals", lambda: None)  # would set the real clock again
     lines = []
     for command in 2 * [f"-m loss=vicreg gamma=1,5,25 seed=0,1 {TINY} epochs=1"] + 2 * [f"{TINY} epochs=1"]:
         code, out, err = ssl_run(command)

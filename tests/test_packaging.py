@@ -25,7 +25,7 @@ def fresh(tmp_path: Path) -> Path:
     paths = sysconfig.get_paths(vars={"base": str(tmp_path / "venv"), "platbase": str(tmp_path / "venv")})
     (Path(paths["purelib"]) / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     bin_folder = tmp_path / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
-    missing = subprocess.run([bin_folder / "python", "-c", "import ssl_runner"], cwd=tmp_path, capture_output=True, text=True)
+    missing = subprocess.run([bin_folder / "python", "-c", "import ssl_runner.cli"], cwd=tmp_path, capture_output=True, text=True)
     assert "ModuleNotFoundError" in missing.stderr
     return bin_folder
 
