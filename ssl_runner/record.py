@@ -15,9 +15,10 @@ from typing import Any, Self
 
 import psutil
 
+from ssl_runner import __version__
 from ssl_runner.metrics import read_json, write_json
 
-LIBRARIES = ("ssl_runner", "torch", "torchvision", "timm", "numpy", "scikit-learn", "hydra-core", "omegaconf")
+LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "hydra-core", "omegaconf")
 
 
 class Record:
@@ -42,7 +43,11 @@ class Record:
             "pid": os.getpid(),
             "process_started": psutil.Process().create_time(),
             "git_commit": git_commit(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+            "versions": {
+                "ssl_runner": __version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in LIBRARIES},
+            },
         }
 
     def note(self, **facts: Any) -> None:

@@ -57,7 +57,10 @@ def test_more_features_than_rows() -> None:
 @pytest.mark.parametrize("k", [1, 5, 20])
 def test_the_neighbour_probe_is_scikit_learns(k: int) -> None:
     X, y, X_eval = torch.randn(300, 6), torch.arange(300) % 3, torch.randn(100, 6)
-    weights = lambda distances: np.exp((1 - distances) / module.TEMPERATURE)  # noqa: E731
+
+    def weights(distances: np.ndarray) -> np.ndarray:
+        return np.exp((1 - distances) / module.TEMPERATURE)
+
     theirs = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weights).fit(X.double().numpy(), y.numpy())
     ours = NeighborProbe(X, y, 3).scores(k, X_eval)
     assert_close(
