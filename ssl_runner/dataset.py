@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ssl_runner.errors import Refused
 
-UNLABELLED = -1
 MEMORY_SHARE = 0.5  # of the free memory that the images may take before they stay on the host
 
 
