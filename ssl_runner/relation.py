@@ -1,7 +1,6 @@
 """The relation G between the N rows of X, as an operator: a loss needs `G @ Z` and the degrees, never an N x N matrix."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -10,13 +9,13 @@ from torch import Tensor
 class Relation(ABC):
     """G (N, N): symmetric, zero diagonal, G_ij > 0 iff rows i and j are positives of each other.
 
-    `degrees` (N,) float32 holds d_i = sum_j G_ij. A *normalized* relation divides row i by its degree, so that each row that
-    has a positive sums to 1 and sum_ij G_ij no longer grows with the number of views.
+    `degrees` (N,) float32 holds d_i = sum_j G_ij. A *normalized* relation divides G_ij by sqrt(d_i d_j), so that sum_ij G_ij no
+    longer grows with the number of views or of positives; where related rows have one degree, each row then sums to 1.
     """
 
-    needs_labels: ClassVar[bool] = False
     num_rows: int
     degrees: Tensor
+    support: Tensor | None = None  # rows (m, K) that G relates beside those of the batch: constants that Z ends with
 
     def __matmul__(self, Z: Tensor) -> Tensor:
         """Z (N, K) -> G @ Z (N, K), differentiable in Z. Raises ValueError when Z has another number of rows."""
@@ -31,6 +30,15 @@ class Relation(ABC):
     @abstractmethod
     def edges(self) -> Tensor:
         """The ordered pairs (i, j) with G_ij > 0, in both directions, sorted: (2, E) int64."""
+
+    def weights(self) -> Tensor:
+        """G_ij of the pairs that `edges` lists: (E,) float32."""
+        return torch.ones(self.edges().shape[1], device=self.degrees.device)
+
+    @property
+    def square_norm(self) -> Tensor:
+        """sum_ij G_ij^2, a scalar."""
+        return self.degrees.sum()  # entries are 0 or 1
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """G as an (N, N) matrix, for theory, tests and pictures; a training step never needs it."""
@@ -50,11 +58,6 @@ class Views(Relation):
         self.weight = 1 / (V - 1) if normalized else 1.0
         self.degrees = torch.full((self.num_rows,), 1.0 if normalized else V - 1.0, dtype=torch.float32, device=device)
 
-    @classmethod
-    def of_batch(cls, labels: Tensor, V: int, num_classes: int, normalized: bool = False) -> Self:
-        """The relation of V views of a batch whose originals have `labels` (n,), of which only n and the device are used."""
-        return cls(len(labels), V, normalized, labels.device)
-
     def _product(self, Z: Tensor) -> Tensor:
         views = Z.reshape(self.V, self.n, -1)
         return self.weight * (views.sum(0) - views).reshape(self.num_rows, -1)
@@ -65,6 +68,13 @@ class Views(Relation):
         others = ((rows[:, None] + shifts) % self.num_rows).sort(dim=1).values
         return torch.stack([rows.repeat_interleave(self.V - 1), others.flatten()])
 
+    def weights(self) -> Tensor:
+        return torch.full((self.num_rows * (self.V - 1),), self.weight, device=self.degrees.device)
+
+    @property
+    def square_norm(self) -> Tensor:
+        return self.weight * self.degrees.sum()
+
 
 class Labels(Relation):
     """Rows i != j are positives iff they have the same label (supervised SSL). y (N,) integers >= 0.
@@ -72,8 +82,6 @@ class Labels(Relation):
     `G @ Z` is the class sum minus the row itself: O(N K); CUDA takes the sums in any order, so its last bits vary there. Where
     `num_classes` is known, giving it saves a host-device sync.
     """
-
-    needs_labels = True
 
     def __init__(self, y: Tensor, num_classes: int | None = None, normalized: bool = False):
         if y.ndim != 1 or y.is_floating_point() or y.numel() == 0:
@@ -87,11 +95,6 @@ class Labels(Relation):
         self.positives = torch.zeros(num_classes, device=y.device).index_add_(0, self.y, ones)[self.y] - 1
         self.degrees = self.positives.clamp(max=1) if normalized else self.positives
 
-    @classmethod
-    def of_batch(cls, labels: Tensor, V: int, num_classes: int, normalized: bool = False) -> Self:
-        """The relation of V views of a batch whose originals have `labels` (n,)."""
-        return cls(labels.repeat(V), num_classes, normalized)
-
     def _product(self, Z: Tensor) -> Tensor:
         sums = Z.new_zeros(self.num_classes, Z.shape[1]).index_add(0, self.y, Z)
         GZ = sums[self.y] - Z
@@ -100,6 +103,14 @@ class Labels(Relation):
     def edges(self) -> Tensor:
         same = self.y[:, None] == self.y
         return same.fill_diagonal_(False).nonzero().T
+
+    def weights(self) -> Tensor:
+        i, _ = self.edges()
+        return 1 / self.positives[i] if self.normalized else torch.ones_like(self.positives[i])
+
+    @property
+    def square_norm(self) -> Tensor:
+        return (self.degrees / self.positives.clamp(min=1)).sum() if self.normalized else self.degrees.sum()
 
 
 class Edges(Relation):
@@ -134,3 +145,122 @@ class Edges(Relation):
 
     def edges(self) -> Tensor:
         return self.pairs
+
+    def to(self, device: torch.device) -> "Edges":
+        """The same relation on a device; the host does not wait for the copy."""
+        if device.type != "cpu":
+            pinned = [t.pin_memory() if device.type == "cuda" else t for t in (self.pairs, self.degrees)]
+            self.pairs, self.degrees = (tensor.to(device, non_blocking=True) for tensor in pinned)
+        return self
+
+
+class Nearest(Relation):
+    """Rows are positives iff one of them is among the other's k nearest: neighbors (n, k), row i's nearest rows, none of them i
+    and none twice. `G @ Z` is O(n k K) and, unlike a sparse matrix that is made symmetric, makes the device wait for nothing."""
+
+    def __init__(self, neighbors: Tensor):
+        self.num_rows, self.k = neighbors.shape
+        self.neighbors = neighbors
+        own = torch.arange(self.num_rows, device=neighbors.device)[:, None, None]
+        self.one_sided = 1 - (neighbors[neighbors] == own).any(2).to(torch.float32)  # (n, k): 0 where the other has i as well
+        self.degrees = self._product(torch.ones(self.num_rows, 1, device=neighbors.device))[:, 0]
+
+    def _product(self, Z: Tensor) -> Tensor:
+        one_sided = self.one_sided[..., None].to(Z.dtype)
+        there = Z[self.neighbors].sum(1)
+        back = (one_sided * Z[:, None]).flatten(0, 1)
+        return there + torch.zeros_like(Z).index_add(0, self.neighbors.flatten(), back)
+
+    def edges(self) -> Tensor:
+        own = torch.arange(self.num_rows, device=self.neighbors.device).repeat_interleave(self.k)
+        return Edges(own, self.neighbors.flatten(), self.num_rows).edges()
+
+
+class Originals(Relation):
+    """A relation A (n, n) between originals, carried to V views of each: rows i != j are positives iff they are views of one
+    original or A relates their originals. G = (11' - I)_V (x) I_n + 11'_V (x) A, rows view-major."""
+
+    def __init__(self, A: Relation, V: int):
+        self.A, self.V, self.n, self.num_rows = A, V, A.num_rows, A.num_rows * V
+        self.degrees = (V - 1 + V * A.degrees).repeat(V)
+
+    def _product(self, Z: Tensor) -> Tensor:
+        views = Z.reshape(self.V, self.n, -1)
+        sums = views.sum(0)
+        return (sums + self.A @ sums - views).reshape(self.num_rows, -1)
+
+    def edges(self) -> Tensor:
+        i, j = self.A.edges()
+        a, b = torch.cartesian_prod(*[torch.arange(self.V, device=i.device)] * 2).T[..., None] * self.n
+        across = torch.stack([(a + i).flatten(), (b + j).flatten()])
+        pairs = torch.cat([across, Views(self.n, self.V, device=i.device).edges()], 1)
+        return pairs[:, (pairs[0] * self.num_rows + pairs[1]).argsort()]
+
+
+class Supported(Relation):
+    """Views of n originals, each of which is also a positive of k support rows of its own: the last n k rows of Z, which are
+    constants (NNCLR's nearest neighbours in a queue, Dwibedi et al. 2021). Row V n + i k + a supports original i."""
+
+    def __init__(self, n: int, V: int, support: Tensor):
+        self.views, self.n, self.V, self.support = Views(n, V, device=support.device), n, V, support
+        self.num_rows, self.k = n * V + len(support), len(support) // n
+        self.degrees = torch.cat([self.views.degrees + self.k, self.views.degrees.new_full((n * self.k,), V)])
+
+    def _product(self, Z: Tensor) -> Tensor:
+        Z, support = Z[: self.views.num_rows], Z[self.views.num_rows :]
+        sums = Z.reshape(self.V, self.n, -1).sum(0)
+        supporting = support.reshape(self.n, self.k, -1).sum(1).repeat(self.V, 1)
+        return torch.cat([self.views @ Z + supporting, sums.repeat_interleave(self.k, 0)])
+
+    def edges(self) -> Tensor:
+        rows = torch.arange(self.views.num_rows, device=self.degrees.device)
+        support = self.views.num_rows + (rows % self.n * self.k)[:, None] + torch.arange(self.k, device=rows.device)
+        i, j = torch.cat([self.views.edges(), torch.stack([rows.repeat_interleave(self.k), support.flatten()])], 1)
+        return Edges(i, j, self.num_rows).edges()
+
+
+class Normalized(Relation):
+    """D^-1/2 G D^-1/2 of a relation whose entries are 0 or 1; rows without a positive stay zero."""
+
+    def __init__(self, G: Relation):
+        self.G, self.num_rows, self.support = G, G.num_rows, G.support
+        self.scale = torch.where(G.degrees > 0, G.degrees.clamp(min=1).rsqrt(), 0)
+        self.degrees = self._product(torch.ones_like(self.scale)[:, None])[:, 0]
+
+    def _product(self, Z: Tensor) -> Tensor:
+        scale = self.scale[:, None].to(Z.dtype)
+        return scale * (self.G @ (scale * Z))
+
+    def edges(self) -> Tensor:
+        return self.G.edges()
+
+    def weights(self) -> Tensor:
+        i, j = self.edges()
+        return self.scale[i] * self.scale[j]
+
+    @property
+    def square_norm(self) -> Tensor:
+        square = self.scale.square()
+        return square @ (self.G @ square[:, None])[:, 0]
+
+
+def noisy(G: Relation, p: float, generator: torch.Generator) -> Edges:
+    """G with a share p of its pairs, rounded to whole pairs, drawn anew among the pairs that G does not relate: a misspecified
+    relation of as many pairs. Raises ValueError unless p is in [0, 1] and there are that many unrelated pairs. On the host."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"p={p} is not a share of the pairs: give a number from 0 to 1")
+    N = G.num_rows
+    i, j = G.edges().cpu()
+    related = (i * N + j)[i < j]
+    moved = round(p * len(related))
+    unrelated = N * (N - 1) // 2 - len(related)
+    if moved > unrelated:
+        raise ValueError(f"p={p} moves {moved} pairs, and there are only {unrelated} unrelated ones to move them to")
+    kept = related[torch.randperm(len(related), generator=generator)[moved:]]
+    new = related[:0]
+    while len(new) < moved:
+        drawn = torch.randint(N * N, (2 * moved + 64,), generator=generator)
+        drawn = drawn[(drawn // N < drawn % N) & ~torch.isin(drawn, related)]
+        new = torch.unique(torch.cat([new, drawn]))
+    codes = torch.cat([kept, new[torch.randperm(len(new), generator=generator)[:moved]]])
+    return Edges(codes // N, codes % N, N)

@@ -22,7 +22,7 @@ from ssl_runner.loss import Loss
 from ssl_runner.metrics import Table
 from ssl_runner.probe import probe
 from ssl_runner.record import Record
-from ssl_runner.relation import Relation
+from ssl_runner.relate import BatchRelation
 from ssl_runner.train import Pretraining, choose_device, choose_precision
 from ssl_runner.views import Augment, preview
 
@@ -38,7 +38,7 @@ class Prepared:
     precision: str
     data: DataSet
     augment: Augment
-    relation: Callable[[Tensor, int, int], Relation]
+    relation: BatchRelation
     fresh_backbone: Callable[[], nn.Module]
     backbone: nn.Module
     projector: nn.Module
@@ -54,7 +54,7 @@ def prepare(cfg: DictConfig, data: DataSet | None = None) -> Prepared:
         torch.cuda.set_device(device)
     precision = choose_precision(cfg.precision, device)
     loss = build("loss", cfg.loss).to(device)
-    relation = build("relation", cfg.relation, partial=True)
+    relation = build("relation", cfg.relation)
     augment = build("views", cfg.views, without=("preview",))
     algorithm = build("optimizer", cfg.optimizer, without=OPTIMIZER_OPTIONS, partial=True)
     if data is None:
@@ -186,21 +186,17 @@ def build(key: str, node: DictConfig, *, without: Sequence[str] = (), partial: b
         raise Refused(f"{key}: {one_line(error.__cause__ or error)}") from error
 
 
-def check_fit(cfg: DictConfig, data: DataSet, relation: Callable[..., Relation]) -> None:
-    """Refuses a batch larger than the data set, and a relation that needs labels where there are none."""
+def check_fit(cfg: DictConfig, data: DataSet, relation: BatchRelation) -> None:
+    """Refuses a batch larger than the data set, and a relation that the data set does not allow."""
     if cfg.batch_size > len(data.pretrain):
         raise Refused(
             f"batch_size={cfg.batch_size}: {data.name} has {len(data.pretrain)} images to pretrain on; give at most as many"
         )
-    if needs_labels(relation) and bool((data.pretrain.y < 0).any()):
+    relation.bind(data.pretrain.labels.cpu())
+    if relation.needs_labels and bool((data.pretrain.y < 0).any()):
         raise Refused(
             f"relation={cfg.relation._target_} needs a label for every image, and {data.name} has unlabelled ones; use views"
         )
-
-
-def needs_labels(relation: Any) -> bool:
-    """Whether the relation's class, behind its `of_batch`, relates by label."""
-    return getattr(getattr(relation.func, "__self__", None), "needs_labels", False)
 
 
 def count(module: nn.Module) -> int:
@@ -211,7 +207,7 @@ def count(module: nn.Module) -> int:
 def headline(cfg: DictConfig, record: Record) -> str:
     """One line that says what is about to run."""
     facts = record.content
-    relation = facts["relation"]["target"].split(".")[-2] + (" (normalized)" if facts["relation"]["normalized"] else "")
+    relation = facts["relation"]["target"].split(".")[-1] + (" (normalized)" if facts["relation"]["normalized"] else "")
     images = " ".join(f"{split}={n}" for split, n in facts["images"].items())
     parameters = " ".join(f"{module}={n:,}" for module, n in facts["parameters"].items())
     return (

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ssl_runner.dataset import DataSet
 from ssl_runner.errors import Refused
 from ssl_runner.loss import Loss
-from ssl_runner.relation import Relation
+from ssl_runner.relate import Batch, BatchRelation
 from ssl_runner.views import Augment
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,7 +44,7 @@ class Pretraining:
         learning_rate: Callable[[int], float],
         data: DataSet,
         augment: Augment,
-        relation: Callable[[Tensor, int, int], Relation],
+        relation: BatchRelation,
         *,
         V: int,
         epochs: int,
@@ -94,9 +94,11 @@ class Pretraining:
         order = order[: self.steps_per_epoch * self.batch_size]
         watch = Watch(self.device)
         sums: dict[str, Tensor] = {}
-        for images, labels in self.data.pretrain.batches(order, self.batch_size, self.device):
+        rows = self.data.pretrain.rows[order].split(self.batch_size)
+        batches = self.data.pretrain.batches(order, self.batch_size, self.device)
+        for rows_of_batch, (images, labels) in zip(rows, batches, strict=True):
             lr = self.learning_rate(self.step)
-            values = self._step(images, labels, lr, watch)
+            values = self._step(images, Batch(rows_of_batch, labels, self.V, len(self.data.classes)), lr, watch)
             sums = {name: value + sums.get(name, 0) for name, value in values.items()}
             self.step += 1
             bar.set_postfix(watch.latest, refresh=False)
@@ -119,16 +121,18 @@ class Pretraining:
         }
         return self.last_row
 
-    def _step(self, images: Tensor, labels: Tensor, lr: float, watch: "Watch") -> dict[str, Tensor]:
+    def _step(self, images: Tensor, batch: Batch, lr: float, watch: "Watch") -> dict[str, Tensor]:
         """One step on a batch; returns the loss and its terms, on the device. Nothing in here waits for the device,
         but for fp16's scaler, which must know whether the gradients overflowed."""
         X = self.augment(images, self.V, self.data.mean, self.data.std, self.view_generator)
-        G = self.relation(labels, self.V, len(self.data.classes))
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             forwarded = [
                 self.projector(self.backbone(x.contiguous(memory_format=self.memory_format))) for x in X.chunk(self.chunks)
             ]
             Z = torch.cat(forwarded)
+        G = self.relation(batch, Z.detach())
+        if G.support is not None:
+            Z = torch.cat([Z, G.support.to(Z.dtype)])
         terms = self.loss.terms(Z, G)
         loss = self.loss.total(terms)
         values = {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
@@ -159,6 +163,7 @@ class Pretraining:
             "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "relation": self.relation.state_dict(),
             "order_generator": self.order_generator.get_state(),
             "view_generator": self.view_generator.get_state(),
             "rng": torch.get_rng_state(),
@@ -173,7 +178,7 @@ class Pretraining:
                 " go on where it began, or start a new run"
             )
         self.epoch, self.step, self.seconds, self.last_row = (state[name] for name in ("epoch", "step", "seconds", "last_row"))
-        for name in ("backbone", "projector", "loss", "optimizer", "scaler"):
+        for name in ("backbone", "projector", "loss", "optimizer", "scaler", "relation"):
             getattr(self, name).load_state_dict(state[name])
         self.order_generator.set_state(state["order_generator"])
         self.view_generator.set_state(state["view_generator"])

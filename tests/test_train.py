@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 from ssl_runner import backbone, checkpoint, optimizer, projector
 from ssl_runner.errors import Refused
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, VICReg
-from ssl_runner.relation import Labels, Views
+from ssl_runner.relate import Batch, BatchRelation, Labels, Neighbors, Noisy, Views
 from ssl_runner.train import Diverged, Pretraining, Watch, choose_device, choose_precision
 from ssl_runner.views import Augment
 from tests.test_dataset import CPU, load, toy
@@ -22,7 +23,7 @@ TIMINGS = ("seconds", "images_per_s")
 
 def pretraining(
     loss: Loss | None = None,
-    relation: type = Views,
+    relation: BatchRelation | None = None,
     epochs: int = 3,
     precision: str = "fp32",
     clip: float | None = None,
@@ -48,7 +49,7 @@ def pretraining(
         partial(optimizer.cosine, steps=epochs * 3, warmup=2, lr=lr, final=0.0),
         data,
         Augment({"all": {"crop": {"scale": [0.3, 1.0]}, "flip": 0.5}}),
-        relation.of_batch,
+        relation or Views(),
         V=V,
         epochs=epochs,
         batch_size=20,
@@ -60,6 +61,12 @@ def pretraining(
     )
 
 
+def first_batch(training: Pretraining) -> tuple[torch.Tensor, Batch]:
+    order = torch.arange(20)
+    [(images, labels)] = training.data.pretrain.batches(order, 20, training.device)
+    return images, Batch(training.data.pretrain.rows[order], labels, training.V, len(training.data.classes))
+
+
 def rows(training: Pretraining) -> list[dict]:
     return [{name: value for name, value in row.items() if name not in TIMINGS} for row in training.epochs()]
 
@@ -69,9 +76,9 @@ def weights(training: Pretraining) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("loss", [VICReg(), SimCLR(), BarlowTwins()], ids=["vicreg", "simclr", "barlow"])
-@pytest.mark.parametrize("relation", [Views, Labels])
+@pytest.mark.parametrize("relation", [Views(), Labels()])
 @pytest.mark.parametrize("V", [2, 3])
-def test_the_loss_falls_and_the_row_says_so(loss: Loss, relation: type, V: int) -> None:
+def test_the_loss_falls_and_the_row_says_so(loss: Loss, relation: BatchRelation, V: int) -> None:
     training = pretraining(loss, relation, epochs=8, V=V)
     table = rows(training)
     assert [row["epoch"] for row in table] == list(range(1, 9))
@@ -93,14 +100,21 @@ def test_the_same_seed_gives_the_same_run() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("stop", [1, 2])
-def test_resume_is_exact(stop: int, precision: str, tmp_path) -> None:
-    """Weights, optimiser, gradient scaler, data order, views and dropout go on as if nothing had happened."""
-    whole = pretraining(dropout=0.3, precision=precision)
+@pytest.mark.parametrize("relation", [Views, lambda: Neighbors(2, queue=50), Noisy], ids=["views", "queue", "noisy"])
+def test_resume_is_exact(relation: Callable[[], BatchRelation], stop: int, precision: str, tmp_path) -> None:
+    """Weights, optimiser, gradient scaler, data order, views, relation and dropout go on as if nothing had happened."""
+
+    def fresh() -> Pretraining:
+        training = pretraining(relation=relation(), dropout=0.3, precision=precision)
+        training.relation.bind(training.data.pretrain.labels)
+        return training
+
+    whole = fresh()
     expected = rows(whole)
-    first = pretraining(dropout=0.3, precision=precision)
+    first = fresh()
     begun = list(itertools.islice(first.epochs(), stop))
     checkpoint.save(first.state_dict(), tmp_path / "checkpoint.pt")
-    second = pretraining(dropout=0.3, precision=precision)
+    second = fresh()
     torch.rand(7)  # whatever was drawn in between is forgotten
     second.load_state_dict(checkpoint.load(tmp_path / "checkpoint.pt"))
     begun = [{name: value for name, value in row.items() if name not in TIMINGS} for row in begun]
@@ -174,10 +188,10 @@ def test_clipping_bounds_the_gradient() -> None:
         parameters = [*training.backbone.parameters(), *training.projector.parameters()]
         training.optimizer = torch.optim.SGD(parameters, lr=1.0)
         training.learning_rate = lambda step: 1.0
-        images, labels = next(training.data.pretrain.batches(torch.arange(20), 20, training.device))
+        images, batch = first_batch(training)
         before = copy.deepcopy(parameters)
 
-        training._step(images, labels, 1.0, Quiet())
+        training._step(images, batch, 1.0, Quiet())
         moved = torch.stack([(a - b).norm() for a, b in zip(parameters, before, strict=True)]).norm()
         assert_close(moved, torch.tensor(0.5), rtol=1e-3, atol=0)
 
@@ -200,7 +214,8 @@ def test_a_step_reads_nothing_back() -> None:
             assert func.overloadpacket is not torch.ops.aten.nonzero, "a step makes a tensor whose size depends on values"
             return func(*args, **(kwargs or {}))
 
-    for loss, relation in itertools.product([VICReg(), SimCLR(), BarlowTwins()], [Views, Labels]):
+    losses, relations = [VICReg(), SimCLR(), BarlowTwins()], [Views(), Labels(), Neighbors(), Neighbors(queue=30)]
+    for loss, relation in itertools.product(losses, relations):
         training = pretraining(loss, relation)
         training.augment = Augment(
             {
@@ -214,9 +229,9 @@ def test_a_step_reads_nothing_back() -> None:
         # AdamW on a CPU reads its own step counter back, which on a GPU lies on the host
         parameters = [*training.backbone.parameters(), *training.projector.parameters()]
         training.optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-        images, labels = next(training.data.pretrain.batches(torch.arange(20), 20, training.device))
+        images, batch = first_batch(training)
         with NoSync():
-            training._step(images, labels, 0.1, Quiet())
+            training._step(images, batch, 0.1, Quiet())
 
 
 def test_the_device_is_chosen_or_refused() -> None:
@@ -252,11 +267,11 @@ def test_the_precision_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_step_on_cuda_never_makes_the_host_wait(loss: Loss, precision: str) -> None:
     training = pretraining(loss, precision=precision, device=torch.device("cuda"))
     next(training.epochs())
-    [(images, labels)] = training.data.pretrain.batches(torch.arange(20), 20, training.device)
+    images, batch = first_batch(training)
     watch = Watch(training.device)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        training._step(images, labels, 0.01, watch)
+        training._step(images, batch, 0.01, watch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     watch.finish()
