@@ -9,7 +9,7 @@ from torch import Tensor
 class Relation(ABC):
     """G (N, N): symmetric, zero diagonal, G_ij > 0 iff rows i and j are positives of each other.
 
-    `degrees` (N,) float32 holds d_i = sum_j G_ij. A *normalized* relation divides G_ij by sqrt(d_i d_j), so that sum_ij G_ij no
+    `degrees` (N,) holds d_i = sum_j G_ij. A *normalized* relation divides G_ij by sqrt(d_i d_j), so that sum_ij G_ij no
     longer grows with the number of views or of positives; where related rows have one degree, each row then sums to 1.
     """
 
@@ -32,8 +32,8 @@ class Relation(ABC):
         """The ordered pairs (i, j) with G_ij > 0, in both directions, sorted: (2, E) int64."""
 
     def weights(self) -> Tensor:
-        """G_ij of the pairs that `edges` lists: (E,) float32."""
-        return torch.ones(self.edges().shape[1], device=self.degrees.device)
+        """G_ij of the pairs that `edges` lists: (E,) float64, on the host."""
+        return torch.ones(self.edges().shape[1], dtype=torch.float64)
 
     @property
     def square_norm(self) -> Tensor:
@@ -69,7 +69,7 @@ class Views(Relation):
         return torch.stack([rows.repeat_interleave(self.V - 1), others.flatten()])
 
     def weights(self) -> Tensor:
-        return torch.full((self.num_rows * (self.V - 1),), self.weight, device=self.degrees.device)
+        return torch.full((self.num_rows * (self.V - 1),), self.weight, dtype=torch.float64)
 
     @property
     def square_norm(self) -> Tensor:
@@ -105,8 +105,8 @@ class Labels(Relation):
         return same.fill_diagonal_(False).nonzero().T
 
     def weights(self) -> Tensor:
-        i, _ = self.edges()
-        return 1 / self.positives[i] if self.normalized else torch.ones_like(self.positives[i])
+        positives = self.positives[self.edges()[0]].cpu().double()
+        return 1 / positives if self.normalized else torch.ones_like(positives)
 
     @property
     def square_norm(self) -> Tensor:
@@ -224,7 +224,8 @@ class Normalized(Relation):
 
     def __init__(self, G: Relation):
         self.G, self.num_rows, self.support = G, G.num_rows, G.support
-        self.scale = torch.where(G.degrees > 0, G.degrees.clamp(min=1).rsqrt(), 0)
+        degrees = G.degrees.to(torch.float32 if G.degrees.device.type == "mps" else torch.float64)
+        self.scale = torch.where(degrees > 0, degrees.clamp(min=1).rsqrt(), 0)
         self.degrees = self._product(torch.ones_like(self.scale)[:, None])[:, 0]
 
     def _product(self, Z: Tensor) -> Tensor:
@@ -236,7 +237,7 @@ class Normalized(Relation):
 
     def weights(self) -> Tensor:
         i, j = self.edges()
-        return self.scale[i] * self.scale[j]
+        return (self.scale[i] * self.scale[j]).cpu().double()
 
     @property
     def square_norm(self) -> Tensor:

@@ -3,6 +3,7 @@
 from ssl_runner.loss.barlow import BarlowTwins
 from ssl_runner.loss.base import Loss
 from ssl_runner.loss.simclr import SimCLR
+from ssl_runner.loss.simclr_squared import SquaredSimCLR
 from ssl_runner.loss.vicreg import VICReg
 
-__all__ = ["BarlowTwins", "Loss", "SimCLR", "VICReg"]
+__all__ = ["BarlowTwins", "Loss", "SimCLR", "SquaredSimCLR", "VICReg"]
