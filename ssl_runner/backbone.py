@@ -15,6 +15,8 @@ SMALL_IMAGE = 64  # pixels a side: at most this, ResNets take the CIFAR stem
 class Backbone(nn.Module):
     """A body and the width of the features that it makes: forward (B, C, H, W) -> (B, width)."""
 
+    width: int
+
     def __init__(self, body: nn.Module, width: int):
         super().__init__()
         self.body, self.width = body, width
@@ -68,6 +70,15 @@ def vit_tiny(channels: int, image_size: int) -> Backbone:
     return from_timm(channels, image_size, "vit_tiny_patch16_224", img_size=image_size, patch_size=patch)
 
 
+class LinearBackbone(Backbone):
+    """features = W'x + b of the flattened pixels: the regime in which every loss has a closed form."""
+
+    def __init__(self, pixels: int, width: int):
+        matrix = nn.Linear(pixels, width)
+        nn.init.zeros_(matrix.bias)
+        super().__init__(nn.Sequential(nn.Flatten(), matrix), width)
+
+
 def linear(channels: int, image_size: int, width: int = 256) -> Backbone:
-    """features = W' x of the flattened pixels: the regime in which every loss has a closed form."""
-    return Backbone(nn.Sequential(nn.Flatten(), nn.Linear(channels * image_size**2, width, bias=False)), width)
+    """One linear layer on the flattened pixels."""
+    return LinearBackbone(channels * image_size**2, width)

@@ -37,3 +37,12 @@ def export(backbone: nn.Module, path: Path, metadata: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
     safetensors.torch.save_file(state, partial, {"ssl_runner": json.dumps(metadata)})
     os.replace(partial, path)
+
+
+def restore(backbone: nn.Module, path: Path) -> None:
+    """Loads the weights that `export` wrote into a backbone of the same shape. Refused for any other file."""
+    try:
+        backbone.load_state_dict(safetensors.torch.load_file(path))
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise Refused(f"weights={path} does not fit this backbone or is no such file ({reason[:200]})") from error

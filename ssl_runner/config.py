@@ -76,6 +76,7 @@ RULES = {
     "seed": Rule(int, low=0, high=2**32 - 1),
     "precision": Rule(str, choices=("auto", "fp32", "bf16", "fp16")),
     "views_forward": Rule(str, choices=("joint", "separate")),
+    "weights": Rule(str, optional=True),
     "resume": Rule(str, optional=True),
     "dataset.val": Rule(float, low=0, high=0.9, open_low=True),
     "dataset.subset": _positive(int, optional=True),
@@ -92,7 +93,17 @@ RULES = {
     "optimizer.warmup_epochs": Rule(float, low=0),
     "optimizer.final_lr": Rule(float, low=0, high=1),
     "optimizer.clip": _positive(float, optional=True),
+    "relation.k": _positive(int),
+    "relation.queue": Rule(int, low=0),
+    "relation.path": Rule(str, optional=True),
+    "relation.of": Rule(str, choices=("views", "labels")),
+    "relation.p": Rule(float, low=0, high=1),
+    "solver.name": Rule(str, choices=("gradient", "closed_form")),
+    "solver.passes": _positive(int),
+    "solver.ridge": Rule(float, low=0),
     "probe.every": Rule(int, low=0),
+    "diagnostics.every": Rule(int, low=0),
+    "diagnostics.images": Rule(int, low=2),
 }
 LOSS_RULES = {  # of the settings of our own losses; another's are checked by their type, and by the loss itself
     "alpha": Rule(float, low=0),
@@ -104,7 +115,7 @@ LOSS_RULES = {  # of the settings of our own losses; another's are checked by th
 }
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 PROBES = ("linear", "knn")
-FEATURES = ("backbone", "projector", "random_init", "pixels")
+FEATURES = ("backbone", "projector", "random_init", "pixels", "pca")
 
 
 def register_resolvers() -> None:

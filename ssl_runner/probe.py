@@ -55,6 +55,19 @@ def probe(features: str, network: nn.Module, data: DataSet, probes: Sequence[str
             yield row | accuracies(scores, data.test.y) | {"seconds": extraction + time.perf_counter() - start}
 
 
+def principal_components(data: DataSet, K: int) -> nn.Module:
+    """PCA of the training images' pixels, as a network: images (B, C, H, W) -> their first K coordinates (B, K)."""
+    X = extract(nn.Flatten(), data.train, data.mean, data.std)
+    mean = X.mean(0)
+    X = X - mean
+    directions = torch.linalg.eigh((X.T @ X).cpu().double()).eigenvectors.flip(1)[:, :K].to(X)
+    matrix = nn.Linear(X.shape[1], directions.shape[1], device=X.device)
+    with torch.no_grad():
+        matrix.weight.copy_(directions.T)
+        matrix.bias.copy_(-mean @ directions)
+    return nn.Sequential(nn.Flatten(), matrix)
+
+
 def best_of(path: Iterable[tuple[float, Tensor]], y: Tensor, patience: int = 2) -> tuple[float, Tensor]:
     """The setting of the best top-1 (the earlier in a tie) and its scores (n, classes), from (setting, scores) in order; stops
     when `patience` settings in a row are no better."""

@@ -12,6 +12,11 @@ def mlp(features: int, width: int, depth: int, K: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(features, K, bias=False))
 
 
+def linear(features: int, K: int) -> nn.Module:
+    """One linear layer: on frozen features, what every loss has a closed form for."""
+    return nn.Linear(features, K)
+
+
 def identity(features: int) -> nn.Module:
     """No projector: the loss acts on the features, and K is their width."""
     return nn.Identity()

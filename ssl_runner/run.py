@@ -10,19 +10,22 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from ssl_runner import checkpoint, dataset, optimizer
+from ssl_runner import checkpoint, closed_form, dataset, optimizer
+from ssl_runner.backbone import Backbone, LinearBackbone
+from ssl_runner.closed_form import ClosedForm
 from ssl_runner.config import check_values, one_line
 from ssl_runner.dataset import DataSet
+from ssl_runner.diagnostics import COLUMNS, Diagnostics
 from ssl_runner.errors import Refused
 from ssl_runner.loss import Loss
 from ssl_runner.metrics import Table
-from ssl_runner.probe import probe
+from ssl_runner.probe import principal_components, probe
 from ssl_runner.record import Record
-from ssl_runner.relate import BatchRelation
+from ssl_runner.relate import BatchRelation, Neighbors
 from ssl_runner.train import Pretraining, choose_device, choose_precision
 from ssl_runner.views import Augment, preview
 
@@ -39,9 +42,10 @@ class Prepared:
     data: DataSet
     augment: Augment
     relation: BatchRelation
-    fresh_backbone: Callable[[], nn.Module]
-    backbone: nn.Module
+    fresh_backbone: Callable[[], Backbone]
+    backbone: Backbone
     projector: nn.Module
+    K: int
     loss: Loss
     optimizer: Optimizer
 
@@ -53,6 +57,10 @@ def prepare(cfg: DictConfig, data: DataSet | None = None) -> Prepared:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     precision = choose_precision(cfg.precision, device)
+    if cfg.solver.name == "closed_form":
+        if cfg.precision not in ("auto", "fp32"):
+            raise Refused(f"precision={cfg.precision}: solver=closed_form computes in fp32 and fp64; give auto or fp32")
+        precision = "fp32"
     loss = build("loss", cfg.loss).to(device)
     relation = build("relation", cfg.relation)
     augment = build("views", cfg.views, without=("preview",))
@@ -62,13 +70,20 @@ def prepare(cfg: DictConfig, data: DataSet | None = None) -> Prepared:
         data = dataset.load(source, device=device, **{option: cfg.dataset[option] for option in DATASET_OPTIONS})
     check_fit(cfg, data, relation)
 
-    def fresh_backbone() -> nn.Module:
+    def fresh_backbone() -> Backbone:
         torch.manual_seed(cfg.seed)
         backbone = build("backbone", cfg.backbone, channels=data.channels, image_size=data.image_size)
         return backbone.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
 
     backbone = fresh_backbone()
-    projector = build("projector", cfg.projector, features=backbone.width).to(device)
+    if cfg.weights is not None:
+        checkpoint.restore(backbone, Path(cfg.weights).expanduser())
+    if cfg.solver.name == "closed_form" and isinstance(backbone, LinearBackbone):
+        projector: nn.Module = nn.Identity()  # the backbone itself is the matrix to be found
+    else:
+        projector = build("projector", cfg.projector, features=backbone.width).to(device)
+    if cfg.solver.name == "closed_form":
+        closed_form.parts(backbone, projector)
     modules = [backbone, projector, loss]
     return Prepared(
         device=device,
@@ -79,6 +94,7 @@ def prepare(cfg: DictConfig, data: DataSet | None = None) -> Prepared:
         fresh_backbone=fresh_backbone,
         backbone=backbone,
         projector=projector,
+        K=width_of(projector, backbone.width),
         loss=loss,
         optimizer=optimizer.build(modules, algorithm, cfg.optimizer.lr, cfg.optimizer.weight_decay),
     )
@@ -96,43 +112,19 @@ def check_jobs(jobs: Iterable[tuple[str, DictConfig]]) -> None:
 
 
 def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
-    """Pretrains, probes and writes metrics.csv, probe.csv, run.json, checkpoint.pt and backbone.safetensors into `folder`, or
-    with cfg.resume goes on in it. Returns the last `loss`, and the first probe's top-1 on the test split (`top1`) and on the
-    validation split (`val_top1`). Raises Refused for what cannot run; whatever is raised also stands in run.json.
+    """Pretrains, probes and writes metrics.csv, probe.csv, spectrum.csv, run.json, checkpoint.pt and backbone.safetensors into
+    `folder`, or with cfg.resume goes on in it. Returns the last `loss`, and the first probe's top-1 on the test split (`top1`)
+    and on the validation split (`val_top1`). Raises Refused for what cannot run; whatever is raised also stands in run.json.
     """
     with Record(folder) as record:
         stages = prepare(cfg)
         data, backbone, projector = stages.data, stages.backbone, stages.projector
-        steps_per_epoch = len(data.pretrain) // cfg.batch_size
-        training = Pretraining(
-            backbone,
-            projector,
-            stages.loss,
-            stages.optimizer,
-            partial(
-                optimizer.cosine,
-                steps=cfg.epochs * steps_per_epoch,
-                warmup=round(cfg.optimizer.warmup_epochs * steps_per_epoch),
-                lr=cfg.optimizer.lr,
-                final=cfg.optimizer.final_lr,
-            ),
-            data,
-            stages.augment,
-            stages.relation,
-            V=cfg.V,
-            epochs=cfg.epochs,
-            batch_size=cfg.batch_size,
-            clip=cfg.optimizer.clip,
-            precision=stages.precision,
-            channels_last=cfg.channels_last,
-            separate=cfg.views_forward == "separate",
-            seed=cfg.seed,
-        )
         metrics, probes = Table(folder / "metrics.csv"), Table(folder / "probe.csv")
+        solver = build_solver(cfg, stages)
         if cfg.resume is not None:
-            training.load_state_dict(checkpoint.load(folder / "checkpoint.pt"))
-            metrics.keep(training.epoch)
-            probes.keep(min(training.epoch, cfg.epochs - 1))  # the last epoch's are written after its checkpoint
+            solver.load_state_dict(checkpoint.load(folder / "checkpoint.pt"))
+            metrics.keep(solver.epoch)
+            probes.keep(min(solver.epoch, solver.total_epochs - 1))  # the last epoch's are written after its checkpoint
         if cfg.compile:
             backbone.compile()
             projector.compile()
@@ -148,12 +140,22 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         if cfg.views.preview:
             preview(stages.augment, data, cfg.V, cfg.seed, folder / "views.png")
 
-        for row in training.epochs():
+        diagnostics = build_diagnostics(cfg, stages) if cfg.diagnostics.every else None
+        for row in solver.epochs():
+            last = solver.epoch == solver.total_epochs
+            if diagnostics and (last or solver.epoch % cfg.diagnostics.every == 0):
+                row = row | diagnostics(backbone, projector)
+            elif diagnostics:
+                row = row | dict.fromkeys(COLUMNS)
             metrics.append(row)
-            if cfg.probe.every and training.epoch % cfg.probe.every == 0 and training.epoch < cfg.epochs:
+            if cfg.probe.every and solver.epoch % cfg.probe.every == 0 and not last:
                 for scored in probe("backbone", backbone, data, cfg.probe.probes, score_test=False):
-                    probes.append({"epoch": training.epoch, **scored})
-            checkpoint.save(training.state_dict(), folder / "checkpoint.pt")
+                    probes.append({"epoch": solver.epoch, **scored})
+            checkpoint.save(solver.state_dict(), folder / "checkpoint.pt")
+        if diagnostics:
+            (folder / "spectrum.csv").unlink(missing_ok=True)
+            for line in diagnostics.spectrum(backbone, projector):
+                Table(folder / "spectrum.csv").append(line)
         export(cfg, data, backbone, folder / "backbone.safetensors")
 
         networks = {
@@ -161,20 +163,87 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
             "projector": lambda: nn.Sequential(backbone, projector),
             "random_init": stages.fresh_backbone,
             "pixels": nn.Flatten,
+            "pca": lambda: principal_components(data, stages.K),
         }
+        trained = (
+            "projector" if cfg.solver.name == "closed_form" and count(projector) else "backbone"
+        )  # whose accuracy is the run's
         scores: dict[tuple[str, str, str], float] = {}
-        for features in tqdm(cfg.probe.features, "probe", disable=None):
+        for features in tqdm(dict.fromkeys([trained, *cfg.probe.features]), "probe", disable=None):
             for scored in probe(features, networks[features](), data, cfg.probe.probes, score_test=True):
-                probes.append({"epoch": training.epoch, **scored})
+                probes.append({"epoch": solver.epoch, **scored})
                 scores[features, scored["probe"], scored["eval_split"]] = scored["top1"]
         print(table(scores), flush=True)
         result = {
-            "loss": training.last_row["loss"],
-            "top1": scores["backbone", cfg.probe.probes[0], "test"],
-            "val_top1": scores["backbone", cfg.probe.probes[0], "val"],
+            "loss": solver.last_row["loss"],
+            "top1": scores[trained, cfg.probe.probes[0], "test"],
+            "val_top1": scores[trained, cfg.probe.probes[0], "val"],
         }
         record.note(**result)
     return result
+
+
+def build_solver(cfg: DictConfig, stages: Prepared) -> Pretraining | ClosedForm:
+    """What finds the weights."""
+    data, backbone, projector = stages.data, stages.backbone, stages.projector
+    if cfg.solver.name == "closed_form":
+        return ClosedForm(
+            backbone,
+            projector,
+            stages.loss,
+            data,
+            stages.augment,
+            stages.relation,
+            V=cfg.V,
+            batch_size=cfg.batch_size,
+            passes=cfg.solver.passes,
+            ridge=cfg.solver.ridge,
+            seed=cfg.seed,
+        )
+    steps_per_epoch = len(data.pretrain) // cfg.batch_size
+    return Pretraining(
+        backbone,
+        projector,
+        stages.loss,
+        stages.optimizer,
+        partial(
+            optimizer.cosine,
+            steps=cfg.epochs * steps_per_epoch,
+            warmup=round(cfg.optimizer.warmup_epochs * steps_per_epoch),
+            lr=cfg.optimizer.lr,
+            final=cfg.optimizer.final_lr,
+        ),
+        data,
+        stages.augment,
+        stages.relation,
+        V=cfg.V,
+        epochs=cfg.epochs,
+        batch_size=cfg.batch_size,
+        clip=cfg.optimizer.clip,
+        precision=stages.precision,
+        channels_last=cfg.channels_last,
+        separate=cfg.views_forward == "separate",
+        seed=cfg.seed,
+    )
+
+
+def build_diagnostics(cfg: DictConfig, stages: Prepared) -> Diagnostics:
+    """Diagnostics with a relation of their own, whose neighbours, if it has any, are sought within the subset."""
+    settings = cfg.relation.copy()
+    if "queue" in settings:
+        settings.queue = 0
+    relation = build("relation", settings)
+    relation.bind(stages.data.pretrain.labels.cpu())
+    return Diagnostics(
+        stages.data,
+        stages.augment,
+        relation,
+        stages.loss,
+        V=cfg.V,
+        images=cfg.diagnostics.images,
+        seed=cfg.seed,
+        fixed=not isinstance(relation, Neighbors),
+    )
 
 
 def build(key: str, node: DictConfig, *, without: Sequence[str] = (), partial: bool = False, **extra: Any) -> Any:
@@ -197,6 +266,18 @@ def check_fit(cfg: DictConfig, data: DataSet, relation: BatchRelation) -> None:
         raise Refused(
             f"relation={cfg.relation._target_} needs a label for every image, and {data.name} has unlabelled ones; use views"
         )
+
+
+def width_of(projector: nn.Module, features: int) -> int:
+    """The number of columns of Z: what the projector makes of some features."""
+    weight = next(projector.parameters(), None)
+    if weight is None:
+        return features
+    training = projector.training
+    with torch.no_grad():
+        width = projector.eval()(torch.zeros(1, features, device=weight.device)).shape[1]
+    projector.train(training)
+    return width
 
 
 def count(module: nn.Module) -> int:

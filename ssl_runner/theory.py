@@ -10,6 +10,7 @@ The matrices have eigenvalues of high multiplicity: where G relates views, any K
 spectrum is a list of eigenspaces, of which an optimum takes the first ones whole and from the last one as many as it likes.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def optimum(loss: Loss, G: Relation, K: int) -> Optimum:
 
 @optimum.register
 def _(loss: VICReg, G: Relation, K: int) -> Optimum:
-    """Z* = sqrt(N-1) U diag(s); for the squared variance exact if beta >= alpha, where a correlation costs at least what it saves.
+    """Z* = sqrt(N-1) U diag(s); for the squared variance exact if beta >= alpha, where correlations cost at least what they save.
     For the hinge, and for beta < alpha, a rotation of the columns can do better."""
     N = G.num_rows
     taken = leading(spectrum(G, "laplacian", min(K, N - 1), center=True), min(K, N - 1))
@@ -124,14 +125,14 @@ def vicreg_value(loss: VICReg, s: Tensor, values: Tensor, N: int) -> float:
 def _(loss: SquaredSimCLR, G: Relation, K: int) -> Optimum:
     """Z* = [w_k sqrt(max(t g_k, 0))]: of G's positive eigenvalues only, so the rank is at most their number."""
     N = G.num_rows
-    t, s = (float(scale) for scale in loss.scales(N, G.degrees.double().sum()))
+    t = loss.target_scale(N, G.degrees.double().sum())
     dims = min(K, N - 1 if loss.center else N)
     taken = leading(spectrum(G, "adjacency", dims, loss.center), dims)
     g = (t * repeat_values(taken)).clamp(min=0)
     return Optimum(
         form="multidimensional scaling",
         kind=EXACT,
-        value=(t**2 * float(G.square_norm.double()) - float(g.square().sum())) / s,
+        value=float(G.square_norm) - float(g.square().sum()) if loss.reduction == "sum" else -float(g.square().sum()) / N**2,
         singular_values=padded(g.sqrt(), K),
         spaces=keep(taken, g > 0),
         centred=loss.center,
@@ -142,8 +143,8 @@ def _(loss: SquaredSimCLR, G: Relation, K: int) -> Optimum:
 @optimum.register
 def _(loss: SimCLR, G: Relation, K: int) -> Optimum:
     """Where G joins M groups of one size m, a regular simplex of M points: exact if K >= M - 1, else a lower bound. For any other
-    G the lower bound that each row's softmax can at best be G's own row. What a lower bound says of rank and eigenspaces is that of
-    the squared surrogate."""
+    G the lower bound that each row's softmax can at best be G's own row. What a lower bound says of rank and eigenspaces is that
+    of the squared surrogate."""
     surrogate = optimum(SquaredSimCLR("sum"), G, K)
     total = float(G.degrees.double().sum())
     groups = cliques(G)
@@ -178,8 +179,8 @@ def row_entropy(G: Relation) -> float:
 
 @optimum.register
 def _(loss: BarlowTwins, G: Relation, K: int) -> Optimum:
-    """Z* = D^-1/2 [w_1 ... w_K], the optimum under Z'DZ = I: C = diag(rho), value sum_k (1 - rho_k)^2 (at eps = 0), and 1 for every
-    column that there is no dimension for. The loss itself has no such constraint and can go lower, unless the value is 0."""
+    """Z* = D^-1/2 [w_1 ... w_K], the optimum under Z'DZ = I: C = diag(rho), value sum_k (1 - rho_k)^2 (at eps = 0), and 1 for
+    every column that there is no dimension for. Without the constraint the loss can go lower, unless the value is 0."""
     d = G.degrees.double().cpu()
     dims = min(K, int((d > 0).sum()) - (1 if loss.center else 0))
     taken = leading(spectrum(G, "normalized", dims, loss.center), dims)
@@ -253,9 +254,9 @@ def left_singular_space(Z: Tensor) -> Tensor:
 
 
 def gram_spectrum(Z: Tensor) -> tuple[Tensor, Tensor]:
-    """The nonzero singular values (r,) of Z (N, K), descending, and its right singular vectors (K, r), float64. By the smaller Gram
-    matrix: half the digits of a singular value decomposition, which for embeddings computed in float32 is enough, at a fraction
-    of its time."""
+    """The nonzero singular values (r,) of Z (N, K), descending, and its right singular vectors (K, r), float64. By the smaller
+    Gram matrix: half the digits of a singular value decomposition, which for embeddings computed in float32 is enough, at a
+    fraction of its time."""
     Z = Z.double()
     wide = Z.shape[1] > len(Z)
     squares, V = torch.linalg.eigh(Z @ Z.T if wide else Z.T @ Z)
@@ -462,7 +463,7 @@ def general_spectrum(G: Relation, matrix: str, k: int, center: bool) -> list[Eig
         known = between(0.0, torch.zeros(N, dtype=torch.long), weights, torch.ones(1, dtype=torch.bool), without_sum=False)
     missing = min(k - sum(space.dim for space in spaces), N - (known.dim if known else 0))
     if matrix == "normalized":
-        missing = min(missing, int((d > 0).sum()) - known.dim)
+        missing = min(missing, int((d > 0).sum()) - spaces[0].dim - center)
     if missing <= 0:
         return spaces
     bound = 3 * max(1.0, float(d.max())) + 1  # more than the spread of any of the three spectra
@@ -482,7 +483,9 @@ def general_spectrum(G: Relation, matrix: str, k: int, center: bool) -> list[Eig
         return out
 
     if N <= DENSE:
-        values, vectors = scipy.linalg.eigh(deflated(np.eye(N)), subset_by_index=[N - missing - 1, N - 1] if missing < N else None)
+        values, vectors = scipy.linalg.eigh(
+            deflated(np.eye(N)), subset_by_index=[N - missing - 1, N - 1] if missing < N else None
+        )
     else:
         wrapped = scipy.sparse.linalg.LinearOperator((N, N), matvec=deflated, matmat=deflated, dtype=np.float64)
         start = np.random.default_rng(0).standard_normal(N)
@@ -503,7 +506,7 @@ def tied(values: Tensor, vectors: Tensor) -> list[Eigenspace]:
     scale = max(1.0, float(values.abs().max())) if len(values) else 1.0
     cuts = ((values[:-1] - values[1:]) > TIE * scale).nonzero()[:, 0] + 1
     starts = [0, *cuts.tolist(), len(values)]
-    return [explicit(float(values[a:b].mean()), vectors[:, a:b]) for a, b in zip(starts, starts[1:], strict=False) if b > a]
+    return [explicit(float(values[a:b].mean()), vectors[:, a:b]) for a, b in itertools.pairwise(starts) if b > a]
 
 
 def explicit(value: float, vectors: Tensor) -> Eigenspace:

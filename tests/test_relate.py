@@ -66,7 +66,7 @@ def test_a_batch_larger_than_the_queue_keeps_its_last_originals() -> None:
 
 
 def test_too_few_originals_for_the_neighbours_are_refused() -> None:
-    with pytest.raises(Refused, match="relation.k=4: a batch of 4 originals has 3 neighbours"):
+    with pytest.raises(Refused, match=r"relation\.k=4: a batch of 4 originals has 3 neighbours"):
         relate.Neighbors(4)(batch(), torch.randn(8, 3))
     with pytest.raises(ValueError, match="k=0"):
         relate.Neighbors(0)
@@ -113,13 +113,13 @@ def test_a_file_of_pairs_that_does_not_fit_is_refused(content: str, message: str
 
 
 def test_a_missing_or_broken_file_of_pairs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="relation.path=null is not a file|relation.path=None is not a file"):
+    with pytest.raises(Refused, match="is not a file: give a CSV"):
         relate.Edges(None).bind(LABELS)
     (tmp_path / "pairs.npz").write_text("not an archive")
-    with pytest.raises(Refused, match="relation.path="):
+    with pytest.raises(Refused, match=r"relation\.path="):
         relate.Edges(str(tmp_path / "pairs.npz")).bind(LABELS)
     np.savez(tmp_path / "other.npz", a=np.arange(3))
-    with pytest.raises(Refused, match="relation.path="):
+    with pytest.raises(Refused, match=r"relation\.path="):
         relate.Edges(str(tmp_path / "other.npz")).bind(LABELS)
 
 

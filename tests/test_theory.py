@@ -36,7 +36,11 @@ RELATIONS = {
 
 def matrix(G: Relation, which: str, center: bool) -> Tensor:
     dense = G.dense(torch.float64)
-    d, eye, H = dense.sum(1), torch.eye(len(dense), dtype=torch.float64), torch.eye(len(dense), dtype=torch.float64) - 1 / len(dense)
+    d, eye, H = (
+        dense.sum(1),
+        torch.eye(len(dense), dtype=torch.float64),
+        torch.eye(len(dense), dtype=torch.float64) - 1 / len(dense),
+    )
     if which == "laplacian":
         return d.diag() - dense
     if which == "normalized":

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from ssl_runner.loss import BarlowTwins, Loss, SimCLR, VICReg, simclr
+from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SquaredSimCLR, VICReg, simclr
 from ssl_runner.relation import Edges, Labels, Relation, Views
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
@@ -25,6 +25,8 @@ LOSSES = {
     "vicreg squared": VICReg(2.0, 2.0, 0.5, variance="squared"),
     "simclr": SimCLR(0.2),
     "simclr sum": SimCLR(0.5, reduction="sum"),
+    "simclr squared": SquaredSimCLR(),
+    "simclr squared sum": SquaredSimCLR("sum", center=True),
     "barlow": BarlowTwins(0.1),
     "barlow centred": BarlowTwins(center=True),
 }
@@ -82,6 +84,16 @@ def test_simclr_is_the_cross_entropy_between_g_and_the_softmax(G: Relation) -> N
     dense = G.dense(torch.float64)
     assert_close(SimCLR(0.3, "sum")(Z, G), -(dense * log_softmax).sum())
     assert_close(SimCLR(0.3)(Z, G), -(dense * log_softmax).sum() / dense.sum())
+
+
+@pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
+def test_squared_simclr_is_the_distance_of_the_gram_matrix_from_g(G: Relation) -> None:
+    Z, dense = torch.randn(10, 4, dtype=torch.float64), G.dense(torch.float64)
+    assert_close(SquaredSimCLR("sum")(Z, G), (Z @ Z.T - dense).square().sum())
+    Zc = Z - Z.mean(0)
+    assert_close(SquaredSimCLR("sum", center=True)(Z, G), (Zc @ Zc.T - dense).square().sum())
+    means = (Z @ Z.T).square().mean() - 2 * (dense * (Z @ Z.T)).sum() / dense.sum()  # HaoChen et al. 2021, eq. 6
+    assert_close(SquaredSimCLR()(Z, G), means)
 
 
 @pytest.mark.parametrize("name", ["views V=2", "views V=5", "labels", "edges"])

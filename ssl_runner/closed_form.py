@@ -1,0 +1,155 @@
+"""The other solver: the exact linear map on frozen features, from moments streamed over batches and augmentation draws."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ssl_runner.backbone import LinearBackbone
+from ssl_runner.dataset import DataSet
+from ssl_runner.errors import Refused
+from ssl_runner.linear import Moments, optimum
+from ssl_runner.loss import Loss
+from ssl_runner.relate import Batch, BatchRelation, Labels
+from ssl_runner.views import Augment
+
+
+class ClosedForm:
+    """A solver as `Pretraining` is one, with a single `epoch` of `passes` passes over the pretraining images, each of which draws
+    V fresh views of each image. It sets the backbone, if that is linear, or else the projector to the loss's closed form.
+
+    Pairs lie within batches of batch_size originals, but for labels, which relate all rows of all passes.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        projector: nn.Module,
+        loss: Loss,
+        data: DataSet,
+        augment: Augment,
+        relation: BatchRelation,
+        *,
+        V: int,
+        batch_size: int,
+        passes: int,
+        ridge: float,
+        seed: int,
+    ):
+        self.backbone, self.projector, self.loss, self.data = backbone, projector, loss, data
+        self.augment, self.relation, self.V, self.batch_size = augment, relation, V, batch_size
+        self.total_epochs, self.ridge, self.seed = passes, ridge, seed
+        self.epoch = 0
+        self.last_row: dict[str, Any] = {}
+
+    def epochs(self) -> Iterator[dict[str, Any]]:
+        """Solves, and yields the one row of metrics. Raises Refused where the loss has no closed linear form."""
+        if self.epoch:
+            return
+        start = time.perf_counter()
+        frozen, matrix = parts(self.backbone, self.projector)
+        moments = stream(
+            frozen,
+            matrix.in_features,
+            self.data,
+            self.augment,
+            self.relation,
+            self.V,
+            self.batch_size,
+            self.total_epochs,
+            self.seed,
+        ).centred()
+        streamed = time.perf_counter()
+        try:
+            best = optimum(self.loss, moments, matrix.out_features, self.ridge)
+        except NotImplementedError as error:
+            raise Refused(f"solver=closed_form: {error}") from error
+        with torch.no_grad():
+            matrix.weight.copy_(best.W.T)
+            matrix.bias.copy_(-moments.mean @ best.W)
+        end = time.perf_counter()
+        self.epoch = self.total_epochs
+        steps = self.total_epochs * (len(self.data.pretrain) // self.batch_size)
+        self.last_row = {
+            "epoch": self.epoch,
+            "step": steps,
+            "images_seen": steps * self.batch_size,
+            "seconds": round(end - start, 3),
+            "images_per_s": round(steps * self.batch_size / (streamed - start), 1),
+            "lr": None,
+            "loss": best.value,
+            "loss_of": type(best.loss).__name__,
+            "loss_is": best.kind,
+            "form": best.form,
+            "closed_form_rank": best.rank,
+            "solve_s": round(end - streamed, 3),
+        }
+        yield self.last_row
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "last_row": self.last_row,
+            "backbone": self.backbone.state_dict(),
+            "projector": self.projector.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.last_row = state["epoch"], state["last_row"]
+        self.backbone.load_state_dict(state["backbone"])
+        self.projector.load_state_dict(state["projector"])
+
+
+def parts(backbone: nn.Module, projector: nn.Module) -> tuple[nn.Module, nn.Linear]:
+    """What stays as it is, and the matrix to be found. Refused where neither backbone nor projector is one matrix."""
+    if isinstance(backbone, LinearBackbone) and isinstance(projector, nn.Identity):
+        flatten, matrix = backbone.body.children()
+    else:
+        flatten, matrix = backbone, projector
+    if not isinstance(matrix, nn.Linear):
+        raise Refused("solver=closed_form finds one matrix on top of the backbone: use projector=linear")
+    return flatten, matrix
+
+
+@torch.no_grad()
+def stream(
+    frozen: nn.Module,
+    D: int,
+    data: DataSet,
+    augment: Augment,
+    relation: BatchRelation,
+    V: int,
+    batch_size: int,
+    passes: int,
+    seed: int,
+) -> Moments:
+    """The moments of the features, D of each row, over all batches and passes."""
+    device = data.mean.device
+    steps = len(data.pretrain) // batch_size
+    order_generator = torch.Generator().manual_seed(seed)
+    view_generator = torch.Generator(device).manual_seed(seed)
+    orders = [torch.randperm(len(data.pretrain), generator=order_generator)[: steps * batch_size] for _ in range(passes)]
+    if isinstance(relation, Labels):
+        sizes = torch.bincount(data.pretrain.y.cpu()[torch.cat(orders)], minlength=len(data.classes)) * V
+        moments = Moments(D, device, sizes.to(device), relation.normalized)
+    else:
+        moments = Moments(D, device)
+    frozen.eval()
+    with tqdm(total=passes * steps * batch_size, desc="moments", unit="images", unit_scale=True, disable=None) as bar:
+        for order in orders:
+            rows = data.pretrain.rows[order].split(batch_size)
+            batches = data.pretrain.batches(order, batch_size, device)
+            for rows_of_batch, (images, labels) in zip(rows, batches, strict=True):
+                X: Tensor = frozen(augment(images, V, data.mean, data.std, view_generator)).flatten(1)
+                if isinstance(relation, Labels):
+                    moments.add_classes(X, labels.repeat(V))
+                else:
+                    G = relation(Batch(rows_of_batch, labels, V, len(data.classes)), X)
+                    if G.support is not None:
+                        raise Refused("solver=closed_form relates rows of one batch: set relation.queue=0")
+                    moments.add(X, G)
+                bar.update(batch_size)
+    return moments

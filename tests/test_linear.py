@@ -1,0 +1,244 @@
+"""The linear regime against dense linear algebra, scikit-learn and SciPy, and against descent on the same moments."""
+
+import pytest
+import scipy.linalg
+import torch
+from sklearn.cross_decomposition import CCA
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from torch import Tensor
+from torch.testing import assert_close
+
+from ssl_runner.linear import Centred, Moments, optimum
+from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SquaredSimCLR, VICReg
+from ssl_runner.relation import Edges, Labels, Normalized, Relation, Views
+from ssl_runner.theory import EXACT, UPPER
+
+CPU = torch.device("cpu")
+N, D = 60, 7
+Y = torch.arange(N) % 4
+UNEVEN = torch.tensor([0] * 30 + [1] * 15 + [2] * 14 + [3])
+RELATIONS = {
+    "views": Views(20, 3),
+    "views normalized": Views(30, 2, normalized=True),
+    "labels": Labels(UNEVEN),
+    "labels normalized": Labels(UNEVEN, normalized=True),
+    "edges": Edges(torch.arange(0, 40), torch.arange(10, 50), N),
+    "edges normalized": Normalized(Edges(torch.arange(0, 40), torch.arange(10, 50), N)),
+}
+
+
+def data(dtype: torch.dtype = torch.float64) -> Tensor:
+    """Correlated columns, off centre, with some structure by class and between views."""
+    mixing = torch.randn(D, D, dtype=dtype)
+    return (torch.randn(N, D, dtype=dtype) + torch.randn(20, D, dtype=dtype).repeat(3, 1) + 0.5 * Y[:, None]) @ mixing + 3
+
+
+def moments_of(X: Tensor, G: Relation) -> Centred:
+    moments = Moments(X.shape[1], CPU)
+    moments.add(X, G)
+    return moments.centred()
+
+
+def cosines(U: Tensor, V: Tensor) -> Tensor:
+    """Of the principal angles between two column spaces."""
+    return torch.linalg.svdvals(torch.linalg.qr(U)[0].T @ torch.linalg.qr(V)[0])
+
+
+@pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
+def test_moments_are_those_of_centred_x(G: Relation) -> None:
+    X = data()
+    m, dense, Xc = moments_of(X, G), G.dense(torch.float64), X - X.mean(0)
+    assert_close(m.mean, X.mean(0))
+    assert_close(m.XHX, Xc.T @ Xc)
+    assert_close(m.XGX, Xc.T @ dense @ Xc)
+    assert_close(m.XDX, Xc.T @ dense.sum(1).diag() @ Xc)
+    assert_close(m.total, float(dense.sum()), rtol=1e-6, atol=0)
+    assert_close(m.square_norm, float(dense.square().sum()), rtol=1e-6, atol=0)
+
+
+def test_moments_of_batches_are_those_of_the_block_diagonal_relation() -> None:
+    X = data()
+    moments, blocks = Moments(D, CPU), []
+    for start, G in ((0, Views(10, 2)), (20, Views(5, 4)), (40, Edges([0, 3], [5, 9], 20))):
+        moments.add(X[start : start + 20], G)
+        blocks.append(G.dense(torch.float64))
+    m, dense, Xc = moments.centred(), torch.block_diag(*blocks), X - X.mean(0)
+    assert_close(m.XGX, Xc.T @ dense @ Xc)
+    assert_close(m.XDX, Xc.T @ dense.sum(1).diag() @ Xc)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_classes_relate_rows_of_all_batches(normalized: bool) -> None:
+    X, order = data(), torch.randperm(N)
+    moments = Moments(D, CPU, torch.bincount(UNEVEN), normalized)
+    for rows in order.split(13):
+        moments.add_classes(X[rows], UNEVEN[rows])
+    m, whole = moments.centred(), moments_of(X, Labels(UNEVEN, normalized=normalized))
+    for name in ("mean", "XHX", "XGX", "XDX"):
+        assert_close(getattr(m, name), getattr(whole, name))
+    assert_close(m.total, whole.total, rtol=1e-6, atol=0)
+    assert_close(m.square_norm, whole.square_norm, rtol=1e-6, atol=0)
+
+
+def test_float32_features_lose_nothing_to_their_mean() -> None:
+    X = data()
+    shifted = X + 1000
+    moments = Moments(D, CPU)
+    for rows in shifted.float().split(20):
+        moments.add(rows, Views(10, 2))
+    exact = Moments(D, CPU)
+    for rows in (shifted.float().double() - 1000).split(20):
+        exact.add(rows, Views(10, 2))
+    assert_close(moments.centred().XHX, exact.centred().XHX, rtol=1e-5, atol=1e-3)
+
+
+LOSSES = [
+    VICReg(2.0, 1.0, 3.0),
+    VICReg(2.0, 5.0, 0.3, variance="squared"),
+    SquaredSimCLR("sum"),
+    SquaredSimCLR("mean"),
+    BarlowTwins(0.1),
+]
+
+
+@pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+def test_the_value_from_moments_is_the_loss_of_z(loss: Loss, G: Relation) -> None:
+    X, W = data(), torch.randn(D, 3, dtype=torch.float64)
+    m = moments_of(X, G)
+    assert_close(m.value(loss, W), float(loss((X - X.mean(0)) @ W, G)), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
+def test_vicreg_is_locality_preserving_projections(G: Relation) -> None:
+    """Against SciPy's generalised eigensolver on dense matrices."""
+    X, dense = data(), G.dense(torch.float64)
+    Xc = X - X.mean(0)
+    L = dense.sum(1).diag() - dense
+    mu, w = scipy.linalg.eigh((Xc.T @ L @ Xc).numpy(), (Xc.T @ Xc).numpy())
+    best = optimum(VICReg(2.0, 2.0, 1e-3, variance="squared"), moments_of(X, G), 3)
+    assert_close(best.eigenvalues, torch.from_numpy(mu[:3].copy()), rtol=1e-6, atol=1e-8)
+    assert_close(cosines(best.W, torch.from_numpy(w[:, :3].copy())), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+def test_barlow_on_labels_is_linear_discriminant_analysis() -> None:
+    X = data()
+    theirs = LinearDiscriminantAnalysis(solver="eigen", n_components=3).fit(X.numpy(), Y.numpy())
+    for loss in (BarlowTwins(), VICReg(1.0, 1.0, 1e-6, variance="squared"), SimCLR()):
+        for normalized in (False, True):
+            best = optimum(loss, moments_of(X, Labels(Y, normalized=normalized)), 3)
+            span = torch.from_numpy(theirs.scalings_[:, :3].copy())
+            assert_close(cosines(best.W, span), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+def test_barlow_on_views_is_canonical_correlation_analysis() -> None:
+    """scikit-learn's CCA between the first and the second row of each positive pair, both orders of each."""
+    X = data()
+    G = Views(30, 2)
+    i, j = G.edges()
+    best = optimum(BarlowTwins(), moments_of(X, G), 3)
+    theirs = CCA(3, scale=False, max_iter=5000, tol=1e-12).fit(X[i].numpy(), X[j].numpy())
+    left, right = theirs.transform(X[i].numpy(), X[j].numpy())
+    correlations = torch.tensor([float(torch.corrcoef(torch.from_numpy(pair.T))[0, 1]) for pair in zip_columns(left, right)])
+    positive = best.eigenvalues > 0
+    assert positive.any()
+    k = int(positive.sum())
+    dense = torch.linalg.eigvals(torch.linalg.solve(*reversed(pair_moments(X, i, j)))).real.sort(descending=True).values
+    assert_close(best.eigenvalues, dense[:3], rtol=1e-8, atol=0)
+    signed = dense[dense.abs().argsort(descending=True)][:3]  # CCA has no sign: it takes the largest |rho|
+    assert_close(correlations.double(), signed.abs(), rtol=1e-4, atol=1e-4)
+    if bool((signed[:k] > 0).all()):
+        span = torch.from_numpy(theirs.x_rotations_[:, :k].copy())
+        assert_close(cosines(best.W[:, :k], span), torch.ones(k, dtype=torch.float64), rtol=0, atol=1e-4)
+
+
+def zip_columns(left, right):
+    import numpy as np
+
+    return [np.stack([left[:, k], right[:, k]], 1) for k in range(left.shape[1])]
+
+
+def pair_moments(X: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+    left, right = X[i] - X[i].mean(0), X[j] - X[j].mean(0)
+    return left.T @ right, left.T @ left
+
+
+@pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
+def test_squared_simclr_is_multidimensional_scaling_within_the_range_of_x(G: Relation) -> None:
+    X = data()
+    Xc = X - X.mean(0)
+    U = torch.linalg.svd(Xc, full_matrices=False)[0]
+    g, q = torch.linalg.eigh(U.T @ G.dense(torch.float64) @ U)
+    best = optimum(SquaredSimCLR("sum"), moments_of(X, G), 4)
+    expected = (U @ q.flip(1)[:, :4] * g.flip(0)[:4].clamp(min=0)) @ (U @ q.flip(1)[:, :4]).T
+    assert_close((Xc @ best.W) @ (Xc @ best.W).T, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
+@pytest.mark.parametrize(
+    "loss",
+    [VICReg(2.0, 2.0, 0.4, variance="squared"), VICReg(2.0, 4.0, 2.0, variance="squared"), SquaredSimCLR(), SquaredSimCLR("sum")],
+    ids=["vicreg", "vicreg beta>alpha", "squared simclr", "squared simclr sum"],
+)
+def test_descent_on_w_reaches_an_exact_value_and_never_beats_it(loss: Loss, G: Relation) -> None:
+    X, K = data(), 3
+    Xc = X - X.mean(0)
+    best = optimum(loss, moments_of(X, G), K)
+    assert best.kind == EXACT
+    assert_close(float(loss(Xc @ best.W, G)), best.value, rtol=1e-6, atol=1e-9)
+    Q, _ = torch.linalg.qr(Xc)  # the same model, better conditioned
+    reached = []
+    for start in range(3):
+        W = (torch.randn(D, K, dtype=torch.float64) * 10.0 ** (start - 1)).requires_grad_()
+        solver = torch.optim.LBFGS([W], max_iter=2000, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe")
+
+        def objective(W: Tensor = W, solver: torch.optim.LBFGS = solver) -> Tensor:
+            solver.zero_grad()
+            value = loss(Q @ W, G)
+            value.backward()
+            return value
+
+        solver.step(objective)
+        reached.append(float(loss(Q @ W.detach(), G)))
+    assert min(reached) >= best.value - 1e-6 * abs(best.value)
+    assert min(reached) <= best.value + 1e-6 * max(abs(best.value), 1e-3)
+
+
+def test_an_upper_bound_says_so_and_is_attained() -> None:
+    X, G = data(), RELATIONS["views"]
+    m, Xc = moments_of(X, G), X - X.mean(0)
+    for loss in (VICReg(2.0, 1.0, 0.4, variance="squared"), VICReg(2.0, 1.0, 0.4), BarlowTwins(0.01)):
+        best = optimum(loss, m, 4)
+        assert best.kind == UPPER
+        assert_close(float(loss(Xc @ best.W, G)), best.value, rtol=1e-6, atol=1e-9)
+        assert_close(torch.linalg.svdvals(Xc @ best.W).sort().values, best.singular_values.sort().values, rtol=1e-6, atol=1e-6)
+    squared = VICReg(2.0, 2.0, 0.4, variance="squared")
+    exact, ridged = optimum(squared, m, 4), optimum(squared, m, 4, ridge=0.1)
+    assert ridged.kind == UPPER
+    assert ridged.value > exact.value
+
+
+def test_directions_without_variance_are_left_out() -> None:
+    X = torch.cat([data(), torch.ones(N, 2, dtype=torch.float64), torch.zeros(N, 1, dtype=torch.float64)], 1)
+    X[:, 7] = X[:, 0] - X[:, 1]
+    for loss in (VICReg(1.0, 1.0, 1e-3, variance="squared"), SimCLR(), BarlowTwins()):
+        best = optimum(loss, moments_of(X, RELATIONS["views"]), 9)
+        assert best.W.shape == (10, 9)
+        assert int(best.eigenvalues.isfinite().sum()) == 7
+        assert best.rank <= 7
+        assert best.W.isfinite().all()
+
+
+def test_a_loss_without_a_closed_linear_form_says_so() -> None:
+    class Other(Loss):
+        def _terms(self, Z, G):
+            return {}
+
+    with pytest.raises(NotImplementedError, match="Other has no closed linear form"):
+        optimum(Other(), moments_of(data(), RELATIONS["views"]), 2)
+
+
+def test_the_value_of_a_centred_barlow_is_that_of_centred_features_where_all_degrees_are_equal() -> None:
+    X, W, G = data(), torch.randn(D, 3, dtype=torch.float64), RELATIONS["views"]
+    loss = BarlowTwins(0.1, center=True)
+    assert_close(moments_of(X, G).value(loss, W), float(loss(X @ W, G)), rtol=1e-6, atol=1e-9)
