@@ -103,6 +103,35 @@ class ClosedForm:
         self.projector.load_state_dict(state["projector"])
 
 
+class MomentsGap:
+    """How far a linear backbone is from the closed form, on one set of moments (those that `ClosedForm` with the same passes and
+    seed solves for): columns of metrics.csv for a network that is trained by descent."""
+
+    COLUMNS = ("moments_loss", "moments_floor", "moments_floor_is")
+
+    def __init__(
+        self,
+        matrix: nn.Linear,
+        loss: Loss,
+        data: DataSet,
+        augment: Augment,
+        relation: BatchRelation,
+        *,
+        V: int,
+        batch_size: int,
+        passes: int,
+        seed: int,
+    ):
+        self.moments = stream(nn.Flatten(), matrix.in_features, data, augment, relation, V, batch_size, passes, seed).centred()
+        self.best = optimum(loss, self.moments, matrix.out_features)
+
+    def __call__(self, matrix: nn.Linear) -> dict[str, Any]:
+        """The loss of Z = (X - mean) W over all rows of the moments, the closed form's, and whether that is exact or a bound."""
+        W = matrix.weight.detach().T.cpu().double()
+        values = (self.moments.value(self.best.loss, W), self.best.value, self.best.kind)
+        return dict(zip(self.COLUMNS, values, strict=True))
+
+
 def parts(backbone: nn.Module, projector: nn.Module) -> tuple[nn.Module, nn.Linear]:
     """What stays as it is, and the matrix to be found. Refused where neither backbone nor projector is one matrix."""
     if isinstance(backbone, LinearBackbone) and isinstance(projector, nn.Identity):

@@ -104,6 +104,7 @@ RULES = {
     "probe.every": Rule(int, low=0),
     "diagnostics.every": Rule(int, low=0),
     "diagnostics.images": Rule(int, low=2),
+    "diagnostics.moments": Rule(int, low=0),
 }
 LOSS_RULES = {  # of the settings of our own losses; another's are checked by their type, and by the loss itself
     "alpha": Rule(float, low=0),
@@ -115,7 +116,7 @@ LOSS_RULES = {  # of the settings of our own losses; another's are checked by th
 }
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 PROBES = ("linear", "knn")
-FEATURES = ("backbone", "projector", "random_init", "pixels", "pca")
+FEATURES = ("backbone", "projector", "random_init", "pixels", "pca", "lda")
 
 
 def register_resolvers() -> None:

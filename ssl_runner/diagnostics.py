@@ -30,7 +30,7 @@ class Diagnostics:
     rank               singular values above max(N, K) roundings of float32, relative to the largest
     effective_rank     exp of the entropy of p_k = sigma_k / sum sigma + 1e-7 (RankMe, Garrido et al. 2023)
     alignment          mean squared cosine of the principal angles to the closed form's subspace
-    label_energy       share of the one-hot labels' variance that a linear probe explains on these rows; r / (N - 1) at random
+    label_energy       share of the one-hot labels' variance that a linear probe explains on these rows; rank / N at random
     min_std            smallest standard deviation of a column
     mean_correlation   mean |correlation| of two columns
 
@@ -116,13 +116,14 @@ class Diagnostics:
 def of_embedding(Z: Tensor, Y: Tensor, best: Optimum | None) -> dict[str, Any]:
     """What can be said of an embedding Z (N, K), with one-hot targets Y (N, C), beside the closed form."""
     Z = Z.cpu()
-    values, _ = theory.gram_spectrum(Z)
+    values = theory.singular_values(Z)
+    U = theory.left_singular_space(Z - Z.mean(0) if best is None or best.centred else Z)
     stds = Z.std(0)
     return {
         "rank": len(values),
         "effective_rank": effective_rank(values),
-        "alignment": theory.alignment(Z, best) if best else None,
-        "label_energy": theory.label_energy(Z, Y),
+        "alignment": theory.alignment(U, best) if best else None,
+        "label_energy": theory.label_energy(U, Y),
         "min_std": float(stds.min()),
         "mean_correlation": mean_correlation(Z),
     }

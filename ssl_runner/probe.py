@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor, nn
 
 from ssl_runner.dataset import DataSet, Images
@@ -60,8 +61,21 @@ def principal_components(data: DataSet, K: int) -> nn.Module:
     X = extract(nn.Flatten(), data.train, data.mean, data.std)
     mean = X.mean(0)
     X = X - mean
-    directions = torch.linalg.eigh((X.T @ X).cpu().double()).eigenvectors.flip(1)[:, :K].to(X)
-    matrix = nn.Linear(X.shape[1], directions.shape[1], device=X.device)
+    directions = torch.linalg.eigh((X.T @ X).cpu().double()).eigenvectors.flip(1)[:, :K]
+    return _projection(directions.to(X), mean)
+
+
+def discriminants(data: DataSet) -> nn.Module:
+    """Linear discriminant analysis of the training images' pixels (scikit-learn's), as a network with one column less than there
+    are classes: the supervised optimum of a linear model."""
+    X = extract(nn.Flatten(), data.train, data.mean, data.std)
+    fitted = LinearDiscriminantAnalysis(solver="svd").fit(X.cpu().double().numpy(), data.train.y.cpu().numpy())
+    return _projection(torch.from_numpy(fitted.scalings_).to(X), torch.from_numpy(fitted.xbar_).to(X))
+
+
+def _projection(directions: Tensor, mean: Tensor) -> nn.Module:
+    """Images (B, C, H, W) -> (pixels - mean) @ directions (B, K)."""
+    matrix = nn.Linear(*directions.shape, device=directions.device)  # type: ignore[misc]
     with torch.no_grad():
         matrix.weight.copy_(directions.T)
         matrix.bias.copy_(-mean @ directions)

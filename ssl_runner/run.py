@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 from ssl_runner import checkpoint, closed_form, dataset, optimizer
 from ssl_runner.backbone import Backbone, LinearBackbone
-from ssl_runner.closed_form import ClosedForm
+from ssl_runner.closed_form import ClosedForm, MomentsGap
 from ssl_runner.config import check_values, one_line
 from ssl_runner.dataset import DataSet
 from ssl_runner.diagnostics import COLUMNS, Diagnostics
 from ssl_runner.errors import Refused
 from ssl_runner.loss import Loss
 from ssl_runner.metrics import Table
-from ssl_runner.probe import principal_components, probe
+from ssl_runner.probe import discriminants, principal_components, probe
 from ssl_runner.record import Record
 from ssl_runner.relate import BatchRelation, Neighbors
 from ssl_runner.train import Pretraining, choose_device, choose_precision
@@ -141,12 +141,15 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
             preview(stages.augment, data, cfg.V, cfg.seed, folder / "views.png")
 
         diagnostics = build_diagnostics(cfg, stages) if cfg.diagnostics.every else None
+        gap = build_moments_gap(cfg, stages) if cfg.diagnostics.moments else None
         for row in solver.epochs():
             last = solver.epoch == solver.total_epochs
             if diagnostics and (last or solver.epoch % cfg.diagnostics.every == 0):
                 row = row | diagnostics(backbone, projector)
             elif diagnostics:
                 row = row | dict.fromkeys(COLUMNS)
+            if gap:
+                row = row | gap(closed_form.parts(backbone, projector)[1])
             metrics.append(row)
             if cfg.probe.every and solver.epoch % cfg.probe.every == 0 and not last:
                 for scored in probe("backbone", backbone, data, cfg.probe.probes, score_test=False):
@@ -164,6 +167,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
             "random_init": stages.fresh_backbone,
             "pixels": nn.Flatten,
             "pca": lambda: principal_components(data, stages.K),
+            "lda": lambda: discriminants(data),
         }
         trained = (
             "projector" if cfg.solver.name == "closed_form" and count(projector) else "backbone"
@@ -243,6 +247,25 @@ def build_diagnostics(cfg: DictConfig, stages: Prepared) -> Diagnostics:
         images=cfg.diagnostics.images,
         seed=cfg.seed,
         fixed=not isinstance(relation, Neighbors),
+    )
+
+
+def build_moments_gap(cfg: DictConfig, stages: Prepared) -> MomentsGap:
+    """The linear model's distance from the closed form. Refused where the model is not linear in the pixels."""
+    if not isinstance(stages.backbone, LinearBackbone) or count(stages.projector):
+        raise Refused("diagnostics.moments is for a linear model: use backbone=linear projector=identity, or set it to 0")
+    relation = build("relation", cfg.relation)
+    relation.bind(stages.data.pretrain.labels.cpu())
+    return MomentsGap(
+        closed_form.parts(stages.backbone, stages.projector)[1],
+        stages.loss,
+        stages.data,
+        stages.augment,
+        relation,
+        V=cfg.V,
+        batch_size=cfg.batch_size,
+        passes=cfg.diagnostics.moments,
+        seed=cfg.seed,
     )
 
 

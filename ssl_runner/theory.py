@@ -210,10 +210,9 @@ def _(loss: BarlowTwins, G: Relation, K: int) -> Optimum:
 # What a relation's spectrum says of embeddings and labels
 
 
-def alignment(Z: Tensor, best: Optimum) -> float:
-    """Z (N, K) -> the mean squared cosine of the principal angles between Z's left singular space and the nearest of the
-    closed form's, in [0, 1]. Both are of centred columns where the closed form is."""
-    U = left_singular_space(Z - Z.mean(0) if best.centred else Z)
+def alignment(U: Tensor, best: Optimum) -> float:
+    """The mean squared cosine of the principal angles between U (N, r), the left singular space of an embedding, centred if
+    the closed form is, and the nearest of the closed form's spaces: in [0, 1], about dim / N at random."""
     angles = min(U.shape[1], sum(q for _, q in best.spaces))
     return captured(U, best.spaces)[0] / angles if angles else 0.0
 
@@ -227,12 +226,12 @@ def exposed(Y: Tensor, best: Optimum) -> tuple[float, float]:
     return (most / total, mean / total) if total else (0.0, 0.0)
 
 
-def label_energy(Z: Tensor, Y: Tensor) -> float:
-    """Z (N, K), one-hot targets Y (N, C) -> |U'Yc|^2 / |Yc|^2 with U the left singular vectors of centred Z: the share of the
-    targets' variance that a linear probe of Z explains on these very rows. A random Z of rank r has about r / (N - 1)."""
+def label_energy(U: Tensor, Y: Tensor) -> float:
+    """U (N, r), the left singular space of an embedding, one-hot targets Y (N, C) -> |U'Yc|^2 / |Yc|^2: the share of the targets'
+    variance that a linear probe of the embedding explains on these very rows, about r / N at random."""
     Yc = Y.double() - Y.double().mean(0)
     total = float(Yc.square().sum())
-    return float((left_singular_space(Z - Z.mean(0)).T @ Yc).square().sum()) / total if total else 0.0
+    return float((U.T @ Yc).square().sum()) / total if total else 0.0
 
 
 def captured(U: Tensor, spaces: list[tuple[Eigenspace, int]]) -> tuple[float, float]:
@@ -241,29 +240,29 @@ def captured(U: Tensor, spaces: list[tuple[Eigenspace, int]]) -> tuple[float, fl
     most = mean = 0.0
     for space, q in spaces:
         part = U.T @ space.project(U)
-        energies = torch.linalg.eigvalsh(part).flip(0).clamp(min=0)
-        most += float(energies[:q].sum())
-        mean += float(energies.sum()) * q / space.dim
+        whole = float(part.trace())
+        most += whole if q >= min(space.dim, len(part)) else float(torch.linalg.eigvalsh(part)[-q:].clamp(min=0).sum())
+        mean += whole * q / space.dim
     return most, mean
+
+
+def singular_values(Z: Tensor) -> Tensor:
+    """Those of Z (N, K) that are not 0 up to roundings: (r,) float64, descending, r the numerical rank. By the smaller Gram
+    matrix: half the digits of a singular value decomposition, which do for float32 embeddings, in a fraction of its time."""
+    Z = Z.double()
+    squares = torch.linalg.eigvalsh(Z @ Z.T if Z.shape[1] > len(Z) else Z.T @ Z)
+    values = squares.clamp(min=0).sqrt().flip(0)
+    return values[values > rank_tolerance(Z) * values[0]]
 
 
 def left_singular_space(Z: Tensor) -> Tensor:
     """Z (N, K) -> orthonormal (N, r), r its numerical rank."""
-    values, V = gram_spectrum(Z)
-    return (Z.double() @ V) / values
-
-
-def gram_spectrum(Z: Tensor) -> tuple[Tensor, Tensor]:
-    """The nonzero singular values (r,) of Z (N, K), descending, and its right singular vectors (K, r), float64. By the smaller
-    Gram matrix: half the digits of a singular value decomposition, which for embeddings computed in float32 is enough, at a
-    fraction of its time."""
     Z = Z.double()
     wide = Z.shape[1] > len(Z)
     squares, V = torch.linalg.eigh(Z @ Z.T if wide else Z.T @ Z)
-    values, V = squares.clamp(min=0).sqrt().flip(0), V.flip(1)
-    kept = values > rank_tolerance(Z) * values[:1]
-    values, V = values[kept], V[:, kept]
-    return values, Z.T @ V / values if wide else V
+    values = squares.clamp(min=0).sqrt()
+    kept = values > rank_tolerance(Z) * values[-1]
+    return V[:, kept] if wide else Z @ V[:, kept] / values[kept]
 
 
 def rank_tolerance(Z: Tensor) -> float:

@@ -13,7 +13,7 @@ class SquaredSimCLR(Loss):
         attraction  -2 <Z, GZ>      related rows meet
         constant    |G|_F^2         with `reduction="sum"` only
 
-    `reduction="sum"` is this (Balestriero & LeCun 2022). `"mean"` is |ZZ' - t G|_F^2 / N^2 less its constant, t = N^2 / sum_ij G_ij:
+    `reduction="sum"` is this. `"mean"` is |ZZ' - t G|_F^2 / N^2 less its constant, t = N^2 / sum_ij G_ij:
     means over all pairs of rows and over the positives, so that neither the value nor Z's scale depends on N or on the number
     of positives (the spectral contrastive loss of HaoChen et al. 2021). `center=True` first takes the mean off every column.
     """

@@ -1,0 +1,212 @@
+"""`ssl-plot EXPERIMENT FOLDER`: the picture of one of conf/experiment/, from the runs below a folder."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+
+from ssl_runner.errors import Refused
+from ssl_runner.loss import VICReg
+from ssl_runner.metrics import read_json
+from ssl_runner.relation import Labels
+from ssl_runner.theory import optimum
+
+COLOURS = {"VICReg": "#1b6ca8", "SimCLR": "#c8553d", "SquaredSimCLR": "#c8553d", "BarlowTwins": "#3a7d44"}
+NAMES = {"VICReg": "VICReg", "SimCLR": "SimCLR", "SquaredSimCLR": "SimCLR (squared)", "BarlowTwins": "Barlow Twins"}
+USED = 0.1  # directions of Z with a singular value above this share of the largest count as used
+
+
+def main() -> None:
+    """The console script. Exits with 0 when the picture is drawn, with 1 and one line when it cannot be."""
+    parser = argparse.ArgumentParser(prog="ssl-plot", description=__doc__)
+    parser.add_argument("experiment", choices=sorted(DRAW))
+    parser.add_argument("folder", type=Path, help="the folder that the experiment's runs lie below")
+    parser.add_argument("--out", type=Path, help="where to write the picture (default: FOLDER/EXPERIMENT.png)")
+    args = parser.parse_args()
+    matplotlib.use("Agg")
+    try:
+        runs = read_runs(args.folder)
+        figure = DRAW[args.experiment](runs)
+    except Refused as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+    path = args.out or args.folder / f"{args.experiment}.png"
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    print(path)
+
+
+def read_runs(folder: Path) -> pd.DataFrame:
+    """A row for every finished run below the folder: its path, every setting by its dotted name, `loss_name`, the last row of
+    metrics.csv as `metrics.*`, and test top-1 as `top1.<features>`. Refused when there is none."""
+    rows = []
+    for record in sorted(folder.rglob("run.json")):
+        if read_json(record)["status"] != "done":
+            continue
+        path = record.parent
+        config = OmegaConf.load(path / ".hydra" / "config.yaml")
+        settings = pd.json_normalize(OmegaConf.to_container(config)).iloc[0].to_dict()  # type: ignore[arg-type]
+        metrics = pd.read_csv(path / "metrics.csv").iloc[-1].to_dict()
+        probes = pd.read_csv(path / "probe.csv")
+        probes = probes[(probes.eval_split == "test") & (probes.probe == "linear")]
+        row = {"path": path, **settings, "loss_name": config.loss._target_.rpartition(".")[2]}
+        row |= {f"metrics.{name}": value for name, value in metrics.items()}
+        row |= {f"top1.{features}": top1 for features, top1 in zip(probes.features, probes.top1, strict=True)}
+        rows.append(row)
+    if not rows:
+        raise Refused(f"{folder} holds no finished run: give the folder that the experiment's commands wrote to")
+    return pd.DataFrame(rows)
+
+
+def spread(runs: pd.DataFrame, by: str, value: str) -> pd.DataFrame:
+    """Mean and standard deviation over seeds of a column, for each value of `by`."""
+    return runs.groupby(by)[value].agg(["mean", "std", "count"]).fillna({"std": 0.0}).sort_index()
+
+
+def curve(axes: Axes, runs: pd.DataFrame, by: str, value: str, label: str, **style: object) -> None:
+    """Mean over seeds with bars of one standard deviation."""
+    table = spread(runs, by, value)
+    axes.errorbar(table.index.to_numpy(), table["mean"], table["std"], label=label, capsize=3, **style)  # type: ignore[arg-type]
+
+
+def seeds(runs: pd.DataFrame) -> str:
+    return f"mean ± standard deviation over {runs.seed.nunique()} seeds"
+
+
+def of(runs: pd.DataFrame, loss: str) -> pd.DataFrame:
+    """The runs of one loss. Refused when there is none."""
+    chosen = runs[runs.loss_name == loss]
+    if chosen.empty:
+        raise Refused(f"there is no finished run of {NAMES[loss]}: run all commands that the experiment's file lists")
+    return chosen
+
+
+def canvas(panels: int, title: str) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(5.2 * panels, 4.2), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    figure.suptitle(title, fontsize=11)
+    for ax in axes:
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes)
+
+
+def rank_vs_gamma(runs: pd.DataFrame) -> Figure:
+    """How many directions Z uses, and its singular values, beside the closed form's."""
+    spectra = {path: pd.read_csv(path / "spectrum.csv") for path in runs.path}
+    runs["used"] = [int((USED * spectra[path].Z.max() < spectra[path].Z).sum()) for path in runs.path]
+    vicreg = of(runs, "VICReg")
+    first = vicreg.iloc[0]
+    K, alpha = int(first["projector.K"]), float(first.alpha)
+    figure, (left, right) = canvas(2, f"Directions that Z uses, G of labels (10 classes), K = {K}; {seeds(runs)}")
+    gammas = np.geomspace(vicreg.gamma.min() / 1.3, vicreg.gamma.max() * 1.3, 400)
+    G = Labels(torch.arange(520) % 10, normalized=True)
+    ranks = [optimum(VICReg(alpha, alpha, gamma, variance="squared"), G, K).rank for gamma in gammas]
+    left.plot(gammas, ranks, color=COLOURS["VICReg"], lw=1, ls="--", label="VICReg, closed form")
+    curve(left, vicreg, "gamma", "used", "VICReg, trained", color=COLOURS["VICReg"], fmt="o")
+    for loss, setting, marker in (("SimCLR", "tau", "s"), ("BarlowTwins", "alpha", "^")):
+        some = of(runs, loss)
+        for n, (_, group) in enumerate(some.groupby(setting)):
+            mean, std = group.used.mean(), group.used.std()
+            at = gammas[-1] * (1.35 + 0.3 * n + 0.6 * (loss == "BarlowTwins"))
+            label = f"{NAMES[loss]}, trained ({setting} = {', '.join(f'{v:g}' for v in sorted(some[setting].unique()))})"
+            left.errorbar([at], [mean], [std], fmt=marker, color=COLOURS[loss], capsize=3, label=None if n else label)
+    left.axhline(10, color="gray", lw=1, ls=":", label="positive eigenvalues of G: 10")
+    left.set(xscale="log", xlabel="γ of VICReg (α = 25)", ylabel=f"singular values of Z above {USED:.0%} of the largest")
+    left.set_ylim(0, K + 26)
+    left.legend(fontsize=8, loc="upper right", ncols=1)
+    shown = sorted(vicreg.gamma.unique())
+    shown = [shown[0], *[g for g in shown if 10 <= g <= 20], shown[-1]]
+    blues = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(shown)))
+    for gamma, colour in zip(shown, blues, strict=True):
+        paths = vicreg.path[vicreg.gamma == gamma]
+        Z = np.stack([spectra[path].Z.to_numpy() for path in paths])
+        closed = spectra[paths.iloc[0]].closed_form
+        k = np.arange(1, K + 1)
+        right.errorbar(k, Z.mean(0), Z.std(0, ddof=1), fmt="o", ms=2.5, lw=0.6, color=colour, label=f"γ = {gamma:g}")
+        right.plot(k, closed, color=colour, lw=1, ls="--")
+    right.plot([], [], color="gray", lw=1, ls="--", label="closed form")
+    right.set(xlabel="k", ylabel="k-th singular value of Z / √N", title="VICReg: points trained, lines closed form")
+    right.title.set_fontsize(9)
+    right.legend(fontsize=8)
+    return figure
+
+
+def aligned_vs_misaligned(runs: pd.DataFrame) -> Figure:
+    """Probe accuracy against the share of rewired pairs: the linear closed form, and a network."""
+    figure, axes = canvas(2, f"Relation of labels with a share p of its pairs rewired; {seeds(runs)}")
+    titles = {"closed_form": "linear model, closed form, K = 9", "gradient": "convnet, gradient descent, K = 64"}
+    for ax, solver in zip(axes, titles, strict=True):
+        some = runs[(runs["solver.name"] == solver) & runs["relation._target_"].str.endswith("Noisy")]
+        vicreg = of(some, "VICReg")
+        for gamma, style in zip(sorted(vicreg.gamma.unique()), ("-", "--", ":"), strict=False):
+            group = vicreg[vicreg.gamma == gamma]
+            curve(
+                ax, group, "relation.p", "top1.backbone", f"VICReg, γ = {gamma:g}", color=COLOURS["VICReg"], ls=style, marker="o"
+            )
+        curve(ax, of(some, "SimCLR"), "relation.p", "top1.backbone", "SimCLR", color=COLOURS["SimCLR"], marker="s")
+        curve(
+            ax, of(some, "BarlowTwins"), "relation.p", "top1.backbone", "Barlow Twins", color=COLOURS["BarlowTwins"], marker="^"
+        )
+        if solver == "closed_form" and "top1.lda" in runs:
+            lda = float(runs["top1.lda"].dropna().iloc[0])
+            ax.axhline(lda, color="gray", lw=1, ls="--", label=f"LDA (scikit-learn): {lda:.3f}")
+        ax.set(xlabel="p, share of rewired pairs", ylabel="linear probe, test top-1", title=titles[solver], ylim=(0, 1))
+        ax.title.set_fontsize(9)
+        ax.legend(fontsize=8, loc="lower left")
+    return figure
+
+
+def low_label(runs: pd.DataFrame) -> Figure:
+    """Probe accuracy against gamma with few labelled images."""
+    sizes = sorted(runs["dataset.subset"].unique())
+    figure, axes = canvas(len(sizes), f"Relation of labels, few labelled images; {seeds(runs)}")
+    low = float(runs["top1.backbone"].min())
+    for ax, size in zip(axes, sizes, strict=True):
+        some = runs[runs["dataset.subset"] == size]
+        vicreg = of(some, "VICReg")
+        curve(ax, vicreg, "gamma", "top1.backbone", "VICReg", color=COLOURS["VICReg"], marker="o")
+        for loss in ("SimCLR", "BarlowTwins"):
+            top1 = of(some, loss)["top1.backbone"]
+            ax.axhline(top1.mean(), color=COLOURS[loss], lw=1.2, label=f"{NAMES[loss]} ({top1.mean():.3f} ± {top1.std():.3f})")
+            ax.axhspan(top1.mean() - top1.std(), top1.mean() + top1.std(), color=COLOURS[loss], alpha=0.12, lw=0)
+        ax.axvline(float(vicreg.iloc[0].alpha), color="gray", lw=1, ls=":", label="γ = α: rank falls to 9 (closed form)")
+        ax.set(xscale="log", xlabel="γ (α = 25)", ylabel="linear probe, test top-1", title=f"{size:g} labelled images")
+        ax.set_ylim(max(0, low - 0.03), 1)
+        ax.title.set_fontsize(9)
+        ax.legend(fontsize=8, loc="lower right")
+    return figure
+
+
+def linear_regime(runs: pd.DataFrame) -> Figure:
+    """The linear model's loss over all rows of the moments against epochs, and the closed form's."""
+    losses = ["VICReg", "SquaredSimCLR", "BarlowTwins"]
+    figure, axes = canvas(3, f"Linear model Z = XW trained by gradient descent, and its closed form; {seeds(runs)}")
+    for ax, loss in zip(axes, losses, strict=True):
+        some = of(runs, loss)
+        trained, solved = some[some["solver.name"] == "gradient"], some[some["solver.name"] == "closed_form"]
+        if trained.empty or solved.empty:
+            raise Refused(f"{NAMES[loss]} needs runs of both solvers: run all commands that the experiment's file lists")
+        tables = pd.concat([pd.read_csv(path / "metrics.csv") for path in trained.path])
+        table = tables.groupby("epoch").moments_loss.agg(["mean", "std"])
+        seconds, solve = trained["metrics.seconds"].median(), solved["metrics.seconds"].median()
+        ax.plot(table.index, table["mean"], color=COLOURS[loss], label=f"gradient descent ({seconds:.1f} s)")
+        ax.fill_between(table.index, table["mean"] - table["std"], table["mean"] + table["std"], color=COLOURS[loss], alpha=0.2)
+        floor, kind = solved["metrics.loss"].mean(), solved["metrics.loss_is"].iloc[0]
+        ax.axhline(floor, color="black", lw=1, ls="--", label=f"closed form, {kind} ({solve:.1f} s)")
+        ax.set(xlabel="epoch", ylabel="loss over all rows of the moments", title=NAMES[loss])
+        ax.title.set_fontsize(9)
+        ax.legend(fontsize=8)
+    return figure
+
+
+DRAW: dict[str, Callable[[pd.DataFrame], Figure]] = {
+    draw.__name__: draw for draw in (rank_vs_gamma, aligned_vs_misaligned, low_label, linear_regime)
+}

@@ -1,0 +1,156 @@
+"""Diagnostics against plain definitions, on embeddings whose answers are known."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from ssl_runner import diagnostics, relate, theory
+from ssl_runner.diagnostics import COLUMNS, Diagnostics
+from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SquaredSimCLR, VICReg
+from ssl_runner.relate import BatchRelation
+from ssl_runner.views import Augment
+from tests.test_dataset import load, toy
+
+
+def watched(loss: Loss, relation: BatchRelation | None = None, images: int = 40, fixed: bool = True) -> Diagnostics:
+    source = toy()
+    source.images = torch.randint(0, 256, source.images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = load(source)
+    relation = relation or relate.Views()
+    relation.bind(data.pretrain.labels)
+    augment = Augment({"all": {"crop": {"scale": [0.3, 1.0]}}})
+    return Diagnostics(data, augment, relation, loss, V=2, images=images, seed=0, fixed=fixed)
+
+
+class Network(nn.Module):
+    """Flattens, with batch norm and dropout to notice the mode."""
+
+    def __init__(self, K: int):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(48, K), nn.BatchNorm1d(K), nn.Dropout(0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
+@pytest.mark.parametrize("loss", [VICReg(), SimCLR(), SquaredSimCLR(), BarlowTwins()], ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize("relation", [relate.Views(), relate.Labels(True), relate.Noisy(), relate.Neighbors(2)])
+def test_a_row_has_every_column_and_is_repeatable(loss: Loss, relation: BatchRelation) -> None:
+    network, head = Network(8), nn.Linear(8, 5)
+    watch = watched(loss, relation)
+    row = watch(network, head)
+    assert tuple(row) == COLUMNS
+    again = watch(network, head)
+    assert {k: v for k, v in row.items() if k != "diagnostics_s"} == {k: v for k, v in again.items() if k != "diagnostics_s"}
+    assert all(math.isfinite(value) for name, value in row.items() if name != "floor_is")
+    assert 0 <= row["alignment"] <= 1 + 1e-9
+    assert 0 <= row["label_energy"] <= 1 + 1e-9
+    assert row["loss_gap"] == row["subset_loss"] - row["loss_floor"]
+    assert row["rank"] == 5
+    assert row["backbone_rank"] == 8
+    if row["floor_is"] != "upper bound":
+        assert row["loss_gap"] > -1e-6
+
+
+def test_the_network_is_read_in_eval_mode_and_left_as_it_was() -> None:
+    network, head = Network(8), nn.Linear(8, 5)
+    network.body[3].eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    watched(VICReg())(network, head)
+    assert network.training
+    assert not network.body[3].training
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_the_subset_is_balanced_and_made_of_training_images() -> None:
+    watch = watched(VICReg(), images=41)
+    assert len(watch.X) == 2 * len(watch.batch.labels)
+    counts = torch.bincount(watch.batch.labels)
+    assert (counts == counts[0]).all()
+
+
+def test_the_gap_of_the_optimum_is_zero() -> None:
+    """An "embedding" that looks its rows up in the closed form."""
+
+    class Best(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.Z = torch.empty(0)
+
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return self.Z
+
+    for loss in (VICReg(variance="squared", beta=25.0), SimCLR(), SquaredSimCLR(), BarlowTwins(eps=1e-12)):
+        watch = watched(loss, relate.Labels(True))
+        head, flat = Best(), nn.Flatten()
+        N = len(watch.X)
+        G = watch.relation(watch.batch, torch.zeros(N, 3))
+        head.Z = theory.optimum(loss, G, 3).Z
+        row = watch(flat, head)
+        assert abs(row["loss_gap"]) < 1e-4 * max(1, abs(row["loss_floor"]))
+        assert_close(row["alignment"], 1.0, rtol=0, atol=1e-6)
+        assert_close(row["relation_label_energy"], 1.0, rtol=0, atol=1e-6)
+        for line in watch.spectrum(flat, head)[:2]:
+            assert_close(line["Z"], line["closed_form"], rtol=1e-4, atol=1e-4)
+
+
+def test_effective_rank_is_rankmes() -> None:
+    sigma = torch.tensor([3.0, 1.0, 0.5], dtype=torch.float64)
+    p = [s / 4.5 + 1e-7 for s in (3.0, 1.0, 0.5)]
+    assert_close(diagnostics.effective_rank(sigma), math.exp(-sum(q * math.log(q) for q in p)))
+    assert_close(diagnostics.effective_rank(torch.ones(7, dtype=torch.float64)), 7.0, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(30, 8), (8, 30)])
+def test_the_numerical_rank_is_that_of_a_singular_value_decomposition(shape: tuple[int, int]) -> None:
+    for rank in (1, 3, 8):
+        Z = torch.randn(shape[0], rank) @ torch.randn(rank, shape[1])
+        values = theory.singular_values(Z)
+        assert len(values) == rank == torch.linalg.matrix_rank(Z)
+        assert_close(values, torch.linalg.svdvals(Z.double())[:rank], rtol=1e-5, atol=1e-5)
+        U = theory.left_singular_space(Z)
+        assert_close(U.T @ U, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-6)
+        assert_close(U @ (U.T @ Z.double()), Z.double(), rtol=1e-4, atol=1e-4)
+    assert len(theory.singular_values(torch.zeros(shape))) == 0
+
+
+def test_collapse_measures() -> None:
+    base = torch.randn(500, 1)
+    Z = torch.cat([base, -2 * base, torch.randn(500, 1), torch.zeros(500, 1)], 1)
+    expected = sum(abs(float(torch.corrcoef(Z.T)[i, j])) for i, j in ((0, 1), (0, 2), (1, 2))) / 3
+    assert_close(diagnostics.mean_correlation(Z), expected, rtol=1e-4, atol=1e-5)
+    row = diagnostics.of_embedding(Z, torch.eye(2).repeat(250, 1), None)
+    assert row["min_std"] == 0
+    assert row["alignment"] is None
+    assert diagnostics.mean_correlation(torch.zeros(10, 4)) == 0
+
+
+def test_a_loss_without_a_closed_form_leaves_its_columns_empty() -> None:
+    class Other(Loss):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = {"square": 1.0}
+
+        def _terms(self, Z, G):
+            return {"square": Z.square().sum()}
+
+    row = watched(Other())(Network(8), nn.Linear(8, 5))
+    assert tuple(row) == COLUMNS
+    assert row["loss_floor"] is row["alignment"] is row["relation_label_energy"] is None
+    assert row["rank"] == 5
+
+
+def test_neighbours_are_sought_anew_each_time() -> None:
+    network, head = Network(8), nn.Linear(8, 5)
+    watch = watched(VICReg(), relate.Neighbors(2), fixed=False)
+    watch(network, head)
+    first, _ = watch.known
+    with torch.no_grad():
+        network.body[1].weight.normal_()
+    watch(network, head)
+    second, _ = watch.known
+    assert (first.dense() != second.dense()).any()
