@@ -84,6 +84,8 @@ def prepare(cfg: DictConfig, data: DataSet | None = None) -> Prepared:
         projector = build("projector", cfg.projector, features=backbone.width).to(device)
     if cfg.solver.name == "closed_form":
         closed_form.parts(backbone, projector)
+    if cfg.diagnostics.moments and (not isinstance(backbone, LinearBackbone) or count(projector)):
+        raise Refused("diagnostics.moments is for a linear model: use backbone=linear projector=identity, or set it to 0")
     modules = [backbone, projector, loss]
     return Prepared(
         device=device,
@@ -251,9 +253,7 @@ def build_diagnostics(cfg: DictConfig, stages: Prepared) -> Diagnostics:
 
 
 def build_moments_gap(cfg: DictConfig, stages: Prepared) -> MomentsGap:
-    """The linear model's distance from the closed form. Refused where the model is not linear in the pixels."""
-    if not isinstance(stages.backbone, LinearBackbone) or count(stages.projector):
-        raise Refused("diagnostics.moments is for a linear model: use backbone=linear projector=identity, or set it to 0")
+    """The linear model's distance from the closed form."""
     relation = build("relation", cfg.relation)
     relation.bind(stages.data.pretrain.labels.cpu())
     return MomentsGap(

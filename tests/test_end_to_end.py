@@ -18,9 +18,10 @@ import torch
 from hydra._internal.core_plugins import basic_launcher
 from omegaconf import OmegaConf
 
+from ssl_runner.diagnostics import COLUMNS
 from tests.conftest import TINY, make_pictures, run_folder
 
-TIMINGS = ("seconds", "images_per_s")
+TIMINGS = ("seconds", "images_per_s", "diagnostics_s", "solve_s")
 BOTH = "probe.probes=[linear,knn]"
 
 
@@ -40,7 +41,10 @@ def test_the_files_of_a_run(ssl_run, tmp_path: Path) -> None:
 
     metrics = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
     names = "epoch step images_seen seconds images_per_s lr loss variance covariance invariance"
-    assert list(metrics[0]) == names.split()
+    assert list(metrics[0]) == [*names.split(), *COLUMNS]
+    assert all(row["rank"] for row in metrics)
+    spectrum = table(folder / "spectrum.csv")
+    assert [row["k"] for row in spectrum] == [str(k) for k in range(1, 9)]
     assert [row["epoch"] for row in metrics] == ["1", "2"]
 
     probes = table(folder / "probe.csv")
