@@ -73,7 +73,8 @@ def spread(runs: pd.DataFrame, by: str, value: str) -> pd.DataFrame:
 def curve(axes: Axes, runs: pd.DataFrame, by: str, value: str, label: str, **style: object) -> None:
     """Mean over seeds with bars of one standard deviation."""
     table = spread(runs, by, value)
-    axes.errorbar(table.index.to_numpy(), table["mean"], table["std"], label=label, capsize=3, **style)  # type: ignore[arg-type]
+    x, mean, std = (column.to_numpy(float) for column in (table.index, table["mean"], table["std"]))
+    axes.errorbar(x, mean, std, label=label, capsize=3, **style)  # type: ignore[arg-type]
 
 
 def seeds(runs: pd.DataFrame) -> str:
@@ -116,12 +117,12 @@ def rank_vs_gamma(runs: pd.DataFrame) -> Figure:
         for n, (_, group) in enumerate(some.groupby(setting)):
             mean, std = group.used.mean(), group.used.std()
             at = gammas[-1] * (1.35 + 0.3 * n + 0.6 * (loss == "BarlowTwins"))
-            label = f"{NAMES[loss]}, trained ({setting} = {', '.join(f'{v:g}' for v in sorted(some[setting].unique()))})"
+            label = f"{NAMES[loss]}, {setting} = {', '.join(f'{v:g}' for v in sorted(some[setting].unique()))} (no γ)"
             left.errorbar([at], [mean], [std], fmt=marker, color=COLOURS[loss], capsize=3, label=None if n else label)
     left.axhline(10, color="gray", lw=1, ls=":", label="positive eigenvalues of G: 10")
     left.set(xscale="log", xlabel="γ of VICReg (α = 25)", ylabel=f"singular values of Z above {USED:.0%} of the largest")
-    left.set_ylim(0, K + 26)
-    left.legend(fontsize=8, loc="upper right", ncols=1)
+    left.set_ylim(0, 1.1 * K)
+    left.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.02, 0.2))
     shown = sorted(vicreg.gamma.unique())
     shown = [shown[0], *[g for g in shown if 10 <= g <= 20], shown[-1]]
     blues = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(shown)))
@@ -135,7 +136,8 @@ def rank_vs_gamma(runs: pd.DataFrame) -> Figure:
     right.plot([], [], color="gray", lw=1, ls="--", label="closed form")
     right.set(xlabel="k", ylabel="k-th singular value of Z / √N", title="VICReg: points trained, lines closed form")
     right.title.set_fontsize(9)
-    right.legend(fontsize=8)
+    right.set_ylim(-0.05, 1.65)
+    right.legend(fontsize=8, ncols=2, loc="upper right")
     return figure
 
 
