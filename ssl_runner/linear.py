@@ -210,14 +210,13 @@ def optimum(loss: Loss, moments: Centred, K: int, ridge: float = 0.0) -> LinearO
 def leading(A: Tensor, B: Tensor, K: int, ridge: float, smallest: bool = False) -> tuple[Tensor, Tensor]:
     """The K leading eigenpairs of A w = mu (B + ridge tr(B)/D I) w within the range of B: mu (k,), w (D, k) with w'Bw = 1
     (up to the ridge), k <= K. Each w's largest entry is positive."""
-    values, vectors = scipy.linalg.eigh(B.numpy())
+    values, vectors = scipy.linalg.eigh(B.numpy(), driver="evd")
     values, vectors = torch.from_numpy(values), torch.from_numpy(vectors)
     kept = values > NEGLIGIBLE * values.max()
     T = vectors[:, kept] / (values[kept] + ridge * B.trace() / len(B)).sqrt()
     K = min(K, T.shape[1])
-    ends = [0, K - 1] if smallest else [T.shape[1] - K, T.shape[1] - 1]
-    mu, u = scipy.linalg.eigh((T.T @ A @ T).numpy(), subset_by_index=ends)
-    order = 1 if smallest else -1
-    W = T @ torch.from_numpy(u[:, ::order].copy())
+    mu, u = scipy.linalg.eigh((T.T @ A @ T).numpy(), driver="evd")  # "evr", which takes subsets, can fail on high multiplicities
+    chosen = slice(K) if smallest else slice(-1, -K - 1, -1)
+    W = T @ torch.from_numpy(u[:, chosen].copy())
     W = W * W.gather(0, W.abs().argmax(0, keepdim=True)).sign()
-    return torch.from_numpy(mu[::order].copy()), W
+    return torch.from_numpy(mu[chosen].copy()), W

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SquaredSimCLR, VICReg
-from ssl_runner.relation import Labels, Relation, Views
+from ssl_runner.relation import Labels, Normalized, Relation, Views
 
 EXACT, UPPER, LOWER = "exact", "upper bound", "lower bound"
 DENSE = 2000  # rows up to which a relation without structure is decomposed whole, not iteratively
@@ -336,6 +336,9 @@ def cliques(G: Relation) -> Groups | None:
         _, y, sizes = torch.unique(G.y.cpu(), return_inverse=True, return_counts=True)
         weights = 1 / (sizes - 1).clamp(min=1).double() if G.normalized else torch.ones(len(sizes), dtype=torch.float64)
         return Groups(y, sizes, weights)
+    if isinstance(G, Normalized):
+        inner = cliques(G.G)
+        return inner and Groups(inner.y, inner.sizes, 1 / (inner.sizes - 1).clamp(min=1).double())
     if not torch.equal(G.square_norm, G.degrees.sum()):
         return None
     pairs = G.edges().cpu().numpy()
@@ -482,9 +485,7 @@ def general_spectrum(G: Relation, matrix: str, k: int, center: bool) -> list[Eig
         return out
 
     if N <= DENSE:
-        values, vectors = scipy.linalg.eigh(
-            deflated(np.eye(N)), subset_by_index=[N - missing - 1, N - 1] if missing < N else None
-        )
+        values, vectors = scipy.linalg.eigh(deflated(np.eye(N)), driver="evd")  # "evr" can fail on high multiplicities
     else:
         wrapped = scipy.sparse.linalg.LinearOperator((N, N), matvec=deflated, matmat=deflated, dtype=np.float64)
         start = np.random.default_rng(0).standard_normal(N)

@@ -30,6 +30,7 @@ RELATIONS = {
     "edges apart": Edges([0, 1, 1, 5, 6], [1, 2, 3, 6, 7], 12),
     "neighbors": Originals(Nearest(NEAREST), 2),
     "neighbors normalized": Normalized(Originals(Nearest(NEAREST), 2)),
+    "cliques from pairs, normalized": Normalized(noisy(Labels(UNEVEN), 0.0, torch.Generator())),
     "noisy": noisy(Labels(torch.arange(12) % 3), 0.5, torch.Generator().manual_seed(0)),
 }
 
@@ -220,6 +221,15 @@ def test_a_sparse_relation_of_20000_rows_is_solved_iteratively() -> None:
     values = (U * LU).sum(0)
     assert (LU - U * values).norm(dim=0).max() < 1e-6
     assert_close(float(VICReg(1.0, 1.0, 0.02, variance="squared")(Z, G)), best.value, rtol=1e-8, atol=0)
+
+
+def test_a_relation_of_high_multiplicity_without_the_structure_of_cliques_is_decomposed() -> None:
+    """260 images twice, classes of 52 rows less one pair each: LAPACK's "evr" gives up on this one."""
+    i, j = Labels(torch.arange(520) % 10).edges()
+    G = Normalized(Edges(i[i < j][10:], j[i < j][10:], 520))
+    best = optimum(SquaredSimCLR(), G, 64)
+    true = torch.linalg.eigvalsh(G.dense(torch.float64)).flip(0)[:64].clamp(min=0)
+    assert_close(best.singular_values, (true * 520**2 / float(G.degrees.sum())).sqrt(), rtol=1e-6, atol=1e-5)
 
 
 def test_alignment_is_one_at_the_optimum_and_small_at_random() -> None:
