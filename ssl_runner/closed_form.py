@@ -69,7 +69,7 @@ class ClosedForm:
             raise Refused(f"solver=closed_form: {error}") from error
         with torch.no_grad():
             matrix.weight.copy_(best.W.T)
-            matrix.bias.copy_(-moments.mean @ best.W)
+            matrix.bias.copy_(best.bias)
         end = time.perf_counter()
         self.epoch = self.total_epochs
         steps = self.total_epochs * (len(self.data.pretrain) // self.batch_size)
@@ -127,8 +127,9 @@ class MomentsGap:
 
     def __call__(self, matrix: nn.Linear) -> dict[str, Any]:
         """The loss of Z = (X - mean) W over all rows of the moments, the closed form's, and whether that is exact or a bound."""
-        W = matrix.weight.detach().T.cpu().double()
-        values = (self.moments.value(self.best.loss, W), self.best.value, self.best.kind)
+        W, bias = (parameter.detach().cpu().double() for parameter in (matrix.weight.T, matrix.bias))
+        value = self.moments.value(self.best.loss, W, self.moments.mean @ W + bias)
+        values = (value, self.best.value, self.best.kind)
         return dict(zip(self.COLUMNS, values, strict=True))
 
 

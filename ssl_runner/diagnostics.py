@@ -30,7 +30,7 @@ class Diagnostics:
     rank               singular values above max(N, K) roundings of float32, relative to the largest
     effective_rank     exp of the entropy of p_k = sigma_k / sum sigma + 1e-7 (RankMe, Garrido et al. 2023)
     alignment          mean squared cosine of the principal angles to the closed form's subspace
-    label_energy       share of the one-hot labels' variance that a linear probe explains on these rows; rank / N at random
+    label_energy       share of the one-hot labels' variance that a linear map explains on these rows; rank / N at random
     min_std            smallest standard deviation of a column
     mean_correlation   mean |correlation| of two columns
 
@@ -100,11 +100,12 @@ class Diagnostics:
         return row | {"diagnostics_s": round(time.perf_counter() - start, 3)}
 
     def spectrum(self, backbone: nn.Module, projector: nn.Module) -> list[dict[str, Any]]:
-        """For k = 1 ... K: the singular values of Z and of the closed form over sqrt(N), the root mean square of a coordinate."""
+        """For k = 1 ... K: the singular values of what the loss sees of Z (`Optimum.seen`), and those of the closed form, over
+        sqrt(N): the root mean square of a coordinate."""
         _, Z = self.embed(backbone, projector)
         _, best = self.optimum(Z)
-        centred = Z - Z.mean(0) if best is None or best.centred else Z
-        measured = theory.padded(torch.linalg.svdvals(centred.cpu().double())[: Z.shape[1]], Z.shape[1])
+        seen = best.seen(Z) if best else theory.centred(Z)
+        measured = theory.padded(torch.linalg.svdvals(seen), Z.shape[1])
         optimal = best.singular_values if best else [None] * Z.shape[1]
         root = len(Z) ** 0.5
         return [
@@ -117,13 +118,12 @@ def of_embedding(Z: Tensor, Y: Tensor, best: Optimum | None) -> dict[str, Any]:
     """What can be said of an embedding Z (N, K), with one-hot targets Y (N, C), beside the closed form."""
     Z = Z.cpu()
     values = theory.singular_values(Z)
-    U = theory.left_singular_space(Z - Z.mean(0) if best is None or best.centred else Z)
     stds = Z.std(0)
     return {
         "rank": len(values),
         "effective_rank": effective_rank(values),
-        "alignment": theory.alignment(U, best) if best else None,
-        "label_energy": theory.label_energy(U, Y),
+        "alignment": theory.alignment(Z, best) if best else None,
+        "label_energy": theory.label_energy(Z, Y),
         "min_std": float(stds.min()),
         "mean_correlation": mean_correlation(Z),
     }

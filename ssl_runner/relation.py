@@ -38,7 +38,7 @@ class Relation(ABC):
     @property
     def square_norm(self) -> Tensor:
         """sum_ij G_ij^2, a scalar."""
-        return self.degrees.sum()  # entries are 0 or 1
+        return double(self.degrees).sum()  # entries are 0 or 1
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """G as an (N, N) matrix, for theory, tests and pictures; a training step never needs it."""
@@ -73,7 +73,7 @@ class Views(Relation):
 
     @property
     def square_norm(self) -> Tensor:
-        return self.weight * self.degrees.sum()
+        return self.weight * double(self.degrees).sum()
 
 
 class Labels(Relation):
@@ -110,7 +110,8 @@ class Labels(Relation):
 
     @property
     def square_norm(self) -> Tensor:
-        return (self.degrees / self.positives.clamp(min=1)).sum() if self.normalized else self.degrees.sum()
+        degrees = double(self.degrees)
+        return (degrees / self.positives.clamp(min=1)).sum() if self.normalized else degrees.sum()
 
 
 class Edges(Relation):
@@ -224,7 +225,7 @@ class Normalized(Relation):
 
     def __init__(self, G: Relation):
         self.G, self.num_rows, self.support = G, G.num_rows, G.support
-        degrees = G.degrees.to(torch.float32 if G.degrees.device.type == "mps" else torch.float64)
+        degrees = double(G.degrees)
         self.scale = torch.where(degrees > 0, degrees.clamp(min=1).rsqrt(), 0)
         self.degrees = self._product(torch.ones_like(self.scale)[:, None])[:, 0]
 
@@ -243,6 +244,11 @@ class Normalized(Relation):
     def square_norm(self) -> Tensor:
         square = self.scale.square()
         return square @ (self.G @ square[:, None])[:, 0]
+
+
+def double(x: Tensor) -> Tensor:
+    """In float64, or float32 on MPS, which has no other."""
+    return x.float() if x.device.type == "mps" else x.double()
 
 
 def noisy(G: Relation, p: float, generator: torch.Generator) -> Edges:

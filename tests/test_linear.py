@@ -163,33 +163,42 @@ def pair_moments(X: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
     return left.T @ right, left.T @ left
 
 
+@pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
-def test_squared_simclr_is_multidimensional_scaling_within_the_range_of_x(G: Relation) -> None:
+def test_squared_simclr_is_multidimensional_scaling_within_the_range_of_x(G: Relation, center: bool) -> None:
+    """Of centred columns, or of these and a constant one: the bias."""
     X = data()
-    Xc = X - X.mean(0)
-    U = torch.linalg.svd(Xc, full_matrices=False)[0]
+    best = optimum(SquaredSimCLR("sum", center), moments_of(X, G), 4)
+    columns = X - X.mean(0) if center else torch.cat([X, torch.ones(N, 1, dtype=torch.float64)], 1)
+    U = torch.linalg.svd(columns, full_matrices=False)[0]
     g, q = torch.linalg.eigh(U.T @ G.dense(torch.float64) @ U)
-    best = optimum(SquaredSimCLR("sum"), moments_of(X, G), 4)
+    Z = X @ best.W + best.bias
     expected = (U @ q.flip(1)[:, :4] * g.flip(0)[:4].clamp(min=0)) @ (U @ q.flip(1)[:, :4]).T
-    assert_close((Xc @ best.W) @ (Xc @ best.W).T, expected, rtol=1e-6, atol=1e-6)
+    assert_close(Z @ Z.T, expected, rtol=1e-6, atol=1e-6)
+    assert center == bool(Z.mean(0).abs().max() < 1e-9)
 
 
 @pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
 @pytest.mark.parametrize(
     "loss",
-    [VICReg(2.0, 2.0, 0.4, variance="squared"), VICReg(2.0, 4.0, 2.0, variance="squared"), SquaredSimCLR(), SquaredSimCLR("sum")],
-    ids=["vicreg", "vicreg beta>alpha", "squared simclr", "squared simclr sum"],
+    [
+        VICReg(2.0, 2.0, 0.4, variance="squared"),
+        VICReg(2.0, 4.0, 2.0, variance="squared"),
+        SquaredSimCLR(),
+        SquaredSimCLR("sum"),
+        SquaredSimCLR("sum", center=True),
+    ],
+    ids=["vicreg", "vicreg beta>alpha", "squared simclr", "squared simclr sum", "squared simclr centred"],
 )
 def test_descent_on_w_reaches_an_exact_value_and_never_beats_it(loss: Loss, G: Relation) -> None:
     X, K = data(), 3
-    Xc = X - X.mean(0)
     best = optimum(loss, moments_of(X, G), K)
     assert best.kind == EXACT
-    assert_close(float(loss(Xc @ best.W, G)), best.value, rtol=1e-6, atol=1e-9)
-    Q, _ = torch.linalg.qr(Xc)  # the same model, better conditioned
+    assert_close(float(loss(X @ best.W + best.bias, G)), best.value, rtol=1e-6, atol=1e-9)
+    Q, _ = torch.linalg.qr(torch.cat([X, torch.ones(N, 1, dtype=torch.float64)], 1))  # the same model, better conditioned
     reached = []
     for start in range(3):
-        W = (torch.randn(D, K, dtype=torch.float64) * 10.0 ** (start - 1)).requires_grad_()
+        W = (torch.randn(D + 1, K, dtype=torch.float64) * 10.0 ** (start - 1)).requires_grad_()
         solver = torch.optim.LBFGS([W], max_iter=2000, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe")
 
         def objective(W: Tensor = W, solver: torch.optim.LBFGS = solver) -> Tensor:

@@ -6,7 +6,7 @@ from sklearn.manifold import SpectralEmbedding
 from torch import Tensor
 from torch.testing import assert_close
 
-from ssl_runner import theory
+from ssl_runner import spectrum, theory
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SquaredSimCLR, VICReg
 from ssl_runner.relation import Edges, Labels, Nearest, Normalized, Originals, Relation, Views, noisy
 from ssl_runner.theory import EXACT, LOWER, UPPER, optimum
@@ -55,7 +55,7 @@ def matrix(G: Relation, which: str, center: bool) -> Tensor:
 @pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
 def test_eigenspaces_are_those_of_the_dense_matrix(G: Relation, which: str, dense_rows: int, monkeypatch) -> None:
     """Values, dimensions, projectors and bases; by structure, by the dense solver and by Lanczos."""
-    monkeypatch.setattr(theory, "DENSE", dense_rows)
+    monkeypatch.setattr(spectrum, "DENSE", dense_rows)
     which, _, center = which.partition(" ")
     centred = bool(center) or which == "laplacian"
     k = 5
@@ -66,7 +66,7 @@ def test_eigenspaces_are_those_of_the_dense_matrix(G: Relation, which: str, dens
     if which == "normalized":
         P = P * (G.degrees > 0)[:, None] * (G.degrees > 0)
     expected = torch.linalg.eigvalsh(P @ (sign * A + 10 * torch.eye(12)) @ P).flip(0)[:k] - 10
-    taken = theory.leading(theory.spectrum(G, which, k, bool(center)), k)
+    taken = theory.leading(spectrum.spectrum(G, which, k, bool(center)), k)
     assert_close(sign * theory.repeat_values(taken), expected, rtol=1e-8, atol=1e-8)
     for space, q in taken:
         full = space.basis(space.dim)
@@ -238,9 +238,9 @@ def test_alignment_is_one_at_the_optimum_and_small_at_random() -> None:
         for loss in (VICReg(1.0, 1.0, 1e-3, variance="squared"), SquaredSimCLR(), BarlowTwins()):
             best = optimum(loss, G, 3)
             rotated = best.Z @ torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
-            assert_close(theory.alignment(theory.left_singular_space(rotated), best), 1.0, rtol=1e-9, atol=0)
+            assert_close(theory.alignment(rotated, best), 1.0, rtol=1e-9, atol=0)
     labels = optimum(VICReg(), Labels(y), 3)
-    random = [theory.alignment(theory.left_singular_space(torch.randn(400, 3)), labels) for _ in range(20)]
+    random = [theory.alignment(torch.randn(400, 3), labels) for _ in range(20)]
     assert sum(random) / 20 < 0.05  # 3 / 399 on average
 
 
@@ -251,8 +251,8 @@ def test_label_energy_is_what_least_squares_explains() -> None:
     residual = Yc - Zc @ torch.linalg.lstsq(Zc, Yc).solution
     expected = 1 - float(residual.square().sum() / Yc.square().sum())
     for same in (Zc, torch.cat([Zc, Zc], 1), torch.cat([Zc, torch.zeros(60, 90)], 1)):
-        assert_close(theory.label_energy(theory.left_singular_space(same), Y), expected, rtol=1e-6, atol=0)
-    assert theory.label_energy(theory.left_singular_space(torch.zeros(60, 4)), Y) == 0
+        assert_close(theory.label_energy(same, Y), expected, rtol=1e-6, atol=0)
+    assert theory.label_energy(torch.zeros(60, 4), Y) == 0
 
 
 def test_the_label_energy_of_a_relation() -> None:
