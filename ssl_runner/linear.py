@@ -191,8 +191,7 @@ def _(loss: SquaredSimCLR, Z: Centred) -> float:
 def _(loss: BarlowTwins, Z: Centred) -> float:
     Z = Z.about_weighted_mean() if loss.center else Z.about_zero()
     n = Z.XDX.diagonal().clamp(min=0).sqrt()
-    C = Z.XGX / (n[:, None] * n + loss.eps)
-    return float(loss.total({"diagonal": (C.diagonal() - 1).square().sum(), "off_diagonal": off_diagonal(C).square().sum()}))
+    return float(loss.total(loss.of_correlations(Z.XGX / (n[:, None] * n + loss.eps))))
 
 
 @dataclass

@@ -204,31 +204,31 @@ def row_entropy(G: Relation) -> float:
 
 @optimum.register
 def _(loss: BarlowTwins, G: Relation, K: int) -> Optimum:
-    """Z* = D^-1/2 [w_1 ... w_K], which maximises Tr(Z'GZ) under Z'DZ = I: C = diag(rho), value sum_k (1 - rho_k)^2. A column that
-    there is no rho > 0 for is 0 and costs 1; or, if that costs less, all K columns share the r dimensions of rho = 1 as a tight
-    frame of unit vectors, whose off-diagonal costs alpha (K^2 / r - K). Below these values the loss can go, unless it is 0."""
+    """Z* = D^-1/2 [w_1 ... w_K], which maximises Tr(Z'GZ) under Z'DZ = I: C = diag(rho), value sum_k (1 - rho_k)^2. Where there
+    are less than K rho > 0, a column too many is 0 and costs 1, or, if that is cheaper, all columns share the dimensions of
+    rho > 0 or those of rho = 1 as a tight frame F: C = F' diag(rho) F. The loss can go lower still, unless the value is 0."""
     N = free_rows(G, K)
     d = G.degrees.cpu().double()
     dims = min(K, int((d > 0).sum()) - (1 if loss.center else 0))
     taken = [(space, q) for space, q in leading(spectrum(G, "normalized", dims, loss.center), dims) if space.value > TIE]
     unit = 1 / (1 + loss.eps)  # C_kk of a column with z'Gz = z'Dz = 1
     rho = repeat_values(taken)
-    mix = torch.eye(len(rho), K, dtype=torch.float64)
-    value = float((1 - unit * rho).square().sum()) + K - len(rho)
-    ones = int((rho > 1 - TIE).sum())
-    if 0 < ones < K:
-        shared = K * (1 - unit) ** 2 + loss.weights["off_diagonal"] * (K * K / ones - K) * unit**2
-        if shared < value:
-            value, taken, mix = shared, taken[:1], tight_frame(ones, K)
+    mixes = [torch.eye(len(rho), K, dtype=torch.float64)]
+    if len(rho) < K:
+        mixes += [tight_frame(r, K) for r in {len(rho), int((rho > 1 - TIE).sum())} - {0}]
+    values = [float(loss.total(loss.of_correlations(unit * M.T @ (rho[: len(M), None] * M)))) for M in mixes]
+    value, mix = min(zip(values, mixes, strict=True), key=lambda pair: pair[0])
+    taken = leading([space for space, _ in taken], len(mix))
     scale = torch.where(d > 0, d.clamp(min=1e-300).rsqrt(), 0)[:, None]
 
     def make() -> Tensor:
         return scale * embed(taken, torch.ones(len(mix), dtype=torch.float64), N, len(mix)) @ mix
 
     def seen(Z: Tensor) -> Tensor:
-        Z = raw(Z) * (d > 0)[:, None]
+        Z = raw(Z)
         if loss.center:
-            Z = Z - (d > 0)[:, None] * Z.sum(0) / max(int((d > 0).sum()), 1)
+            Z = Z - d @ Z / d.sum().clamp(min=1e-300)
+        Z = Z * (d > 0)[:, None]
         return Z / (d @ Z.square()).sqrt().clamp(min=1e-300)
 
     regular = bool((d == d[0]).all())
@@ -238,36 +238,28 @@ def _(loss: BarlowTwins, G: Relation, K: int) -> Optimum:
         kind=EXACT if value <= 1e-12 * K else UPPER,
         value=value,
         singular_values=padded(roots(squares), K),
-        spaces=taken if regular else images(taken, scale, G, seen if loss.center else raw),
+        spaces=taken if regular else images(taken, scale, None if loss.center else components(sparse(G))),
         seen=seen,
         make=make,
     )
 
 
 def tight_frame(r: int, K: int) -> Tensor:
-    """K unit vectors in r < K dimensions with F F' = K/r I (r, K): rows of the real Fourier basis, whole frequencies each."""
-    angles = 2 * math.pi * torch.outer(torch.arange(1, r // 2 + 1), torch.arange(K)).double() / K
-    rows = [torch.ones(r % 2, K, dtype=torch.float64), 2**0.5 * angles.cos(), 2**0.5 * angles.sin()]
-    return torch.cat(rows) / r**0.5
+    """K unit vectors in r < K dimensions, FF' = K/r I: (r, K), rows of the Hartley transform, cos + sin of frequencies +-j."""
+    frequencies = torch.tensor([j for j in range(-(r // 2), r // 2 + 1) if j or r % 2])
+    angles = 2 * math.pi * torch.outer(frequencies, torch.arange(K)).double() / K
+    return (angles.cos() + angles.sin()) / r**0.5
 
 
-def images(taken: Taken, scale: Tensor, G: Relation, centre: Callable[[Tensor], Tensor]) -> Taken:
-    """What the scales (N, 1) make of eigenspaces: orthogonal again, each orthogonal to those before."""
-    if not taken:
-        return []
-    (first, q), *rest = taken
-    if first.value > 1 - TIE:  # the vectors that are constant on each component, whatever the scales
-        y = components(sparse(G))
-        used = torch.bincount(y) > 1
-        one = torch.ones(G.num_rows, dtype=torch.float64)
-        first = between(1.0, y, one, used, without_sum=first.dim < int(used.sum()))
-        if not rest:
-            return [(first, q)]
-        done = [(first, q)]
-    else:
-        done, rest = [], taken
-    for space, q in rest:
-        vectors = centre(scale * space.basis(space.dim))
+def images(taken: Taken, scale: Tensor, y: Tensor | None) -> Taken:
+    """What the scales (N, 1) make of eigenspaces: orthogonal again, each orthogonal to those before. y (N,): the components, on
+    each of which the first space becomes constant."""
+    done: Taken = []
+    for space, q in taken:
+        if y is not None and not done:
+            done.append((between(1.0, y, torch.ones_like(scale[:, 0]), torch.bincount(y) > 1, without_sum=False), q))
+            continue
+        vectors = scale * space.basis(space.dim)
         for before, _ in done:
             vectors = vectors - before.project(vectors)
         done.append((explicit(space.value, torch.linalg.qr(vectors)[0].numpy()), q))

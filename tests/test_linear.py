@@ -133,23 +133,22 @@ def test_barlow_on_labels_is_linear_discriminant_analysis() -> None:
 
 def test_barlow_on_views_is_canonical_correlation_analysis() -> None:
     """scikit-learn's CCA between the first and the second row of each positive pair, both orders of each."""
-    X = data()
     G = Views(30, 2)
+    X = torch.randn(30, D, dtype=torch.float64).repeat(2, 1) + 0.5 * torch.randn(60, D, dtype=torch.float64)
     i, j = G.edges()
     best = optimum(BarlowTwins(), moments_of(X, G), 3)
     theirs = CCA(3, scale=False, max_iter=5000, tol=1e-12).fit(X[i].numpy(), X[j].numpy())
     left, right = theirs.transform(X[i].numpy(), X[j].numpy())
     correlations = torch.tensor([float(torch.corrcoef(torch.from_numpy(pair.T))[0, 1]) for pair in zip_columns(left, right)])
-    positive = best.eigenvalues > 0
-    assert positive.any()
-    k = int(positive.sum())
+    k = int((best.eigenvalues > 0).sum())
+    assert k == 3
     dense = torch.linalg.eigvals(torch.linalg.solve(*reversed(pair_moments(X, i, j)))).real.sort(descending=True).values
     assert_close(best.eigenvalues, dense[:3], rtol=1e-8, atol=0)
     signed = dense[dense.abs().argsort(descending=True)][:3]  # CCA has no sign: it takes the largest |rho|
     assert_close(correlations.double(), signed.abs(), rtol=1e-4, atol=1e-4)
-    if bool((signed[:k] > 0).all()):
-        span = torch.from_numpy(theirs.x_rotations_[:, :k].copy())
-        assert_close(cosines(best.W[:, :k], span), torch.ones(k, dtype=torch.float64), rtol=0, atol=1e-4)
+    assert (signed > 0).all()
+    span = torch.from_numpy(theirs.x_rotations_.copy())
+    assert_close(cosines(best.W, span), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-4)
 
 
 def zip_columns(left, right):
@@ -213,18 +212,48 @@ def test_descent_on_w_reaches_an_exact_value_and_never_beats_it(loss: Loss, G: R
     assert min(reached) <= best.value + 1e-6 * max(abs(best.value), 1e-3)
 
 
-def test_an_upper_bound_says_so_and_is_attained() -> None:
-    X, G = data(), RELATIONS["views"]
+@pytest.mark.parametrize("name", RELATIONS)
+def test_an_upper_bound_says_so_and_is_attained(name: str) -> None:
+    X, G = data(), RELATIONS[name]
     m, Xc = moments_of(X, G), X - X.mean(0)
-    for loss in (VICReg(2.0, 1.0, 0.4, variance="squared"), VICReg(2.0, 1.0, 0.4), BarlowTwins(0.01)):
-        best = optimum(loss, m, 4)
-        assert best.kind == UPPER
-        assert_close(float(loss(Xc @ best.W, G)), best.value, rtol=1e-6, atol=1e-9)
-        assert_close(torch.linalg.svdvals(Xc @ best.W).sort().values, best.singular_values.sort().values, rtol=1e-6, atol=1e-6)
+    losses = (VICReg(2.0, 1.0, 0.4, variance="squared"), VICReg(2.0, 1.0, 0.4), BarlowTwins(0.01), BarlowTwins(0.01, center=True))
+    for loss in losses:
+        for ridge in (0.0, 0.2):
+            best = optimum(loss, m, 4, ridge)
+            assert best.kind == UPPER
+            assert_close(float(loss(Xc @ best.W, G)), best.value, rtol=1e-6, atol=1e-9)
+            assert_close(torch.linalg.svdvals(Xc @ best.W), best.singular_values, rtol=1e-6, atol=1e-6)
     squared = VICReg(2.0, 2.0, 0.4, variance="squared")
     exact, ridged = optimum(squared, m, 4), optimum(squared, m, 4, ridge=0.1)
     assert ridged.kind == UPPER
     assert ridged.value > exact.value
+
+
+@pytest.mark.parametrize("loss", [VICReg(2.0, 2.0, 0.4, variance="squared"), SquaredSimCLR(), BarlowTwins(0.01)])
+def test_units_of_the_columns_do_not_matter(loss: Loss) -> None:
+    X, G = data(), RELATIONS["views"]
+    units = 10.0 ** torch.arange(-3, 4).double()
+    assert_close(optimum(loss, moments_of(X * units, G), 4).value, optimum(loss, moments_of(X, G), 4).value, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("loss", [VICReg(2.0, 2.0, 0.4, variance="squared"), SquaredSimCLR("sum"), BarlowTwins(0.01)])
+def test_a_wide_spectrum_and_a_deficient_rank_cost_no_digits(loss: Loss) -> None:
+    """float32 features whose variances fall to 1e-7 of the largest, and fewer rows than columns; against float64 products."""
+    for rows, columns in ((400, 60), (40, 60)):
+        basis = torch.linalg.qr(torch.randn(columns, columns))[0]
+        X = (torch.randn(rows, columns) * 10 ** torch.linspace(0, -3.5, columns)) @ basis + 5
+        G, moments = Views(rows // 2, 2), Moments(columns, CPU)
+        moments.add(X, G)
+        best = optimum(loss, moments.centred(), 8)
+        value = float(loss(X.double() @ best.W + best.bias, G))
+        assert_close(best.value, value, rtol=1e-6, atol=1e-7)
+        Xc = X.double() - X.double().mean(0)
+        W = torch.linalg.lstsq(Xc, torch.randn(rows, 8, dtype=torch.float64)).solution
+        assert value < float(loss(Xc @ W, G))
+    if isinstance(loss, BarlowTwins):
+        assert best.eigenvalues.max() <= 1 + 1e-9
+    if isinstance(loss, VICReg):
+        assert best.eigenvalues.min() >= -1e-9
 
 
 def test_directions_without_variance_are_left_out() -> None:
@@ -247,7 +276,10 @@ def test_a_loss_without_a_closed_linear_form_says_so() -> None:
         optimum(Other(), moments_of(data(), RELATIONS["views"]), 2)
 
 
-def test_the_value_of_a_centred_barlow_is_that_of_centred_features_where_all_degrees_are_equal() -> None:
-    X, W, G = data(), torch.randn(D, 3, dtype=torch.float64), RELATIONS["views"]
-    loss = BarlowTwins(0.1, center=True)
-    assert_close(moments_of(X, G).value(loss, W), float(loss(X @ W, G)), rtol=1e-6, atol=1e-9)
+@pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
+def test_the_value_of_any_mean_is_the_loss(G: Relation) -> None:
+    """Of losses that centre and that do not; about a mean that is not 0, and degrees that are not equal."""
+    X, W, mean = data(), torch.randn(D, 3, dtype=torch.float64), torch.tensor([0.3, -2.0, 1.0], dtype=torch.float64)
+    Z = (X - X.mean(0)) @ W + mean
+    for loss in (*LOSSES, SquaredSimCLR("sum", center=True), BarlowTwins(0.1, center=True)):
+        assert_close(moments_of(X, G).value(loss, W, mean), float(loss(Z, G)), rtol=1e-6, atol=1e-9)

@@ -28,5 +28,8 @@ class BarlowTwins(Loss):
         if self.center:
             Z = Z - (d * Z).sum(0) / d.sum().clamp(min=1)
         n = (d * Z.square()).sum(0).clamp(min=torch.finfo(Z.dtype).tiny).sqrt()  # a dead column has gradient 0, not nan
-        C = Z.T @ (G @ Z) / (n[:, None] * n + self.eps)
+        return self.of_correlations(Z.T @ (G @ Z) / (n[:, None] * n + self.eps))
+
+    def of_correlations(self, C: Tensor) -> dict[str, Tensor]:
+        """The terms from C (K, K)."""
         return {"diagonal": (C.diagonal() - 1).square().sum(), "off_diagonal": off_diagonal(C).square().sum()}
