@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -252,22 +253,21 @@ def double(x: Tensor) -> Tensor:
 
 
 def noisy(G: Relation, p: float, generator: torch.Generator) -> Edges:
-    """G with a share p of its pairs, rounded to whole pairs, drawn anew among the pairs that G does not relate: a misspecified
-    relation of as many pairs. Raises ValueError unless p is in [0, 1] and there are that many unrelated pairs. On the host."""
+    """A misspecified G of as many pairs: a share p of them, rounded to whole pairs, is replaced by pairs drawn uniformly without
+    repetition among all that are not kept. At p = 1 that is a random graph, independent of G. On the host.
+
+    Raises ValueError unless p is in [0, 1]. Pair i < j has the number j (j - 1) / 2 + i, so that no pair needs to be listed.
+    """
     if not 0 <= p <= 1:
         raise ValueError(f"p={p} is not a share of the pairs: give a number from 0 to 1")
     N = G.num_rows
     i, j = G.edges().cpu()
-    related = (i * N + j)[i < j]
-    moved = round(p * len(related))
-    unrelated = N * (N - 1) // 2 - len(related)
-    if moved > unrelated:
-        raise ValueError(f"p={p} moves {moved} pairs, and there are only {unrelated} unrelated ones to move them to")
-    kept = related[torch.randperm(len(related), generator=generator)[moved:]]
-    new = related[:0]
-    while len(new) < moved:
-        drawn = torch.randint(N * N, (2 * moved + 64,), generator=generator)
-        drawn = drawn[(drawn // N < drawn % N) & ~torch.isin(drawn, related)]
-        new = torch.unique(torch.cat([new, drawn]))
-    codes = torch.cat([kept, new[torch.randperm(len(new), generator=generator)[:moved]]])
-    return Edges(codes // N, codes % N, N)
+    pairs = (j * (j - 1) // 2 + i)[i < j]
+    moved = round(p * len(pairs))
+    kept = pairs[torch.randperm(len(pairs), generator=generator)[moved:]].sort().values
+    numbers = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    drawn = torch.from_numpy(numbers.choice(N * (N - 1) // 2 - len(kept), moved, replace=False, shuffle=False))
+    skipped = torch.searchsorted(kept - torch.arange(len(kept)), drawn, right=True)  # what is drawn counts only pairs not kept
+    pairs = torch.cat([kept, drawn + skipped])
+    j = ((1 + (1 + 8 * pairs).double().sqrt()) / 2).long()
+    return Edges(pairs - j * (j - 1) // 2, j, N)
