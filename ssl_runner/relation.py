@@ -1,10 +1,16 @@
 """The relation G between the N rows of X, as an operator: a loss needs `G @ Z` and the degrees, never an N x N matrix."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; the host does not wait for the copy."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class Relation(ABC):
@@ -143,17 +149,29 @@ class Edges(Relation):
         ones = Z.new_ones(self.pairs.shape[1])
         shape = (self.num_rows, self.num_rows)
         G = torch.sparse_coo_tensor(self.pairs.to(Z.device), ones, shape, is_coalesced=True, check_invariants=False)
-        return torch.sparse.mm(G, Z)
+        return _SymmetricProduct.apply(G, Z)
 
     def edges(self) -> Tensor:
         return self.pairs
 
     def to(self, device: torch.device) -> "Edges":
         """The same relation on a device; the host does not wait for the copy."""
-        if device.type != "cpu":
-            pinned = [t.pin_memory() if device.type == "cuda" else t for t in (self.pairs, self.degrees)]
-            self.pairs, self.degrees = (tensor.to(device, non_blocking=True) for tensor in pinned)
+        self.pairs, self.degrees = copied(self.pairs, device), copied(self.degrees, device)
         return self
+
+
+class _SymmetricProduct(torch.autograd.Function):
+    """A symmetric sparse G, a constant, times Z. torch.sparse.mm would go back through G', which it sorts first, and on CUDA
+    the host waits for that. But G' is G."""
+
+    @staticmethod
+    def forward(ctx: Any, G: Tensor, Z: Tensor) -> Tensor:
+        ctx.G = G
+        return torch.sparse.mm(G, Z)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, _SymmetricProduct.apply(ctx.G, gradient)
 
 
 class Nearest(Relation):

@@ -71,6 +71,17 @@ def test_the_product_is_differentiable(G: Relation, dense: torch.Tensor) -> None
     assert torch.autograd.gradcheck(lambda Z: G @ Z, (Z,))
 
 
+def test_the_product_with_edges_goes_back_through_the_same_sparse_matrix() -> None:
+    """Transposing it, as torch.sparse.mm would, makes a matrix that has to be sorted: nothing may be coalesced."""
+    G, dense = Edges(LEFT, RIGHT, 7), edges_by_loop()
+    Z, weight = torch.randn(7, 3, requires_grad=True), torch.randn(7, 3)
+    with torch.profiler.profile() as profile:
+        ((G @ Z) * weight).sum().backward()
+    assert_close(Z.grad, dense @ weight)
+    assert not [event.key for event in profile.key_averages() if "coalesce" in event.key or "transpose" in event.key]
+    assert torch.autograd.gradgradcheck(lambda Z: G @ Z.square(), (Z.detach().double().requires_grad_(),))
+
+
 @pytest.mark.parametrize(("G", "other"), [(Views(4, 5, normalized=True), Views(4, 5)), (Labels(Y, normalized=True), Labels(Y))])
 def test_the_rows_of_a_normalized_relation_sum_to_one(G: Relation, other: Relation) -> None:
     dense = other.dense()
