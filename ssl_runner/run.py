@@ -1,6 +1,7 @@
 """One run, from its configuration to its files; reads top to bottom as the way of the data."""
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from ssl_runner import checkpoint, closed_form, dataset, optimizer
+from ssl_runner import checkpoint, closed_form, dataset, linear, optimizer
 from ssl_runner.backbone import Backbone, LinearBackbone
 from ssl_runner.closed_form import ClosedForm, MomentsGap
 from ssl_runner.config import check_values, one_line
@@ -25,7 +26,7 @@ from ssl_runner.loss import Loss
 from ssl_runner.metrics import Table
 from ssl_runner.probe import discriminants, principal_components, probe
 from ssl_runner.record import Record
-from ssl_runner.relate import BatchRelation, Neighbors
+from ssl_runner.relate import BatchRelation
 from ssl_runner.train import Pretraining, choose_device, choose_precision
 from ssl_runner.views import Augment, preview
 
@@ -35,7 +36,8 @@ OPTIMIZER_OPTIONS = ("lr", "weight_decay", "warmup_epochs", "final_lr", "clip")
 
 @dataclass
 class Prepared:
-    """All that a run is made of, built and checked, before its first step."""
+    """All that a run is made of, built and checked, before its first step. Who uses the relation takes a copy, so that what one
+    draws or queues is not another's."""
 
     device: torch.device
     precision: str
@@ -63,6 +65,7 @@ def prepare(cfg: DictConfig, data: DataSet | None = None) -> Prepared:
         precision = "fp32"
     loss = build("loss", cfg.loss).to(device)
     relation = build("relation", cfg.relation)
+    check_linear(cfg, loss, relation)
     augment = build("views", cfg.views, without=("preview",))
     algorithm = build("optimizer", cfg.optimizer, without=OPTIMIZER_OPTIONS, partial=True)
     if data is None:
@@ -76,7 +79,7 @@ def prepare(cfg: DictConfig, data: DataSet | None = None) -> Prepared:
         return backbone.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
 
     backbone = fresh_backbone()
-    if cfg.weights is not None:
+    if cfg.weights is not None and cfg.resume is None:  # what goes on has its weights in its checkpoint
         checkpoint.restore(backbone, Path(cfg.weights).expanduser())
     if cfg.solver.name == "closed_form" and isinstance(backbone, LinearBackbone):
         projector: nn.Module = nn.Identity()  # the backbone itself is the matrix to be found
@@ -133,7 +136,11 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         record.note(
             device=torch.cuda.get_device_name(stages.device) if stages.device.type == "cuda" else str(stages.device),
             precision=stages.precision,
-            relation={"target": cfg.relation._target_, "normalized": cfg.relation.get("normalized", False)},
+            relation={
+                "target": cfg.relation._target_,
+                "normalized": cfg.relation.get("normalized", False),
+                "pairs": stages.relation.listed(data.pretrain.rows),
+            },
             images={split: len(getattr(data, split)) for split in ("pretrain", "train", "val", "test")},
             classes=data.classes,
             parameters={"backbone": count(backbone), "projector": count(projector)},
@@ -171,9 +178,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
             "pca": lambda: principal_components(data, stages.K),
             "lda": lambda: discriminants(data),
         }
-        trained = (
-            "projector" if cfg.solver.name == "closed_form" and count(projector) else "backbone"
-        )  # whose accuracy is the run's
+        # the features whose accuracy is the run's
+        trained = "projector" if cfg.solver.name == "closed_form" and count(projector) else "backbone"
         scores: dict[tuple[str, str, str], float] = {}
         for features in tqdm(dict.fromkeys([trained, *cfg.probe.features]), "probe", disable=None):
             for scored in probe(features, networks[features](), data, cfg.probe.probes, score_test=True):
@@ -199,7 +205,7 @@ def build_solver(cfg: DictConfig, stages: Prepared) -> Pretraining | ClosedForm:
             stages.loss,
             data,
             stages.augment,
-            stages.relation,
+            deepcopy(stages.relation),
             V=cfg.V,
             batch_size=cfg.batch_size,
             passes=cfg.solver.passes,
@@ -221,7 +227,7 @@ def build_solver(cfg: DictConfig, stages: Prepared) -> Pretraining | ClosedForm:
         ),
         data,
         stages.augment,
-        stages.relation,
+        deepcopy(stages.relation),
         V=cfg.V,
         epochs=cfg.epochs,
         batch_size=cfg.batch_size,
@@ -234,34 +240,27 @@ def build_solver(cfg: DictConfig, stages: Prepared) -> Pretraining | ClosedForm:
 
 
 def build_diagnostics(cfg: DictConfig, stages: Prepared) -> Diagnostics:
-    """Diagnostics with a relation of their own, whose neighbours, if it has any, are sought within the subset."""
-    settings = cfg.relation.copy()
-    if "queue" in settings:
-        settings.queue = 0
-    relation = build("relation", settings)
-    relation.bind(stages.data.pretrain.labels.cpu())
+    """Diagnostics, whose neighbours, if the relation has any, are sought within the subset."""
     return Diagnostics(
         stages.data,
         stages.augment,
-        relation,
+        stages.relation.repeatable(),
         stages.loss,
         V=cfg.V,
         images=cfg.diagnostics.images,
         seed=cfg.seed,
-        fixed=not isinstance(relation, Neighbors),
+        fixed=not stages.relation.depends_on_embeddings,
     )
 
 
 def build_moments_gap(cfg: DictConfig, stages: Prepared) -> MomentsGap:
     """The linear model's distance from the closed form."""
-    relation = build("relation", cfg.relation)
-    relation.bind(stages.data.pretrain.labels.cpu())
     return MomentsGap(
         closed_form.parts(stages.backbone, stages.projector)[1],
         stages.loss,
         stages.data,
         stages.augment,
-        relation,
+        deepcopy(stages.relation),
         V=cfg.V,
         batch_size=cfg.batch_size,
         passes=cfg.diagnostics.moments,
@@ -278,16 +277,39 @@ def build(key: str, node: DictConfig, *, without: Sequence[str] = (), partial: b
         raise Refused(f"{key}: {one_line(error.__cause__ or error)}") from error
 
 
+def check_linear(cfg: DictConfig, loss: Loss, relation: BatchRelation) -> None:
+    """Refuses a loss or a relation for which what is asked of the linear model has no closed form."""
+    closed_form = cfg.solver.name == "closed_form"
+    asked = "solver=closed_form" if closed_form else f"diagnostics.moments={cfg.diagnostics.moments}"
+    if not closed_form and not cfg.diagnostics.moments:
+        return
+    if not linear.solvable(loss):
+        raise Refused(f"{asked}: {type(loss).__name__} has no closed linear form; vicreg, simclr, simclr_squared and barlow have")
+    if relation.reaches_beyond:
+        raise Refused(f"{asked} relates rows of one batch: set relation.queue=0")
+
+
 def check_fit(cfg: DictConfig, data: DataSet, relation: BatchRelation) -> None:
-    """Refuses a batch larger than the data set, and a relation that the data set does not allow."""
+    """Binds the relation to the data set. Refuses a batch that is larger than that or too small for the relation, and a relation
+    that the data set does not allow."""
     if cfg.batch_size > len(data.pretrain):
         raise Refused(
             f"batch_size={cfg.batch_size}: {data.name} has {len(data.pretrain)} images to pretrain on; give at most as many"
+        )
+    if cfg.batch_size < relation.fewest:
+        raise Refused(
+            f"batch_size={cfg.batch_size}: relation={cfg.relation._target_} seeks neighbours within the batch and needs"
+            f" {relation.fewest} originals in it; give at least as many, or a smaller relation.k"
         )
     relation.bind(data.pretrain.labels.cpu())
     if relation.needs_labels and bool((data.pretrain.y < 0).any()):
         raise Refused(
             f"relation={cfg.relation._target_} needs a label for every image, and {data.name} has unlabelled ones; use views"
+        )
+    if relation.listed(data.pretrain.rows) == 0:
+        raise Refused(
+            f"relation.path={cfg.relation.path}: no pair is of two of the {len(data.pretrain)} images to pretrain on;"
+            " number the rows as conf/relation/edges.yaml says, where those of test and validation images do not count"
         )
 
 
