@@ -41,8 +41,11 @@ def export(backbone: nn.Module, path: Path, metadata: dict[str, Any]) -> None:
 
 def restore(backbone: nn.Module, path: Path) -> None:
     """Loads the weights that `export` wrote into a backbone of the same shape. Refused for any other file."""
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is not a file"
+        raise Refused(f"weights={path} {what}: give the backbone.safetensors of a finished run")
     try:
         backbone.load_state_dict(safetensors.torch.load_file(path))
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise Refused(f"weights={path} does not fit this backbone or is no such file ({reason[:200]})") from error
+        raise Refused(f"weights={path} does not fit this backbone or is not a safetensors file ({reason[:200]})") from error
