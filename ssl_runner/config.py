@@ -96,7 +96,7 @@ RULES = {
     "relation.k": _positive(int),
     "relation.queue": Rule(int, low=0),
     "relation.path": Rule(str, optional=True),
-    "relation.of": Rule(str, choices=("views", "labels")),
+    "relation.of": Rule(str, choices=("views", "labels", "neighbors", "edges")),
     "relation.p": Rule(float, low=0, high=1),
     "solver.name": Rule(str, choices=("gradient", "closed_form")),
     "solver.passes": _positive(int),
@@ -216,9 +216,22 @@ class Composer:
                 raise Refused(self.unknown(key, reference, chosen))
         check_tree(config, reference)
         check_values(config)
+        if config.solver.name != reference.solver.name:
+            raise Refused(f"solver.name={config.solver.name} is not a setting: choose it by solver={config.solver.name}")
+        if config.solver.name == "closed_form" and config.backbone._target_ == "ssl_runner.backbone.linear":
+            self.check_only_matrix(config, mine)
         if config.resume is not None and not any(override.key_or_group == "resume" for override in mine):
             raise Refused(f"resume={config.resume} stands in a file: give it on the command line")
         return config
+
+    def check_only_matrix(self, config: DictConfig, overrides: list[Override]) -> None:
+        """Refuses what says something of a projector or of weights where the linear backbone itself is what is solved for."""
+        solved = "solver=closed_form backbone=linear solves for the backbone itself"
+        for override in overrides:
+            if override.key_or_group.startswith("projector") and not config.projector._target_.endswith(".identity"):
+                raise Refused(f"{override.input_line}: {solved}, without a projector: leave it out; K is backbone.width")
+        if config.weights is not None:
+            raise Refused(f"weights={config.weights}: {solved} and starts from no weights: leave it out")
 
     def check_choice(self, override: Override) -> None:
         """Refuses a group override that does not name one choice."""
