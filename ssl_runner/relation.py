@@ -245,7 +245,7 @@ class Normalized(Relation):
     def __init__(self, G: Relation):
         self.G, self.num_rows, self.support = G, G.num_rows, G.support
         degrees = double(G.degrees)
-        self.scale = torch.where(degrees > 0, degrees.clamp(min=1).rsqrt(), 0)
+        self.scale = (degrees > 0) * degrees.clamp(min=1).rsqrt()  # torch.where with a 0 would make the host wait on CUDA
         self.degrees = self._product(torch.ones_like(self.scale)[:, None])[:, 0]
 
     def _product(self, Z: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def test_weights_of_another_run_are_the_starting_point(ssl_run) -> None:
 @pytest.mark.parametrize("relation", ["neighbors", "neighbors relation.queue=64", "noisy", "noisy relation.of=views", "edges"])
 @pytest.mark.parametrize("normalized", ["false", "true"])
 def test_every_relation_trains(ssl_run, tmp_path: Path, relation: str, normalized: str) -> None:
-    pairs = np.random.default_rng(0).integers(0, 5000, (4000, 2))
+    pairs = np.random.default_rng(0).integers(0, 5000, (1_000_000, 2))  # 8 of 100 pairs of a batch
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
     np.savetxt(tmp_path / "pairs.csv", pairs, fmt="%d", delimiter=",", header="i,j", comments="")
     path = "relation.path=pairs.csv" if relation == "edges" else ""
@@ -80,6 +80,10 @@ def test_every_relation_trains(ssl_run, tmp_path: Path, relation: str, normalize
     table = rows(run_folder(out) / "metrics.csv")
     assert len(table) == 2
     assert all(np.isfinite(float(row[name])) for row in table for name in ("loss", "loss_floor", "alignment"))
+    if relation == "edges":
+        assert json.loads((run_folder(out) / "run.json").read_text())["relation"]["pairs"] > 1000
+        _, out, _ = ssl_run(f"relation=views relation.normalized={normalized} {tiny} {SMALL}")
+        assert rows(run_folder(out) / "metrics.csv")[0]["loss"] != table[0]["loss"]
     if relation != "neighbors relation.queue=64":
         code, _, err = ssl_run(f"solver=closed_form relation={relation} {path} backbone=linear backbone.width=8 {SMALL}")
         assert (code, err) == (0, "")

@@ -121,6 +121,28 @@ def test_every_choice_runs(ssl_run, settings: str) -> None:
     assert out.splitlines()[-1].startswith("top1=")
 
 
+def test_noisy_takes_every_relation_in_a_sweep(ssl_run, tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("i,j\n" + "\n".join(f"{i},{i + 1}" for i in range(4999)))
+    folders = []
+    for settings in ("views,labels", "neighbors +relation.k=1,3", "edges +relation.path=pairs.csv relation.p=0,1"):
+        code, out, err = ssl_run(f"-m relation=noisy relation.of={settings} {TINY}")
+        assert (code, err) == (0, "")
+        folders += [run_folder(line) for line in out.splitlines() if line.startswith("top1=")]
+    losses = [table(folder / "metrics.csv")[-1]["loss"] for folder in folders]
+    assert len(set(losses)) == len(losses) == 6
+    records = [json.loads((folder / "run.json").read_text())["relation"]["pairs"] for folder in folders]
+    assert records[:4] == [None] * 4
+    assert records[4] == records[5] > 0
+
+
+@pytest.mark.parametrize("settings", ["", "relation.queue=60"])
+def test_more_neighbours_than_the_diagnostics_have_images(ssl_run, settings: str) -> None:
+    """Training seeks 25 within a batch or a queue; the subset of 20 images then relates all of them."""
+    code, out, err = ssl_run(f"relation=neighbors relation.k=25 {settings} {TINY} diagnostics.images=20")
+    assert (code, err) == (0, "")
+    assert all(float(row["optimal_rank"]) >= 0 for row in table(run_folder(out) / "metrics.csv"))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -291,6 +313,31 @@ def test_resume_refuses_another_configuration_and_loses_nothing(ssl_run, tmp_pat
 
     shutil.rmtree(folder / ".hydra")
     assert "is not the folder of a run" in ssl_run(f"resume={folder}")[2]
+
+
+def test_a_run_goes_on_without_the_weights_that_it_started_from(ssl_run, tmp_path: Path) -> None:
+    weights = run_folder(ssl_run(f"{TINY} epochs=1")[1]) / "backbone.safetensors"
+    folder = run_folder(ssl_run(f"{TINY} epochs=1 weights={weights}")[1])
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"status": "failed"}))
+    weights.unlink()
+    code, _, err = ssl_run(f"resume={folder}")
+    assert (code, err) == (0, "")
+
+
+def test_diagnostics_of_a_noisy_relation_go_on_as_they_were(ssl_run, tmp_path: Path) -> None:
+    """Of one that depends on the embeddings too: its noise on the subset is the same at every look."""
+    command = f"{TINY} relation=noisy relation.of=neighbors epochs=3"
+    whole = run_folder(ssl_run(command)[1])
+    folder = run_folder(ssl_run(command)[1])
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert state["relation"].keys() == {"generator", "of"}
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"status": "failed"}))
+    before = (folder / "spectrum.csv").read_text()
+    code, _, err = ssl_run(f"resume={folder}")
+    assert (code, err) == (0, "")
+    assert (folder / "spectrum.csv").read_text() == before == (whole / "spectrum.csv").read_text()
 
 
 def test_a_folder_belongs_to_one_process(ssl_run, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.testing import assert_close
 from ssl_runner import backbone, checkpoint, optimizer, projector
 from ssl_runner.errors import Refused
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, VICReg
-from ssl_runner.relate import Batch, BatchRelation, Labels, Neighbors, Noisy, Views
+from ssl_runner.relate import Batch, BatchRelation, Edges, Labels, Neighbors, Noisy, Views
 from ssl_runner.train import Diverged, Pretraining, Watch, choose_device, choose_precision
 from ssl_runner.views import Augment
 from tests.test_dataset import CPU, load, toy
@@ -100,7 +101,11 @@ def test_the_same_seed_gives_the_same_run() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("stop", [1, 2])
-@pytest.mark.parametrize("relation", [Views, lambda: Neighbors(2, queue=50), Noisy], ids=["views", "queue", "noisy"])
+@pytest.mark.parametrize(
+    "relation",
+    [Views, lambda: Neighbors(2, queue=50), Noisy, lambda: Noisy("neighbors", k=2)],
+    ids=["views", "queue", "noisy", "noisy neighbors"],
+)
 def test_resume_is_exact(relation: Callable[[], BatchRelation], stop: int, precision: str, tmp_path) -> None:
     """Weights, optimiser, gradient scaler, data order, views, relation and dropout go on as if nothing had happened."""
 
@@ -264,8 +269,21 @@ def test_the_precision_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("loss", [VICReg(), SimCLR(), BarlowTwins()], ids=["vicreg", "simclr", "barlow"])
-def test_a_step_on_cuda_never_makes_the_host_wait(loss: Loss, precision: str) -> None:
-    training = pretraining(loss, precision=precision, device=torch.device("cuda"))
+@pytest.mark.parametrize("of", ["views", "labels", "neighbors", "queue", "noisy", "edges", "noisy edges"])
+def test_a_step_on_cuda_never_makes_the_host_wait(loss: Loss, precision: str, of: str, tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("i,j\n" + "\n".join(f"{i},{i + 4}" for i in range(80)))
+    path = str(tmp_path / "pairs.csv")
+    relation = {
+        "views": Views(),
+        "labels": Labels(),
+        "neighbors": Neighbors(2),
+        "queue": Neighbors(2, queue=50),
+        "noisy": Noisy(normalized=True),
+        "edges": Edges(path),
+        "noisy edges": Noisy("edges", path=path),
+    }[of]
+    training = pretraining(loss, relation, precision=precision, device=torch.device("cuda"))
+    relation.bind(training.data.pretrain.labels.cpu())
     next(training.epochs())
     images, batch = first_batch(training)
     watch = Watch(training.device)
