@@ -3,7 +3,9 @@
 import argparse
 import sys
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -21,6 +23,7 @@ from ssl_runner.theory import optimum
 
 COLOURS = {"VICReg": "#1b6ca8", "SimCLR": "#c8553d", "SquaredSimCLR": "#c8553d", "BarlowTwins": "#3a7d44"}
 NAMES = {"VICReg": "VICReg", "SimCLR": "SimCLR", "SquaredSimCLR": "SimCLR (squared)", "BarlowTwins": "Barlow Twins"}
+MADE_BY = {"Z": "diagnostics.every=1", "moments_loss": "diagnostics.moments=20", "top1.backbone": "probe.probes=[linear]"}
 USED = 0.1  # directions of Z with a singular value above this share of the largest count as used
 
 
@@ -32,37 +35,61 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write the picture (default: FOLDER/EXPERIMENT.png)")
     args = parser.parse_args()
     matplotlib.use("Agg")
+    path = args.out or args.folder / f"{args.experiment}.png"
     try:
-        runs = read_runs(args.folder)
-        figure = DRAW[args.experiment](runs)
+        save(DRAW[args.experiment](read_runs(args.folder)), path)
     except Refused as error:
         print(error, file=sys.stderr)
         sys.exit(1)
-    path = args.out or args.folder / f"{args.experiment}.png"
-    figure.savefig(path, dpi=130, bbox_inches="tight")
     print(path)
 
 
+def save(figure: Figure, path: Path) -> None:
+    """Writes the picture. Refused where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130, bbox_inches="tight")
+    except (OSError, ValueError) as error:
+        raise Refused(f"--out={path} cannot be written ({error}): give a .png, .pdf or .svg file") from error
+
+
 def read_runs(folder: Path) -> pd.DataFrame:
-    """A row for every finished run below the folder: its path, every setting by its dotted name, `loss_name`, the last row of
-    metrics.csv as `metrics.*`, and test top-1 as `top1.<features>`. Refused when there is none."""
+    """A row for every finished run below the folder: its path, every setting by its dotted name, `loss_name`, the number of
+    `classes`, the last row of metrics.csv as `metrics.*`, and test top-1 as `top1.<features>`. Refused when there is none."""
     rows = []
-    for record in sorted(folder.rglob("run.json")):
-        if read_json(record)["status"] != "done":
+    for file in sorted(folder.rglob("run.json")):
+        path, record = file.parent, read_json(file)
+        if record["status"] != "done":
             continue
-        path = record.parent
         config = OmegaConf.load(path / ".hydra" / "config.yaml")
         settings = pd.json_normalize(OmegaConf.to_container(config)).iloc[0].to_dict()  # type: ignore[arg-type]
         metrics = pd.read_csv(path / "metrics.csv").iloc[-1].to_dict()
         probes = pd.read_csv(path / "probe.csv")
         probes = probes[(probes.eval_split == "test") & (probes.probe == "linear")]
-        row = {"path": path, **settings, "loss_name": config.loss._target_.rpartition(".")[2]}
+        row = {"path": path, **settings, "loss_name": config.loss._target_.rpartition(".")[2], "classes": len(record["classes"])}
         row |= {f"metrics.{name}": value for name, value in metrics.items()}
         row |= {f"top1.{features}": top1 for features, top1 in zip(probes.features, probes.top1, strict=True)}
         rows.append(row)
     if not rows:
         raise Refused(f"{folder} holds no finished run: give the folder that the experiment's commands wrote to")
     return pd.DataFrame(rows)
+
+
+def read(path: Path, column: str) -> pd.DataFrame:
+    """A CSV of a run. Refused when it, or the column, is missing."""
+    table = pd.read_csv(path) if path.is_file() else pd.DataFrame()
+    if column not in table:
+        raise Refused(f"{path} has no column {column}: make the run again, with {MADE_BY[column]}")
+    return table
+
+
+def single(runs: pd.DataFrame, setting: str) -> Any:
+    """The value of a setting that all runs share. Refused when they do not."""
+    values = list(runs[setting].unique()) if setting in runs else []
+    if len(values) != 1:
+        given = " and ".join(map(str, values)) or "no value"
+        raise Refused(f"the runs have {given} of {setting}, and the picture is of one: give a folder whose runs share it")
+    return values[0]
 
 
 def spread(runs: pd.DataFrame, by: str, value: str) -> pd.DataFrame:
@@ -81,11 +108,14 @@ def seeds(runs: pd.DataFrame) -> str:
     return f"mean ± standard deviation over {runs.seed.nunique()} seeds"
 
 
-def of(runs: pd.DataFrame, loss: str) -> pd.DataFrame:
-    """The runs of one loss. Refused when there is none."""
+def of(runs: pd.DataFrame, loss: str, column: str = "path") -> pd.DataFrame:
+    """The runs of one loss. Refused when there is none, or when one of them lacks the column."""
     chosen = runs[runs.loss_name == loss]
     if chosen.empty:
         raise Refused(f"there is no finished run of {NAMES[loss]}: run all commands that the experiment's file lists")
+    lacking = chosen.path[chosen[column].isna()] if column in chosen else chosen.path
+    if len(lacking):
+        raise Refused(f"{lacking.iloc[0]} has no {column}: make the run again, with {MADE_BY[column]}")
     return chosen
 
 
@@ -101,14 +131,16 @@ def canvas(panels: int, title: str) -> tuple[Figure, list[Axes]]:
 
 def rank_vs_gamma(runs: pd.DataFrame) -> Figure:
     """How many directions Z uses, and its singular values, beside the closed form's."""
-    spectra = {path: pd.read_csv(path / "spectrum.csv") for path in runs.path}
+    spectra = {path: read(path / "spectrum.csv", "Z") for path in runs.path}
+    runs["K"] = [len(spectra[path]) for path in runs.path]
     runs["used"] = [int((USED * spectra[path].Z.max() < spectra[path].Z).sum()) for path in runs.path]
     vicreg = of(runs, "VICReg")
-    first = vicreg.iloc[0]
-    K, alpha = int(first["projector.K"]), float(first.alpha)
-    figure, (left, right) = canvas(2, f"Directions that Z uses, G of labels (10 classes), K = {K}; {seeds(runs)}")
+    vicreg = vicreg[vicreg.gamma > 0]  # the axis is logarithmic
+    K, classes, alpha = int(single(runs, "K")), int(single(runs, "classes")), float(single(vicreg, "alpha"))
+    N = int(single(runs, "V") * single(runs, "diagnostics.images"))
+    figure, (left, right) = canvas(2, f"Directions that Z uses, G of labels ({classes} classes), K = {K}; {seeds(runs)}")
     gammas = np.geomspace(vicreg.gamma.min() / 1.3, vicreg.gamma.max() * 1.3, 400)
-    G = Labels(torch.arange(520) % 10, normalized=True)
+    G = Labels(torch.arange(N) % classes, normalized=True)
     ranks = [optimum(VICReg(alpha, alpha, gamma, variance="squared"), G, K).rank for gamma in gammas]
     left.plot(gammas, ranks, color=COLOURS["VICReg"], lw=1, ls="--", label="VICReg, closed form")
     curve(left, vicreg, "gamma", "used", "VICReg, trained", color=COLOURS["VICReg"], fmt="o")
@@ -119,19 +151,21 @@ def rank_vs_gamma(runs: pd.DataFrame) -> Figure:
             at = gammas[-1] * (1.35 + 0.3 * n + 0.6 * (loss == "BarlowTwins"))
             label = f"{NAMES[loss]}, {setting} = {', '.join(f'{v:g}' for v in sorted(some[setting].unique()))} (no γ)"
             left.errorbar([at], [mean], [std], fmt=marker, color=COLOURS[loss], capsize=3, label=None if n else label)
-    left.axhline(10, color="gray", lw=1, ls=":", label="positive eigenvalues of G: 10")
-    left.set(xscale="log", xlabel="γ of VICReg (α = 25)", ylabel=f"singular values of Z above {USED:.0%} of the largest")
+    left.axhline(classes, color="gray", lw=1, ls=":", label=f"positive eigenvalues of G: {classes}")
+    left.set(xscale="log", xlabel=f"γ of VICReg (α = {alpha:g})", ylabel=f"singular values of Z above {USED:.0%} of the largest")
     left.set_ylim(0, 1.1 * K)
     left.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.02, 0.2))
     shown = sorted(vicreg.gamma.unique())
-    shown = [shown[0], *[g for g in shown if 10 <= g <= 20], shown[-1]]
+    shown = sorted({shown[0], *[g for g in shown if 10 <= g <= 20], shown[-1]})
     blues = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(shown)))
     for gamma, colour in zip(shown, blues, strict=True):
         paths = vicreg.path[vicreg.gamma == gamma]
         Z = np.stack([spectra[path].Z.to_numpy() for path in paths])
         closed = spectra[paths.iloc[0]].closed_form
         k = np.arange(1, K + 1)
-        right.errorbar(k, Z.mean(0), Z.std(0, ddof=1), fmt="o", ms=2.5, lw=0.6, color=colour, label=f"γ = {gamma:g}")
+        right.errorbar(
+            k, Z.mean(0), Z.std(0, ddof=min(1, len(Z) - 1)), fmt="o", ms=2.5, lw=0.6, color=colour, label=f"γ = {gamma:g}"
+        )
         right.plot(k, closed, color=colour, lw=1, ls="--")
     right.plot([], [], color="gray", lw=1, ls="--", label="closed form")
     right.set(xlabel="k", ylabel="k-th singular value of Z / √N", title="VICReg: points trained, lines closed form")
@@ -144,44 +178,52 @@ def rank_vs_gamma(runs: pd.DataFrame) -> Figure:
 def aligned_vs_misaligned(runs: pd.DataFrame) -> Figure:
     """Probe accuracy against the share of rewired pairs: the linear closed form, and a network."""
     figure, axes = canvas(2, f"Relation of labels with a share p of its pairs rewired; {seeds(runs)}")
-    titles = {"closed_form": "linear model, closed form, K = 9", "gradient": "convnet, gradient descent, K = 64"}
-    for ax, solver in zip(axes, titles, strict=True):
+    for ax, solver in zip(axes, ("closed_form", "gradient"), strict=True):
         some = runs[(runs["solver.name"] == solver) & runs["relation._target_"].str.endswith("Noisy")]
-        vicreg = of(some, "VICReg")
-        for gamma, style in zip(sorted(vicreg.gamma.unique()), ("-", "--", ":"), strict=False):
+        vicreg, simclr, barlow = (of(some, loss, "top1.backbone") for loss in ("VICReg", "SimCLR", "BarlowTwins"))
+        for gamma, style in zip(sorted(vicreg.gamma.unique()), cycle(("-", "--", ":", "-.")), strict=False):
             group = vicreg[vicreg.gamma == gamma]
             curve(
                 ax, group, "relation.p", "top1.backbone", f"VICReg, γ = {gamma:g}", color=COLOURS["VICReg"], ls=style, marker="o"
             )
-        curve(ax, of(some, "SimCLR"), "relation.p", "top1.backbone", "SimCLR", color=COLOURS["SimCLR"], marker="s")
-        curve(
-            ax, of(some, "BarlowTwins"), "relation.p", "top1.backbone", "Barlow Twins", color=COLOURS["BarlowTwins"], marker="^"
-        )
+        curve(ax, simclr, "relation.p", "top1.backbone", "SimCLR", color=COLOURS["SimCLR"], marker="s")
+        curve(ax, barlow, "relation.p", "top1.backbone", "Barlow Twins", color=COLOURS["BarlowTwins"], marker="^")
         if solver == "closed_form" and "top1.lda" in runs:
             lda = float(runs["top1.lda"].dropna().iloc[0])
             ax.axhline(lda, color="gray", lw=1, ls="--", label=f"LDA (scikit-learn): {lda:.3f}")
-        ax.set(xlabel="p, share of rewired pairs", ylabel="linear probe, test top-1", title=titles[solver], ylim=(0, 1))
+        ax.set(xlabel="p, share of rewired pairs", ylabel="linear probe, test top-1", title=model(some), ylim=(0, 1))
         ax.title.set_fontsize(9)
         ax.legend(fontsize=8, loc="lower left")
     return figure
 
 
+def model(runs: pd.DataFrame) -> str:
+    """What some runs train, and how: backbone, solver and K."""
+    backbone, solver = single(runs, "backbone._target_").rpartition(".")[2], single(runs, "solver.name")
+    K = single(runs, "backbone.width" if (backbone, solver) == ("linear", "closed_form") else "projector.K")
+    name = "linear model" if backbone == "linear" else backbone
+    return f"{name}, {solver.replace('_', ' ').replace('gradient', 'gradient descent')}, K = {K:g}"
+
+
 def low_label(runs: pd.DataFrame) -> Figure:
     """Probe accuracy against gamma with few labelled images."""
-    sizes = sorted(runs["dataset.subset"].unique())
+    sizes = sorted(runs["dataset.subset"].dropna().unique())
+    if not sizes:
+        raise Refused("no run has a dataset.subset: run all commands that the experiment's file lists")
     figure, axes = canvas(len(sizes), f"Relation of labels, few labelled images; {seeds(runs)}")
-    low = float(runs["top1.backbone"].min())
+    classes = single(runs, "classes")
     for ax, size in zip(axes, sizes, strict=True):
         some = runs[runs["dataset.subset"] == size]
-        vicreg = of(some, "VICReg")
+        vicreg = of(some, "VICReg", "top1.backbone")
+        alpha = float(single(vicreg, "alpha"))
         curve(ax, vicreg, "gamma", "top1.backbone", "VICReg", color=COLOURS["VICReg"], marker="o")
         for loss in ("SimCLR", "BarlowTwins"):
-            top1 = of(some, loss)["top1.backbone"]
+            top1 = of(some, loss, "top1.backbone")["top1.backbone"]
             ax.axhline(top1.mean(), color=COLOURS[loss], lw=1.2, label=f"{NAMES[loss]} ({top1.mean():.3f} ± {top1.std():.3f})")
             ax.axhspan(top1.mean() - top1.std(), top1.mean() + top1.std(), color=COLOURS[loss], alpha=0.12, lw=0)
-        ax.axvline(float(vicreg.iloc[0].alpha), color="gray", lw=1, ls=":", label="γ = α: rank falls to 9 (closed form)")
-        ax.set(xscale="log", xlabel="γ (α = 25)", ylabel="linear probe, test top-1", title=f"{size:g} labelled images")
-        ax.set_ylim(max(0, low - 0.03), 1)
+        ax.axvline(alpha, color="gray", lw=1, ls=":", label=f"γ = α: rank falls to {classes - 1} (closed form)")
+        ax.set(xscale="log", xlabel=f"γ (α = {alpha:g})", ylabel="linear probe, test top-1", title=f"{size:g} labelled images")
+        ax.set_ylim(max(0, runs["top1.backbone"].min() - 0.03), 1)
         ax.title.set_fontsize(9)
         ax.legend(fontsize=8, loc="lower right")
     return figure
@@ -196,7 +238,7 @@ def linear_regime(runs: pd.DataFrame) -> Figure:
         trained, solved = some[some["solver.name"] == "gradient"], some[some["solver.name"] == "closed_form"]
         if trained.empty or solved.empty:
             raise Refused(f"{NAMES[loss]} needs runs of both solvers: run all commands that the experiment's file lists")
-        tables = pd.concat([pd.read_csv(path / "metrics.csv") for path in trained.path])
+        tables = pd.concat([read(path / "metrics.csv", "moments_loss") for path in trained.path])
         table = tables.groupby("epoch").moments_loss.agg(["mean", "std"])
         seconds, solve = trained["metrics.seconds"].median(), solved["metrics.seconds"].median()
         ax.plot(table.index, table["mean"], color=COLOURS[loss], label=f"gradient descent ({seconds:.1f} s)")

@@ -15,13 +15,24 @@ from ssl_runner.errors import Refused
 TARGETS = {"vicreg": "VICReg", "simclr": "SimCLR", "squared": "SquaredSimCLR", "barlow": "BarlowTwins"}
 
 
-def write_run(folder: Path, loss: str, top1: float, solver: str = "gradient", status: str = "done", **settings: object) -> None:
+def write_run(
+    folder: Path,
+    loss: str,
+    top1: float,
+    solver: str = "gradient",
+    status: str = "done",
+    classes: int = 10,
+    K: int = 64,
+    **settings: object,
+) -> None:
     (folder / ".hydra").mkdir(parents=True)
-    config = OmegaConf.create({"loss": {"_target_": f"ssl_runner.loss.{TARGETS[loss]}"}, "solver": {"name": solver}})
+    backbone = {"_target_": f"ssl_runner.backbone.{'linear' if solver == 'closed_form' else 'convnet'}", "width": 9}
+    shared = {"V": 2, "diagnostics": {"images": 260}, "backbone": backbone, "projector": {"K": 64}}
+    config = OmegaConf.create({"loss": {"_target_": f"ssl_runner.loss.{TARGETS[loss]}"}, "solver": {"name": solver}, **shared})
     for key, value in settings.items():
         OmegaConf.update(config, key.replace("__", "."), value, force_add=True)
     OmegaConf.save(config, folder / ".hydra" / "config.yaml")
-    (folder / "run.json").write_text(json.dumps({"status": status}))
+    (folder / "run.json").write_text(json.dumps({"status": status, "classes": [str(c) for c in range(classes)]}))
     metrics = {
         "epoch": [1, 2],
         "seconds": [1.0, 2.0],
@@ -32,8 +43,8 @@ def write_run(folder: Path, loss: str, top1: float, solver: str = "gradient", st
     pd.DataFrame(metrics).to_csv(folder / "metrics.csv", index=False)
     probe = {"probe": ["linear", "linear"], "features": "backbone", "eval_split": ["val", "test"], "top1": [0.0, top1]}
     pd.DataFrame(probe).to_csv(folder / "probe.csv", index=False)
-    Z = np.where(np.arange(64) < 20, 1.0, 0.05) if loss == "vicreg" else np.where(np.arange(64) < 9, 2.0, 0.1)
-    spectrum = {"k": np.arange(1, 65), "Z": Z, "closed_form": 0.5}
+    Z = np.where(np.arange(K) < 20, 1.0, 0.05) if loss == "vicreg" else np.where(np.arange(K) < 9, 2.0, 0.1)
+    spectrum = {"k": np.arange(1, K + 1), "Z": Z, "closed_form": 0.5}
     pd.DataFrame(spectrum).to_csv(folder / "spectrum.csv", index=False)
 
 
@@ -64,8 +75,8 @@ def test_low_label_shows_the_mean_over_seeds(tmp_path: Path) -> None:
 
 def test_rank_vs_gamma_counts_directions_above_a_tenth_of_the_largest(tmp_path: Path) -> None:
     for gamma in (1.0, 50.0):
-        sweep(tmp_path, {"vicreg": {"gamma": gamma}}, projector__K=64, alpha=25.0)
-    sweep(tmp_path, {"simclr": {"tau": 0.5}, "barlow": {"alpha": 0.02}}, projector__K=64)
+        sweep(tmp_path, {"vicreg": {"gamma": gamma}}, alpha=25.0)
+    sweep(tmp_path, {"simclr": {"tau": 0.5}, "barlow": {"alpha": 0.02}})
     left, right = figures.rank_vs_gamma(figures.read_runs(tmp_path)).axes
     x, y = points(left, "VICReg, trained")
     assert (list(x), list(y)) == ([1.0, 50.0], [20, 20])
@@ -81,6 +92,8 @@ def test_aligned_vs_misaligned_and_linear_regime_draw_both_solvers(tmp_path: Pat
             noisy = {"relation__p": p, "relation___target_": "ssl_runner.relate.Noisy"}
             sweep(tmp_path / solver, {"vicreg": {"gamma": 25.0}, "simclr": {}, "barlow": {}}, solver=solver, **noisy)
     left, right = figures.aligned_vs_misaligned(figures.read_runs(tmp_path)).axes
+    assert left.get_title() == "linear model, closed form, K = 9"
+    assert right.get_title() == "convnet, gradient descent, K = 64"
     for axes in (left, right):
         for label in ("VICReg, γ = 25", "SimCLR", "Barlow Twins"):
             x, y = points(axes, label)
@@ -93,6 +106,76 @@ def test_aligned_vs_misaligned_and_linear_regime_draw_both_solvers(tmp_path: Pat
         line = axes.get_lines()[0]
         np.testing.assert_allclose(line.get_ydata(), [4.6, 3.6])
         np.testing.assert_allclose(axes.get_lines()[1].get_ydata(), [0.6, 0.6])
+
+
+def test_what_the_pictures_say_of_the_settings_is_the_runs_own(tmp_path: Path) -> None:
+    other = {"classes": 4, "alpha": 7.0}
+    for gamma in (1.0, 50.0):
+        sweep(tmp_path, {"vicreg": {"gamma": gamma}}, **other, dataset__subset=100, K=32)
+    sweep(tmp_path, {"simclr": {"tau": 0.5}, "barlow": {"alpha": 0.02}}, classes=4, dataset__subset=100, K=32)
+    runs = figures.read_runs(tmp_path)
+    figure = figures.rank_vs_gamma(runs)
+    left, _ = figure.axes
+    assert "(4 classes), K = 32" in figure.get_suptitle()
+    assert left.get_xlabel() == "γ of VICReg (α = 7)"
+    assert left.get_lines()[0].get_ydata()[-1] == 3  # as many as the centred classes
+    assert "positive eigenvalues of G: 4" in left.get_legend_handles_labels()[1]
+    [axes] = figures.low_label(runs).axes
+    assert axes.get_xlabel() == "γ (α = 7)"
+    assert "γ = α: rank falls to 3 (closed form)" in axes.get_legend_handles_labels()[1]
+
+
+def test_every_gamma_is_drawn(tmp_path: Path) -> None:
+    noisy = {"relation___target_": "ssl_runner.relate.Noisy", "relation__p": 0.5}
+    gammas = [1.0, 5.0, 25.0, 100.0, 400.0]
+    for solver in ("gradient", "closed_form"):
+        for gamma in gammas:
+            sweep(tmp_path / solver / str(gamma), {"vicreg": {"gamma": gamma}}, solver=solver, **noisy)
+        sweep(tmp_path / solver, {"simclr": {}, "barlow": {}}, solver=solver, **noisy)
+    for axes in figures.aligned_vs_misaligned(figures.read_runs(tmp_path)).axes:
+        assert axes.get_legend_handles_labels()[1][:5] == [f"VICReg, γ = {gamma:g}" for gamma in gammas]
+
+
+@pytest.mark.parametrize(
+    ("picture", "lost", "settings", "message"),
+    [
+        ("rank_vs_gamma", "spectrum.csv", {}, "other/spectrum.csv has no column Z: make the run again, with diagnostics.every=1"),
+        ("linear_regime", "moments_loss", {}, "has no column moments_loss: make the run again, with diagnostics.moments=20"),
+        ("rank_vs_gamma", None, {"K": 32}, "64 and 32 of K"),
+        ("low_label", None, {"classes": 4}, "10 and 4 of classes"),
+        ("low_label", None, {"alpha": 3.0}, "25.0 and 3.0 of alpha"),
+        ("aligned_vs_misaligned", None, {"projector__K": 5}, "64 and 5 of projector.K"),
+    ],
+)
+def test_runs_that_do_not_go_together_are_refused(
+    picture: str, lost: str | None, settings: dict, message: str, tmp_path: Path
+) -> None:
+    noisy = {"relation___target_": "ssl_runner.relate.Noisy", "relation__p": 0.5, "alpha": 25.0, "gamma": 1.0, "tau": 0.5}
+    for solver in ("gradient", "closed_form"):
+        for loss in TARGETS:
+            write_run(tmp_path / solver / loss, loss, 0.5, solver, seed=0, dataset__subset=100, **noisy)
+    other = tmp_path / "other"
+    write_run(other, "vicreg", 0.5, **({"seed": 1, "dataset__subset": 100} | noisy | settings))
+    if lost == "spectrum.csv":
+        (other / lost).unlink()
+    elif lost:
+        pd.read_csv(other / "metrics.csv").drop(columns=lost).to_csv(other / "metrics.csv", index=False)
+    with pytest.raises(Refused) as refused:
+        figures.DRAW[picture](figures.read_runs(tmp_path))
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_run_without_the_linear_probe_is_refused(tmp_path: Path) -> None:
+    for loss in TARGETS:
+        write_run(tmp_path / loss, loss, 0.5, seed=0, dataset__subset=100, alpha=25.0, gamma=1.0)
+        probe = pd.read_csv(tmp_path / loss / "probe.csv")
+        probe.assign(probe="knn").to_csv(tmp_path / loss / "probe.csv", index=False)
+    with pytest.raises(Refused, match=r"vicreg has no top1\.backbone: make the run again, with probe\.probes=\[linear\]"):
+        figures.low_label(figures.read_runs(tmp_path))
+    write_run(tmp_path / "with", "vicreg", 0.5, seed=1, dataset__subset=100, alpha=25.0, gamma=1.0)
+    with pytest.raises(Refused, match=r"vicreg has no top1\.backbone"):
+        figures.low_label(figures.read_runs(tmp_path))
 
 
 def test_the_command_writes_a_picture_or_says_why_not(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -109,3 +192,12 @@ def test_the_command_writes_a_picture_or_says_why_not(tmp_path: Path, monkeypatc
     picture = Path(capsys.readouterr().out.strip())
     assert picture == tmp_path / "low_label.png"
     assert picture.read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setattr(sys, "argv", ["ssl-plot", "low_label", str(tmp_path), "--out", str(tmp_path / "new" / "mine.png")])
+    figures.main()
+    assert (tmp_path / "new" / "mine.png").is_file()
+    monkeypatch.setattr(sys, "argv", ["ssl-plot", "low_label", str(tmp_path), "--out", str(tmp_path / "mine.xyz")])
+    with pytest.raises(SystemExit):
+        figures.main()
+    err = capsys.readouterr().err
+    assert "mine.xyz cannot be written" in err
+    assert err.count("\n") == 1
