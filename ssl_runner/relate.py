@@ -96,8 +96,8 @@ class Neighbors(BatchRelation):
     depends_on_embeddings = True
 
     def __init__(self, k: int = 1, queue: int = 0, normalized: bool = False):
-        if k < 1 or (queue and queue < k):
-            raise ValueError(f"k={k}, queue={queue}: give k >= 1 neighbours, and a queue of 0 or of at least k originals")
+        if k < 1 or (queue and queue <= k):
+            raise ValueError(f"k={k}, queue={queue}: give k >= 1 neighbours, and a queue of 0 or of more than k originals")
         self.k, self.size, self.normalized = k, queue, normalized
         self.reaches_beyond, self.fewest = queue > 0, 1 if queue else k + 1
         self.queue, self.seen = torch.empty(0), 0  # (size, K) embeddings, the newest overwriting the oldest

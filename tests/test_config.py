@@ -133,7 +133,7 @@ REFUSED_BY_THE_RUN = [
     ("device=cuda:99", "device=cuda:99: this machine has"),
     ("relation=edges", "relation.path=None is not a file: give a CSV or npz"),
     ("relation=edges relation.path=pairs.csv", "relation.path=pairs.csv is not a file"),
-    ("relation=neighbors relation.k=9 relation.queue=5", "queue=5: give k >= 1 neighbours, and a queue of 0 or of at least k"),
+    ("relation=neighbors relation.k=9 relation.queue=9", "queue=9: give k >= 1 neighbours, and a queue of 0 or of more than k"),
     (
         "relation=neighbors relation.k=128",
         "batch_size=128: relation=ssl_runner.relate.Neighbors seeks neighbours within the batch",

@@ -94,8 +94,8 @@ def test_where_there_are_fewer_than_k_others_all_are_neighbours() -> None:
     assert (relate.Neighbors(9).fewest, relate.Neighbors(9, queue=20).fewest) == (10, 1)
     with pytest.raises(ValueError, match="k=0"):
         relate.Neighbors(0)
-    with pytest.raises(ValueError, match="queue=2"):
-        relate.Neighbors(4, queue=2)
+    with pytest.raises(ValueError, match="queue=4"):
+        relate.Neighbors(4, queue=4)
 
 
 @pytest.mark.parametrize("ending", ["csv", "npz"])
