@@ -304,13 +304,18 @@ def lanczos(
 
     operator = scipy.sparse.linalg.LinearOperator((m, m), matvec=product, matmat=product, dtype=np.float64)
     while (left := m - found.shape[1]) > 0:
-        start = np.random.default_rng(left).standard_normal(m)
+        number = min(number, left, m - 1)
+        start = np.random.default_rng([left, number]).standard_normal(m)
         try:
-            new, vectors = scipy.sparse.linalg.eigsh(operator, min(number, left, m - 1), which="LA", v0=start, maxiter=RESTARTS)
-        except scipy.sparse.linalg.ArpackNoConvergence as error:
-            if inverse is not None or not scipy.sparse.issparse(A):
+            new, vectors = scipy.sparse.linalg.eigsh(operator, number, which="LA", v0=start, maxiter=RESTARTS)
+        except scipy.sparse.linalg.ArpackError as error:
+            crowded = isinstance(error, scipy.sparse.linalg.ArpackNoConvergence)
+            if crowded and inverse is None and scipy.sparse.issparse(A):
+                inverse = scipy.sparse.linalg.splu(scipy.sparse.csc_array(shift * scipy.sparse.eye_array(m) - A))
+            elif not crowded and number > 1:  # A has fewer different eigenvalues than that
+                number //= 2
+            else:
                 raise ValueError(f"the leading eigenvectors of a relation of {m} rows were not found: {error}") from error
-            inverse = scipy.sparse.linalg.splu(scipy.sparse.csc_array(shift * scipy.sparse.eye_array(m) - A))
             continue
         if inverse is not None:
             new = shift - 1 / new
