@@ -119,9 +119,9 @@ def of(runs: pd.DataFrame, loss: str, column: str = "path") -> pd.DataFrame:
     return chosen
 
 
-def canvas(panels: int, title: str) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(5.2 * panels, 4.2), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
+def canvas(widths: list[float], title: str) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(5.2 * sum(widths), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     figure.suptitle(title, fontsize=11)
     for ax in axes:
         ax.grid(alpha=0.25)
@@ -138,22 +138,28 @@ def rank_vs_gamma(runs: pd.DataFrame) -> Figure:
     vicreg = vicreg[vicreg.gamma > 0]  # the axis is logarithmic
     K, classes, alpha = int(single(runs, "K")), int(single(runs, "classes")), float(single(vicreg, "alpha"))
     N = int(single(runs, "V") * single(runs, "diagnostics.images"))
-    figure, (left, right) = canvas(2, f"Directions that Z uses, G of labels ({classes} classes), K = {K}; {seeds(runs)}")
+    figure, (left, middle, right) = canvas(
+        [1, 0.6, 1], f"Directions that Z uses, G of labels ({classes} classes), K = {K}; {seeds(runs)}"
+    )
     gammas = np.geomspace(vicreg.gamma.min() / 1.3, vicreg.gamma.max() * 1.3, 400)
     G = Labels(torch.arange(N) % classes, normalized=True)
     ranks = [optimum(VICReg(alpha, alpha, gamma, variance="squared"), G, K).rank for gamma in gammas]
     left.plot(gammas, ranks, color=COLOURS["VICReg"], lw=1, ls="--", label="VICReg, closed form")
     curve(left, vicreg, "gamma", "used", "VICReg, trained", color=COLOURS["VICReg"], fmt="o")
-    for loss, setting, marker in (("SimCLR", "tau", "s"), ("BarlowTwins", "alpha", "^")):
-        some = of(runs, loss)
-        for n, (_, group) in enumerate(some.groupby(setting)):
+    left.set(xscale="log", xlabel=f"γ (α = {alpha:g})", ylabel=f"singular values of Z above {USED:.0%} of the largest")
+    ticks: list[str] = []
+    for loss, setting, symbol, marker in (("SimCLR", "tau", "τ", "s"), ("BarlowTwins", "alpha", "α", "^")):
+        for value, group in of(runs, loss).groupby(setting):
             mean, std = group.used.mean(), group.used.std()
-            at = gammas[-1] * (1.35 + 0.3 * n + 0.6 * (loss == "BarlowTwins"))
-            label = f"{NAMES[loss]}, {setting} = {', '.join(f'{v:g}' for v in sorted(some[setting].unique()))} (no γ)"
-            left.errorbar([at], [mean], [std], fmt=marker, color=COLOURS[loss], capsize=3, label=None if n else label)
-    left.axhline(classes, color="gray", lw=1, ls=":", label=f"positive eigenvalues of G: {classes}")
-    left.set(xscale="log", xlabel=f"γ of VICReg (α = {alpha:g})", ylabel=f"singular values of Z above {USED:.0%} of the largest")
-    left.set_ylim(0, 1.1 * K)
+            middle.errorbar([len(ticks)], [mean], [std], fmt=marker, color=COLOURS[loss], capsize=3)
+            ticks.append(f"{NAMES[loss].split()[0]}\n{symbol} = {value:g}")
+    middle.set_xticks(range(len(ticks)), ticks, fontsize=8)
+    middle.set_xlim(-0.5, len(ticks) - 0.5)
+    for ax in (left, middle):
+        ax.axhline(classes, color="gray", lw=1, ls=":", label=f"positive eigenvalues of G: {classes}")
+        ax.set_ylim(0, 1.1 * K)
+    left.set_title("VICReg", fontsize=9)
+    middle.set_title("SimCLR and Barlow Twins", fontsize=9)
     left.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.02, 0.2))
     shown = sorted(vicreg.gamma.unique())
     shown = sorted({shown[0], *[g for g in shown if 10 <= g <= 20], shown[-1]})
@@ -177,7 +183,7 @@ def rank_vs_gamma(runs: pd.DataFrame) -> Figure:
 
 def aligned_vs_misaligned(runs: pd.DataFrame) -> Figure:
     """Probe accuracy against the share of rewired pairs: the linear closed form, and a network."""
-    figure, axes = canvas(2, f"Relation of labels with a share p of its pairs rewired; {seeds(runs)}")
+    figure, axes = canvas([1, 1], f"Relation of labels with a share p of its pairs rewired; {seeds(runs)}")
     for ax, solver in zip(axes, ("closed_form", "gradient"), strict=True):
         some = runs[(runs["solver.name"] == solver) & runs["relation._target_"].str.endswith("Noisy")]
         vicreg, simclr, barlow = (of(some, loss, "top1.backbone") for loss in ("VICReg", "SimCLR", "BarlowTwins"))
@@ -210,7 +216,7 @@ def low_label(runs: pd.DataFrame) -> Figure:
     sizes = sorted(runs["dataset.subset"].dropna().unique())
     if not sizes:
         raise Refused("no run has a dataset.subset: run all commands that the experiment's file lists")
-    figure, axes = canvas(len(sizes), f"Relation of labels, few labelled images; {seeds(runs)}")
+    figure, axes = canvas([1] * len(sizes), f"Relation of labels, few labelled images; {seeds(runs)}")
     classes = single(runs, "classes")
     for ax, size in zip(axes, sizes, strict=True):
         some = runs[runs["dataset.subset"] == size]
@@ -232,7 +238,7 @@ def low_label(runs: pd.DataFrame) -> Figure:
 def linear_regime(runs: pd.DataFrame) -> Figure:
     """The linear model's loss over all rows of the moments against epochs, and the closed form's."""
     losses = ["VICReg", "SquaredSimCLR", "BarlowTwins"]
-    figure, axes = canvas(3, f"Linear model Z = XW trained by gradient descent, and its closed form; {seeds(runs)}")
+    figure, axes = canvas([1, 1, 1], f"Linear model Z = XW trained by gradient descent, and its closed form; {seeds(runs)}")
     for ax, loss in zip(axes, losses, strict=True):
         some = of(runs, loss)
         trained, solved = some[some["solver.name"] == "gradient"], some[some["solver.name"] == "closed_form"]
@@ -245,7 +251,7 @@ def linear_regime(runs: pd.DataFrame) -> Figure:
         ax.fill_between(table.index, table["mean"] - table["std"], table["mean"] + table["std"], color=COLOURS[loss], alpha=0.2)
         floor, kind = solved["metrics.loss"].mean(), solved["metrics.loss_is"].iloc[0]
         ax.axhline(floor, color="black", lw=1, ls="--", label=f"closed form, {kind} ({solve:.1f} s)")
-        ax.set(xlabel="epoch", ylabel="loss over all rows of the moments", title=NAMES[loss])
+        ax.set(xscale="log", xlabel="epoch", ylabel="loss over all rows of the moments", title=NAMES[loss])
         ax.title.set_fontsize(9)
         ax.legend(fontsize=8)
     return figure

@@ -77,12 +77,14 @@ def test_rank_vs_gamma_counts_directions_above_a_tenth_of_the_largest(tmp_path: 
     for gamma in (1.0, 50.0):
         sweep(tmp_path, {"vicreg": {"gamma": gamma}}, alpha=25.0)
     sweep(tmp_path, {"simclr": {"tau": 0.5}, "barlow": {"alpha": 0.02}})
-    left, right = figures.rank_vs_gamma(figures.read_runs(tmp_path)).axes
+    left, middle, right = figures.rank_vs_gamma(figures.read_runs(tmp_path)).axes
     x, y = points(left, "VICReg, trained")
     assert (list(x), list(y)) == ([1.0, 50.0], [20, 20])
     line = left.get_lines()[0]
     assert line.get_ydata()[0] == 64
     assert line.get_ydata()[-1] == 9
+    assert [label.get_text() for label in middle.get_xticklabels()] == ["SimCLR\nτ = 0.5", "Barlow\nα = 0.02"]
+    assert [float(bar[0].get_ydata()[0]) for bar in middle.containers] == [9, 9]
     assert right.get_xlabel() == "k"
 
 
@@ -115,9 +117,9 @@ def test_what_the_pictures_say_of_the_settings_is_the_runs_own(tmp_path: Path) -
     sweep(tmp_path, {"simclr": {"tau": 0.5}, "barlow": {"alpha": 0.02}}, classes=4, dataset__subset=100, K=32)
     runs = figures.read_runs(tmp_path)
     figure = figures.rank_vs_gamma(runs)
-    left, _ = figure.axes
+    left, _, _ = figure.axes
     assert "(4 classes), K = 32" in figure.get_suptitle()
-    assert left.get_xlabel() == "γ of VICReg (α = 7)"
+    assert left.get_xlabel() == "γ (α = 7)"
     assert left.get_lines()[0].get_ydata()[-1] == 3  # as many as the centred classes
     assert "positive eigenvalues of G: 4" in left.get_legend_handles_labels()[1]
     [axes] = figures.low_label(runs).axes
