@@ -65,7 +65,7 @@ class ClosedForm:
         streamed = time.perf_counter()
         try:
             best = optimum(self.loss, moments, matrix.out_features, self.ridge)
-        except NotImplementedError as error:
+        except (NotImplementedError, ValueError) as error:
             raise Refused(f"solver=closed_form: {error}") from error
         with torch.no_grad():
             matrix.weight.copy_(best.W.T)

@@ -131,6 +131,8 @@ def of_embedding(Z: Tensor, Y: Tensor, best: Optimum | None) -> dict[str, Any]:
 
 def effective_rank(values: Tensor) -> float:
     """exp of the entropy of singular values (r,) > 0, as shares of their sum (plus 1e-7, as RankMe has it)."""
+    if not len(values):
+        return 0.0
     p = values / values.sum() + 1e-7
     return float((-(p * p.log()).sum()).exp())
 

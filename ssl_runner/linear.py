@@ -228,26 +228,27 @@ def solvable(loss: Loss) -> bool:
 
 def optimum(loss: Loss, moments: Centred, K: int, ridge: float = 0.0) -> LinearOptimum:
     """The W (D, K) that minimises the loss. `ridge` adds that share of the mean variance to each direction's: with it, or where
-    the form is only an upper bound, `kind` says so. Directions without variance are left out. SimCLR is given by its squared
-    surrogate on centred Z. Raises NotImplementedError for a loss without a closed form."""
+    the form is only an upper bound, `kind` says so. Directions with next to no variance (NEGLIGIBLE) are left out. SimCLR is
+    given by its squared surrogate on centred Z; Barlow Twins on centred X, without columns of rho <= 0, each of which would cost
+    more than a column of zeros. Raises NotImplementedError for a loss without a closed form, ValueError where X is constant."""
     if isinstance(loss, SimCLR):
         return optimum(SquaredSimCLR(loss.reduction, center=True), moments, K, ridge)
     X = moments
     if isinstance(loss, VICReg):
-        mu, W = leading(X.XDX - X.XGX, X.XHX, K, ridge, smallest=True)
+        mu, W = eigenpairs(X.XDX - X.XGX, X.XHX, K, ridge, smallest=True)
         scales = (X.N - 1) ** 0.5 * vicreg_scales(loss, mu, X.N)
         exact = loss.variance == "squared" and loss.weights["covariance"] >= loss.weights["variance"]
         form, eigenvalues = "locality preserving projections", mu
     elif isinstance(loss, SquaredSimCLR):
         X = X if loss.center else X.with_constant()
         t = loss.target_scale(X.N, torch.tensor(X.total))
-        g, W = leading(t * X.XGX, X.XHX, K, ridge)
+        g, W = eigenpairs(t * X.XGX, X.XHX, K, ridge)
         scales, exact = g.clamp(min=0).sqrt(), True
         form, eigenvalues = "linear multidimensional scaling", g
     elif isinstance(loss, BarlowTwins):
         X = X.about_weighted_mean() if loss.center else X
-        rho, W = leading(X.XGX, X.XDX, K, ridge)
-        scales, exact = torch.ones_like(rho), False
+        rho, W = eigenpairs(X.XGX, X.XDX, K, ridge)
+        scales, exact = (rho > 0).to(rho), False
         form, eigenvalues = "canonical correlation analysis", rho
     else:
         raise NotImplementedError(
@@ -267,11 +268,13 @@ def optimum(loss: Loss, moments: Centred, K: int, ridge: float = 0.0) -> LinearO
     )
 
 
-def leading(A: Tensor, B: Tensor, K: int, ridge: float, smallest: bool = False) -> tuple[Tensor, Tensor]:
+def eigenpairs(A: Tensor, B: Tensor, K: int, ridge: float, smallest: bool = False) -> tuple[Tensor, Tensor]:
     """The K leading eigenpairs of A w = mu (B + ridge tr(B)/D I) w within the range of B: mu (k,), w (D, k) with w'Bw = 1
     (up to the ridge), k <= K. Each w's largest entry is positive. The columns are brought to one variance first, so that units do
     not decide what is negligible."""
     alive = B.diagonal() > CONSTANT**2 * B.diagonal().max()
+    if not alive.any():
+        raise ValueError("all features are the same on every row: there is nothing to fit")
     scale = B.diagonal()[alive].rsqrt()
     ridges = ridge * B.trace() / len(B) * scale.square()
     A, B = (scale[:, None] * M[alive][:, alive] * scale for M in (A, B))

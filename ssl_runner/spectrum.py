@@ -20,7 +20,9 @@ from ssl_runner.relation import Labels, Normalized, Relation, Views
 
 DENSE = 2000  # rows of a connected component up to which it is decomposed whole, not iteratively
 TIE = 1e-9  # eigenvalues this near to each other, relative to the largest, are one eigenspace; this near to 0 they are 0
-RESTARTS = 300  # of Lanczos, after which a spectrum is too crowded at its end and is inverted
+CROWD = 256  # vectors beyond k that are looked for in one such component; a larger eigenspace is cut short there
+PRODUCTS = 10_000  # of a matrix and a vector that Lanczos may take, about
+SPARSE = 8  # entries a row of a matrix up to which it is inverted where Lanczos takes more
 
 
 @dataclass
@@ -34,7 +36,8 @@ class Eigenspace:
 
 
 def spectrum(G: Relation, matrix: str, k: int, center: bool = False) -> list[Eigenspace]:
-    """The eigenspaces of a relation's matrix, leading ones first, at least k dimensions of them where there are so many.
+    """The eigenspaces of a relation's matrix, leading ones first, at least k dimensions of them where there are so many; of the
+    last two matrices, in components of more than DENSE rows, only those of positive eigenvalues.
 
     "laplacian"   D - G, ascending, orthogonal to 1
     "adjacency"   G, descending; with `center` of HGH, orthogonal to 1
@@ -95,13 +98,14 @@ def cliques_spectrum(groups: Groups, matrix: str, center: bool) -> list[Eigenspa
     m, w, d = groups.sizes.double(), groups.weights, groups.degrees
     joined, one = m > 1, torch.ones(len(groups.y), dtype=torch.float64)
     if matrix == "laplacian":
-        first = [between(0.0, groups.y, one, m > 0, without_sum=True)]
+        first = [between(0.0, groups.y, one, m > 0, one)]
         inner = w * m
     elif matrix == "normalized":
-        first = [between(1.0, groups.y, d.sqrt()[groups.y], joined, without_sum=center)]
+        root = d.sqrt()[groups.y]
+        first = [between(1.0, groups.y, root, joined, root if center else None)]
         inner = -1 / (m - 1).clamp(min=1)
     else:
-        first = [between(float(g), groups.y, one, d == g, without_sum=center) for g in torch.unique(d)]
+        first = [between(float(g), groups.y, one, d == g, one if center else None) for g in torch.unique(d)]
         if center:
             first += centred_means(groups)
         inner = -w
@@ -119,28 +123,28 @@ def centred_means(groups: Groups) -> list[Eigenspace]:
     return tied(values[1:].numpy(), (vectors[:, 1:] / rows.sqrt()[:, None])[of_row].numpy())
 
 
-def between(value: float, y: Tensor, weights: Tensor, used: Tensor, without_sum: bool) -> Eigenspace:
-    """Vectors that are a multiple of the rows' weights (N,) in each group y (N,) that is used (M,), and zero in the others; with
-    `without_sum` those of them that are orthogonal to the weights."""
+def between(value: float, y: Tensor, weights: Tensor, used: Tensor, orthogonal: Tensor | None = None) -> Eigenspace:
+    """Vectors that are a multiple of the rows' weights (N,) in each group y (N,) that is used (M,), and zero in the others; of
+    these, if a vector (N,) > 0 is given, those that are orthogonal to it."""
     weights = weights * used[y]
     squares = torch.zeros(len(used), dtype=torch.float64).index_add_(0, y, weights.square())
     norms = squares.sqrt()
     unit = torch.where(used[y], weights / norms[y].clamp(min=1e-300), 0)[:, None]
-    t = norms[used]
+    t = torch.zeros_like(norms).index_add_(0, y, unit[:, 0] * orthogonal) if orthogonal is not None else None
     number = torch.cumsum(used.long(), 0) - 1  # of each used group among them
 
     def project(X: Tensor) -> Tensor:
         X = X.cpu().double()
         sums = X.new_zeros(len(used), X.shape[1]).index_add_(0, y, unit * X)
-        if without_sum:
-            sums = sums - norms[:, None] * (norms @ sums) / squares.sum()
+        if t is not None:
+            sums = sums - t[:, None] * (t @ sums) / t.square().sum()
         return unit * sums[y]
 
     def basis(q: int) -> Tensor:
-        coefficients = helmert(t, q) if without_sum else torch.eye(len(t), q, dtype=torch.float64)
+        coefficients = torch.eye(int(used.sum()), q, dtype=torch.float64) if t is None else helmert(t[used], q)
         return unit * coefficients[number[y].clamp(min=0)]
 
-    return Eigenspace(value, max(int(used.sum()) - without_sum, 0), basis, project)
+    return Eigenspace(value, max(int(used.sum()) - (t is not None), 0), basis, project)
 
 
 def within(value: float, groups: Groups, used: Tensor) -> Eigenspace:
@@ -192,11 +196,13 @@ def components_spectrum(graph: scipy.sparse.csr_array, matrix: str, k: int, cent
     first, top, weights = [], float(d.max(initial=0)), np.zeros(len(d))
     if matrix == "laplacian":
         graph, top, weights = graph - scipy.sparse.diags_array(d), 0.0, np.ones(len(d))  # -L: its largest come first
-        first = [between(0.0, y, torch.from_numpy(weights), sizes > 0, without_sum=True)]
+        one = torch.from_numpy(weights)
+        first = [between(0.0, y, one, sizes > 0, one)]
     elif matrix == "normalized":
         root = scipy.sparse.diags_array(np.where(d > 0, 1 / np.sqrt(np.maximum(d, 1e-300)), 0))
         graph, top, weights = root @ graph @ root, 1.0, np.sqrt(d)
-        first = [between(1.0, y, torch.from_numpy(weights), sizes > 1, without_sum=center)]
+        roots = torch.from_numpy(weights)
+        first = [between(1.0, y, roots, sizes > 1, roots if center else None)]
     missing = k - sum(space.dim for space in first)
     if missing <= 0:
         return first
@@ -209,7 +215,7 @@ def components_spectrum(graph: scipy.sparse.csr_array, matrix: str, k: int, cent
         members = rows[starts[sizes.numpy() == m][:, None] + np.arange(m)]
         known = weights[members]
         known = known / np.maximum(np.linalg.norm(known, axis=1, keepdims=True), 1e-300)
-        if m <= max(DENSE, 1):
+        if m <= max(DENSE, 2):  # which ARPACK does not take
             local = np.empty(len(d), dtype=np.int64)
             local[members] = np.arange(m)
             place = np.full(len(d), -1)
@@ -224,7 +230,8 @@ def components_spectrum(graph: scipy.sparse.csr_array, matrix: str, k: int, cent
             for own, vector in zip(members, known, strict=True):
                 block = graph[own][:, own]
                 deflated = np.empty((m, 0)) if matrix == "adjacency" else vector[:, None]
-                values, vectors = lanczos(block, deflated, min(missing, m - deflated.shape[1]), top, spread)
+                least = -np.inf if matrix == "laplacian" else TIE
+                values, vectors = lanczos(block, deflated, min(missing, m - deflated.shape[1]), top, spread, least)
                 found.append((values[None], vectors[None], own[None]))
     everything = np.concatenate([values.ravel() for values, _, _ in found]) if found else np.empty(0)
     everything = np.sort(everything[everything > top - spread / 2])[::-1]
@@ -276,57 +283,78 @@ def centred_spectrum(graph: scipy.sparse.csr_array, k: int) -> list[Eigenspace]:
 
     centred = scipy.sparse.linalg.LinearOperator((N, N), matvec=product, matmat=product, dtype=np.float64)
     top = float(graph.sum(1).max())
-    return tied(*lanczos(centred, np.full((N, 1), N**-0.5), k, top, 4 * top + 1))
+    return tied(*lanczos(centred, np.full((N, 1), N**-0.5), k, top, 4 * top + 1, TIE))
 
 
 def lanczos(
-    A: scipy.sparse.csr_array | scipy.sparse.linalg.LinearOperator, found: np.ndarray, k: int, top: float, spread: float
+    A: scipy.sparse.csr_array | scipy.sparse.linalg.LinearOperator,
+    known: np.ndarray,
+    k: int,
+    top: float,
+    spread: float,
+    least: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k largest eigenpairs of A (m, m) orthogonal to the eigenvectors already found (m, r), and all that are tied with the
-    last of them: values, vectors, in descending order. No eigenvalue is above `top`, nor `spread` below the largest.
+    """The k largest eigenpairs of A (m, m) above `least` that are orthogonal to known ones (m, r): values, vectors, in descending
+    order. No eigenvalue is above `top`, nor `spread` below the largest.
 
-    ARPACK sees one vector of a multiple eigenvalue, so it starts again orthogonal to what it has found, until that is smaller.
-    Where it does not converge, as on long paths, whose eigenvalues crowd at the end, A is inverted around `top`. Raises
-    ValueError where that does not help, or A is not a sparse matrix.
+    ARPACK may see one vector of a multiple eigenvalue. So it is asked again for what is orthogonal to all that it has found,
+    until that is smaller than the k-th value, or does not converge, or CROWD vectors are tied with the k-th.
     """
-    m, known = len(found), found.shape[1]
+    m, r = known.shape
     tie = TIE * max(1.0, abs(top))
-    shift = top + 1e-7 * max(1.0, abs(top))
-    values, number, inverse = np.empty(0), k, None
-
-    def product(x: np.ndarray) -> np.ndarray:
-        x = x.reshape(m, -1)
-        onto = found @ (found.T @ x)
-        if inverse is None:
-            return A @ x - spread * onto
-        y = inverse.solve(x - onto)
-        return y - found @ (found.T @ y)
-
-    operator = scipy.sparse.linalg.LinearOperator((m, m), matvec=product, matmat=product, dtype=np.float64)
-    while (left := m - found.shape[1]) > 0:
-        number = min(number, left, m - 1)
-        start = np.random.default_rng([left, number]).standard_normal(m)
+    found, values, number = known, np.empty(0), k
+    while found.shape[1] < min(m, r + k + CROWD):
         try:
-            new, vectors = scipy.sparse.linalg.eigsh(operator, number, which="LA", v0=start, maxiter=RESTARTS)
+            new, vectors = largest(A, found, min(number, m - found.shape[1], m - 1), top, spread)
         except scipy.sparse.linalg.ArpackError as error:
-            crowded = isinstance(error, scipy.sparse.linalg.ArpackNoConvergence)
-            if crowded and inverse is None and scipy.sparse.issparse(A):
-                inverse = scipy.sparse.linalg.splu(scipy.sparse.csc_array(shift * scipy.sparse.eye_array(m) - A))
-            elif not crowded and number > 1:  # A has fewer different eigenvalues than that
-                number //= 2
-            else:
-                raise ValueError(f"the leading eigenvectors of a relation of {m} rows were not found: {error}") from error
-            continue
-        if inverse is not None:
-            new = shift - 1 / new
-        if len(values) >= k and new.max() < np.sort(values)[-k] - tie:
+            if len(values):
+                break
+            raise ValueError(f"{k} leading eigenvectors of a component of {m} rows were not found ({error}): lower K") from error
+        kth = np.sort(values)[-k] if len(values) >= k else -np.inf
+        if new.max() < max(kth - tie, least):
             break
         vectors, _ = np.linalg.qr(vectors - found @ (found.T @ vectors))
         found, values = np.concatenate([found, vectors], 1), np.concatenate([values, new])
-        number = 8 if len(values) == k else 2 * number
+        number = 1 if len(values) == k else 2 * number
     order = np.argsort(-values)
-    order = order[values[order] >= values[order[min(k, len(order)) - 1]] - tie]
-    return values[order], found[:, known:][:, order]
+    order = order[values[order] >= max(values[order[min(k, len(order)) - 1]] - tie, least)] if len(order) else order
+    return values[order], found[:, r:][:, order]
+
+
+def largest(
+    A: scipy.sparse.csr_array | scipy.sparse.linalg.LinearOperator, found: np.ndarray, k: int, top: float, spread: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest eigenpairs of A (m, m), no larger than `top`, that are orthogonal to those found (m, r), as far as ARPACK
+    sees them. Where eigenvalues crowd at the end, as on paths and grids, it does not converge within PRODUCTS; a matrix of few
+    entries is then inverted around `top`. Raises ArpackError where that is no way out."""
+    m = len(found)
+    ncv = min(m, max(2 * k + 1, 100))
+    settings = {"k": k, "which": "LA", "ncv": ncv, "maxiter": max(PRODUCTS // ncv, 10)}
+    settings["v0"] = np.random.default_rng(found.shape[1]).standard_normal(m)
+
+    def deflated(x: np.ndarray) -> np.ndarray:
+        x = x.reshape(m, -1)
+        return A @ x - spread * (found @ (found.T @ x))
+
+    try:
+        return scipy.sparse.linalg.eigsh(
+            scipy.sparse.linalg.LinearOperator((m, m), deflated, matmat=deflated, dtype=float), **settings
+        )
+    except scipy.sparse.linalg.ArpackError:
+        if not scipy.sparse.issparse(A) or A.nnz > SPARSE * m:
+            raise
+    shift = top + 1e-7 * max(1.0, abs(top))
+    inverse = scipy.sparse.linalg.splu(scipy.sparse.csc_array(shift * scipy.sparse.eye_array(m) - A))
+
+    def inverted(x: np.ndarray) -> np.ndarray:
+        x = x.reshape(m, -1)
+        y = inverse.solve(x - found @ (found.T @ x))
+        return y - found @ (found.T @ y)
+
+    values, vectors = scipy.sparse.linalg.eigsh(
+        scipy.sparse.linalg.LinearOperator((m, m), inverted, matmat=inverted, dtype=float), **settings
+    )
+    return shift - 1 / values, vectors
 
 
 def tied(values: np.ndarray, vectors: np.ndarray | scipy.sparse.csr_array) -> list[Eigenspace]:

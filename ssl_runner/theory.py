@@ -72,6 +72,8 @@ def free_rows(G: Relation, K: int) -> int:
     """N, if a closed form is defined."""
     if K < 1:
         raise ValueError(f"K={K} is not a number of columns: give 1 or more")
+    if G.num_rows < 2:
+        raise ValueError("G has 1 row, and a closed form is of 2 or more")
     if G.support is not None:
         raise ValueError(
             "the closed forms are of free embeddings, and G relates some to constant rows: use a relation without queue"
@@ -168,11 +170,14 @@ def _(loss: SimCLR, G: Relation, K: int) -> Optimum:
         surrogate = optimum(SquaredSimCLR("sum"), G, K)
         value = row_entropy(G) / (total if loss.reduction == "mean" and total else 1)
         scale = math.sqrt(N) / max(float(surrogate.singular_values.norm()), 1e-300)
-        return Optimum("row entropy", LOWER, value, scale * surrogate.singular_values, surrogate.spaces, unit_rows, None)
+        return Optimum(
+            "row entropy", LOWER if total else EXACT, value, scale * surrogate.singular_values, surrogate.spaces, unit_rows, None
+        )
     M, m = len(groups.sizes), int(groups.sizes[0])
     others = (N - m) * math.exp(-(1 + 1 / (M - 1)) / loss.tau) if M > 1 else 0.0
-    between_groups = between(1.0, groups.y, torch.ones(N, dtype=torch.float64), groups.sizes > 0, without_sum=True)
-    dims = min(K, M - 1)
+    one = torch.ones(N, dtype=torch.float64)
+    between_groups = between(1.0, groups.y, one, groups.sizes > 0, one if M > 1 else None)
+    dims = min(K, max(M - 1, 1))
 
     def make() -> Tensor:
         if M > SIMPLEX_ROWS:
@@ -186,7 +191,7 @@ def _(loss: SimCLR, G: Relation, K: int) -> Optimum:
         form="simplex",
         kind=EXACT if K >= M - 1 else LOWER,
         value=math.log(m - 1 + others) * (1 if loss.reduction == "mean" else total),
-        singular_values=padded(torch.full((max(dims, 1),), math.sqrt(N / max(dims, 1)), dtype=torch.float64), K),
+        singular_values=padded(torch.full((dims,), math.sqrt(N / dims), dtype=torch.float64), K),
         spaces=[(between_groups, dims)],
         seen=(lambda Z: centred(unit_rows(Z))) if M > 1 else unit_rows,
         make=make if K >= M - 1 else None,
@@ -214,8 +219,9 @@ def _(loss: BarlowTwins, G: Relation, K: int) -> Optimum:
     unit = 1 / (1 + loss.eps)  # C_kk of a column with z'Gz = z'Dz = 1
     rho = repeat_values(taken)
     mixes = [torch.eye(len(rho), K, dtype=torch.float64)]
+    ones = int((rho > 1 - TIE).sum())
     if len(rho) < K:
-        mixes += [tight_frame(r, K) for r in {len(rho), int((rho > 1 - TIE).sum())} - {0}]
+        mixes += [tight_frame(r, K) for r in {len(rho), ones} - {0}]
     values = [float(loss.total(loss.of_correlations(unit * M.T @ (rho[: len(M), None] * M)))) for M in mixes]
     value, mix = min(zip(values, mixes, strict=True), key=lambda pair: pair[0])
     taken = leading([space for space, _ in taken], len(mix))
@@ -235,10 +241,10 @@ def _(loss: BarlowTwins, G: Relation, K: int) -> Optimum:
     squares = mix @ mix.T / d[0].clamp(min=1e-300) if regular else (Z := make()).T @ Z
     return Optimum(
         form="canonical correlation analysis",
-        kind=EXACT if value <= 1e-12 * K else UPPER,
+        kind=EXACT if len(rho) == K and ones == K else UPPER,
         value=value,
         singular_values=padded(roots(squares), K),
-        spaces=taken if regular else images(taken, scale, None if loss.center else components(sparse(G))),
+        spaces=taken if regular else images(taken, scale, components(sparse(G)), d if loss.center else None),
         seen=seen,
         make=make,
     )
@@ -251,13 +257,13 @@ def tight_frame(r: int, K: int) -> Tensor:
     return (angles.cos() + angles.sin()) / r**0.5
 
 
-def images(taken: Taken, scale: Tensor, y: Tensor | None) -> Taken:
-    """What the scales (N, 1) make of eigenspaces: orthogonal again, each orthogonal to those before. y (N,): the components, on
-    each of which the first space becomes constant."""
+def images(taken: Taken, scale: Tensor, y: Tensor, orthogonal: Tensor | None) -> Taken:
+    """What D^-1/2, as scales (N, 1), makes of eigenspaces of the normalised matrix: orthogonal again, each orthogonal to those
+    before. That of the eigenvalue 1 becomes the vectors that are constant on each component y (N,)."""
     done: Taken = []
     for space, q in taken:
-        if y is not None and not done:
-            done.append((between(1.0, y, torch.ones_like(scale[:, 0]), torch.bincount(y) > 1, without_sum=False), q))
+        if space.value > 1 - TIE:
+            done.append((between(1.0, y, torch.ones_like(scale[:, 0]), torch.bincount(y) > 1, orthogonal), q))
             continue
         vectors = scale * space.basis(space.dim)
         for before, _ in done:
