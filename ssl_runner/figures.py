@@ -197,7 +197,9 @@ def aligned_vs_misaligned(runs: pd.DataFrame) -> Figure:
         if solver == "closed_form" and "top1.lda" in runs:
             lda = float(runs["top1.lda"].dropna().iloc[0])
             ax.axhline(lda, color="gray", lw=1, ls="--", label=f"LDA (scikit-learn): {lda:.3f}")
-        ax.set(xlabel="p, share of rewired pairs", ylabel="linear probe, test top-1", title=model(some), ylim=(0, 1))
+        ax.set(xlabel="p, share of rewired pairs", ylabel="linear probe, test top-1", title=model(some))
+        low = float(some["top1.backbone"].min())
+        ax.set_ylim(0 if low < 0.5 else low - 0.1, 1)
         ax.title.set_fontsize(9)
         ax.legend(fontsize=8, loc="lower left")
     return figure
@@ -231,7 +233,7 @@ def low_label(runs: pd.DataFrame) -> Figure:
         ax.set(xscale="log", xlabel=f"γ (α = {alpha:g})", ylabel="linear probe, test top-1", title=f"{size:g} labelled images")
         ax.set_ylim(max(0, runs["top1.backbone"].min() - 0.03), 1)
         ax.title.set_fontsize(9)
-        ax.legend(fontsize=8, loc="lower right")
+        ax.legend(fontsize=8, loc="lower center")
     return figure
 
 
