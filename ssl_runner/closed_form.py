@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ssl_runner.backbone import LinearBackbone
 from ssl_runner.dataset import DataSet
 from ssl_runner.errors import Refused
-from ssl_runner.linear import Moments, optimum
+from ssl_runner.linear import Centred, Moments, optimum
 from ssl_runner.loss import Loss
 from ssl_runner.relate import Batch, BatchRelation, Labels
 from ssl_runner.views import Augment
@@ -104,26 +104,13 @@ class ClosedForm:
 
 
 class MomentsGap:
-    """How far a linear backbone is from the closed form, on one set of moments (those that `ClosedForm` with the same passes and
-    seed solves for): columns of metrics.csv for a network that is trained by descent."""
+    """How far a linear model is from the closed form, on one set of moments (those that `ClosedForm` with the same passes and seed
+    solves for): columns of metrics.csv for a network that is trained by descent. K: columns of Z."""
 
     COLUMNS = ("moments_loss", "moments_floor", "moments_floor_is")
 
-    def __init__(
-        self,
-        matrix: nn.Linear,
-        loss: Loss,
-        data: DataSet,
-        augment: Augment,
-        relation: BatchRelation,
-        *,
-        V: int,
-        batch_size: int,
-        passes: int,
-        seed: int,
-    ):
-        self.moments = stream(nn.Flatten(), matrix.in_features, data, augment, relation, V, batch_size, passes, seed).centred()
-        self.best = optimum(loss, self.moments, matrix.out_features)
+    def __init__(self, moments: Centred, loss: Loss, K: int):
+        self.moments, self.best = moments, optimum(loss, moments, K)
 
     def __call__(self, matrix: nn.Linear) -> dict[str, Any]:
         """The loss of Z = (X - mean) W over all rows of the moments, the closed form's, and whether that is exact or a bound."""

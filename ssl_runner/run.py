@@ -255,17 +255,18 @@ def build_diagnostics(cfg: DictConfig, stages: Prepared) -> Diagnostics:
 
 def build_moments_gap(cfg: DictConfig, stages: Prepared) -> MomentsGap:
     """The linear model's distance from the closed form."""
-    return MomentsGap(
-        closed_form.parts(stages.backbone, stages.projector)[1],
-        stages.loss,
+    moments = closed_form.stream(
+        nn.Flatten(),
+        closed_form.parts(stages.backbone, stages.projector)[1].in_features,
         stages.data,
         stages.augment,
         deepcopy(stages.relation),
-        V=cfg.V,
-        batch_size=cfg.batch_size,
-        passes=cfg.diagnostics.moments,
-        seed=cfg.seed,
+        cfg.V,
+        cfg.batch_size,
+        cfg.diagnostics.moments,
+        cfg.seed,
     )
+    return MomentsGap(moments.centred(), stages.loss, stages.K)
 
 
 def build(key: str, node: DictConfig, *, without: Sequence[str] = (), partial: bool = False, **extra: Any) -> Any:

@@ -173,7 +173,8 @@ def test_the_gap_of_a_trained_matrix_is_on_the_moments_of_the_solver() -> None:
     fitted = solver(SimCLR(), relate.Views())
     [row] = fitted.epochs()
     matrix = fitted.backbone.body[1]
-    gap = MomentsGap(matrix, fitted.loss, fitted.data, fitted.augment, relate.Views(), V=2, batch_size=20, passes=1, seed=0)
+    moments = stream(torch.nn.Flatten(), 48, fitted.data, fitted.augment, relate.Views(), 2, 20, 1, 0).centred()
+    gap = MomentsGap(moments, fitted.loss, 4)
     there = gap(matrix)
     assert_close(there["moments_floor"], row["loss"])
     assert_close(there["moments_loss"], row["loss"], rtol=1e-5, atol=1e-5)
