@@ -104,8 +104,8 @@ class ClosedForm:
 
 
 class MomentsGap:
-    """How far a linear model is from the closed form, on one set of moments (those that `ClosedForm` with the same passes and seed
-    solves for): columns of metrics.csv for a network that is trained by descent. K: columns of Z."""
+    """How far a linear model is from the closed form, on one set of moments (those that `ClosedForm` with the same passes and
+    seed solves for): columns of metrics.csv for a network that is trained by descent. K: columns of Z."""
 
     COLUMNS = ("moments_loss", "moments_floor", "moments_floor_is")
 
