@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ssl_runner.backbone import LinearBackbone
@@ -13,8 +13,11 @@ from ssl_runner.dataset import DataSet
 from ssl_runner.errors import Refused
 from ssl_runner.linear import Centred, Moments, optimum
 from ssl_runner.loss import Loss
-from ssl_runner.relate import Batch, BatchRelation, Labels
+from ssl_runner.relate import Batch, BatchRelation, Labels, Views
 from ssl_runner.views import Augment
+
+CHUNK = 1024  # originals
+FORWARD = 512  # rows that a frozen network takes at once
 
 
 class ClosedForm:
@@ -143,7 +146,8 @@ def stream(
     passes: int,
     seed: int,
 ) -> Moments:
-    """The moments of the features, D of each row, over all batches and passes."""
+    """The moments of the features, D of each row, over all batches and passes. Where it makes no difference to G, for views and
+    labels, batches are of CHUNK originals, since few large products take less time than many small ones."""
     device = data.mean.device
     steps = len(data.pretrain) // batch_size
     order_generator = torch.Generator().manual_seed(seed)
@@ -154,13 +158,15 @@ def stream(
         moments = Moments(D, device, sizes.to(device), relation.normalized)
     else:
         moments = Moments(D, device)
+    size = max(batch_size, CHUNK) if isinstance(relation, Views | Labels) else batch_size
     frozen.eval()
     with tqdm(total=passes * steps * batch_size, desc="moments", unit="images", unit_scale=True, disable=None) as bar:
         for order in orders:
-            rows = data.pretrain.rows[order].split(batch_size)
-            batches = data.pretrain.batches(order, batch_size, device)
+            rows = data.pretrain.rows[order].split(size)
+            batches = data.pretrain.batches(order, size, device)
             for rows_of_batch, (images, labels) in zip(rows, batches, strict=True):
-                X: Tensor = frozen(augment(images, V, data.mean, data.std, view_generator)).flatten(1)
+                views = augment(images, V, data.mean, data.std, view_generator)
+                X = torch.cat([frozen(some).flatten(1) for some in views.split(FORWARD)])
                 if isinstance(relation, Labels):
                     moments.add_classes(X, labels.repeat(V))
                 else:
@@ -168,5 +174,5 @@ def stream(
                     if G.support is not None:
                         raise Refused("solver=closed_form relates rows of one batch: set relation.queue=0")
                     moments.add(X, G)
-                bar.update(batch_size)
+                bar.update(len(labels))
     return moments

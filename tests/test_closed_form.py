@@ -127,12 +127,12 @@ def solver(loss: Loss, relation: relate.BatchRelation, width: int = 4, batch_siz
 
 
 def all_views(solver: ClosedForm) -> tuple[torch.Tensor, torch.Tensor]:
-    """The views that the solver streams, and the labels of their originals."""
+    """The views that the solver streams, all in one batch, and the labels of their originals."""
     order = torch.randperm(len(solver.data.pretrain), generator=torch.Generator().manual_seed(0))
     order = order[: len(order) // solver.batch_size * solver.batch_size]
     generator = torch.Generator().manual_seed(0)
     mean, std = solver.data.mean, solver.data.std
-    batches = list(solver.data.pretrain.batches(order, solver.batch_size, CPU))
+    batches = list(solver.data.pretrain.batches(order, len(order), CPU))
     views = [solver.augment(images, 2, mean, std, generator).unflatten(0, (2, -1)) for images, _ in batches]
     return torch.cat(views, 1).flatten(0, 1), torch.cat([labels for _, labels in batches])
 
