@@ -231,7 +231,7 @@ def low_label(runs: pd.DataFrame) -> Figure:
             ax.axhspan(top1.mean() - top1.std(), top1.mean() + top1.std(), color=COLOURS[loss], alpha=0.12, lw=0)
         ax.axvline(alpha, color="gray", lw=1, ls=":", label=f"γ = α: rank falls to {classes - 1} (closed form)")
         ax.set(xscale="log", xlabel=f"γ (α = {alpha:g})", ylabel="linear probe, test top-1", title=f"{size:g} labelled images")
-        ax.set_ylim(max(0, runs["top1.backbone"].min() - 0.03), 1)
+        ax.set_ylim(max(0, runs["top1.backbone"].min() - 0.15), 1)
         ax.title.set_fontsize(9)
         ax.legend(fontsize=8, loc="lower center")
     return figure

@@ -20,7 +20,8 @@ from tests.conftest import run_folder
 from tests.test_dataset import CPU, load, toy
 
 SMALL = (
-    "dataset.subset=200 batch_size=50 epochs=2 device=cpu probe.probes=[linear] probe.features=[backbone] diagnostics.images=40"
+    "dataset.subset=200 batch_size=50 epochs=2 device=cpu probe.probes=[linear] probe.features=[backbone]"
+    " diagnostics.images=40 diagnostics.every=1"
 )
 LOSSES = ["vicreg", "vicreg variance=squared beta=25", "simclr", "simclr_squared center=true", "barlow"]
 
