@@ -57,9 +57,10 @@ class Moments:
             contrasts = torch.cat([ones[:, None] / G.V**0.5, helmert(ones, G.V - 1)], 1).to(X)
             Y = torch.einsum("vw,vnd->wnd", contrasts, X.view(G.V, G.n, -1))
             mean, rest = Y[0].T @ Y[0], Y[1:].flatten(0, 1).T @ Y[1:].flatten(0, 1)
-            self.XX += mean + rest
+            XX = mean + rest
+            self.XX += XX
             self.XGX += G.weight * ((G.V - 1) * mean - rest)
-            self.XDX += G.weight * (G.V - 1) * (mean + rest)
+            self.XDX += G.weight * (G.V - 1) * XX
         else:
             self.XX += X.T @ X
             self.XGX += X.T @ (G @ X)

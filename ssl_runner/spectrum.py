@@ -1,7 +1,7 @@
 """The leading eigenspaces of a relation's matrices, in float64: by structure where G joins groups, by eigensolvers elsewhere.
 
 The matrices have eigenvalues of high multiplicity: where G relates views, any K of its n leading eigenvectors will do. So a
-spectrum is a list of eigenspaces, each complete.
+spectrum is a list of eigenspaces, each complete (but see CROWD).
 """
 
 from collections.abc import Callable
@@ -216,15 +216,7 @@ def components_spectrum(graph: scipy.sparse.csr_array, matrix: str, k: int, cent
         known = weights[members]
         known = known / np.maximum(np.linalg.norm(known, axis=1, keepdims=True), 1e-300)
         if m <= max(DENSE, 2):  # which ARPACK does not take
-            local = np.empty(len(d), dtype=np.int64)
-            local[members] = np.arange(m)
-            place = np.full(len(d), -1)
-            place[members] = np.arange(len(members))[:, None]
-            i, j = (entries := graph.tocoo()).coords
-            here = place[i] >= 0
-            blocks = np.zeros((len(members), m, m))
-            blocks[place[i[here]], local[i[here]], local[j[here]]] = entries.data[here]
-            values, vectors = np.linalg.eigh(blocks - spread * known[:, :, None] * known[:, None, :])
+            values, vectors = np.linalg.eigh(blocks(graph, members) - spread * known[:, :, None] * known[:, None, :])
             found.append((values, vectors, members))
         else:
             for own, vector in zip(members, known, strict=True):
@@ -244,6 +236,16 @@ def components_spectrum(graph: scipy.sparse.csr_array, matrix: str, k: int, cent
         for space in rest:
             space.value = max(0.0, -space.value)
     return first + rest
+
+
+def blocks(graph: scipy.sparse.csr_array, members: np.ndarray) -> np.ndarray:
+    """The rows (c, m) of c components -> each component's matrix (c, m, m)."""
+    m, rows = members.shape[1], members.ravel()
+    own = graph[rows][:, rows].tocoo()
+    i, j = own.coords
+    dense = np.zeros((len(members), m, m))
+    dense[i // m, i % m, j % m] = own.data
+    return dense
 
 
 def assembled(
@@ -298,18 +300,25 @@ def lanczos(
     order. No eigenvalue is above `top`, nor `spread` below the largest.
 
     ARPACK may see one vector of a multiple eigenvalue. So it is asked again for what is orthogonal to all that it has found,
-    until that is smaller than the k-th value, or does not converge, or CROWD vectors are tied with the k-th.
+    until that is smaller than the k-th value, or does not converge, or CROWD vectors are tied with the k-th. Where eigenvalues
+    crowd at the end, as on paths and grids, it does not converge; a matrix of few entries is then inverted around `top`.
     """
     m, r = known.shape
-    tie = TIE * max(1.0, abs(top))
-    found, values, number = known, np.empty(0), k
+    tie, shift = TIE * max(1.0, abs(top)), top + 1e-7 * max(1.0, abs(top))
+    found, values, number, inverse = known, np.empty(0), k, None
     while found.shape[1] < min(m, r + k + CROWD):
+        operator = without(A, found, spread) if inverse is None else inverted(inverse, found)
         try:
-            new, vectors = largest(A, found, min(number, m - found.shape[1], m - 1), top, spread)
+            new, vectors = largest(operator, min(number, m - found.shape[1], m - 1), seed=found.shape[1])
         except scipy.sparse.linalg.ArpackError as error:
+            if inverse is None and scipy.sparse.issparse(A) and A.nnz <= SPARSE * m:
+                inverse = scipy.sparse.linalg.splu(scipy.sparse.csc_array(shift * scipy.sparse.eye_array(m) - A))
+                continue
             if len(values):
                 break
             raise ValueError(f"{k} leading eigenvectors of a component of {m} rows were not found ({error}): lower K") from error
+        if inverse is not None:
+            new = shift - 1 / new
         kth = np.sort(values)[-k] if len(values) >= k else -np.inf
         if new.max() < max(kth - tie, least):
             break
@@ -321,48 +330,43 @@ def lanczos(
     return values[order], found[:, r:][:, order]
 
 
-def largest(
-    A: scipy.sparse.csr_array | scipy.sparse.linalg.LinearOperator, found: np.ndarray, k: int, top: float, spread: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k largest eigenpairs of A (m, m), no larger than `top`, that are orthogonal to those found (m, r), as far as ARPACK
-    sees them. Where eigenvalues crowd at the end, as on paths and grids, it does not converge within PRODUCTS; a matrix of few
-    entries is then inverted around `top`. Raises ArpackError where that is no way out."""
-    m = len(found)
-    ncv = min(m, max(2 * k + 1, 100))
-    settings = {"k": k, "which": "LA", "ncv": ncv, "maxiter": max(PRODUCTS // ncv, 10)}
-    settings["v0"] = np.random.default_rng(found.shape[1]).standard_normal(m)
+def without(
+    A: scipy.sparse.csr_array | scipy.sparse.linalg.LinearOperator, found: np.ndarray, spread: float
+) -> scipy.sparse.linalg.LinearOperator:
+    """A (m, m) with the eigenvectors found (m, r) moved below all others."""
 
-    def deflated(x: np.ndarray) -> np.ndarray:
-        x = x.reshape(m, -1)
+    def product(x: np.ndarray) -> np.ndarray:
+        x = x.reshape(len(found), -1)
         return A @ x - spread * (found @ (found.T @ x))
 
-    try:
-        return scipy.sparse.linalg.eigsh(
-            scipy.sparse.linalg.LinearOperator((m, m), deflated, matmat=deflated, dtype=float), **settings
-        )
-    except scipy.sparse.linalg.ArpackError:
-        if not scipy.sparse.issparse(A) or A.nnz > SPARSE * m:
-            raise
-    shift = top + 1e-7 * max(1.0, abs(top))
-    inverse = scipy.sparse.linalg.splu(scipy.sparse.csc_array(shift * scipy.sparse.eye_array(m) - A))
+    return scipy.sparse.linalg.LinearOperator(A.shape, product, matmat=product, dtype=float)
 
-    def inverted(x: np.ndarray) -> np.ndarray:
-        x = x.reshape(m, -1)
+
+def inverted(inverse: scipy.sparse.linalg.SuperLU, found: np.ndarray) -> scipy.sparse.linalg.LinearOperator:
+    """The inverse of a factorised matrix, 0 on the eigenvectors found (m, r)."""
+
+    def product(x: np.ndarray) -> np.ndarray:
+        x = x.reshape(len(found), -1)
         y = inverse.solve(x - found @ (found.T @ x))
         return y - found @ (found.T @ y)
 
-    values, vectors = scipy.sparse.linalg.eigsh(
-        scipy.sparse.linalg.LinearOperator((m, m), inverted, matmat=inverted, dtype=float), **settings
-    )
-    return shift - 1 / values, vectors
+    return scipy.sparse.linalg.LinearOperator(inverse.shape, product, matmat=product, dtype=float)
+
+
+def largest(operator: scipy.sparse.linalg.LinearOperator, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest eigenpairs, as far as ARPACK sees them within PRODUCTS. Raises ArpackError."""
+    m = operator.shape[0]
+    ncv = min(m, max(2 * k + 1, 100))
+    start = np.random.default_rng(seed).standard_normal(m)
+    return scipy.sparse.linalg.eigsh(operator, k, which="LA", v0=start, ncv=ncv, maxiter=max(PRODUCTS // ncv, 10))
 
 
 def tied(values: np.ndarray, vectors: np.ndarray | scipy.sparse.csr_array) -> list[Eigenspace]:
     """Eigenpairs (k,), (N, k) -> their eigenspaces, in descending order; each vector's largest entry is positive."""
     order = np.argsort(-values, kind="stable")
     values, vectors = values[order], vectors[:, order]
-    largest = np.asarray(abs(vectors).argmax(0)).ravel()
-    signs = np.sign(np.asarray(vectors[largest, np.arange(len(values))]).ravel())
+    at = np.asarray(abs(vectors).argmax(0)).ravel()
+    signs = np.sign(np.asarray(vectors[at, np.arange(len(values))]).ravel())
     vectors = vectors * signs if isinstance(vectors, np.ndarray) else vectors @ scipy.sparse.diags_array(signs)
     cuts = np.nonzero(values[:-1] - values[1:] > TIE * max(1.0, float(abs(values).max(initial=0))))[0] + 1
     return [explicit(float(values[a:b].mean()), vectors[:, a:b]) for a, b in pairwise([0, *cuts.tolist(), len(values)]) if b > a]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SquaredSimCLR, VICReg
 from ssl_runner.relation import Relation
-from ssl_runner.spectrum import TIE, Eigenspace, between, cliques, components, explicit, helmert, sparse, spectrum
+from ssl_runner.spectrum import TIE, Eigenspace, Groups, between, cliques, components, explicit, helmert, sparse, spectrum
 
 EXACT, UPPER, LOWER = "exact", "upper bound", "lower bound"
 SIMPLEX_ROWS = 5000  # points up to which the simplex is written out
@@ -167,8 +167,8 @@ def _(loss: SimCLR, G: Relation, K: int) -> Optimum:
     total = float(G.degrees.cpu().double().sum())
     groups = cliques(G)
     if groups is None or len(groups.sizes.unique()) > 1 or total == 0:
-        surrogate = optimum(SquaredSimCLR("sum"), G, K)
-        value = row_entropy(G) / (total if loss.reduction == "mean" and total else 1)
+        surrogate = optimum(SquaredSimCLR(), G, K)
+        value = row_entropy(G, groups) / (total if loss.reduction == "mean" and total else 1)
         scale = math.sqrt(N) / max(float(surrogate.singular_values.norm()), 1e-300)
         return Optimum(
             "row entropy", LOWER if total else EXACT, value, scale * surrogate.singular_values, surrogate.spaces, unit_rows, None
@@ -198,9 +198,9 @@ def _(loss: SimCLR, G: Relation, K: int) -> Optimum:
     )
 
 
-def row_entropy(G: Relation) -> float:
-    """-sum_ij G_ij log(G_ij / d_i), a lower bound of SimCLR's sum; sum_i d_i log d_i where entries are 0 or 1."""
-    groups = cliques(G)
+def row_entropy(G: Relation, groups: Groups | None) -> float:
+    """-sum_ij G_ij log(G_ij / d_i), a lower bound of SimCLR's sum; sum_i d_i log d_i where entries are 0 or 1.
+    groups: those of G, if it has any."""
     if groups:
         return float(torch.special.xlogy(groups.sizes * groups.degrees, (groups.sizes - 1).double().clamp(min=1)).sum())
     d, weights = G.degrees.cpu().double(), G.weights()
