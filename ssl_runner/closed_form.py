@@ -49,7 +49,7 @@ class ClosedForm:
         self.last_row: dict[str, Any] = {}
 
     def epochs(self) -> Iterator[dict[str, Any]]:
-        """Solves, and yields the one row of metrics. Raises Refused where the loss has no closed linear form."""
+        """Solves, and yields the one row of metrics. Raises Refused where all features are constant."""
         if self.epoch:
             return
         start = time.perf_counter()
@@ -60,15 +60,15 @@ class ClosedForm:
             self.data,
             self.augment,
             self.relation,
-            self.V,
-            self.batch_size,
-            self.total_epochs,
-            self.seed,
+            V=self.V,
+            batch_size=self.batch_size,
+            passes=self.total_epochs,
+            seed=self.seed,
         ).centred()
         streamed = time.perf_counter()
         try:
             best = optimum(self.loss, moments, matrix.out_features, self.ridge)
-        except (NotImplementedError, ValueError) as error:
+        except ValueError as error:
             raise Refused(f"solver=closed_form: {error}") from error
         with torch.no_grad():
             matrix.weight.copy_(best.W.T)
@@ -141,6 +141,7 @@ def stream(
     data: DataSet,
     augment: Augment,
     relation: BatchRelation,
+    *,
     V: int,
     batch_size: int,
     passes: int,

@@ -252,9 +252,7 @@ def optimum(loss: Loss, moments: Centred, K: int, ridge: float = 0.0) -> LinearO
         scales, exact = (rho > 0).to(rho), False
         form, eigenvalues = "canonical correlation analysis", rho
     else:
-        raise NotImplementedError(
-            f"{type(loss).__name__} has no closed linear form (vicreg, simclr, simclr_squared, barlow have)"
-        )
+        raise NotImplementedError(f"{type(loss).__name__} has no closed linear form")
     W = padded(W * scales, K)
     W, mean = W[: len(moments.mean)], W[len(moments.mean) :].sum(0)
     return LinearOptimum(

@@ -261,10 +261,10 @@ def build_moments_gap(cfg: DictConfig, stages: Prepared) -> MomentsGap:
         stages.data,
         stages.augment,
         deepcopy(stages.relation),
-        cfg.V,
-        cfg.batch_size,
-        cfg.diagnostics.moments,
-        cfg.seed,
+        V=cfg.V,
+        batch_size=cfg.batch_size,
+        passes=cfg.diagnostics.moments,
+        seed=cfg.seed,
     )
     return MomentsGap(moments.centred(), stages.loss, stages.K)
 

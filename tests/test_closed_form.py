@@ -174,7 +174,9 @@ def test_the_gap_of_a_trained_matrix_is_on_the_moments_of_the_solver() -> None:
     fitted = solver(SimCLR(), relate.Views())
     [row] = fitted.epochs()
     matrix = fitted.backbone.body[1]
-    moments = stream(torch.nn.Flatten(), 48, fitted.data, fitted.augment, relate.Views(), 2, 20, 1, 0).centred()
+    moments = stream(
+        torch.nn.Flatten(), 48, fitted.data, fitted.augment, relate.Views(), V=2, batch_size=20, passes=1, seed=0
+    ).centred()
     gap = MomentsGap(moments, fitted.loss, 4)
     there = gap(matrix)
     assert_close(there["moments_floor"], row["loss"])
@@ -198,7 +200,8 @@ def test_batches_of_any_size_give_the_same_moments() -> None:
     moments = []
     for batch_size in (20, 30):
         fitted = solver(VICReg(), relate.Labels(True), batch_size=batch_size)
-        m = stream(torch.nn.Flatten(), 48, fitted.data, Augment({"all": {}}), fitted.relation, 2, batch_size, 1, 0).centred()
+        settings = {"V": 2, "batch_size": batch_size, "passes": 1, "seed": 0}
+        m = stream(torch.nn.Flatten(), 48, fitted.data, Augment({"all": {}}), fitted.relation, **settings).centred()
         moments.append((m, len(fitted.data.pretrain) // batch_size * batch_size))
     (first, rows_first), (second, rows_second) = moments
     assert rows_first == rows_second
