@@ -212,3 +212,11 @@ def test_batches_of_any_size_give_the_same_moments() -> None:
 def test_what_is_not_one_matrix_is_refused() -> None:
     with pytest.raises(closed_form.Refused, match="finds one matrix"):
         closed_form.parts(LinearBackbone(4, 2), torch.nn.Sequential())
+
+
+def test_constant_features_are_refused() -> None:
+    for loss in (VICReg(), SimCLR(), SquaredSimCLR(center=True), BarlowTwins()):
+        fitted = solver(loss, relate.Views())
+        fitted.data.pretrain.images.fill_(7)
+        with pytest.raises(closed_form.Refused, match="the same on every row"):
+            list(fitted.epochs())
