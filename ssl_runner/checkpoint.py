@@ -1,9 +1,11 @@
-"""Checkpoints that are whole or absent, and that load without running code."""
+"""Checkpoints that are whole or passed over, and that load without running code."""
 
+import hashlib
 import json
 import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -11,21 +13,66 @@ from torch import nn
 
 from ssl_runner.errors import Refused
 
+NAME, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
+SEAL = b"\nsha256 "  # stands behind torch.save's archive, whose readers pass over it, and before the archive's digest
 
-def save(state: dict[str, Any], path: Path) -> None:
-    """Writes `state` to `path` atomically: a crash at any moment leaves the old checkpoint or the new one."""
-    partial = path.with_suffix(".partial")
+
+class Sealing:
+    """A file that keeps the SHA-256 of what is written to it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        return self.file.write(content)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def save(state: dict[str, Any], folder: Path) -> None:
+    """Writes `state` to checkpoint.pt, sealed by its digest; the last one becomes checkpoint-before.pt. A crash at any moment
+    leaves a whole one."""
+    partial = folder / f"{NAME}.partial"
     with open(partial, "wb") as file:
-        torch.save(state, file)
+        sealing: Any = Sealing(file)
+        torch.save(state, sealing)
+        file.write(SEAL + sealing.sha256.hexdigest().encode())
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
+    if (folder / NAME).exists():
+        os.replace(folder / NAME, folder / BEFORE)
+    os.replace(partial, folder / NAME)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint that is as it was written, None where there is none at all. Says on standard error which damaged one
+    it passes over. Refused where all are damaged."""
+    there = [path for path in (folder / NAME, folder / BEFORE) if path.exists()]
+    for path in there:
+        if whole(path):
+            return path
+        print(f"{path} is damaged, not as it was written: passed over", file=sys.stderr, flush=True)
+    if there:
+        names = " and ".join(path.name for path in there)
+        raise Refused(f"{folder} has no whole checkpoint to go on from: remove {names} to train from the beginning")
+    return None
+
+
+def whole(path: Path) -> bool:
+    """Whether the file ends with the digest of all that stands before it."""
+    left = path.stat().st_size - len(SEAL) - 64
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(left, 2**24))):
+            sha256.update(block)
+            left -= len(block)
+        return file.read() == SEAL + sha256.hexdigest().encode()
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state that `save` wrote, on the CPU, read without unpickling code. Refused where there is none."""
-    if not path.is_file():
-        raise Refused(f"resume: {path} does not exist: the run has not finished its first epoch, start it anew")
+    """The state that `save` wrote, on the CPU, read without unpickling code."""
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -1,4 +1,5 @@
-"""`ssl-run`: from the command line to run(cfg), with refusals that a person can read. Imports torch only when a job runs."""
+"""`ssl-run`: from the command line to run(cfg), with refusals that a person can read. Imports torch only when a job runs, and
+where it is one of several processes, of which the first one alone reads the command line."""
 
 import os
 import socket
@@ -18,12 +19,21 @@ from omegaconf import DictConfig, OmegaConf
 from ssl_runner import config
 from ssl_runner.errors import Refused
 from ssl_runner.metrics import read_json
+from ssl_runner.preemption import Preempted
 
 FAILED: list[str] = []  # the jobs of this process's sweep that failed
 
 
 def main() -> None:
-    """The console script. Exits with 0 when every run is done, 1 when one was refused or failed, 130 when interrupted."""
+    """The console script. Exits with 0 when every run is done, 1 when one was refused or failed, 75 when it was preempted and can
+    go on, 130 when interrupted."""
+    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+        from ssl_runner import distributed
+
+        distributed.start()
+        if not distributed.leads():
+            follow()
+            return
     config.register_resolvers()
     FAILED.clear()
     before = os.environ.get("HYDRA_FULL_ERROR")
@@ -34,6 +44,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted; resume=<the run's folder> goes on after its last whole epoch", file=sys.stderr)
         sys.exit(130)
+    except Preempted as error:
+        print(f"{error}: resume=<the run's folder>, or resume=auto with the same settings", file=sys.stderr)
+        sys.exit(error.code)
     except BrokenPipeError:  # the reader of our output has left, as in `ssl-run --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -61,9 +74,12 @@ def prepare() -> None:
     if args.help or args.hydra_help or args.info or args.shell_completion:
         return
     given = {override.key_or_group: override for override in config.parse(args.overrides)}
-    if "resume" in given and given["resume"].value() is not None:
+    auto = "resume" in given and given["resume"].value() == "auto"
+    if args.multirun and "RANK" in os.environ:
+        raise Refused("-m starts many runs and torchrun trains one with several processes: start the sweep without torchrun")
+    if "resume" in given and given["resume"].value() is not None and not auto:
         if args.multirun:
-            raise Refused(f"{given['resume'].input_line} continues one run: leave out -m")
+            raise Refused(f"{given['resume'].input_line} continues one run: leave out -m, or give resume=auto")
         folder = Path(str(given["resume"].value())).resolve()
         place = sys.argv.index(str(given["resume"].input_line)) + 1
         sys.argv[place:place] = resumed(folder, given)  # beside it: argparse wants all overrides in one place
@@ -75,7 +91,7 @@ def prepare() -> None:
         os.chdir(read_json(folder / "run.json")["cwd"])  # relative paths mean what they meant when the run was started
     else:
         for key in ("hydra.run.dir", "hydra.sweep.dir"):
-            if key in given and not args.cfg:
+            if key in given and not args.cfg and not auto:
                 not_taken(Path(str(given[key].value())))
     jobs = config.check(args)
     if (args.multirun or "hydra.mode" in given) and not args.cfg and not any(key.startswith("hydra/launcher") for key in given):
@@ -92,25 +108,41 @@ def not_taken(folder: Path) -> None:
 
 
 def job(cfg: DictConfig) -> float:
-    """One run, in the folder that Hydra made for it; returns the validation accuracy, which a sweeper may maximise.
+    """One run, in the folder that Hydra made for it or that `folder_of` finds; returns the validation accuracy, which a sweeper
+    may maximise. Of several processes the first one decides, and the others follow.
 
     A failure is told in one line at once. A single run ends there; in a sweep the other jobs go on.
     """
+    from ssl_runner import distributed
+
+    distributed.start()
+    if not distributed.leads():
+        return follow()
     hydra_config = HydraConfig.get()
-    folder = Path(hydra_config.runtime.output_dir)
+    made = folder = Path(hydra_config.runtime.output_dir)
     try:
         OmegaConf.resolve(cfg)
+        folder = folder_of(cfg, made)
+        if folder != made and not any(made.iterdir()):
+            made.rmdir()
+        folder.mkdir(parents=True, exist_ok=True)
         with claimed(folder):
-            if cfg.resume is None:
-                not_taken(folder)
-                describe(cfg, folder)
+            record = read_json(folder / "run.json") if (folder / "run.json").exists() else None
+            if record is not None and record["status"] == "done" and cfg.resume == "auto":
+                print(f"done already, at {record['started']} from commit {record['git_commit']}", flush=True)
+                result = record
             else:
-                not_done(folder)
-                unchanged(cfg, folder)
-            from ssl_runner.run import run
+                if record is None:
+                    describe(cfg, folder)
+                else:
+                    not_done(folder)
+                    unchanged(cfg, folder)
+                distributed.share((OmegaConf.to_container(cfg), str(folder)))
+                from ssl_runner.run import run
 
-            result = run(cfg, folder)
+                result = run(cfg, folder)
     except Exception as error:
+        distributed.failed(error)
         more = "" if isinstance(error, Refused) or not (folder / "run.json").exists() else f" (more in {folder}/run.json)"
         if hydra_config.mode == RunMode.RUN:
             print(said(error) + more, file=sys.stderr)
@@ -121,8 +153,55 @@ def job(cfg: DictConfig) -> float:
             raise  # another process's launcher learns of it only so
         FAILED.append(name)
         return float("nan")
+    distributed.finish()
     print(f"top1={result['top1']:.4f} loss={result['loss']:.6g} run={folder}", flush=True)
     return result["val_top1"]
+
+
+def follow() -> float:
+    """The part of every process but the first in one run: what that one has read and decided is done here, too."""
+    from ssl_runner import distributed
+    from ssl_runner.run import run
+
+    try:
+        cfg, folder = distributed.share(None)
+        result = run(OmegaConf.create(cfg), Path(folder))
+        distributed.finish()
+    except Exception as error:  # the first process tells the user
+        sys.exit(distributed.failed(error)[0])
+    return result["val_top1"]
+
+
+def folder_of(cfg: DictConfig, made: Path) -> Path:
+    """The folder of a run for which Hydra has made one: that one, but with resume=auto the one in which a run of the same
+    identity was begun or is done. Refused where it holds another run."""
+    if cfg.resume is not None and cfg.resume != "auto":
+        return made
+    mine = config.identity(cfg)
+    taken = read_json(made / "run.json") if (made / "run.json").exists() else None
+    if cfg.resume == "auto":
+        same = [path.parent for path in runs_beside(made) if read_json(path).get("identity") == mine]
+        if same:
+            return max(same, key=lambda folder: (read_json(folder / "run.json")["status"] == "done", folder.stat().st_mtime))
+        if taken is not None and HydraConfig.get().mode == RunMode.MULTIRUN:
+            return made.with_name(f"{made.name}-{mine[:8]}")  # a job of an earlier sweep had this number
+    elif taken is not None and taken.get("identity") == mine and taken.get("slurm_job") == os.environ.get("SLURM_JOB_ID", ""):
+        return made  # Slurm has requeued this very job
+    not_taken(made)
+    return made
+
+
+def runs_beside(made: Path) -> list[Path]:
+    """The run.json of all runs among which resume=auto seeks: those of the same data set and loss, those of all sweeps, or where
+    the command line names the folder of the run or the sweep, those in it."""
+    hydra_config = HydraConfig.get()
+    named = any(str(line).startswith(("hydra.run.dir=", "hydra.sweep.dir=")) for line in hydra_config.overrides.hydra)
+    if hydra_config.mode == RunMode.MULTIRUN:
+        sweep = Path(hydra_config.sweep.dir).absolute()
+        return sorted(sweep.glob("*/run.json") if named else sweep.parent.glob("*/*/run.json"))
+    return sorted(
+        [made / "run.json"] if named and (made / "run.json").exists() else [] if named else made.parent.glob("*/run.json")
+    )
 
 
 def claimed(folder: Path) -> AcquireReturnProxy:

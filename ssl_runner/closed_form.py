@@ -1,13 +1,14 @@
 """The other solver: the exact linear map on frozen features, from moments streamed over batches and augmentation draws."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from ssl_runner import distributed
 from ssl_runner.backbone import LinearBackbone
 from ssl_runner.dataset import DataSet
 from ssl_runner.errors import Refused
@@ -24,7 +25,8 @@ class ClosedForm:
     """A solver as `Pretraining` is one, with a single `epoch` of `passes` passes over the pretraining images, each of which draws
     V fresh views of each image. It sets the backbone, if that is linear, or else the projector to the loss's closed form.
 
-    Pairs lie within batches of batch_size originals, but for labels, which relate all rows of all passes.
+    Pairs lie within batches of batch_size originals, but for labels, which relate all rows of all passes. Several processes all
+    solve the same.
     """
 
     def __init__(
@@ -41,17 +43,25 @@ class ClosedForm:
         passes: int,
         ridge: float,
         seed: int,
+        save: Callable[[dict[str, Any]], None] = lambda state: None,
     ):
         self.backbone, self.projector, self.loss, self.data = backbone, projector, loss, data
         self.augment, self.relation, self.V, self.batch_size = augment, relation, V, batch_size
-        self.total_epochs, self.ridge, self.seed = passes, ridge, seed
+        self.total_epochs, self.ridge, self.seed, self.save = passes, ridge, seed, save
         self.epoch = 0
         self.last_row: dict[str, Any] = {}
 
     def epochs(self) -> Iterator[dict[str, Any]]:
         """Solves, and yields the one row of metrics. Raises Refused where all features are constant."""
-        if self.epoch:
-            return
+        if not self.last_row:
+            with distributed.alone():
+                self.solve()
+            self.save(self.state_dict())
+        self.epoch = self.total_epochs
+        yield self.last_row
+
+    def solve(self) -> None:
+        """Sets the matrix to the closed form, and `last_row` to what there is to say of it."""
         start = time.perf_counter()
         frozen, matrix = parts(self.backbone, self.projector)
         moments = stream(
@@ -74,10 +84,9 @@ class ClosedForm:
             matrix.weight.copy_(best.W.T)
             matrix.bias.copy_(best.bias)
         end = time.perf_counter()
-        self.epoch = self.total_epochs
         steps = self.total_epochs * (len(self.data.pretrain) // self.batch_size)
         self.last_row = {
-            "epoch": self.epoch,
+            "epoch": self.total_epochs,
             "step": steps,
             "images_seen": steps * self.batch_size,
             "seconds": round(end - start, 3),
@@ -90,7 +99,6 @@ class ClosedForm:
             "closed_form_rank": best.rank,
             "solve_s": round(end - streamed, 3),
         }
-        yield self.last_row
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -161,7 +169,8 @@ def stream(
         moments = Moments(D, device)
     size = max(batch_size, CHUNK) if isinstance(relation, Views | Labels) else batch_size
     frozen.eval()
-    with tqdm(total=passes * steps * batch_size, desc="moments", unit="images", unit_scale=True, disable=None) as bar:
+    total, disable = passes * steps * batch_size, None if distributed.leads() else True
+    with tqdm(total=total, desc="moments", unit="images", unit_scale=True, disable=disable) as bar:
         for order in orders:
             rows = data.pretrain.rows[order].split(size)
             batches = data.pretrain.batches(order, size, device)

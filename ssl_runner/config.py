@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import hashlib
+import json
 import math
 import re
 import secrets
@@ -220,7 +222,7 @@ class Composer:
             raise Refused(f"solver.name={config.solver.name} is not a setting: choose it by solver={config.solver.name}")
         if config.solver.name == "closed_form" and config.backbone._target_ == "ssl_runner.backbone.linear":
             self.check_only_matrix(config, mine)
-        if config.resume is not None and not any(override.key_or_group == "resume" for override in mine):
+        if config.resume not in (None, "auto") and not any(override.key_or_group == "resume" for override in mine):
             raise Refused(f"resume={config.resume} stands in a file: give it on the command line")
         return config
 
@@ -334,6 +336,12 @@ def check_values(config: DictConfig) -> None:
     if config.optimizer.warmup_epochs > config.epochs:
         given = f"optimizer.warmup_epochs={config.optimizer.warmup_epochs}"
         raise Refused(f"{given} is more than epochs={config.epochs}: warm up for at most all of them")
+
+
+def identity(config: DictConfig) -> str:
+    """What a run is: the SHA-256 of its resolved configuration, seed included; how it was resumed is none of it."""
+    content = {name: value for name, value in OmegaConf.to_container(config, resolve=True).items() if name != "resume"}  # type: ignore[union-attr]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 MISSING = object()

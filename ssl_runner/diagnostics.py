@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_runner import theory
+from ssl_runner import distributed, theory
 from ssl_runner.dataset import DataSet, balanced_order
 from ssl_runner.loss import Loss
 from ssl_runner.relate import Batch, BatchRelation
@@ -62,7 +62,9 @@ class Diagnostics:
         backbone.eval()
         projector.eval()
         try:
-            features = torch.cat([backbone(x).flatten(1) for x in self.X.split(512)]).float()
+            rows = distributed.dealt(len(self.X), 512)
+            own = self.X[rows[distributed.rank()].to(self.X.device)]
+            features = distributed.assembled(torch.cat([backbone(x).flatten(1) for x in own.split(512)]).float(), rows)
             return features, projector(features).float()
         finally:
             for module, mode in zip(modules, modes, strict=True):
@@ -79,9 +81,16 @@ class Diagnostics:
         return self.known
 
     def __call__(self, backbone: nn.Module, projector: nn.Module) -> dict[str, Any]:
-        """The columns, for one row of metrics.csv."""
+        """The columns, for one row of metrics.csv. Several processes share the forward pass; the one that writes gets them."""
         start = time.perf_counter()
         features, Z = self.embed(backbone, projector)
+        if not distributed.leads():
+            return {}
+        with distributed.alone():
+            return self.columns(features, Z) | {"diagnostics_s": round(time.perf_counter() - start, 3)}
+
+    def columns(self, features: Tensor, Z: Tensor) -> dict[str, Any]:
+        """What there is to say of the features (N, d) and the embeddings Z (N, K) of the subset."""
         G, best = self.optimum(Z)
         with torch.no_grad():
             subset_loss = float(self.loss(Z, G))
@@ -96,14 +105,16 @@ class Diagnostics:
             "relation_label_energy": most,
             "relation_label_energy_mean": mean,
         }
-        row |= {f"backbone_{name}": value for name, value in of_embedding(features, self.Y, best).items()}
-        return row | {"diagnostics_s": round(time.perf_counter() - start, 3)}
+        return row | {f"backbone_{name}": value for name, value in of_embedding(features, self.Y, best).items()}
 
     def spectrum(self, backbone: nn.Module, projector: nn.Module) -> list[dict[str, Any]]:
         """For k = 1 ... K: the singular values of what the loss sees of Z (`Optimum.seen`), and those of the closed form, over
-        sqrt(N): the root mean square of a coordinate."""
+        sqrt(N): the root mean square of a coordinate. Of several processes, in the one that writes."""
         _, Z = self.embed(backbone, projector)
-        _, best = self.optimum(Z)
+        if not distributed.leads():
+            return []
+        with distributed.alone():
+            _, best = self.optimum(Z)
         seen = best.seen(Z) if best else theory.centred(Z)
         measured = theory.padded(torch.linalg.svdvals(seen), Z.shape[1])
         optimal = best.singular_values if best else [None] * Z.shape[1]

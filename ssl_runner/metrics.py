@@ -9,12 +9,15 @@ from typing import Any
 
 
 class Table:
-    """A CSV file whose columns are those of its first row. Each row is on disk when `append` returns."""
+    """A CSV file whose columns are those of its first row. Each row is on disk when `append` returns. Without a path the table is
+    kept nowhere: of several processes one writes."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | None):
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
+        if self.path is None:
+            return
         new = not self.path.exists() or self.path.stat().st_size == 0
         with open(self.path, "a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -26,7 +29,7 @@ class Table:
 
     def keep(self, epoch: int) -> None:
         """Drops the rows after `epoch`, and a torn last line: what a crash left behind that a resumed run will write again."""
-        if not self.path.exists():
+        if self.path is None or not self.path.exists():
             return
         text = self.path.read_text()
         whole = text[: text.rfind("\n") + 1]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor, nn
 
+from ssl_runner import distributed
 from ssl_runner.dataset import DataSet, Images
 from ssl_runner.views import normalize, to_unit
 
@@ -20,28 +21,32 @@ TEMPERATURE = 0.07  # of the neighbours' votes, as in Wu et al. 2018
 
 @torch.no_grad()
 def extract(network: nn.Module, images: Images, mean: Tensor, std: Tensor, batch_size: int = 512) -> Tensor:
-    """Features (n, d) float32 of the images, unaugmented, from the network in eval mode; every module's mode is put back."""
+    """Features (n, d) float32 of the images, unaugmented, from the network in eval mode; every module's mode is put back. Several
+    processes compute batches in turn, and all get all features."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
-        order = torch.arange(len(images))
-        parts = [network(normalize(to_unit(x), mean, std)).flatten(1) for x, _ in images.batches(order, batch_size, mean.device)]
+        rows = distributed.dealt(len(images), batch_size)
+        batches = images.batches(rows[distributed.rank()], batch_size, mean.device)
+        parts = [network(normalize(to_unit(x), mean, std)).flatten(1) for x, _ in batches]
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return torch.cat(parts).float()
+    return distributed.assembled(torch.cat(parts).float(), rows)
 
 
 def probe(features: str, network: nn.Module, data: DataSet, probes: Sequence[str], score_test: bool) -> Iterator[dict[str, Any]]:
     """Rows of probe.csv for one network, whose features are called `features`. Each probe is fitted on `train` and its setting
     chosen on `val`; with `score_test` it is then fitted again on both and scored once on `test`. top1 and top5 are shares in
-    [0, 1], top5 None with five classes or less; seconds are those of the probe and of extracting what it was fitted on."""
+    [0, 1], top5 None with five classes or less; seconds are those of the probe and of extracting what it was fitted on. Several
+    processes fit different probes."""
     start = time.perf_counter()
     X, X_val = (extract(network, part, data.mean, data.std) for part in (data.train, data.val))
     y, y_val, classes = data.train.y, data.val.y, len(data.classes)
     extraction = time.perf_counter() - start
     X_test = extract(network, data.test, data.mean, data.std) if score_test else None
-    for name in probes:
+
+    def fit(name: str) -> Iterator[dict[str, Any]]:
         start = time.perf_counter()
         Probe = PROBES[name]
         chosen, scores = best_of(Probe(X, y, classes).path(X_val), y_val)
@@ -54,6 +59,11 @@ def probe(features: str, network: nn.Module, data: DataSet, probes: Sequence[str
             scores = Probe(X_both, y_both, classes).scores(chosen, X_test)
             row |= {"train_split": "train+val", "eval_split": "test", "n_train": len(y_both)}
             yield row | accuracies(scores, data.test.y) | {"seconds": extraction + time.perf_counter() - start}
+
+    W = distributed.size()
+    rows = distributed.collect([list(fit(name)) for name in probes[distributed.rank() :: W]])
+    for number in range(len(probes)):
+        yield from rows[number % W][number // W]
 
 
 def principal_components(data: DataSet, K: int) -> nn.Module:

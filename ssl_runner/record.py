@@ -15,19 +15,21 @@ from typing import Any, Self
 
 import psutil
 
-from ssl_runner import __version__
+from ssl_runner import __version__, distributed
 from ssl_runner.metrics import read_json, write_json
+from ssl_runner.preemption import Preempted
 
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "hydra-core", "omegaconf")
 
 
 class Record:
-    """A context that keeps run.json: `running` on entry, `done` at the end, `failed` with the error on any exception.
+    """A context that keeps run.json: `running` on entry, `done` at the end, `preempted` when the run was asked to end, `failed`
+    with the error on any other exception. Of several processes the first one writes it.
 
-    A run that goes on adds its wall seconds to those of before.
+    A run that goes on adds its wall seconds to those of before, and one to its starts.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, identity: str):
         self.path = folder / "run.json"
         self.start = time.time()
         before = read_json(self.path) if self.path.exists() else {}
@@ -35,6 +37,9 @@ class Record:
         self.content: dict[str, Any] = {
             "status": "running",
             "error": None,
+            "identity": identity,
+            "starts": before.get("starts", 0) + 1,
+            "processes": distributed.size(),
             "wall_seconds": self.seconds_before,
             "started": before.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": shlex.join(psutil.Process().cmdline()),
@@ -42,6 +47,7 @@ class Record:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "process_started": psutil.Process().create_time(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
             "git_commit": git_commit(),
             "versions": {
                 "ssl_runner": __version__,
@@ -54,7 +60,12 @@ class Record:
         """Adds facts and writes the file."""
         self.content |= facts
         self.content["wall_seconds"] = round(self.seconds_before + time.time() - self.start, 3)
-        write_json(self.path, self.content)
+        if distributed.leads():
+            write_json(self.path, self.content)
+
+    def lost(self, message: str) -> None:
+        """Closes the record of a run that another process's failure ends."""
+        self.note(status="failed", error=message)
 
     def __enter__(self) -> Self:
         self.note()
@@ -63,6 +74,8 @@ class Record:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
             self.note(status="done")
+        elif isinstance(error, Preempted):
+            self.note(status="preempted")
         else:
             self.note(
                 status="failed",

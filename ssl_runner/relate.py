@@ -39,6 +39,7 @@ class BatchRelation(ABC):
     depends_on_embeddings: bool = False
     reaches_beyond: bool = False  # relates rows of earlier batches beside those of this one
     fewest: int = 1  # originals that a batch to train on must have
+    divides: bool = False  # of several processes each can make the relation of its own rows; else it is made of all rows
 
     def bind(self, labels: Tensor) -> None:
         """labels (n,): those of every row of the data set, on the host. Raises Refused for what does not fit it."""
@@ -65,6 +66,8 @@ class BatchRelation(ABC):
 class Views(BatchRelation):
     """Rows are positives iff they are views of one original."""
 
+    divides = True
+
     def __init__(self, normalized: bool = False):
         self.normalized = normalized
 
@@ -76,6 +79,7 @@ class Labels(BatchRelation):
     """Rows are positives iff they have the same label (supervised SSL)."""
 
     needs_labels = True
+    divides = True
 
     def __init__(self, normalized: bool = False):
         self.normalized = normalized

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_runner.distributed import collect, pooled, summed
+
 
 def copied(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on a device; the host does not wait for the copy."""
@@ -87,7 +89,8 @@ class Labels(Relation):
     """Rows i != j are positives iff they have the same label (supervised SSL). y (N,) integers >= 0.
 
     `G @ Z` is the class sum minus the row itself: O(N K); CUDA takes the sums in any order, so its last bits vary there. Where
-    `num_classes` is known, giving it saves a host-device sync.
+    `num_classes` is known, giving it saves a host-device sync. Of several processes each has its own rows, whose positives lie
+    in all of them: what is exchanged are the class sums, and `edges` and `dense` show this process's rows only.
     """
 
     def __init__(self, y: Tensor, num_classes: int | None = None, normalized: bool = False):
@@ -96,14 +99,14 @@ class Labels(Relation):
         if num_classes is None:
             if y.min() < 0:
                 raise ValueError(f"Labels needs labels >= 0, and the smallest is {y.min()}: leave out rows without a label")
-            num_classes = int(y.max()) + 1
+            num_classes = max(collect(int(y.max()) + 1))
         self.y, self.num_rows, self.num_classes, self.normalized = y.long(), len(y), num_classes, normalized
         ones = torch.ones(self.num_rows, dtype=torch.float32, device=y.device)
-        self.positives = torch.zeros(num_classes, device=y.device).index_add_(0, self.y, ones)[self.y] - 1
+        self.positives = summed(torch.zeros(num_classes, device=y.device).index_add_(0, self.y, ones))[self.y] - 1
         self.degrees = self.positives.clamp(max=1) if normalized else self.positives
 
     def _product(self, Z: Tensor) -> Tensor:
-        sums = Z.new_zeros(self.num_classes, Z.shape[1]).index_add(0, self.y, Z)
+        sums = pooled(Z.new_zeros(self.num_classes, Z.shape[1]).index_add(0, self.y, Z))
         GZ = sums[self.y] - Z
         return GZ / self.positives.clamp(min=1)[:, None].to(Z.dtype) if self.normalized else GZ
 

@@ -15,15 +15,16 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from ssl_runner import checkpoint, closed_form, dataset, linear, optimizer
+from ssl_runner import checkpoint, closed_form, dataset, distributed, linear, optimizer
 from ssl_runner.backbone import Backbone, LinearBackbone
 from ssl_runner.closed_form import ClosedForm, MomentsGap
-from ssl_runner.config import check_values, one_line
+from ssl_runner.config import check_values, identity, one_line
 from ssl_runner.dataset import DataSet
 from ssl_runner.diagnostics import COLUMNS, Diagnostics
 from ssl_runner.errors import Refused
 from ssl_runner.loss import Loss
 from ssl_runner.metrics import Table
+from ssl_runner.preemption import Preemption
 from ssl_runner.probe import discriminants, principal_components, probe
 from ssl_runner.record import Record
 from ssl_runner.relate import BatchRelation
@@ -52,8 +53,9 @@ class Prepared:
     optimizer: Optimizer
 
 
-def prepare(cfg: DictConfig, data: DataSet | None = None) -> Prepared:
-    """Builds every stage from its settings; `data` spares reading it again. Raises Refused for what cannot run."""
+def prepare(cfg: DictConfig, data: DataSet | None = None, weights: bool = True) -> Prepared:
+    """Builds every stage from its settings; `data` spares reading it again, and without `weights` a run that has a checkpoint of
+    its own needs none to start from. Raises Refused for what cannot run."""
     check_values(cfg)
     device = choose_device(cfg.device)
     if device.type == "cuda":
@@ -70,7 +72,8 @@ def prepare(cfg: DictConfig, data: DataSet | None = None) -> Prepared:
     algorithm = build("optimizer", cfg.optimizer, without=OPTIMIZER_OPTIONS, partial=True)
     if data is None:
         source = build("dataset", cfg.dataset, without=DATASET_OPTIONS, partial=True)
-        data = dataset.load(source, device=device, **{option: cfg.dataset[option] for option in DATASET_OPTIONS})
+        with distributed.in_turn():
+            data = dataset.load(source, device=device, **{option: cfg.dataset[option] for option in DATASET_OPTIONS})
     check_fit(cfg, data, relation)
 
     def fresh_backbone() -> Backbone:
@@ -78,13 +81,13 @@ def prepare(cfg: DictConfig, data: DataSet | None = None) -> Prepared:
         backbone = build("backbone", cfg.backbone, channels=data.channels, image_size=data.image_size)
         return backbone.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
 
-    backbone = fresh_backbone()
-    if cfg.weights is not None and cfg.resume is None:  # what goes on has its weights in its checkpoint
+    backbone = distributed.synchronized(fresh_backbone(), device)
+    if cfg.weights is not None and weights:
         checkpoint.restore(backbone, Path(cfg.weights).expanduser())
     if cfg.solver.name == "closed_form" and isinstance(backbone, LinearBackbone):
         projector: nn.Module = nn.Identity()  # the backbone itself is the matrix to be found
     else:
-        projector = build("projector", cfg.projector, features=backbone.width).to(device)
+        projector = distributed.synchronized(build("projector", cfg.projector, features=backbone.width).to(device), device)
     if cfg.solver.name == "closed_form":
         closed_form.parts(backbone, projector)
     if cfg.diagnostics.moments and (not isinstance(backbone, LinearBackbone) or count(projector)):
@@ -118,18 +121,21 @@ def check_jobs(jobs: Iterable[tuple[str, DictConfig]]) -> None:
 
 def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Pretrains, probes and writes metrics.csv, probe.csv, spectrum.csv, run.json, checkpoint.pt and backbone.safetensors into
-    `folder`, or with cfg.resume goes on in it. Returns the last `loss`, and the first probe's top-1 on the test split (`top1`)
-    and on the validation split (`val_top1`). Raises Refused for what cannot run; whatever is raised also stands in run.json.
+    `folder`, or goes on in it from the checkpoint that is there. Returns the last `loss`, and the first probe's top-1 on the test
+    split (`top1`) and on the validation split (`val_top1`). Raises Refused for what cannot run, Preempted when a signal asks the
+    run to end; whatever is raised also stands in run.json. Several processes call it alike, and the first one writes.
     """
-    with Record(folder) as record:
-        stages = prepare(cfg)
+    record, leads = Record(folder, identity(cfg)), distributed.leads()
+    with Preemption() as preemption, record, distributed.together(record.lost):
+        begun = distributed.share(checkpoint.newest(folder) if leads else None)
+        stages = prepare(cfg, weights=begun is None)
         data, backbone, projector = stages.data, stages.backbone, stages.projector
-        metrics, probes = Table(folder / "metrics.csv"), Table(folder / "probe.csv")
-        solver = build_solver(cfg, stages)
-        if cfg.resume is not None:
-            solver.load_state_dict(checkpoint.load(folder / "checkpoint.pt"))
-            metrics.keep(solver.epoch)
-            probes.keep(min(solver.epoch, solver.total_epochs - 1))  # the last epoch's are written after its checkpoint
+        metrics, probes = (Table(folder / name if leads else None) for name in ("metrics.csv", "probe.csv"))
+        solver = build_solver(cfg, stages, preemption, partial(checkpoint.save, folder=folder) if leads else lambda state: None)
+        if begun is not None:
+            solver.load_state_dict(checkpoint.load(begun))
+        metrics.keep(solver.epoch)
+        probes.keep(solver.epoch)
         if cfg.compile:
             backbone.compile()
             projector.compile()
@@ -145,8 +151,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
             classes=data.classes,
             parameters={"backbone": count(backbone), "projector": count(projector)},
         )
-        print(headline(cfg, record), flush=True)
-        if cfg.views.preview:
+        if leads:
+            print(headline(cfg, record), flush=True)
+        if leads and cfg.views.preview:
             preview(stages.augment, data, cfg.V, cfg.seed, folder / "views.png")
 
         diagnostics = build_diagnostics(cfg, stages) if cfg.diagnostics.every else None
@@ -163,12 +170,14 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
             if cfg.probe.every and solver.epoch % cfg.probe.every == 0 and not last:
                 for scored in probe("backbone", backbone, data, cfg.probe.probes, score_test=False):
                     probes.append({"epoch": solver.epoch, **scored})
-            checkpoint.save(solver.state_dict(), folder / "checkpoint.pt")
         if diagnostics:
-            (folder / "spectrum.csv").unlink(missing_ok=True)
-            for line in diagnostics.spectrum(backbone, projector):
-                Table(folder / "spectrum.csv").append(line)
-        export(cfg, data, backbone, folder / "backbone.safetensors")
+            lines = diagnostics.spectrum(backbone, projector)
+            if leads:
+                (folder / "spectrum.csv").unlink(missing_ok=True)
+            for line in lines:
+                Table(folder / "spectrum.csv" if leads else None).append(line)
+        if leads:
+            export(cfg, data, backbone, folder / "backbone.safetensors")
 
         networks = {
             "backbone": lambda: backbone,
@@ -181,11 +190,12 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         # the features whose accuracy is the run's
         trained = "projector" if cfg.solver.name == "closed_form" and count(projector) else "backbone"
         scores: dict[tuple[str, str, str], float] = {}
-        for features in tqdm(dict.fromkeys([trained, *cfg.probe.features]), "probe", disable=None):
+        for features in tqdm(dict.fromkeys([trained, *cfg.probe.features]), "probe", disable=None if leads else True):
             for scored in probe(features, networks[features](), data, cfg.probe.probes, score_test=True):
                 probes.append({"epoch": solver.epoch, **scored})
                 scores[features, scored["probe"], scored["eval_split"]] = scored["top1"]
-        print(table(scores), flush=True)
+        if leads:
+            print(table(scores), flush=True)
         result = {
             "loss": solver.last_row["loss"],
             "top1": scores[trained, cfg.probe.probes[0], "test"],
@@ -195,8 +205,10 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     return result
 
 
-def build_solver(cfg: DictConfig, stages: Prepared) -> Pretraining | ClosedForm:
-    """What finds the weights."""
+def build_solver(
+    cfg: DictConfig, stages: Prepared, preemption: Preemption, save: Callable[[dict[str, Any]], None]
+) -> Pretraining | ClosedForm:
+    """What finds the weights; it calls `save` with its state where it may go on from, and heeds `preemption`."""
     data, backbone, projector = stages.data, stages.backbone, stages.projector
     if cfg.solver.name == "closed_form":
         return ClosedForm(
@@ -211,6 +223,7 @@ def build_solver(cfg: DictConfig, stages: Prepared) -> Pretraining | ClosedForm:
             passes=cfg.solver.passes,
             ridge=cfg.solver.ridge,
             seed=cfg.seed,
+            save=save,
         )
     steps_per_epoch = len(data.pretrain) // cfg.batch_size
     return Pretraining(
@@ -236,6 +249,8 @@ def build_solver(cfg: DictConfig, stages: Prepared) -> Pretraining | ClosedForm:
         channels_last=cfg.channels_last,
         separate=cfg.views_forward == "separate",
         seed=cfg.seed,
+        preemption=preemption,
+        save=save,
     )
 
 
@@ -255,17 +270,18 @@ def build_diagnostics(cfg: DictConfig, stages: Prepared) -> Diagnostics:
 
 def build_moments_gap(cfg: DictConfig, stages: Prepared) -> MomentsGap:
     """The linear model's distance from the closed form."""
-    moments = closed_form.stream(
-        nn.Flatten(),
-        closed_form.parts(stages.backbone, stages.projector)[1].in_features,
-        stages.data,
-        stages.augment,
-        deepcopy(stages.relation),
-        V=cfg.V,
-        batch_size=cfg.batch_size,
-        passes=cfg.diagnostics.moments,
-        seed=cfg.seed,
-    )
+    with distributed.alone():
+        moments = closed_form.stream(
+            nn.Flatten(),
+            closed_form.parts(stages.backbone, stages.projector)[1].in_features,
+            stages.data,
+            stages.augment,
+            deepcopy(stages.relation),
+            V=cfg.V,
+            batch_size=cfg.batch_size,
+            passes=cfg.diagnostics.moments,
+            seed=cfg.seed,
+        )
     return MomentsGap(moments.centred(), stages.loss, stages.K)
 
 
@@ -297,6 +313,9 @@ def check_fit(cfg: DictConfig, data: DataSet, relation: BatchRelation) -> None:
         raise Refused(
             f"batch_size={cfg.batch_size}: {data.name} has {len(data.pretrain)} images to pretrain on; give at most as many"
         )
+    if cfg.batch_size % distributed.size():
+        W = distributed.size()
+        raise Refused(f"batch_size={cfg.batch_size} is shared by {W} processes: give a multiple of {W}, or start another number")
     if cfg.batch_size < relation.fewest:
         raise Refused(
             f"batch_size={cfg.batch_size}: relation={cfg.relation._target_} seeks neighbours within the batch and needs"
@@ -337,9 +356,9 @@ def headline(cfg: DictConfig, record: Record) -> str:
     relation = facts["relation"]["target"].split(".")[-1] + (" (normalized)" if facts["relation"]["normalized"] else "")
     images = " ".join(f"{split}={n}" for split, n in facts["images"].items())
     parameters = " ".join(f"{module}={n:,}" for module, n in facts["parameters"].items())
-    return (
-        f"{cfg.dataset.name} {images} | V={cfg.V} G={relation} | {parameters} parameters | {facts['device']} {facts['precision']}"
-    )
+    where = f"{facts['processes']} x " if facts["processes"] > 1 else ""
+    where += f"{facts['device']} {facts['precision']}"
+    return f"{cfg.dataset.name} {images} | V={cfg.V} G={relation} | {parameters} parameters | {where}"
 
 
 def table(scores: dict[tuple[str, str, str], float]) -> str:

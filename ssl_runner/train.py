@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from ssl_runner import distributed
 from ssl_runner.dataset import DataSet
 from ssl_runner.errors import Refused
 from ssl_runner.loss import Loss
+from ssl_runner.preemption import Preempted, Preemption
 from ssl_runner.relate import Batch, BatchRelation
+from ssl_runner.relation import copied
 from ssl_runner.views import Augment
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,8 +34,12 @@ class Diverged(RuntimeError):
 class Pretraining:
     """The state of one pretraining run and its loop.
 
-    `epochs()` yields a metrics row after every epoch; `state_dict()` then holds all that going on exactly needs: weights,
-    optimiser, gradient scaler, the random states (of the data order, of the views, and the global ones) and the counters.
+    `epochs()` yields a metrics row after every epoch. `state_dict()` holds all that going on exactly needs, after any step:
+    weights, optimiser, gradient scaler, the random states (of the data order, of the views, and the global ones), the counters
+    and the sums that the epoch's row will be made of. It is saved at the end of every epoch's steps, before the row is made, and
+    where `preemption` asks the run to end: that is then Preempted.
+
+    Several processes hold equal parts of each batch and the same weights; what is said here of a batch is said of all its parts.
     """
 
     def __init__(
@@ -54,11 +61,17 @@ class Pretraining:
         channels_last: bool,
         separate: bool,
         seed: int,
+        preemption: Preemption | None = None,
+        save: Callable[[dict[str, Any]], None] = lambda state: None,
     ):
         self.backbone, self.projector, self.loss, self.optimizer = backbone, projector, loss, optimizer
         self.learning_rate, self.data, self.augment, self.relation = learning_rate, data, augment, relation
         self.V, self.total_epochs, self.batch_size, self.clip = V, epochs, batch_size, clip
+        self.preemption, self.save = preemption or Preemption(), save
         self.device = data.mean.device
+        self.network = distributed.averaging(nn.Sequential(backbone, projector), self.device)
+        self.divided = distributed.size() == 1 or (loss.reduces and relation.divides)
+        self.vote = distributed.Vote()
         self.dtype = PRECISIONS[precision]
         self.computed = f"{self.device.type} in {precision}"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
@@ -68,72 +81,100 @@ class Pretraining:
         self.view_generator = torch.Generator(self.device).manual_seed(seed)
         self.steps_per_epoch = len(data.pretrain) // batch_size
         self.epoch = self.step = 0
-        self.seconds = 0.0
+        self.seconds = self.seconds_before = 0.0  # of all training, and of the epochs that are over
+        self.sums: dict[str, Tensor] = {}  # of this epoch's losses and terms
+        self.order_state = self.order_generator.get_state()  # from which this epoch's order is drawn
         self.last_row: dict[str, Any] = {}
+        if distributed.rank():
+            torch.manual_seed(seed + distributed.rank())  # what is dropped from one process's rows is not from another's
 
     def epochs(self) -> Iterator[dict[str, Any]]:
         """Trains the epochs that are left; yields epoch, step, images_seen, seconds, images_per_s, lr, loss and the loss's terms
         (the last ones means over the epoch's steps). Raises Diverged when a term is not finite."""
-        images_an_epoch = self.steps_per_epoch * self.batch_size
         with tqdm(
-            total=self.total_epochs * images_an_epoch,
-            initial=self.epoch * images_an_epoch,
+            total=self.total_epochs * self.steps_per_epoch * self.batch_size,
+            initial=self.step * self.batch_size,
             desc="pretrain",
             unit="images",
             unit_scale=True,
-            disable=None,
+            disable=None if distributed.leads() else True,
         ) as bar:
             while self.epoch < self.total_epochs:
                 yield self._epoch(bar)
 
     def _epoch(self, bar: tqdm) -> dict[str, Any]:
-        start = time.perf_counter()
-        self.backbone.train()
-        self.projector.train()
-        order = torch.randperm(len(self.data.pretrain), generator=self.order_generator)
-        order = order[: self.steps_per_epoch * self.batch_size]
-        watch = Watch(self.device)
-        sums: dict[str, Tensor] = {}
-        rows = self.data.pretrain.rows[order].split(self.batch_size)
-        batches = self.data.pretrain.batches(order, self.batch_size, self.device)
-        for rows_of_batch, (images, labels) in zip(rows, batches, strict=True):
-            lr = self.learning_rate(self.step)
-            values = self._step(images, Batch(rows_of_batch, labels, self.V, len(self.data.classes)), lr, watch)
-            sums = {name: value + sums.get(name, 0) for name, value in values.items()}
-            self.step += 1
-            bar.set_postfix(watch.latest, refresh=False)
-            bar.update(self.batch_size)
-        watch.finish()
-        if not nn.utils.get_total_norm(self.parameters()).isfinite():
-            raise Diverged(f"the weights are not finite after step {self.step - 1}, though the loss was; {ADVICE}")
-        means = dict(zip(sums, (torch.stack(list(sums.values())) / self.steps_per_epoch).tolist(), strict=True))
-        seconds = time.perf_counter() - start
+        with self.preemption.held():
+            stopped = self._steps(bar)
+            if not nn.utils.get_total_norm(self.parameters()).isfinite():
+                raise Diverged(f"the weights are not finite after step {self.step - 1}, though the loss was; {ADVICE}")
+            self.save(self.state_dict())
+            if stopped:
+                raise Preempted(f"preempted after step {self.step}, from which the run can go on")
+        means = dict(zip(self.sums, (torch.stack(list(self.sums.values())) / self.steps_per_epoch).tolist(), strict=True))
+        seconds = self.seconds - self.seconds_before
         self.epoch += 1
-        self.seconds += seconds
+        self.sums, self.seconds_before, self.order_state = {}, self.seconds, self.order_generator.get_state()
         self.last_row = {
             "epoch": self.epoch,
             "step": self.step,
             "images_seen": self.step * self.batch_size,
             "seconds": round(self.seconds, 3),
             "images_per_s": round(self.steps_per_epoch * self.batch_size / seconds, 1),
-            "lr": lr,
+            "lr": self.learning_rate(self.step - 1),
             **means,
         }
         return self.last_row
 
+    def _steps(self, bar: tqdm) -> bool:
+        """The steps that are left of this epoch; whether the run has been asked to end after one of them."""
+        start = time.perf_counter()
+        self.backbone.train()
+        self.projector.train()
+        self.order_generator.set_state(self.order_state)
+        order = torch.randperm(len(self.data.pretrain), generator=self.order_generator)
+        order = order[: self.steps_per_epoch * self.batch_size].view(self.steps_per_epoch, self.batch_size)
+        watch, stopped = Watch(self.device), False
+        for images, batch in self._batches(order[self.step - self.epoch * self.steps_per_epoch :]):
+            values = self._step(images, batch, self.learning_rate(self.step), watch)
+            self.sums = {name: value + self.sums.get(name, 0) for name, value in values.items()}
+            self.step += 1
+            bar.set_postfix(watch.latest, refresh=False)
+            bar.update(self.batch_size)
+            stopped = self.vote(self.preemption.asked is not None)
+            if stopped:
+                break
+        watch.finish()
+        self.seconds += time.perf_counter() - start
+        return stopped
+
+    def _batches(self, order: Tensor) -> Iterator[tuple[Tensor, Batch]]:
+        """For each batch of `order` (steps, batch_size), positions among the pretraining images: this process's part of its
+        images, and what the relation is made of: that part, or the whole batch."""
+        if not len(order):
+            return
+        data, W = self.data.pretrain, distributed.size()
+        own = order.chunk(W, dim=1)[distributed.rank()]
+        which = own if self.divided else order
+        batches = data.batches(own.flatten(), own.shape[1], self.device)
+        for positions, (images, labels) in zip(which, batches, strict=True):
+            rows = data.rows[positions]
+            if len(rows) > len(labels):
+                labels = data.labels[copied(rows, self.device)]
+            yield images, Batch(rows, labels, self.V, len(self.data.classes))
+
     def _step(self, images: Tensor, batch: Batch, lr: float, watch: "Watch") -> dict[str, Tensor]:
         """One step on a batch; returns the loss and its terms, on the device. Nothing in here waits for the device,
         but for fp16's scaler, which must know whether the gradients overflowed."""
-        X = self.augment(images, self.V, self.data.mean, self.data.std, self.view_generator)
+        part, parts = distributed.rank(), distributed.size()
+        X = self.augment(images, self.V, self.data.mean, self.data.std, self.view_generator, part, parts)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            forwarded = [
-                self.projector(self.backbone(x.contiguous(memory_format=self.memory_format))) for x in X.chunk(self.chunks)
-            ]
-            Z = torch.cat(forwarded)
-        G = self.relation(batch, Z.detach())
-        if G.support is not None:
-            Z = torch.cat([Z, G.support.to(Z.dtype)])
-        terms = self.loss.terms(Z, G)
+            Z = torch.cat([self.network(x.contiguous(memory_format=self.memory_format)) for x in X.chunk(self.chunks)])
+        if self.divided:
+            terms = self._terms(Z, batch)
+        else:  # every process computes all of the loss, from all rows
+            rows = distributed.gather(Z.float()).unflatten(0, (parts, self.V, -1))
+            with distributed.alone():
+                terms = self._terms(rows.transpose(0, 1).flatten(0, 2), batch)
         loss = self.loss.total(terms)
         values = {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
         watch.put(self.step, values)
@@ -148,6 +189,12 @@ class Pretraining:
         self.scaler.update()
         return values
 
+    def _terms(self, Z: Tensor, batch: Batch) -> dict[str, Tensor]:
+        G = self.relation(batch, Z.detach())
+        if G.support is not None:
+            Z = torch.cat([Z, G.support.to(Z.dtype)])
+        return self.loss.terms(Z, G)
+
     def parameters(self) -> list[Tensor]:
         """All parameters that the optimiser moves."""
         return list(itertools.chain.from_iterable(group["params"] for group in self.optimizer.param_groups))
@@ -157,17 +204,17 @@ class Pretraining:
             "epoch": self.epoch,
             "step": self.step,
             "seconds": self.seconds,
-            "last_row": self.last_row,
+            "seconds_before": self.seconds_before,
+            "sums": self.sums,
             "backbone": self.backbone.state_dict(),
             "projector": self.projector.state_dict(),
             "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "relation": self.relation.state_dict(),
-            "order_generator": self.order_generator.get_state(),
+            "order_generator": self.order_state,
             "view_generator": self.view_generator.get_state(),
-            "rng": torch.get_rng_state(),
-            "device_rng": None if self.device.type == "cpu" else torch.get_device_module(self.device).get_rng_state(),
+            "rng": distributed.collect(self._random_states()),
             "computed": self.computed,
         }
 
@@ -177,14 +224,23 @@ class Pretraining:
                 f"resume: the run computed on {state['computed']} and would go on on {self.computed}, to other numbers:"
                 " go on where it began, or start a new run"
             )
-        self.epoch, self.step, self.seconds, self.last_row = (state[name] for name in ("epoch", "step", "seconds", "last_row"))
+        for name in ("epoch", "step", "seconds", "seconds_before"):
+            setattr(self, name, state[name])
+        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         for name in ("backbone", "projector", "loss", "optimizer", "scaler", "relation"):
             getattr(self, name).load_state_dict(state[name])
-        self.order_generator.set_state(state["order_generator"])
+        self.order_state = state["order_generator"]
         self.view_generator.set_state(state["view_generator"])
-        torch.set_rng_state(state["rng"])
-        if state["device_rng"] is not None:
-            torch.get_device_module(self.device).set_rng_state(state["device_rng"])
+        if distributed.rank() < len(state["rng"]):  # a process more than there were keeps its own
+            host, device = state["rng"][distributed.rank()]
+            torch.set_rng_state(host)
+            if device is not None:
+                torch.get_device_module(self.device).set_rng_state(device)
+
+    def _random_states(self) -> tuple[Tensor, Tensor | None]:
+        """Those of this process's global generators, on the host and on the device."""
+        device = None if self.device.type == "cpu" else torch.get_device_module(self.device).get_rng_state()
+        return torch.get_rng_state(), device
 
 
 class Watch:
@@ -228,10 +284,16 @@ class Watch:
 
 
 def choose_device(device: str) -> torch.device:
-    """`auto` is cuda, else mps, else cpu. Refused when the device is not there."""
+    """`auto` is cuda, else mps, else cpu; of several processes on one machine each takes a GPU of its own. Refused when the
+    device is not there."""
+    here = distributed.place()
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and not here else "cpu"
     kind, _, index = device.partition(":")
+    if here and (index or kind == "mps"):
+        raise Refused(f"device={device} is one device, and {here.size} processes train: give device=auto, cuda or cpu")
+    if here and kind == "cuda" and torch.cuda.device_count() > 1:  # else Slurm has bound the one that is this task's
+        index = str(here.local_rank)
     if kind == "cuda":
         count = torch.cuda.device_count()
         if int(index or 0) >= count:

@@ -6,8 +6,10 @@ torchvision.transforms.functional on one image with the same parameters. Images 
 
 import math
 from collections.abc import Mapping, Sequence, Set
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ import torchvision
 from torch import Tensor
 
 from ssl_runner.dataset import DataSet
+from ssl_runner.relation import copied
 
 GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision
 
@@ -33,15 +36,26 @@ class Augment:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"views.policies.{name}: {error}") from error
 
-    def __call__(self, images: Tensor, V: int, mean: Tensor, std: Tensor, generator: torch.Generator) -> Tensor:
-        """images (n, C, H, W) uint8 -> V views of each, normalised: (V n, C, H, W) float32, row v n + k a view of image k."""
-        n = len(images)
-        X = torch.empty(V, *images.shape, device=images.device)
+    def __call__(
+        self, images: Tensor, V: int, mean: Tensor, std: Tensor, generator: torch.Generator, part: int = 0, parts: int = 1
+    ) -> Tensor:
+        """images (n, C, H, W) uint8 -> V views of each, normalised: (V n, C, H, W) float32, row v n + k a view of image k.
+
+        Where the images are one of several equal parts of a batch, their views are those that they have in the whole batch: all
+        random numbers are drawn for all rows, and the images' own are used.
+        """
+        n, device = len(images), images.device
+        X = torch.empty(V, *images.shape, device=device)
         for which, policy in enumerate(self.policies[:V]):
             views = X[which :: len(self.policies)]
-            order = torch.randperm(len(views) * n, device=images.device, generator=generator)
-            x = normalize(policy(to_unit(images[order % n]), generator), mean, std)
-            views[order // n, order % n] = x
+            draw = Draw(len(views) * n * parts, device, generator)
+            order = draw.shuffled()
+            view, image = order // (n * parts), order % (n * parts)
+            if parts > 1:
+                draw.choose((image // n == part).nonzero()[:, 0])
+                view, image = view[draw.places], image[draw.places] - part * n
+            view, image = copied(view, device), copied(image, device)
+            views[view, image] = normalize(policy(to_unit(images[image]), draw), mean, std)
         return X.flatten(0, 1)
 
 
@@ -82,9 +96,8 @@ class Policy:
         if blur and blur.get("kernel", 1) % 2 != 1:
             raise ValueError(f"blur.kernel={blur['kernel']} is not an odd number of pixels")
 
-    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """x (B, C, H, W) float in [0, 1] -> one random view of each row, float in [0, 1]."""
-        draw = Draw(len(x), x.device, generator)
+    def __call__(self, x: Tensor, draw: "Draw") -> Tensor:
+        """x (B, C, H, W) float in [0, 1], the chosen rows of `draw` -> one random view of each, float in [0, 1]."""
         if self.crop or self.affine or self.flip:
             boxes = random_boxes(draw, *x.shape[-2:], **self.crop) if self.crop else None
             matrices = random_affines(draw, *x.shape[-2:], **self.affine) if self.affine else None
@@ -129,16 +142,41 @@ def is_number(value: Any) -> bool:
 
 
 class Draw:
-    """One random number a row, on the device, from the run's generator."""
+    """Random numbers for each of some rows, on the device, from the run's generator. They are drawn for all rows, in whatever
+    order these stand; after `choose`, those of the chosen rows are given."""
 
     def __init__(self, rows: int, device: torch.device, generator: torch.Generator):
         self.rows, self.device, self.generator = rows, device, generator
+        self.places = torch.arange(0)  # of the chosen rows, ascending, on the host
+        self.chosen: Tensor | None = None  # the same on the device
+
+    def choose(self, places: Tensor) -> None:
+        self.places, self.chosen = places, copied(places, self.device)
+
+    def shuffled(self) -> Tensor:
+        """A random order of all rows, on the host, which waits for no device: there a generator's state says what was drawn."""
+        generator = self.generator
+        if self.device.type != "cpu":
+            generator = torch.Generator().manual_seed(crc32(self.generator.get_state().numpy().tobytes()))
+        return torch.randperm(self.rows, generator=generator)
+
+    def random(self, *after: int, before: tuple[int, ...] = ()) -> Tensor:
+        """Uniform in [0, 1): (*before, rows, *after)."""
+        numbers = torch.rand(*before, self.rows, *after, device=self.device, generator=self.generator)
+        return numbers if self.chosen is None else numbers.index_select(len(before), self.chosen)
 
     def uniform(self, low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(self.rows, device=self.device, generator=self.generator)
+        return low + (high - low) * self.random()
 
     def coin(self, p: float) -> Tensor:
-        return torch.rand(self.rows, device=self.device, generator=self.generator) < p
+        return self.random() < p
+
+    def quarters(self) -> list[slice]:
+        """The chosen rows that are in each quarter of all."""
+        ends = [self.rows * q // 4 for q in range(5)]
+        if self.chosen is not None:
+            ends = torch.searchsorted(self.places, torch.tensor(ends)).tolist()
+        return [slice(start, end) for start, end in pairwise(ends)]
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -164,10 +202,9 @@ def random_boxes(draw: Draw, height: int, width: int, scale: Sequence[float], ra
     the area uniform in `scale`, width to height log-uniform in `ratio`; of ten tries the first that fits, else the whole image.
     """
     tries = 10
-    shape = (tries, draw.rows)
 
     def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(shape, device=draw.device, generator=draw.generator)
+        return low + (high - low) * draw.random(before=(tries,))
 
     area = height * width * uniform(*scale)
     aspect = uniform(math.log(ratio[0]), math.log(ratio[1])).exp()
@@ -292,11 +329,9 @@ def color_jitter(
     strengths = (brightness, contrast, saturation)
     factors = torch.stack([torch.where(on, draw.uniform(max(0, 1 - s), 1 + s), 1) for s in strengths], 1)
     turns = torch.where(on, draw.uniform(-hue, hue), 0)
-    order = torch.rand(len(x), 3, device=x.device, generator=draw.generator).argsort(1)
-    quarters = [len(x) * q // 4 for q in range(5)]
-    for place in range(4):
+    order = draw.random(3).argsort(1)
+    for place, rows in enumerate(draw.quarters()):
         if hue and x.shape[1] == 3:
-            rows = slice(quarters[place], quarters[place + 1])
             x[rows] = adjust_hue(x[rows], turns[rows])
         if place < 3:
             which = order[:, place]

@@ -36,10 +36,8 @@ def test_rows_after_the_checkpoint_and_torn_lines_are_dropped(left: str, kept: s
 
 
 def test_a_checkpoint_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "checkpoint.pt"
-    with pytest.raises(Refused, match="does not exist"):
-        checkpoint.load(path)
-    checkpoint.save({"epoch": 1, "weights": torch.ones(3)}, path)
+    assert checkpoint.newest(tmp_path) is None
+    checkpoint.save({"epoch": 1, "weights": torch.ones(3)}, tmp_path)
 
     def crash(state: object, file) -> None:
         file.write(b"half a check")
@@ -47,8 +45,36 @@ def test_a_checkpoint_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(torch, "save", crash)
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.save({"epoch": 2}, path)
-    assert checkpoint.load(path)["epoch"] == 1
+        checkpoint.save({"epoch": 2}, tmp_path)
+    assert checkpoint.load(checkpoint.newest(tmp_path))["epoch"] == 1
+
+
+@pytest.mark.parametrize("harm", ["cut", "one bit", "emptied", "sealed anew by nobody"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    harm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for epoch in (1, 2, 3):
+        checkpoint.save({"epoch": epoch, "weights": torch.ones(300)}, tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    assert torch.load(path, weights_only=True)["epoch"] == 3  # a plain archive to everybody else
+    assert checkpoint.newest(tmp_path) == path
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged = {"cut": content[:-200], "one bit": content, "emptied": b"", "sealed anew by nobody": content[:-72]}
+    path.write_bytes(damaged[harm])
+    before = checkpoint.newest(tmp_path)
+    assert checkpoint.load(before)["epoch"] == 2
+    assert f"{path} is damaged" in capsys.readouterr().err
+
+    before.write_bytes(b"PK")
+    with pytest.raises(Refused, match=r"no whole checkpoint to go on from: remove checkpoint.pt and checkpoint-before.pt"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_crash_between_two_renames_leaves_the_one_before(tmp_path: Path) -> None:
+    checkpoint.save({"epoch": 1}, tmp_path)
+    (tmp_path / "checkpoint.pt").rename(tmp_path / "checkpoint-before.pt")
+    assert checkpoint.load(checkpoint.newest(tmp_path))["epoch"] == 1
 
 
 def test_a_checkpoint_that_carries_code_is_not_run(tmp_path: Path) -> None:

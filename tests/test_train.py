@@ -118,10 +118,10 @@ def test_resume_is_exact(relation: Callable[[], BatchRelation], stop: int, preci
     expected = rows(whole)
     first = fresh()
     begun = list(itertools.islice(first.epochs(), stop))
-    checkpoint.save(first.state_dict(), tmp_path / "checkpoint.pt")
+    checkpoint.save(first.state_dict(), tmp_path)
     second = fresh()
     torch.rand(7)  # whatever was drawn in between is forgotten
-    second.load_state_dict(checkpoint.load(tmp_path / "checkpoint.pt"))
+    second.load_state_dict(checkpoint.load(checkpoint.newest(tmp_path)))
     begun = [{name: value for name, value in row.items() if name not in TIMINGS} for row in begun]
     assert begun + rows(second) == expected
     for name, value in weights(whole).items():

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ssl_runner.distributed import pooled, total
 from ssl_runner.loss.base import Loss, off_diagonal
 from ssl_runner.relation import Relation
 
@@ -18,6 +19,8 @@ class BarlowTwins(Loss):
     batch-normalised cross-correlation and its transpose, where the two views' statistics are equal.
     """
 
+    reduces = True
+
     def __init__(self, alpha: float = 5e-3, center: bool = False, eps: float = 1e-6) -> None:
         super().__init__()
         self.weights = {"diagonal": 1.0, "off_diagonal": alpha}
@@ -26,9 +29,9 @@ class BarlowTwins(Loss):
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
         d = G.degrees.to(Z)[:, None]
         if self.center:
-            Z = Z - (d * Z).sum(0) / d.sum().clamp(min=1)
-        n = (d * Z.square()).sum(0).clamp(min=torch.finfo(Z.dtype).tiny).sqrt()  # a dead column has gradient 0, not nan
-        return self.of_correlations(Z.T @ (G @ Z) / (n[:, None] * n + self.eps))
+            Z = Z - pooled((d * Z).sum(0)) / total(d.sum()).clamp(min=1)
+        n = total((d * Z.square()).sum(0)).clamp(min=torch.finfo(Z.dtype).tiny).sqrt()  # a dead column has gradient 0, not nan
+        return self.of_correlations(total(Z.T @ (G @ Z)) / (n[:, None] * n + self.eps))
 
     def of_correlations(self, C: Tensor) -> dict[str, Tensor]:
         """The terms from C (K, K)."""

@@ -9,9 +9,14 @@ from ssl_runner.relation import Relation
 
 
 class Loss(nn.Module, ABC):
-    """L(Z, G) = sum of weights[name] * term. A new loss states its `weights` and computes its terms in `_terms`."""
+    """L(Z, G) = sum of weights[name] * term. A new loss states its `weights` and computes its terms in `_terms`.
+
+    Of several processes each calls a loss with its own rows, as many as the others, and gets the loss of all rows if it
+    `reduces`: its sums over rows are then `total` and `pooled` ones (distributed.py). Training gathers all rows for any other.
+    """
 
     weights: dict[str, float]
+    reduces: bool = False
 
     def forward(self, Z: Tensor, G: Relation) -> Tensor:
         """Z (N, K) embeddings, G a relation over its N rows -> the loss, a scalar. Raises ValueError when the shapes disagree."""

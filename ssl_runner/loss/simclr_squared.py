@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ssl_runner.distributed import pooled, size, total
 from ssl_runner.loss.base import Loss
 from ssl_runner.relation import Relation
 
@@ -18,6 +19,8 @@ class SquaredSimCLR(Loss):
     of positives (the spectral contrastive loss of HaoChen et al. 2021). `center=True` first takes the mean off every column.
     """
 
+    reduces = True
+
     def __init__(self, reduction: str = "mean", center: bool = False) -> None:
         super().__init__()
         if reduction not in ("mean", "sum"):
@@ -27,8 +30,9 @@ class SquaredSimCLR(Loss):
 
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
         if self.center:
-            Z = Z - Z.mean(0)
-        return self.of_products(Z.T @ Z, Z.T @ (G @ Z), len(Z), G.degrees.to(Z).sum(), G.square_norm.to(Z))
+            Z = Z - pooled(Z.mean(0)) / size()
+        ZZ, ZGZ = total(Z.T @ Z), total(Z.T @ (G @ Z))
+        return self.of_products(ZZ, ZGZ, size() * len(Z), total(G.degrees.to(Z).sum()), total(G.square_norm.to(Z)))
 
     def of_products(self, ZZ: Tensor, ZGZ: Tensor, N: int, total: Tensor, square_norm: Tensor) -> dict[str, Tensor]:
         """The terms from Z'Z and Z'GZ (K, K), total = sum_ij G_ij and square_norm = sum_ij G_ij^2."""

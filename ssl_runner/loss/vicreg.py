@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ssl_runner.distributed import pooled, size, total
 from ssl_runner.loss.base import Loss, off_diagonal
 from ssl_runner.relation import Relation
 
@@ -20,6 +21,8 @@ class VICReg(Loss):
     two views' statistics are equal; solo-learn's 25/25/1 is the authors' 25/50/1.
     """
 
+    reduces = True
+
     def __init__(
         self, alpha: float = 25.0, beta: float = 1.0, gamma: float = 25.0, variance: str = "hinge", eps: float = 1e-4
     ) -> None:
@@ -30,13 +33,13 @@ class VICReg(Loss):
         self.variance, self.eps = variance, eps
 
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
-        N, d = len(Z), G.degrees.to(Z)[:, None]
-        centred = Z - Z.mean(0)
-        C = centred.T @ centred / (N - 1)
+        N, d = size() * len(Z), G.degrees.to(Z)[:, None]
+        centred = Z - pooled(Z.mean(0)) / size()
+        C = total(centred.T @ centred) / (N - 1)
         std = (C.diagonal() + self.eps).clamp(min=torch.finfo(Z.dtype).tiny).sqrt()  # a dead column has gradient 0, not nan
         variance = (1 - std).relu() if self.variance == "hinge" else (1 - C.diagonal()).square()
         return {
             "variance": variance.sum(),
             "covariance": off_diagonal(C).square().sum(),
-            "invariance": 2 / N * ((d * centred - G @ centred) * centred).sum(),  # 2/N tr(Z'LZ), and L1 = 0
+            "invariance": 2 / N * total(((d * centred - G @ centred) * centred).sum()),  # 2/N tr(Z'LZ), and L1 = 0
         }

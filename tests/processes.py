@@ -1,0 +1,44 @@
+"""Runs a function in several gloo processes and returns what each of them returned."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ssl_runner import distributed
+
+
+def in_processes(W: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """function(*arguments) in W processes that have found each other as torchrun's do: its results by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")  # torch is imported once
+    queue = context.SimpleQueue()
+    children = [context.Process(target=_child, args=(rank, W, port, queue, function, arguments)) for rank in range(W)]
+    for child in children:
+        child.start()
+    results = dict(pickle.loads(queue.get()) for _ in children)
+    for child in children:
+        child.join()
+    failures = [text for done, text in results.values() if not done]
+    assert not failures, "\n".join(failures)
+    return [results[rank][1] for rank in range(W)]
+
+
+def _child(rank: int, W: int, port: int, queue: Any, function: Callable[..., Any], arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(W)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        distributed.start()
+        result = function(*arguments)
+        queue.put(pickle.dumps((rank, (True, result))))
+        distributed.finish()
+    except BaseException:
+        queue.put(pickle.dumps((rank, (False, f"process {rank}: {traceback.format_exc()}"))))
