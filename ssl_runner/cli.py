@@ -44,9 +44,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted; resume=<the run's folder> goes on after its last whole epoch", file=sys.stderr)
         sys.exit(130)
-    except Preempted as error:
-        print(f"{error}: resume=<the run's folder>, or resume=auto with the same settings", file=sys.stderr)
-        sys.exit(error.code)
     except BrokenPipeError:  # the reader of our output has left, as in `ssl-run --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -141,6 +138,9 @@ def job(cfg: DictConfig) -> float:
                 from ssl_runner.run import run
 
                 result = run(cfg, folder)
+    except Preempted as error:
+        print(f"{error}: resume={folder}, or the same command with resume=auto", file=sys.stderr, flush=True)
+        raise
     except Exception as error:
         distributed.failed(error)
         more = "" if isinstance(error, Refused) or not (folder / "run.json").exists() else f" (more in {folder}/run.json)"

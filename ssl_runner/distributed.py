@@ -216,21 +216,21 @@ def in_turn() -> Iterator[None]:
 
 
 class Vote:
-    """Whether any process has asked for something. All get the same answer at the same call, and none waits: with several
+    """The most that any process asks for, from 0. All get the same answer at the same call, and none waits: with several
     processes the answer is that to the call before, whose exchange has run meanwhile."""
 
     def __init__(self) -> None:
         self.flying: tuple[Any, Tensor] | None = None
 
-    def __call__(self, asked: bool) -> bool:
+    def __call__(self, asked: int) -> int:
         if size() == 1:
             return asked
-        answer = False
+        answer = 0
         if self.flying is not None:
             work, votes = self.flying
             work.wait()
-            answer = bool(votes)
-        votes = torch.tensor(int(asked))
+            answer = int(votes)
+        votes = torch.tensor(asked)
         self.flying = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_control(), async_op=True), votes
         return answer
 

@@ -22,7 +22,8 @@ from ssl_runner.relation import copied
 from ssl_runner.views import Augment
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
+SAVE_AFTER = 600.0  # seconds within an epoch, of which a crash loses no more
+SAVE, STOP = 1, 2  # what may be asked for after a step
 
 ADVICE = "lower optimizer.lr, set optimizer.clip or use precision=fp32"
 
@@ -36,8 +37,8 @@ class Pretraining:
 
     `epochs()` yields a metrics row after every epoch. `state_dict()` holds all that going on exactly needs, after any step:
     weights, optimiser, gradient scaler, the random states (of the data order, of the views, and the global ones), the counters
-    and the sums that the epoch's row will be made of. It is saved at the end of every epoch's steps, before the row is made, and
-    where `preemption` asks the run to end: that is then Preempted.
+    and the sums that the epoch's row will be made of. It is saved at the end of every epoch's steps, before the row is made,
+    every ten minutes, and where `preemption` asks the run to end: that is then Preempted.
 
     Several processes hold equal parts of each batch and the same weights; what is said here of a batch is said of all its parts.
     """
@@ -127,25 +128,30 @@ class Pretraining:
 
     def _steps(self, bar: tqdm) -> bool:
         """The steps that are left of this epoch; whether the run has been asked to end after one of them."""
-        start = time.perf_counter()
+        start = saved = time.perf_counter()
         self.backbone.train()
         self.projector.train()
         self.order_generator.set_state(self.order_state)
         order = torch.randperm(len(self.data.pretrain), generator=self.order_generator)
         order = order[: self.steps_per_epoch * self.batch_size].view(self.steps_per_epoch, self.batch_size)
-        watch, stopped = Watch(self.device), False
+        watch = Watch(self.device)
         for images, batch in self._batches(order[self.step - self.epoch * self.steps_per_epoch :]):
             values = self._step(images, batch, self.learning_rate(self.step), watch)
             self.sums = {name: value + self.sums.get(name, 0) for name, value in values.items()}
             self.step += 1
             bar.set_postfix(watch.latest, refresh=False)
             bar.update(self.batch_size)
-            stopped = self.vote(self.preemption.asked is not None)
-            if stopped:
-                break
+            asked = self.vote(STOP if self.preemption.asked else SAVE if time.perf_counter() - saved > SAVE_AFTER else 0)
+            if asked:
+                watch.finish()
+                self.seconds += time.perf_counter() - start
+                if asked == STOP:
+                    return True
+                self.save(self.state_dict())
+                start = saved = time.perf_counter()
         watch.finish()
         self.seconds += time.perf_counter() - start
-        return stopped
+        return False
 
     def _batches(self, order: Tensor) -> Iterator[tuple[Tensor, Batch]]:
         """For each batch of `order` (steps, batch_size), positions among the pretraining images: this process's part of its

@@ -188,10 +188,10 @@ def test_the_gap_of_a_trained_matrix_is_on_the_moments_of_the_solver() -> None:
 
 def test_the_solver_goes_on_from_its_state() -> None:
     first, second = solver(BarlowTwins(), relate.Views()), solver(BarlowTwins(), relate.Views())
-    list(first.epochs())
+    table = list(first.epochs())
     second.load_state_dict(first.state_dict())
-    assert list(second.epochs()) == []
-    assert second.last_row == first.last_row
+    second.data = None  # it solves nothing again
+    assert list(second.epochs()) == table
     assert torch.equal(second.backbone.body[1].weight, first.backbone.body[1].weight)
 
 
