@@ -12,6 +12,8 @@ import torch
 
 from ssl_runner import distributed
 
+PATIENCE = 60  # seconds
+
 
 def in_processes(W: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """function(*arguments) in W processes that have found each other as torchrun's do: its results by rank."""
@@ -19,11 +21,11 @@ def in_processes(W: int, function: Callable[..., Any], *arguments: Any) -> list[
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")  # torch is imported once
-    queue = context.SimpleQueue()
+    queue = context.Queue()
     children = [context.Process(target=_child, args=(rank, W, port, queue, function, arguments)) for rank in range(W)]
     for child in children:
         child.start()
-    results = dict(pickle.loads(queue.get()) for _ in children)
+    results = dict(pickle.loads(queue.get(timeout=PATIENCE)) for _ in children)
     for child in children:
         child.join()
     failures = [text for done, text in results.values() if not done]
@@ -39,6 +41,7 @@ def _child(rank: int, W: int, port: int, queue: Any, function: Callable[..., Any
         distributed.start()
         result = function(*arguments)
         queue.put(pickle.dumps((rank, (True, result))))
-        distributed.finish()
+        if not distributed._group.ended.is_set():  # by a process that plays one that fails
+            distributed.finish()
     except BaseException:
         queue.put(pickle.dumps((rank, (False, f"process {rank}: {traceback.format_exc()}"))))

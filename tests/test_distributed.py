@@ -1,17 +1,33 @@
 """Several processes compute what one does: losses, gradients, relations, batch norm, views, whole runs."""
 
+import io
 import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ssl_runner import backbone, distributed, relate
+from ssl_runner.diagnostics import Diagnostics
+from ssl_runner.errors import Refused
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SquaredSimCLR, VICReg
+from ssl_runner.metrics import read_json
+from ssl_runner.preemption import Preempted
+from ssl_runner.probe import extract, probe
+from ssl_runner.record import Record
 from ssl_runner.relation import Labels, Relation, Views
+from ssl_runner.train import choose_device
 from ssl_runner.views import Augment
+from tests.conftest import TINY, run_folder
 from tests.processes import in_processes
 from tests.test_train import pretraining, rows, weights
 from tests.test_views import FULL
@@ -81,8 +97,8 @@ def network() -> nn.Module:
 
 
 def two_steps(order: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Averaged gradients of a network with batch norm, summed over two batches, and its state. Of the rows in `order` this process
-    has its part, the first half of which are views of what the second half shows."""
+    """Averaged gradients of a network with batch norm, summed over two batches, and its state. Of the rows in `order` this
+    process has its part, the first half of which are views of what the second half shows."""
     cpu = torch.device("cpu")
     body = distributed.averaging(distributed.synchronized(network(), cpu), cpu)
     for seed in (0, 1):
@@ -94,7 +110,7 @@ def two_steps(order: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
 
 
 def test_batch_norm_is_taken_over_the_rows_of_all_processes() -> None:
-    """Three processes pair the rows 0-2, 1-3 | 4-6, 5-7 | 8-10, 9-11: the same pairs as one process has of these rows reordered."""
+    """Three processes pair the rows 0-2, 1-3 | 4-6, 5-7 | 8-10, 9-11: as one process does with these rows reordered."""
     gradients, state = two_steps(torch.tensor([0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11]))
     assert any("running_mean" in name for name in state)
     for theirs, their_state in in_processes(3, two_steps, torch.arange(12)):
@@ -114,8 +130,8 @@ def synchronized_timm() -> tuple[Tensor, list[str], bool]:
 
 def test_batch_norms_that_hold_an_activation_keep_it_and_their_names() -> None:
     expected, names, _ = synchronized_timm()
-    for rows, their_names, kept in in_processes(2, synchronized_timm):
-        assert_close(rows, expected, rtol=1e-9, atol=1e-9)
+    for features, their_names, kept in in_processes(2, synchronized_timm):
+        assert_close(features, expected, rtol=1e-9, atol=1e-9)
         assert kept
         assert their_names == names
 
@@ -209,3 +225,203 @@ def test_a_training_of_several_processes_has_the_loss_curve_of_one(W: int) -> No
             assert_close(
                 state, state_of_one, rtol=1e-2, atol=1e-3 if loose else 1e-5, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+
+# --- probes, diagnostics, and what is no tensor -------------------------------------------------------------------------------
+
+
+def looked_at() -> tuple[Tensor, list[dict], list[dict], list[dict]]:
+    """Features, probes and diagnostics of one network, as the process that writes has them."""
+    training = pretraining()
+    network = training.backbone
+    features = extract(network, training.data.train, training.data.mean, training.data.std, batch_size=7)
+    probes = list(probe("backbone", network, training.data, ["linear", "knn"], score_test=True))
+    training.relation.bind(training.data.pretrain.labels)
+    settings = {"V": 2, "images": 30, "seed": 0, "fixed": False}
+    looks = Diagnostics(training.data, training.augment, relate.Neighbors(2), training.loss, **settings)
+    columns = looks(network, training.projector)
+    spectrum = looks.spectrum(network, training.projector)
+    dropped = [{name: value for name, value in row.items() if name != "seconds"} for row in probes]
+    return features, dropped, [{**columns, "diagnostics_s": 0}], spectrum
+
+
+@pytest.mark.parametrize("W", [2, 5])
+def test_probes_and_diagnostics_give_the_numbers_of_one_process(W: int) -> None:
+    """With five processes some have nothing to do."""
+    features, probes, columns, spectrum = looked_at()
+    for rank, theirs in enumerate(in_processes(W, looked_at)):
+        assert torch.equal(theirs[0], features)
+        assert theirs[1] == probes
+        for ours, table in zip((columns, spectrum) if rank == 0 else ([{"diagnostics_s": 0}], []), theirs[2:], strict=True):
+            pd.testing.assert_frame_equal(pd.DataFrame(table), pd.DataFrame(ours), rtol=1e-6)  # threads sum in another order
+
+
+def asked() -> list[int]:
+    vote = distributed.Vote()
+    return [vote(request) for request in ((0, 0, 2, 0, 0, 0) if distributed.rank() == 1 else (0, 1, 0, 0, 0, 0))]
+
+
+def test_all_processes_agree_at_the_same_call() -> None:
+    first, second, third = in_processes(3, asked)
+    assert first == second == third == [0, 0, 1, 2, 0, 0]
+
+
+def dropped_rows() -> Tensor:
+    torch.manual_seed(0)
+    pretraining(dropout=0.5)
+    return torch.rand(5)
+
+
+def test_what_is_dropped_from_one_process_is_not_from_another() -> None:
+    first, second = in_processes(2, dropped_rows)
+    assert not torch.equal(first, second)
+
+
+def one_fails(folder: Path, how: str) -> str:
+    """What this process ends with when process 1 raises, in a context that all share."""
+    try:
+        with Record(folder, "x") as record, distributed.together(record.lost):
+            if distributed.rank() == 1:
+                if how == "preempted":
+                    raise Preempted("preempted by SIGTERM")
+                raise (Refused if how == "refused" else KeyError)("no such thing")
+            distributed.summed(torch.ones(3))
+    except BaseException as error:
+        distributed._group.ended.set()  # this process is about to end by itself
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("how", "words", "status"),
+    [
+        ("refused", "Lost: process 1 of 2: no such thing", "failed"),
+        ("raised", "Lost: process 1 of 2: KeyError: 'no such thing'", "failed"),
+        ("preempted", "Preempted: preempted by SIGTERM", "preempted"),
+    ],
+)
+def test_one_that_fails_ends_the_others_which_say_why(how: str, words: str, status: str, tmp_path: Path) -> None:
+    first, _ = in_processes(2, one_fails, tmp_path, how)
+    assert first == words
+    record = read_json(tmp_path / "run.json")
+    assert record["status"] == status
+    assert record["processes"] == 2
+
+
+def test_where_a_launcher_has_put_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    assert distributed.place() is None
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # a batch script, which is no task of a step
+    assert distributed.place() is None
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert distributed.place() is None
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    assert distributed.place() == distributed.Place(3, 4, 1)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert distributed.place() == distributed.Place(2, 8, 0)
+    with pytest.raises(Refused, match="device=cuda:1 is one device, and 8 processes train"):
+        choose_device("cuda:1")
+
+
+# --- through the command line -------------------------------------------------------------------------------------------------
+
+
+def torchrun(W: int, command: str, cwd: Path) -> subprocess.Popen:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={W}", "-m", "ssl_runner"]
+    return subprocess.Popen(
+        [*launcher, *command.split()], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("W", [2, 4])
+def test_a_run_under_torchrun_is_the_run_of_one_process(W: int, ssl_run, tmp_path: Path) -> None:
+    command = f"{TINY} batch_size=48 relation=labels epochs=3 probe.every=1 probe.probes=[linear,knn]"
+    whole = run_folder(ssl_run(f"{command} hydra.run.dir=one")[1])
+    out, err = torchrun(W, f"{command} hydra.run.dir=several", tmp_path).communicate()
+    several = tmp_path / "several"
+    assert run_folder(out) == several, err
+    assert f"| {W} x cpu fp32" in out
+    assert out.count("top1=") == 1
+    assert read_json(several / "run.json")["processes"] == W
+    tables = [
+        pd.read_csv(folder / "metrics.csv").drop(columns=["seconds", "images_per_s", "diagnostics_s"])
+        for folder in (whole, several)
+    ]
+    pd.testing.assert_frame_equal(*tables, rtol=1e-3, check_dtype=False)
+    probes = [pd.read_csv(folder / "probe.csv") for folder in (whole, several)]
+    assert (probes[0][["epoch", "probe", "eval_split"]] == probes[1][["epoch", "probe", "eval_split"]]).all(axis=None)
+    assert (probes[0].top1 - probes[1].top1).abs().max() < 0.11  # 20 images validate
+    assert sorted(path.name for path in several.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+@pytest.mark.slow
+def test_all_processes_end_together_on_an_error(tmp_path: Path) -> None:
+    """One process breaks; all refuse; the first one refuses before the others know of anything."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "from ssl_runner.backbone import convnet\n"
+        "def fragile(channels, image_size):\n"
+        "    body = convnet(channels, image_size, [8])\n"
+        "    def check(module, args):\n"
+        "        if torch.distributed.get_rank() == 1 and module.training:\n"
+        "            raise MemoryError('too large for this one')\n"
+        "    body.register_forward_pre_hook(check)\n"
+        "    return body\n"
+    )
+    (tmp_path / "conf" / "backbone").mkdir(parents=True)
+    (tmp_path / "conf" / "backbone" / "fragile.yaml").write_text("_target_: mine.fragile\n")
+    commands = {
+        f"--config-dir conf backbone=fragile {TINY.replace('backbone.widths=[8,16]', '')} hydra.run.dir=broken":
+            "Lost: process 1 of 2: MemoryError: too large for this one",
+        f"{TINY} batch_size=49": "batch_size=49 is shared by 2 processes: give a multiple of 2",
+        f"{TINY} gama=3": "gama is not a setting; did you mean gamma?",
+        f"-m {TINY} gamma=1,2": "start the sweep without torchrun",
+    }  # fmt: skip
+    for command, words in commands.items():
+        start = time.monotonic()
+        process = torchrun(2, command, tmp_path)
+        out, err = process.communicate()
+        assert process.returncode == 1
+        assert words.removeprefix("Lost: ") in err
+        assert time.monotonic() - start < 60
+        assert "top1=" not in out
+    record = read_json(tmp_path / "broken" / "run.json")
+    assert (record["status"], record["error"]) == ("failed", "Lost: process 1 of 2: MemoryError: too large for this one")
+
+
+@pytest.mark.slow
+def test_a_preempted_run_goes_on_with_another_number_of_processes(ssl_run, tmp_path: Path) -> None:
+    """Two processes are asked to end, one goes on and is asked, too, and two finish: with the curve of one process."""
+    command = f"{TINY} epochs=60 resume=auto"
+    whole = run_folder(ssl_run(f"{command} hydra.run.dir=whole")[1])
+    folder = tmp_path / "mine"
+    for W, epochs in ((2, 10), (1, 25)):
+        process = torchrun(W, f"{command} hydra.run.dir=mine", tmp_path)
+        while process.poll() is None and not (len(written(folder / "metrics.csv")) >= epochs):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate()
+        assert read_json(folder / "run.json")["status"] == "preempted", err
+        assert "the run can go on" in err
+    out, err = torchrun(2, f"{command} hydra.run.dir=mine", tmp_path).communicate()
+    assert run_folder(out) == folder, err
+    assert read_json(folder / "run.json")["starts"] == 3
+    curve, expected = (pd.read_csv(path / "metrics.csv") for path in (folder, whole))
+    assert (curve.epoch == expected.epoch).all()
+    assert curve.loss.to_numpy() == pytest.approx(expected.loss.to_numpy(), rel=0.05)  # roundings grow
+
+
+def written(path: Path) -> pd.DataFrame:
+    """The whole lines of a CSV that may be being written."""
+    return (
+        pd.read_csv(io.StringIO(path.read_text().rpartition("\n")[0]))
+        if path.exists() and path.stat().st_size
+        else pd.DataFrame()
+    )
