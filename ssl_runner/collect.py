@@ -78,6 +78,7 @@ def natural(path: Path) -> list[tuple[int, str]]:
 def read_run(path: Path) -> Run:
     hydra = path / ".hydra"
     header, rows = read_csv(path / "metrics.csv")
+    probe_header, probe_rows = read_csv(path / "probe.csv")
     columns = dict(zip(header, zip(*rows, strict=True), strict=True)) if rows else {}
     epochs, loss, rate = (numbers(columns.get(name, [""] * len(rows))) for name in ("epoch", "loss", "images_per_s"))
     overrides = read_yaml(hydra / "overrides.yaml")
@@ -85,15 +86,13 @@ def read_run(path: Path) -> Run:
         path=path,
         record=read_record(path / "run.json"),
         config=flat(read_yaml(hydra / "config.yaml")),
-        overrides=dict(map(override, overrides)) if isinstance(overrides, list) else {},
+        overrides=dict(split(line) for line in overrides if not hydras(line)) if isinstance(overrides, list) else {},
         choices=read_choices(hydra / "hydra.yaml"),
         last=dict(zip(header, map(number, rows[-1]), strict=True)) if rows else {},
         epochs=epochs,
         loss=loss,
         rate=rate,
-        probes=[
-            dict(zip(names, map(number, row), strict=True)) for names, table in [read_csv(path / "probe.csv")] for row in table
-        ],
+        probes=[dict(zip(probe_header, map(number, row), strict=True)) for row in probe_rows],
     )
 
 
@@ -167,7 +166,12 @@ def shown(value: Any) -> str:
     return "null" if value is None else f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
-def override(line: Any) -> tuple[str, str]:
+def hydras(line: Any) -> bool:
+    """Whether an override is one of Hydra's own settings, such as the run folder."""
+    return str(line).lstrip("+~").startswith(("hydra.", "hydra/"))
+
+
+def split(line: Any) -> tuple[str, str]:
     """`+optimizer.lr=0.3` -> its key and its value; a deleted key (`~key`) has the value `deleted`."""
     key, _, value = str(line).partition("=")
     return key.lstrip("+~"), "deleted" if key.startswith("~") else value

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 import shutil
 import sys
 from collections import Counter
@@ -18,6 +17,7 @@ from ssl_runner.errors import Refused
 
 OF_A_RUN = {"seed", "resume"}  # settings in which runs of one setting may differ
 UNTOLD = {"status", "error", "traceback", "classes", "pid", "process_started", "wall_seconds", "processes", "top1", "val_top1"}
+MAIN = ("val_top1", "top1")  # the results that settings are compared by
 LINES = 30  # of settings on the terminal
 
 
@@ -40,8 +40,8 @@ def report(runs: list[Run], out: Path, title: str) -> str:
     """Writes runs.csv, the plots and report.html into `out`; returns what to say on the terminal. Refused when it cannot."""
     from ssl_runner import report_page, report_plots  # after bad input has been refused: matplotlib takes a while
 
-    table = runs_table(runs)
-    keys = swept(runs, table)
+    keys = swept(runs)
+    table = runs_table(runs, keys)
     results = finished(table, keys)
     keys.sort(key=lambda key: -effect(results, key))
     summary = summarise(results, keys)
@@ -67,10 +67,15 @@ def write(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
-def runs_table(runs: list[Run]) -> pd.DataFrame:
-    """A row a run, in their order: path, status and error; every key that any run overrides, as text; top-1; protocol; metrics;
-    cost; and what else run.json says."""
-    keys = list(dict.fromkeys(["V", "epochs", "seed", *(key for run in runs for key in run.overrides)]))
+def overridden(runs: list[Run]) -> list[str]:
+    """V, epochs, seed, and every key that any run overrides."""
+    return list(dict.fromkeys(["V", "epochs", "seed", *(key for run in runs for key in run.overrides)]))
+
+
+def runs_table(runs: list[Run], swept: list[str]) -> pd.DataFrame:
+    """A row a run, in their order: path, status and error; every key that any run overrides or that is swept, as text; top-1;
+    protocol; metrics; cost; and what else run.json says."""
+    keys = list(dict.fromkeys([*overridden(runs), *swept]))
     parts = [state, lambda run: settings(run, keys), scores, protocol, metrics, cost, facts]
     groups = [[part(run) for run in runs] for part in parts]
     columns = dict.fromkeys(column for rows in groups for row in rows for column in row)  # a part's columns stay together
@@ -79,8 +84,11 @@ def runs_table(runs: list[Run]) -> pd.DataFrame:
 
 
 def state(run: Run) -> Row:
-    error = " ".join(str(run.record.get("error") or "").split())
-    return {"path": str(run.path), "status": run.status, "error": error or None}
+    return {"path": str(run.path), "status": run.status, "error": one_line(run.record.get("error"))}
+
+
+def one_line(error: object) -> str | None:
+    return " ".join(str(error or "").split()) or None
 
 
 def settings(run: Run, keys: Sequence[str]) -> Row:
@@ -138,15 +146,14 @@ def facts(run: Run) -> Row:
     return {f"run.{key}.{name}".rstrip("."): value for key, values in nested for name, value in values.items()}
 
 
-def swept(runs: list[Run], table: pd.DataFrame) -> list[str]:
+def swept(runs: list[Run]) -> list[str]:
     """The settings in which the runs differ, but for the seed and what follows it: overridden keys, then keys of the resolved
     configuration that differ among runs which share all of these (a default that has changed, say). A key that a run's
     configuration lacks does not differ."""
-    config = pd.DataFrame([run.config for run in runs], index=table.index)
-    overridden = list(dict.fromkeys(["V", "epochs", "seed", *(key for run in runs for key in run.overrides)]))
-    told = table[overridden].join(config[[key for key in config if key not in overridden]])
+    first = overridden(runs)
+    told = pd.DataFrame([run.config | settings(run, first) for run in runs])
     differ = [str(key) for key in told if told[key].nunique() > 1 and not follows_seed(told, str(key))]
-    keys = [key for key in differ if key in overridden]
+    keys = [key for key in first if key in differ]
     for key in differ:
         if key not in keys and told.groupby(number_settings(told, keys))[key].nunique().max() > 1:
             keys.append(key)
@@ -175,24 +182,20 @@ def finished(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 
 def over_seeds(results: pd.DataFrame, by: str, values: list[str]) -> pd.DataFrame:
     """Mean of some columns over seeds for each value of `by`, the half-width of its 95 % interval as "± column" (Student's t; nan
-    for a single seed) and the number of seeds `n`. The runs of one seed are averaged first: a run made twice is no second seed."""
+    for one seed) and the number of seeds `n`. The runs of one seed are averaged first: a run made twice is no second seed."""
     seeds = results.groupby([by, "seed"], sort=False)[values].mean().astype(float).groupby(level=0, sort=False)
     n = seeds.count()
-    half = pd.DataFrame(stdtrit((n - 1).clip(lower=1), 0.975), n.index, n.columns) * seeds.std() / np.sqrt(n)
+    t = pd.DataFrame(stdtrit((n - 1).clip(lower=1).to_numpy(), 0.975), n.index, n.columns)
+    half = t * seeds.std() / n**0.5
     return seeds.mean().join(half.add_prefix("± ")).assign(n=seeds.size())
 
 
 def summarise(results: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """A row a setting, best validation top-1 first: the keys, and every top-1 of `over_seeds`."""
-    values = [str(column) for column in results if re.match(r"top1|val_top1", str(column)) and results[column].notna().any()]
-    values = [value for value in values if not (value.count(".") and same_as_main(results, value))]
+    values = [str(column) for column in results if str(column) in MAIN or str(column).startswith("top1.")]
+    values = [value for value in values if value in MAIN or not any(results[value].equals(results[main]) for main in MAIN)]
     summary = results.groupby("setting", sort=False)[keys].first().join(over_seeds(results, "setting", values))
     return summary.sort_values("val_top1", ascending=False, kind="stable").reset_index(drop=True)
-
-
-def same_as_main(results: pd.DataFrame, column: str) -> bool:
-    """Whether a probe's column only repeats the main result."""
-    return any(results[column].equals(results[main]) for main in ("top1", "val_top1"))
 
 
 def is_numeric(values: pd.Series) -> bool:
@@ -232,16 +235,14 @@ def terminal(table: pd.DataFrame, summary: pd.DataFrame, keys: list[str]) -> str
 
 def results_lines(summary: pd.DataFrame, keys: list[str]) -> list[str]:
     """The results first, so that what a narrow terminal cuts off are the keys of the least effect."""
-    shown = pd.DataFrame(
-        {
-            "val top-1": list(map(with_interval, summary.val_top1, summary["± val_top1"])),
-            "test top-1": list(map(with_interval, summary.top1, summary["± top1"])),
-            "n": summary.n.astype(str),
-            **{key: summary[key].fillna("-") for key in keys},
-        }
-    )
-    widths = [max(len(column), *map(len, shown[column])) for column in shown]
-    rows = [shown.columns, *shown.itertuples(index=False)]
+    columns: dict[str, list[str]] = {
+        "val top-1": list(map(with_interval, summary.val_top1, summary["± val_top1"])),
+        "test top-1": list(map(with_interval, summary.top1, summary["± top1"])),
+        "n": list(map(str, summary.n)),
+        **{key: list(summary[key].fillna("-")) for key in keys},
+    }
+    widths = [max(map(len, [name, *cells])) for name, cells in columns.items()]
+    rows = [tuple(columns), *zip(*columns.values(), strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from ssl_runner import __version__
 from ssl_runner.collect import Run
-from ssl_runner.report import count_by_status, errors, with_interval
+from ssl_runner.report import count_by_status, errors, one_line, with_interval
 from ssl_runner.report_plots import for_page
 
 CAPTIONS = {
@@ -29,9 +29,8 @@ def render(
 ) -> str:
     """The page. Every table is a header and rows of cells."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
-    overridden = [key for key in table.loc[:, "V":"top1"] if key not in ("top1", "seed", *keys)]  # type: ignore[misc]
-    told = {run.record.get("error"): run.record.get("traceback") for run in reversed(runs)}
-    tracebacks = {" ".join(str(error).split()): trace for error, trace in told.items()}
+    overridden = [key for key in table.columns[3 : table.columns.get_loc("top1")] if key not in ("seed", *keys)]
+    tracebacks = {one_line(run.record.get("error")): run.record.get("traceback") for run in reversed(runs)}
     found = [(error, paths, tracebacks.get(error)) for error, paths in errors(table)]
     return environment.get_template("report.html").render(
         title=title,
@@ -113,6 +112,6 @@ def protocols(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     }
     columns = [column for column in names if column in done]
     facts = done[columns].copy()
-    facts["protocol.selection"] = facts["protocol.selection"].astype(str).str.replace(r"=.*?\((\w+)\)", r" on \1", regex=True)
+    facts["protocol.selection"] = facts["protocol.selection"].fillna("").str.replace(r"=.*?\((\w+)\)", r" on \1", regex=True)
     counts = facts.map(lambda value: text(value)[0]).value_counts(sort=True)
     return ["runs", *(names[column] for column in columns)], [[str(n), *row] for row, n in counts.items()]  # type: ignore[misc]

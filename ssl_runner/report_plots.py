@@ -3,12 +3,16 @@
 import io
 import re
 import warnings
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from ssl_runner.collect import Run
 from ssl_runner.report import is_numeric, number_settings, over_seeds
@@ -21,7 +25,7 @@ FEW = 6  # curves that a legend names
 PANELS = 12  # keys that are drawn
 CELLS = 30  # values of a key in a heat map; beyond, the settings are points
 SPLITS = {"val_top1": ("validation", "o", COLOURS[1]), "top1": ("test", "s", COLOURS[0])}
-STYLE = {
+STYLE: Any = {
     **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"], INK),
     **dict.fromkeys(["figure.facecolor", "savefig.facecolor"], PAPER),
     "axes.facecolor": "none",
@@ -41,7 +45,7 @@ STYLE = {
 
 
 def draw(runs: list[Run], table: pd.DataFrame, results: pd.DataFrame, keys: list[str]) -> dict[str, tuple[str, bytes]]:
-    """SVG and PNG of each plot that there is something for: `curves`, `keys`, `heat`. The keys come in the order of their effect."""
+    """SVG and PNG of each plot that there is something for: `curves`, `keys`, `heat`. Keys come by their effect."""
     drawn = [key for key in keys if results[key].nunique() > 1]
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # a setting in letters that the font lacks
@@ -61,9 +65,12 @@ def saved(figure: Figure) -> tuple[str, bytes]:
 
 
 def for_page(name: str, svg: str) -> str:
-    """An SVG as an element of an HTML page, in the page's own ink and on its paper; ids are made the page's only ones."""
+    """An SVG as an element of an HTML page, in the page's own ink and on its paper. Ids that it refers to get its name before
+    them and the others go, so that the page has none twice."""
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "none")
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    needed = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in needed else "", svg)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     return svg.replace("<svg", '<svg role="img"', 1)
 
@@ -87,66 +94,75 @@ def curves(runs: list[Run], table: pd.DataFrame, keys: list[str]) -> Figure | No
     for ax, (title, points) in zip(axes, panels.items(), strict=False):
         lines(ax, points, colours)
         ax.set(xlabel="epoch", title=title)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if title != "validation top-1" and wide(points.value):
-            ax.set_yscale("log")
+            logarithmic(ax, "y")
     for ax in axes:  # what is left of the grid
         ax.set_visible(False)
-    handles = [matplotlib.lines.Line2D([], [], color=colour, label=name) for name, colour in labels.items()]
+    handles = [Line2D([], [], color=colour, label=name) for name, colour in labels.items()]
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), fontsize=9)
+        figure.legend(handles=handles, loc="outside lower center", ncols=room(figure, list(labels)), fontsize=9)
     return figure
 
 
 def of_loss(runs: list[Run], shown: pd.DataFrame) -> pd.DataFrame:
-    """(setting, epoch, value) of the loss, of some runs, no more than some 200 epochs of each; the last one is among them."""
-    rows = []
-    for i, setting in shown.setting.items():
-        step = -(-len(runs[i].epochs) // 200) or 1  # type: ignore[call-overload]
-        rows += [(setting, *point) for point in zip(runs[i].epochs[::-step], runs[i].loss[::-step], strict=True)]  # type: ignore
+    """(setting, epoch, value) of the loss of some runs: some 200 epochs of each at most, the last one among them."""
+    rows: list[tuple] = []
+    for i, setting in zip(shown.index, shown.setting, strict=True):
+        step = -(-len(runs[i].epochs) // 200) or 1
+        rows += [(setting, *point) for point in zip(runs[i].epochs[::-step], runs[i].loss[::-step], strict=True)]
     points = pd.DataFrame(rows, columns=["setting", "epoch", "value"])
-    return points[np.isfinite(points.value.astype(float)) & np.isfinite(points.epoch.astype(float))]
+    return points.astype(float).replace([np.inf, -np.inf], np.nan).dropna()
 
 
 def on_the_way(runs: list[Run], shown: pd.DataFrame) -> pd.DataFrame:
     """(setting, epoch, value) of the first probe's validation top-1, of runs that were probed at several epochs."""
-    rows = []
-    for i, setting in shown.setting.items():
-        val = [
-            row for row in runs[i].probes if row.get("eval_split") == "val" and row.get("features") in ("backbone", "projector")
-        ]  # type: ignore[call-overload]
-        same = [row for row in val if (row["features"], row.get("probe")) == (val[0]["features"], val[0].get("probe"))]
+    rows: list[tuple] = []
+    for i, setting in zip(shown.index, shown.setting, strict=True):
+        val = [row for row in runs[i].probes if row.get("eval_split") == "val"]
+        same = [row for row in val if all(row.get(key) == val[0].get(key) for key in ("features", "probe"))]
         if len({row.get("epoch") for row in same}) > 1:
             rows += [(setting, row.get("epoch"), row.get("top1")) for row in same]
     return pd.DataFrame(rows, columns=["setting", "epoch", "value"]).apply(pd.to_numeric, errors="coerce").dropna()
 
 
-def lines(ax: Axes, points: pd.DataFrame, colours: dict[int, str]) -> None:
+def lines(ax: Axes, points: pd.DataFrame, colours: dict[Any, str]) -> None:
     """A line a setting, the mean over its runs, and with few settings a band from the lowest run to the highest."""
-    few = points.setting.nunique() <= FEW
-    for setting, group in points.groupby("setting"):
-        at = group.groupby("epoch").value.agg(["mean", "min", "max"])
-        style = {"color": colours[setting], "rasterized": points.setting.nunique() > 50}  # type: ignore[index]
-        ax.plot(at.index, at["mean"], lw=1.6 if few else 0.6, alpha=1 if few else 0.6, marker="." if len(at) < 4 else "", **style)
+    settings = points.setting.unique()
+    few, many = len(settings) <= FEW, len(settings) > 50
+    for setting in settings:
+        at = points[points.setting == setting].groupby("epoch").value.agg(["mean", "min", "max"])
+        colour, marker = colours[setting], "." if len(at) < 4 else ""
+        ax.plot(
+            at.index, at["mean"], color=colour, marker=marker, lw=1.6 if few else 0.6, alpha=1 if few else 0.6, rasterized=many
+        )
         if few:
-            ax.fill_between(at.index.to_numpy(float), at["min"], at["max"], alpha=0.15, lw=0, color=colours[setting])  # type: ignore[index]
+            ax.fill_between(at.index.to_numpy(float), at["min"], at["max"], alpha=0.15, lw=0, color=colour)
 
 
-def colour_of(shown: pd.DataFrame, keys: list[str]) -> tuple[dict[int, str], dict[str, str]]:
+def colour_of(shown: pd.DataFrame, keys: list[str]) -> tuple[dict[Any, str], dict[str, str]]:
     """The colour of each setting, and what the legend calls each colour: the settings where they are few, else the values of the
     first key, many numbers in steps of a colour map from the smallest to the largest."""
     settings = shown.groupby("setting")[keys].first() if keys else shown.groupby("setting")[["path"]].first()
     if not keys:
         return dict.fromkeys(settings.index, COLOURS[0]), {}
     if len(settings) <= FEW:
-        labels = [", ".join(f"{key}={value}" for key, value in row.items() if pd.notna(value)) for _, row in settings.iterrows()]
+        named = [", ".join(f"{key}={value}" for key, value in row.items() if pd.notna(value)) for _, row in settings.iterrows()]
+        labels = [short(name, 80) for name in named]
         colours = dict(zip(settings.index, COLOURS, strict=False))
         return colours, dict(zip(labels, colours.values(), strict=True))
     values = settings[keys[0]].fillna("-")
     order = sorted(values.unique(), key=float if is_numeric(values) else str)
-    colours = matplotlib.colormaps["plasma"](np.linspace(0.1, 0.85, len(order))) if len(order) > len(COLOURS) else COLOURS
-    colour = {value: matplotlib.colors.to_hex(c) for value, c in zip(order, colours, strict=False)}
+    steps = matplotlib.colormaps["plasma"](np.linspace(0.3, 0.85, len(order)))  # what shows on white and on black
+    colour = {value: to_hex(step) for value, step in zip(order, steps if len(order) > len(COLOURS) else COLOURS, strict=False)}
     named = [order[round(place)] for place in np.linspace(0, len(order) - 1, min(len(order), FEW))]
-    return {i: colour[value] for i, value in values.items()}, {f"{keys[0]}={value}": colour[value] for value in named}
+    return values.map(colour).to_dict(), {f"{keys[0]}={value}": colour[value] for value in named}
+
+
+def room(figure: Figure, labels: list[str]) -> int:
+    """How many labels a legend below the figure has room for side by side."""
+    inches = 0.7 + 0.08 * max(map(len, labels))
+    return max(1, min(len(labels), int(figure.get_figwidth() / inches)))
 
 
 def by_key(results: pd.DataFrame, keys: list[str]) -> Figure:
@@ -174,7 +190,7 @@ def points(ax: Axes, table: pd.DataFrame) -> None:
         style = {"color": colour, "ms": 5 if line else 3, "capsize": 3, "lw": 1.2, "ls": "-" if line else "", "alpha": 0.9}
         ax.errorbar(table.index, table[value], bar, fmt=marker, label=name, **style)  # type: ignore[arg-type]
     if wide(table.index.to_series()):
-        ax.set_xscale("log")
+        logarithmic(ax, "x")
     if len(table) <= 6:
         ax.set_xticks(table.index, [f"{x:g}" for x in table.index])
         ax.minorticks_off()
@@ -199,7 +215,7 @@ def heat(results: pd.DataFrame, one: str, other: str) -> Figure:
         drawn = (cells if few else scatter)(ax, some, other, one, value)
         ax.set(xlabel=other, ylabel=one, title=f"{name} top-1")
         bar = figure.colorbar(drawn, ax=ax)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
     return figure
 
 
@@ -211,12 +227,10 @@ def cells(ax: Axes, some: pd.DataFrame, x: str, y: str, value: str) -> matplotli
     ax.set_xticks(np.arange(table.shape[1]) + 0.5, map(short, table.columns), rotation=30 if table.shape[1] > 6 else 0)
     ax.set_yticks(np.arange(table.shape[0]) + 0.5, map(short, table.index))
     ax.grid(visible=False)
-    middle = (table.max(axis=None) + table.min(axis=None)) / 2
-    for i, j in np.argwhere(table.notna().to_numpy()) if table.size <= 64 else []:
-        top1 = table.iat[i, j]
-        ax.text(
-            j + 0.5, i + 0.5, f"{top1:.3f}", ha="center", va="center", fontsize=9, color="black" if top1 > middle else "white"
-        )
+    means = table.to_numpy(float)
+    for i, j in np.argwhere(np.isfinite(means)) if means.size <= 64 else []:
+        dark = means[i, j] <= (np.nanmax(means) + np.nanmin(means)) / 2
+        ax.text(j + 0.5, i + 0.5, f"{means[i, j]:.3f}", ha="center", va="center", fontsize=9, color="white" if dark else "black")
     return drawn
 
 
@@ -225,14 +239,22 @@ def scatter(ax: Axes, some: pd.DataFrame, x: str, y: str, value: str) -> matplot
     table = some.groupby("setting").agg({x: "first", y: "first", value: "mean"})
     across, up = (pd.to_numeric(table[key]) if is_numeric(table[key]) else table[key].map(short) for key in (x, y))
     drawn = ax.scatter(across, up, c=table[value].astype(float), cmap=MAP, s=14, rasterized=len(table) > 500)
-    for values, set_scale in ((across, ax.set_xscale), (up, ax.set_yscale)):
-        if is_numeric(values) and wide(values):
-            set_scale("log")
+    for axis, values in (("x", across), ("y", up)):
+        if is_numeric(values) and wide(values.astype(float)):
+            logarithmic(ax, axis)
     return drawn
 
 
 def in_order(values: pd.Index) -> list[str]:
     return sorted(values, key=float if is_numeric(values.to_series()) else str)
+
+
+def logarithmic(ax: Axes, name: str) -> None:
+    """Makes the axis x or y logarithmic, its numbers plain text."""
+    (ax.set_xscale if name == "x" else ax.set_yscale)("log")
+    axis = ax.xaxis if name == "x" else ax.yaxis
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def wide(values: pd.Series) -> bool:
