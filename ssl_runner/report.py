@@ -30,7 +30,9 @@ def main() -> None:
     out = args.out or args.folders[0] / "report"
     try:
         runs = read_runs(args.folders, without=out)
-        print(report(runs, out, title=", ".join(map(str, args.folders))))
+        print(
+            report(runs, out, title=", ".join(str(folder) if folder.name else folder.resolve().name for folder in args.folders))
+        )
     except Refused as error:
         print(error, file=sys.stderr)
         sys.exit(1)
@@ -181,13 +183,27 @@ def finished(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 
 
 def over_seeds(results: pd.DataFrame, by: str, values: list[str]) -> pd.DataFrame:
-    """Mean of some columns over seeds for each value of `by`, the half-width of its 95 % interval as "± column" (Student's t; nan
-    for one seed) and the number of seeds `n`. The runs of one seed are averaged first: a run made twice is no second seed."""
-    seeds = results.groupby([by, "seed"], sort=False)[values].mean().astype(float).groupby(level=0, sort=False)
-    n = seeds.count()
-    t = pd.DataFrame(stdtrit((n - 1).clip(lower=1).to_numpy(), 0.975), n.index, n.columns)
-    half = t * seeds.std() / n**0.5
-    return seeds.mean().join(half.add_prefix("± ")).assign(n=seeds.size())
+    """For each value of `by`, the mean over its settings of their means over seeds, of some columns; the half-width of its 95 %
+    interval as "± column"; and the number of seeds of all its settings together, `n`.
+
+    For m settings of n_i seeds each, whose variances over seeds are pooled into s² with f = sum (n_i - 1) degrees of freedom,
+
+        half-width = t(f) s sqrt(sum 1 / n_i) / m
+
+    which for one setting is Student's interval; nan where no setting has a second seed. The runs of one seed are averaged first:
+    a run made twice is no second seed."""
+    seeds = results.groupby([results[by].rename("by"), "setting", "seed"], sort=False)[values].mean().astype(float)
+    settings = seeds.groupby(level=["by", "setting"], sort=False)
+    n, mean, variance = settings.count(), settings.mean(), settings.var().fillna(0)
+    n = n.where(n > 0)
+
+    def total(table: pd.DataFrame) -> pd.DataFrame:
+        return table.groupby(level="by", sort=False).sum()
+
+    f = total(n - 1)
+    t = pd.DataFrame(stdtrit(f.clip(lower=1).to_numpy(), 0.975), f.index, f.columns)
+    half = t * (total((n - 1) * variance) / f * total(1 / n)) ** 0.5 / total(n / n)
+    return mean.groupby(level="by", sort=False).mean().join(half.add_prefix("± ")).assign(n=seeds.groupby(level="by").size())
 
 
 def summarise(results: pd.DataFrame, keys: list[str]) -> pd.DataFrame:

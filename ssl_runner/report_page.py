@@ -16,8 +16,8 @@ from ssl_runner.report_plots import for_page
 CAPTIONS = {
     "curves": "Training curves: the mean over the runs of a setting; with few settings, the band goes from its lowest run to its "
     "highest. Failed runs are left out. Losses of different settings may be on different scales.",
-    "keys": "Top-1 against each key that differs among the runs, averaged over the other keys, with 95 % intervals over seeds. "
-    "Keys come in the order of their effect on validation top-1.",
+    "keys": "Top-1 against each key that differs among the runs: the mean over the settings that share a value, with its 95 % "
+    "interval over seeds, where the settings' variances are pooled. Keys come in the order of their effect on validation top-1.",
     "heat": "Mean top-1 over the two keys with the largest effect on validation top-1, averaged over the other keys and seeds.",
 }
 Cell = tuple[str, float | str]  # what is shown, and what it is sorted by

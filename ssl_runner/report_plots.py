@@ -89,7 +89,7 @@ def curves(runs: list[Run], table: pd.DataFrame, keys: list[str]) -> Figure | No
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(max(5.5, 4.2 * columns), 3.2 * rows + 0.8), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     colours, labels = colour_of(shown, keys)
     for ax, (title, points) in zip(axes, panels.items(), strict=False):
         lines(ax, points, colours)
@@ -97,7 +97,7 @@ def curves(runs: list[Run], table: pd.DataFrame, keys: list[str]) -> Figure | No
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if title != "validation top-1" and wide(points.value):
             logarithmic(ax, "y")
-    for ax in axes:  # what is left of the grid
+    for ax in axes[len(panels) :]:
         ax.set_visible(False)
     handles = [Line2D([], [], color=colour, label=name) for name, colour in labels.items()]
     if handles:
