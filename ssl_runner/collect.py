@@ -48,7 +48,8 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path], without: Path) -> list[Run]:
-    """Every run in and below the folders, once each, but for what lies in `without`. Refused when there is none."""
+    """Every run in and below the folders, once each, but for what lies in `without`, a folder below them. Refused when there is
+    none."""
     for folder in folders:
         if not folder.is_dir():
             raise Refused(f"{folder} is not a folder: give folders that runs lie below, such as outputs")
@@ -62,7 +63,7 @@ def find(folder: Path, without: Path) -> Iterator[Path]:
     """The folders that hold a run.json or a .hydra, this one and below."""
     for place, folders, files in os.walk(folder):
         path = Path(place)
-        if path.resolve() == without:
+        if path != folder and path.resolve() == without:
             folders.clear()
             continue
         if "run.json" in files or ".hydra" in folders:

@@ -30,9 +30,7 @@ def main() -> None:
     out = args.out or args.folders[0] / "report"
     try:
         runs = read_runs(args.folders, without=out)
-        print(
-            report(runs, out, title=", ".join(str(folder) if folder.name else folder.resolve().name for folder in args.folders))
-        )
+        print(report(runs, out, title=", ".join(folder.resolve().name for folder in args.folders)))
     except Refused as error:
         print(error, file=sys.stderr)
         sys.exit(1)
@@ -49,13 +47,20 @@ def report(runs: list[Run], out: Path, title: str) -> str:
     summary = summarise(results, keys)
     pictures = report_plots.draw(runs, table, results, keys)
     page = report_page.render(title, runs, table, summary, keys, {name: svg for name, (svg, _) in pictures.items()})
-    files = {"runs.csv": table.to_csv(index=False).encode(), "report.html": page.encode()}
-    for name, (svg, png) in pictures.items():
-        files |= {f"{name}.svg": svg.encode(), f"{name}.png": png}
+    texts = {
+        "runs.csv": table.to_csv(index=False),
+        "report.html": page,
+        **{f"{name}.svg": svg for name, (svg, _) in pictures.items()},
+    }
+    files = {name: text.encode(errors="replace") for name, text in texts.items()}
+    files |= {f"{name}.png": png for name, (_, png) in pictures.items()}
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             write(out / name, content)
+        for name in set(report_plots.NAMES) - set(pictures):  # an earlier report's
+            (out / f"{name}.svg").unlink(missing_ok=True)
+            (out / f"{name}.png").unlink(missing_ok=True)
     except OSError as error:
         raise Refused(f"--out={out} cannot be written ({error.strerror}): give a folder that you may write to") from error
     told = terminal(table, summary, keys)
@@ -179,6 +184,8 @@ def finished(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     results = table[(table.status == "done") & table.top1.notna()].copy()
     results["seed"] = results.seed.fillna(results.path)
     results["setting"] = number_settings(results, keys)
+    scored = [str(column) for column in results if column in MAIN or str(column).startswith("top1.")]
+    results[scored] = results[scored].apply(pd.to_numeric, errors="coerce")
     return results
 
 

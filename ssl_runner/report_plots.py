@@ -22,6 +22,7 @@ COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
 INK, PAPER = "#1b1b1c", "#fefeff"  # of the picture files; the page puts its own in their place
 MAP = "viridis"
 FEW = 6  # curves that a legend names
+NAMES = ("curves", "keys", "heat")
 PANELS = 12  # keys that are drawn
 CELLS = 30  # values of a key in a heat map; beyond, the settings are points
 SPLITS = {"val_top1": ("validation", "o", COLOURS[1]), "top1": ("test", "s", COLOURS[0])}
@@ -72,7 +73,7 @@ def for_page(name: str, svg: str) -> str:
     needed = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
     svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in needed else "", svg)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    return svg.replace("<svg", '<svg role="img"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
 
 
 def curves(runs: list[Run], table: pd.DataFrame, keys: list[str]) -> Figure | None:

@@ -214,6 +214,22 @@ def test_torn_missing_and_empty_files_are_read_as_far_as_they_go(tmp_path: Path)
     assert "20 done" in report.report(runs, tmp_path / "report", "title")
 
 
+def test_a_result_without_validation(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", 0.5)
+    (folder / "probe.csv").unlink()
+    told = report.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", "title")
+    assert told.splitlines()[3].split() == ["-", "0.5000", "1"]
+
+
+def test_a_plot_that_is_no_longer_made_goes(tmp_path: Path) -> None:
+    for i in range(3):
+        write_run(tmp_path / str(i), 0.5, 0.5, gamma=i // 2, V=i % 2)
+    out = tmp_path / "report"
+    report.report(read_runs([tmp_path], out), out, "title")
+    report.report(read_runs([tmp_path / "0"], out), out, "title")
+    assert sorted(file.name for file in out.iterdir()) == ["curves.png", "curves.svg", "report.html", "runs.csv"]
+
+
 def test_no_run_is_done(tmp_path: Path) -> None:
     write_run(tmp_path / "a", status="failed", metrics="", record={"error": "Boom:\n it broke"})
     write_run(tmp_path / "b", status="preempted")
@@ -309,6 +325,7 @@ def test_overlapping_folders_hold_each_run_once_in_order(tmp_path: Path) -> None
     runs: list[Run] = read_runs([tmp_path, tmp_path / "sweep"], without=tmp_path / "report")
     assert [run.path.name for run in runs] == ["1", "9", "10"]
     assert len(read_runs([tmp_path], without=tmp_path / "sweep" / "9")) == 2
+    assert len(read_runs([tmp_path], without=tmp_path)) == 3  # written among the runs
 
 
 def test_a_real_sweep(ssl_run, tmp_path: Path, monkeypatch, capsys) -> None:
