@@ -103,7 +103,6 @@ def protocols(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
         "run.images.val": "validation images",
         "protocol.relation.target": "relation",
         "protocol.relation.normalized": "normalized",
-        "V": "V",
         "run.device": "device",
         "run.precision": "precision",
         "run.git_commit": "git commit",

@@ -135,7 +135,13 @@ def lines(ax: Axes, points: pd.DataFrame, colours: dict[Any, str]) -> None:
         at = points[points.setting == setting].groupby("epoch").value.agg(["mean", "min", "max"])
         colour, marker = colours[setting], "." if len(at) < 4 else ""
         ax.plot(
-            at.index, at["mean"], color=colour, marker=marker, lw=1.6 if few else 0.6, alpha=1 if few else 0.6, rasterized=many
+            at.index,
+            at["mean"],
+            color=colour,
+            marker=marker,
+            lw=1.6 if few else 0.6 if many else 1,
+            alpha=1 if few else 0.7,
+            rasterized=many,
         )
         if few:
             ax.fill_between(at.index.to_numpy(float), at["min"], at["max"], alpha=0.15, lw=0, color=colour)
