@@ -1,0 +1,363 @@
+"""ssl-report says what the runs' files say, in whatever state the runs are."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from scipy import stats
+
+from ssl_runner import report, report_plots
+from ssl_runner.collect import Run, read_run, read_runs, shown
+from tests.conftest import TINY
+
+METRICS = "epoch,step,loss,images_per_s,floor_is\n1,3,9.5,100.0,\n2,6,7.5,300.0,exact\n"
+PROBE = "epoch,probe,features,train_split,eval_split,selection,n_train,top1,top5,seconds\n"
+
+
+def write_run(
+    folder: Path,
+    top1: float | None = None,
+    val_top1: float | None = None,
+    status: str = "done",
+    metrics: str = METRICS,
+    choices: dict | None = None,
+    overrides: tuple[str, ...] = (),
+    record: dict | None = None,
+    **config: object,
+) -> Path:
+    """A run folder as ssl-run leaves one; every setting in `config` (__ for a dot) is overridden unless `overrides` are given."""
+    (folder / ".hydra").mkdir(parents=True)
+    nested: dict = {"V": 2, "epochs": 2, "seed": 0, "loss": {"_target_": "ssl_runner.loss.VICReg"}, "optimizer": {"lr": 0.002}}
+    for key, value in config.items():
+        group, _, name = key.rpartition("__")
+        (nested.setdefault(group, {}) if group else nested)[name] = value
+    lines = list(overrides) or [f"{key.replace('__', '.')}={shown(value)}" for key, value in config.items()]
+    (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(nested))
+    (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(lines))
+    hydra = {"hydra": {"runtime": {"choices": {"loss": "vicreg", "dataset": "mnist5k", **(choices or {})}}}}
+    (folder / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(hydra))
+    about: dict = {"status": status, "wall_seconds": 10.0, "git_commit": "abc", "versions": {"torch": "2.9"}, "device": "cpu"}
+    about |= {"relation": {"target": "ssl_runner.relate.Views", "normalized": False, "pairs": None}}
+    if top1 is not None:
+        about |= {"top1": top1, "val_top1": val_top1}
+    (folder / "run.json").write_text(json.dumps(about | (record or {})))
+    (folder / "metrics.csv").write_text(metrics)
+    probes = [("linear", "backbone", "val", val_top1), ("linear", "backbone", "test", top1), ("knn", "pixels", "test", 0.25)]
+    rows = [f"2,{probe},{features},train,{split},l2=0.1 (val),180,{score},,0.1\n" for probe, features, split, score in probes]
+    (folder / "probe.csv").write_text(PROBE + "".join(rows if top1 is not None else []))
+    return folder
+
+
+def tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """The table of runs, the summary and the swept keys."""
+    runs = read_runs([folder], without=folder / "report")
+    keys = report.swept(runs)
+    table = report.runs_table(runs, keys)
+    return table, report.summarise(report.finished(table, keys), keys), keys
+
+
+def ssl_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """The console script: exit code, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["ssl-report", *map(str, words)])
+    try:
+        report.main()
+        code = 0
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    return code, *capsys.readouterr()
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its tags, what it would fetch, and whether tags close as they open."""
+
+    VOID = frozenset({"meta", "link", "input", "br", "hr", "img"})
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.targets: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.open += [tag] if tag not in self.VOID else []
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.targets += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "action")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_a_row_has_what_the_files_say(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", 0.5, 0.625, gamma=5.0, record={"processes": 4, "identity": "f00", "starts": 2})
+    write_run(
+        tmp_path / "b",
+        0.75,
+        0.5,
+        choices={"loss": "simclr"},
+        overrides=("loss=simclr", "+optimizer.lr=1e-3"),
+        optimizer__lr=0.001,
+    )
+    table, _, _ = tables(tmp_path)
+    a, b = table.to_dict("records")
+    assert (a["path"], a["status"], a["top1"], a["val_top1"]) == (str(tmp_path / "a"), "done", 0.5, 0.625)
+    assert (a["gamma"], a["optimizer.lr"], a["loss"], a["V"], a["seed"]) == ("5", "0.002", "vicreg", "2", "0")  # not overridden
+    assert (b["optimizer.lr"], b["loss"]) == ("0.001", "simclr")
+    assert pd.isna(b["gamma"])
+    assert (a["top1.test.backbone.linear"], a["top1.val.backbone.linear"], a["top1.test.pixels.knn"]) == (0.5, 0.625, 0.25)
+    assert (a["protocol.probe"], a["protocol.features"], a["protocol.eval_split"]) == ("linear", "backbone", "test")
+    assert (a["protocol.selection"], a["protocol.n_train"]) == ("l2=0.1 (val)", 180)
+    assert (a["protocol.relation.target"], a["protocol.relation.normalized"]) == ("ssl_runner.relate.Views", False)
+    assert (a["epochs_done"], a["epochs_asked"], a["metrics.loss"], a["metrics.floor_is"]) == (2, "2", 7.5, "exact")
+    assert (a["wall_seconds"], a["processes"], a["device_seconds"], a["images_per_s"]) == (10.0, 4, 40.0, 200.0)
+    assert (b["processes"], b["device_seconds"]) == (1, 10.0)  # of a run that does not say
+    assert (a["run.identity"], a["run.starts"], a["run.versions.torch"], a["run.git_commit"]) == ("f00", 2, "2.9", "abc")
+
+
+def test_intervals_are_those_of_scipy_and_the_best_on_validation_comes_first(tmp_path: Path) -> None:
+    top1 = {1: [0.5, 0.6, 0.9], 5: [0.9, 0.8, 0.85]}
+    val = {1: [0.9, 0.92, 0.91], 5: [0.7, 0.6, 0.65]}
+    for gamma in top1:
+        for seed in range(3):
+            write_run(tmp_path / f"{gamma}-{seed}", top1[gamma][seed], val[gamma][seed], gamma=gamma, seed=seed)
+    _, summary, keys = tables(tmp_path)
+    assert keys == ["gamma"]
+    assert list(summary.gamma) == ["1", "5"]
+    assert list(summary.n) == [3, 3]
+    for row in summary.to_dict("records"):
+        for column, values in (("top1", top1[int(row["gamma"])]), ("val_top1", val[int(row["gamma"])])):
+            low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+            np.testing.assert_allclose([row[column] - row[f"± {column}"], row[column] + row[f"± {column}"]], [low, high])
+
+
+def test_a_single_seed_has_no_interval_and_a_seed_made_twice_counts_once(tmp_path: Path) -> None:
+    for i, (seed, top1) in enumerate([(0, 0.5), (0, 0.7), (1, 0.8)]):
+        write_run(tmp_path / str(i), top1, top1, seed=seed, gamma=1)
+    write_run(tmp_path / "3", 0.1, 0.1, seed=0, gamma=2)
+    _, summary, _ = tables(tmp_path)
+    assert list(summary.n) == [2, 1]
+    np.testing.assert_allclose(summary.top1, [0.7, 0.1])
+    np.testing.assert_allclose(summary["± top1"], [stats.t.ppf(0.975, 1) * np.std([0.6, 0.8], ddof=1) / np.sqrt(2), np.nan])
+    assert report.with_interval(0.1, np.nan) == "0.1000"
+
+
+def test_a_mean_over_settings_has_the_interval_of_their_pooled_variance() -> None:
+    rng = np.random.default_rng(0)
+    samples = {setting: rng.normal(setting, 1, n) for setting, n in enumerate((3, 5, 1))}
+    rows = [("x", setting, str(seed), value) for setting, sample in samples.items() for seed, value in enumerate(sample)]
+    [row] = report.over_seeds(pd.DataFrame(rows, columns=["key", "setting", "seed", "top1"]), "key", ["top1"]).to_dict("records")
+    squares = sum(((sample - sample.mean()) ** 2).sum() for sample in samples.values())
+    error = np.sqrt(squares / 6 * (1 / 3 + 1 / 5 + 1)) / 3
+    np.testing.assert_allclose(row["top1"], np.mean([sample.mean() for sample in samples.values()]))
+    np.testing.assert_allclose(row["± top1"], stats.t.ppf(0.975, 6) * error)
+    assert row["n"] == 9
+
+
+def test_settings_differ_in_what_was_swept_only(tmp_path: Path) -> None:
+    for i, (gamma, seed) in enumerate([(1, 0), (1.0, 1), (5, 0), (5, 1)]):
+        overrides = (f"gamma={gamma}", f"seed={seed}", f"dataset.split_seed={seed}", f"hydra.run.dir=x{i}", f"resume=x{i}")
+        write_run(
+            tmp_path / str(i), 0.5, 0.5, overrides=overrides, gamma=gamma, seed=seed, resume=f"x{i}", dataset__split_seed=seed
+        )
+    _, summary, keys = tables(tmp_path)
+    assert keys == ["gamma"]
+    assert list(summary.n) == [2, 2]
+
+
+def test_a_split_seed_swept_by_itself_is_a_setting(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        for split in (0, 1):
+            write_run(tmp_path / f"{seed}-{split}", 0.5, 0.5, seed=seed, dataset__split_seed=split)
+    assert tables(tmp_path)[2] == ["dataset.split_seed"]
+
+
+def test_runs_under_another_default_are_another_setting(tmp_path: Path) -> None:
+    for i, decay in enumerate([0.0, 0.0, 0.1]):
+        write_run(tmp_path / str(i), 0.5, 0.5, overrides=(f"seed={i}",), seed=i, optimizer__weight_decay=decay)
+    _, summary, keys = tables(tmp_path)
+    assert keys == ["optimizer.weight_decay"]
+    assert sorted(summary.n) == [1, 2]
+
+
+def test_torn_missing_and_empty_files_are_read_as_far_as_they_go(tmp_path: Path) -> None:
+    write_run(tmp_path / "torn", status="running", metrics=METRICS + "3,9,5.")
+    assert read_run(tmp_path / "torn").last["epoch"] == 2
+    for i, name in enumerate([".hydra/config.yaml", ".hydra/overrides.yaml", ".hydra/hydra.yaml", "metrics.csv", "probe.csv"]):
+        for state, content in (("missing", None), ("empty", b""), ("broken", b"a: [1,\n\xff\x00{"), ("odd", b"- 1\n")):
+            file = write_run(tmp_path / f"{i}{state}", 0.5, 0.5, gamma=1, seed=i) / name
+            file.unlink() if content is None else file.write_bytes(content)
+    for i, content in enumerate([None, "", "{", "[]", "null"]):
+        file = write_run(tmp_path / f"r{i}", 0.5, 0.5) / "run.json"
+        file.unlink() if content is None else file.write_text(content)
+    (tmp_path / "bare" / ".hydra").mkdir(parents=True)
+    runs = read_runs([tmp_path], without=tmp_path / "report")
+    assert len(runs) == 1 + 20 + 5 + 1
+    table = report.runs_table(runs, [])
+    assert dict(table.status.value_counts()) == {"done": 20, "unknown": 6, "running": 1}
+    assert "20 done" in report.report(runs, tmp_path / "report", "title")
+
+
+def test_a_result_without_validation(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", 0.5)
+    (folder / "probe.csv").unlink()
+    told = report.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", "title")
+    assert told.splitlines()[3].split() == ["-", "0.5000", "1"]
+
+
+def test_a_plot_that_is_no_longer_made_goes(tmp_path: Path) -> None:
+    for i in range(3):
+        write_run(tmp_path / str(i), 0.5, 0.5, gamma=i // 2, V=i % 2)
+    out = tmp_path / "report"
+    report.report(read_runs([tmp_path], out), out, "title")
+    report.report(read_runs([tmp_path / "0"], out), out, "title")
+    assert sorted(file.name for file in out.iterdir()) == ["curves.png", "curves.svg", "report.html", "runs.csv"]
+
+
+def test_no_run_is_done(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", status="failed", metrics="", record={"error": "Boom:\n it broke"})
+    write_run(tmp_path / "b", status="preempted")
+    told = report.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", "title")
+    assert told.splitlines()[:2] == ["2 runs: 1 failed, 1 preempted", f"failed (1): Boom: it broke [{tmp_path / 'a'}]"]
+
+
+def test_what_a_run_says_is_not_taken_for_markup(tmp_path: Path) -> None:
+    evil = "</td><script>alert('x')</script><img src=http://evil.example/x>"
+    write_run(tmp_path / "a", 0.5, 0.5, gamma=1, name=evil, record={"host": evil})
+    write_run(tmp_path / "b", 0.6, 0.6, gamma=2, name=f"$\\frac{evil}")
+    write_run(tmp_path / "c", status="failed", gamma=3, name="c", record={"error": evil, "traceback": evil})
+    report.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", evil)
+    text = (tmp_path / "report" / "report.html").read_text()
+    page = Page(text)
+    assert page.tags.count("script") == 1
+    assert "img" not in page.tags
+    assert "<script>alert" not in text
+    for file in (tmp_path / "report").glob("*.svg"):
+        ElementTree.fromstring(file.read_text())
+
+
+def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path) -> None:
+    for i in range(8):
+        write_run(tmp_path / str(i), 0.5 + 0.01 * i, 0.6, gamma=i % 4, optimizer__lr=10.0 ** -(i // 4), seed=0)
+    report.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", "a & b")
+    text = (tmp_path / "report" / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert page.tags.count("svg") == 3
+    assert all(target.startswith(("#", "data:")) for target in page.targets)
+    assert not re.search(r"https?:|@import|url\((?!#)", text)
+    assert len(page.ids) == len(set(page.ids))
+    references = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text))
+    assert references <= set(page.ids)
+    assert "currentColor" in text
+    assert "<title>ssl-report: a &amp; b</title>" in text
+
+
+def test_plots_show_the_means(tmp_path: Path) -> None:
+    for seed in range(3):
+        for gamma, loss in ((1, "vicreg"), (100, "vicreg"), (1, "simclr")):
+            top1 = {1: 0.5, 100: 0.7}[gamma] + 0.1 * seed
+            folder = tmp_path / f"{gamma}{loss}{seed}"
+            write_run(
+                folder, top1, top1 / 2, choices={"loss": loss}, overrides=("loss=x", "gamma=1", "seed=0"), gamma=gamma, seed=seed
+            )
+    runs = read_runs([tmp_path], tmp_path / "report")
+    keys = report.swept(runs)
+    table = report.runs_table(runs, keys)
+    results = report.finished(table, keys)
+    assert sorted(keys) == ["gamma", "loss"]
+    gammas, losses = report_plots.by_key(results, ["gamma", "loss"]).axes
+    assert gammas.get_xscale() == "log"
+    val, test = (container[0] for container in gammas.containers)
+    np.testing.assert_allclose(val.get_xydata(), [[1, 0.3], [100, 0.4]])
+    np.testing.assert_allclose(test.get_xydata(), [[1, 0.6], [100, 0.8]])
+    assert [label.get_text() for label in losses.get_xticklabels()] == ["simclr", "vicreg"]
+    np.testing.assert_allclose([bar.get_height() for bar in losses.containers[-1]], [0.6, 0.7])
+    cells = report_plots.heat(results, "gamma", "loss").axes[1].collections[0].get_array()
+    assert cells is not None
+    np.testing.assert_allclose(cells.filled(np.nan), [[0.6, 0.6], [np.nan, 0.8]])
+
+
+def test_the_key_of_the_largest_effect_comes_first() -> None:
+    results = pd.DataFrame({"a": ["1", "2", "1", "2"], "b": ["x", "x", "y", "y"], "val_top1": [0.1, 0.2, 0.5, 0.6]})
+    assert report.effect(results, "a") == pytest.approx(0.1)
+    assert report.effect(results, "b") == pytest.approx(0.4)
+    assert report.is_numeric(results.a)
+    assert not report.is_numeric(results.b)
+    assert not report.is_numeric(pd.Series(["1", "null"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere"], "nowhere is not a folder: give folders that runs lie below, such as outputs"),
+        (["empty"], "no run lies below empty: give folders that ssl-run wrote to, such as outputs"),
+        (["runs", "--out", "file"], "--out=file cannot be written (File exists): give a folder that you may write to"),
+    ],
+)
+def test_bad_input_ends_in_one_line(tmp_path: Path, monkeypatch, capsys, words: list[str], said: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    write_run(tmp_path / "runs" / "a", 0.5, 0.5)
+    assert ssl_report(monkeypatch, capsys, *words) == (1, "", said + "\n")
+
+
+def test_overlapping_folders_hold_each_run_once_in_order(tmp_path: Path) -> None:
+    for i in (10, 9, 1):
+        write_run(tmp_path / "sweep" / str(i), 0.5, 0.5)
+    runs: list[Run] = read_runs([tmp_path, tmp_path / "sweep"], without=tmp_path / "report")
+    assert [run.path.name for run in runs] == ["1", "9", "10"]
+    assert len(read_runs([tmp_path], without=tmp_path / "sweep" / "9")) == 2
+    assert len(read_runs([tmp_path], without=tmp_path)) == 3  # written among the runs
+
+
+def test_a_real_sweep(ssl_run, tmp_path: Path, monkeypatch, capsys) -> None:
+    code, out, _ = ssl_run(f"-m loss=vicreg,simclr {TINY} probe.every=1")
+    assert code == 0
+    done = [float(value) for value in re.findall(r"^top1=(\S+)", out, re.MULTILINE)]
+    code, out, err = ssl_report(monkeypatch, capsys, "outputs")
+    assert (code, err) == (0, "")
+    assert out.startswith("2 runs: 2 done\n")
+    assert "written to outputs/report: curves.png" in out
+    table = pd.read_csv(tmp_path / "outputs" / "report" / "runs.csv")
+    np.testing.assert_allclose(table.top1, done, atol=1e-4)
+    assert list(table.loss) == ["vicreg", "simclr"]
+    assert table[["metrics.rank", "run.versions.torch", "images_per_s", "protocol.selection"]].notna().all(axis=None)
+    assert ssl_report(monkeypatch, capsys, "outputs")[0] == 0  # again, over what it wrote
+
+
+def test_a_thousand_runs(tmp_path: Path, monkeypatch, capsys) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(1000):
+        top1 = float(rng.uniform())
+        write_run(
+            tmp_path / "runs" / str(i), top1, top1, gamma=float(rng.uniform()), optimizer__lr=float(rng.uniform()), seed=i % 3
+        )
+    code, out, err = ssl_report(monkeypatch, capsys, tmp_path / "runs", "--out", tmp_path / "report")
+    assert (code, err) == (0, "")
+    assert out.startswith("1000 runs: 1000 done\n")
+    assert (tmp_path / "report" / "report.html").stat().st_size < 3e6
+
+
+def test_torch_is_not_imported(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", 0.5, 0.5)
+    code = "import sys; from ssl_runner.report import main; main(); assert not {'torch', 'hydra'} & set(sys.modules)"
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=env, capture_output=True)
