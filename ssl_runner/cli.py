@@ -2,6 +2,7 @@
 where it is one of several processes, of which the first one alone reads the command line."""
 
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from ssl_runner import config
 from ssl_runner.errors import Refused
 from ssl_runner.metrics import read_json
-from ssl_runner.preemption import Preempted
+from ssl_runner.preemption import Preempted, Preemption
 
 FAILED: list[str] = []  # the jobs of this process's sweep that failed
 
@@ -27,14 +28,21 @@ FAILED: list[str] = []  # the jobs of this process's sweep that failed
 def main() -> None:
     """The console script. Exits with 0 when every run is done, 1 when one was refused or failed, 75 when it was preempted and can
     go on, 130 when interrupted."""
-    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
-        from ssl_runner import distributed
+    with Preemption():
+        if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+            from ssl_runner import distributed
 
-        distributed.start()
-        if not distributed.leads():
-            follow()
-            return
+            distributed.start()
+            if not distributed.leads():
+                follow()
+                return
+        lead()
+
+
+def lead() -> None:
+    """What a process by itself does, and the first one of several."""
     config.register_resolvers()
+    config.prefer_our_presets()
     FAILED.clear()
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what went wrong instead of printing a traceback and leaving
@@ -71,6 +79,7 @@ def prepare() -> None:
     if args.help or args.hydra_help or args.info or args.shell_completion:
         return
     given = {override.key_or_group: override for override in config.parse(args.overrides)}
+    config.check_plugins(given.values())
     auto = "resume" in given and given["resume"].value() == "auto"
     if args.multirun and "RANK" in os.environ:
         raise Refused("-m starts many runs and torchrun trains one with several processes: start the sweep without torchrun")
@@ -104,9 +113,9 @@ def not_taken(folder: Path) -> None:
             raise Refused(f"{taken} already holds a run: choose another folder, or go on with it by resume={taken}")
 
 
-def job(cfg: DictConfig) -> float:
+def job(cfg: DictConfig) -> float | None:
     """One run, in the folder that Hydra made for it or that `folder_of` finds; returns the validation accuracy, which a sweeper
-    may maximise. Of several processes the first one decides, and the others follow.
+    may maximise, None for a job of a sweep that failed. Of several processes the first one decides, and the others follow.
 
     A failure is told in one line at once. A single run ends there; in a sweep the other jobs go on.
     """
@@ -152,7 +161,7 @@ def job(cfg: DictConfig) -> float:
         if not hydra_config.launcher._target_.endswith("BasicLauncher"):
             raise  # another process's launcher learns of it only so
         FAILED.append(name)
-        return float("nan")
+        return None
     distributed.finish()
     print(f"top1={result['top1']:.4f} loss={result['loss']:.6g} run={folder}", flush=True)
     return result["val_top1"]
@@ -223,6 +232,12 @@ def describe(cfg: DictConfig, folder: Path) -> None:
 
 def said(error: Exception) -> str:
     """What to tell of an error, on one line: the message where it was written for the user, else also its type."""
+    if type(error).__name__ == "UncompletedJobError":  # submitit's, with a whole log in it
+        lost = re.search(r"Job (\S+)", str(error))
+        return (
+            f"job {lost[1] if lost else ''} of the sweep ended without a result, killed or cancelled: its log is in .submitit/ of"
+            " the sweep's folder; jobs that still run go on, and the same command with resume=auto does what is missing then"
+        )
     from_us = isinstance(error, Refused) or type(error).__module__.startswith("ssl_runner")
     return config.one_line(error) if from_us else f"{type(error).__name__}: {config.one_line(error)}"
 

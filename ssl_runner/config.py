@@ -9,6 +9,7 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -116,6 +119,11 @@ LOSS_RULES = {  # of the settings of our own losses; another's are checked by th
     "tau": _positive(float),
     "reduction": Rule(str, choices=("mean", "sum")),
 }
+PLUGINS = {  # of Hydra, and the extra that installs them
+    "hydra/launcher=slurm": ("submitit_launcher", "slurm"),
+    "hydra/launcher=joblib": ("joblib_launcher", "sweep"),
+    "hydra/sweeper=optuna": ("optuna_sweeper", "sweep"),
+}
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 PROBES = ("linear", "knn")
 FEATURES = ("backbone", "projector", "random_init", "pixels", "pca", "lda")
@@ -124,6 +132,22 @@ FEATURES = ("backbone", "projector", "random_init", "pixels", "pca", "lda")
 def register_resolvers() -> None:
     """`${unique:}`: eight random hex digits, the same wherever one run or one sweep asks for them."""
     OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(4), use_cache=True, replace=True)
+
+
+def prefer_our_presets() -> None:
+    """Takes out of Hydra's store what its plugins have put there under the names of our own choices in conf/hydra: Hydra would
+    check ours against theirs, and refuse."""
+    Plugins.instance()  # imports them
+    for file in (CONF / "hydra").glob("*/*.yaml"):
+        ConfigStore.instance().repo.get("hydra", {}).get(file.parent.name, {}).pop(file.name, None)
+
+
+def check_plugins(overrides: Iterable[Override]) -> None:
+    """Refuses a launcher or a sweeper whose plugin is not installed."""
+    for override in overrides:
+        plugin, extra = PLUGINS.get(str(override.input_line), ("", ""))
+        if plugin and find_spec(f"hydra_plugins.hydra_{plugin}") is None:
+            raise Refused(f"{override.input_line} needs hydra-{plugin.replace('_', '-')}: pip install 'ssl_runner[{extra}]'")
 
 
 def check(args: argparse.Namespace) -> list[tuple[str, DictConfig]]:
@@ -339,9 +363,11 @@ def check_values(config: DictConfig) -> None:
 
 
 def identity(config: DictConfig) -> str:
-    """What a run is: the SHA-256 of its resolved configuration, seed included; how it was resumed is none of it."""
-    content = {name: value for name, value in OmegaConf.to_container(config, resolve=True).items() if name != "resume"}  # type: ignore[union-attr]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    """What a run is: the SHA-256 of its resolved configuration, seed included; how it was resumed is none of it, and 7 is 7.0."""
+    content: Any = OmegaConf.to_container(config, resolve=True)
+    del content["resume"]
+    numbers = json.loads(json.dumps(content), parse_int=float)
+    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
 
 
 MISSING = object()
