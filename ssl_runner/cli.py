@@ -134,7 +134,7 @@ def job(cfg: DictConfig) -> float | None:
         folder.mkdir(parents=True, exist_ok=True)
         with claimed(folder):
             record = read_json(folder / "run.json") if (folder / "run.json").exists() else None
-            if record is not None and record["status"] == "done" and cfg.resume == "auto":
+            if record is not None and record["status"] == "done" and cfg.resume in (None, "auto"):
                 print(f"done already, at {record['started']} from commit {record['git_commit']}", flush=True)
                 result = record
             else:
