@@ -191,7 +191,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_goes_on(ssl_run, tmp_pa
     unfinished(folder)
     with open(folder / "checkpoint.pt", "r+b") as file:
         file.truncate(1000)
-    code, out, err = ssl_run(f"{command}mine")
+    code, _, err = ssl_run(f"{command}mine")
     assert code == 0
     assert err == f"{folder / 'checkpoint.pt'} is damaged, not as it was written: passed over\n"
     for name in ("metrics.csv", "probe.csv", "spectrum.csv"):
@@ -273,7 +273,7 @@ def test_a_job_that_slurm_puts_back_is_recognised_in_its_folder(ssl_run, monkeyp
 @pytest.mark.parametrize("launcher", ["", pytest.param("hydra/launcher=joblib hydra.launcher.n_jobs=2", marks=pytest.mark.slow)])
 def test_the_same_sweep_again_does_what_is_missing_or_failed(launcher: str, ssl_run, tmp_path: Path) -> None:
     command = f"-m {launcher} resume=auto optimizer.lr=0.001,1e30,0.002 {TINY} optimizer=sgd optimizer.warmup_epochs=0"
-    code, out, err = ssl_run(command)
+    code, _, _ = ssl_run(command)
     assert code == 1
     folders = sorted((path.parent for path in tmp_path.rglob("run.json")), key=lambda path: path.name)
     assert [status(folder) for folder in folders] == ["done", "failed", "done"]
@@ -307,8 +307,7 @@ def test_a_sweep_that_has_grown_keeps_the_runs_that_it_has(ssl_run, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # Optuna 2's own
 def test_optuna_maximises_the_validation_accuracy(ssl_run, tmp_path: Path) -> None:
-    """Its best value is the highest val_top1 among the trials, which differs here from that of the highest top1; a trial that fails
-    leaves the others."""
+    """Its best value is the highest val_top1 among the trials; one that fails leaves the others."""
     search = "hydra/sweeper=optuna hydra.sweeper.n_trials=4 optimizer=sgd optimizer.warmup_epochs=0"
     code, _out, _err = ssl_run(f"-m {search} optimizer.lr=choice(1e30,0.0001,0.05) seed=range(0,9) hydra.sweep.dir=swept {TINY}")
     records = [json.loads(path.read_text()) for path in (tmp_path / "swept").rglob("run.json")]
