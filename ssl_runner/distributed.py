@@ -366,9 +366,11 @@ class SyncBatchNorm(_BatchNorm):
         dims = [dim for dim in range(input.ndim) if dim != 1]
         shape = [-1 if dim == 1 else 1 for dim in range(input.ndim)]
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-        mean = pooled(x.mean(dims)) / size()
-        x = x - mean.view(shape)
-        variance = pooled(x.square().mean(dims)) / size()
+        variance, mean = torch.var_mean(x, dims, correction=0)  # of this process's rows
+        near = torch.zeros_like(mean) if self.running_mean is None else self.running_mean.to(x)
+        mean = mean - near  # a small number, the square of which takes no digits from the variance
+        mean, square = (pooled(torch.cat([mean, variance + mean.square()])) / size()).chunk(2)
+        variance, mean = square - mean.square(), mean + near
         if self.track_running_stats and self.num_batches_tracked is not None:
             assert self.running_mean is not None
             assert self.running_var is not None
@@ -377,7 +379,7 @@ class SyncBatchNorm(_BatchNorm):
             rows = size() * input.numel() // input.shape[1]
             self.running_mean.lerp_(mean.detach().to(self.running_mean), share)
             self.running_var.lerp_((variance.detach() * rows / (rows - 1)).to(self.running_var), share)
-        x = x * (variance + self.eps).rsqrt().view(shape)
+        x = (x - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
             x = x * self.weight.view(shape) + self.bias.view(shape)
         return x.to(input.dtype)

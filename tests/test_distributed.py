@@ -89,6 +89,39 @@ def test_the_averaged_gradient_of_several_processes_is_that_of_one(W: int) -> No
             assert (gradient - gradient_of_one).norm() <= tolerance * gradient_of_one.norm(), case
 
 
+def exchanged() -> dict[str, list[tuple[str, int]]]:
+    """What each loss hands to collectives, forward and backward: their names and the numbers of entries."""
+    calls: list[tuple[str, int]] = []
+    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
+        collective = getattr(torch.distributed, name)
+
+        def counted(*tensors: Tensor, name: str = name, collective=collective) -> None:
+            calls.append((name, max(tensor.numel() for tensor in tensors)))
+            collective(*tensors)
+
+        setattr(torch.distributed, name, counted)
+    found = {}
+    for loss in ("vicreg", "barlow", "simclr_squared", "simclr"):
+        calls.clear()
+        Z = torch.randn(40, K, requires_grad=True)
+        LOSSES[loss]()(Z, Views(20, 2)).backward()
+        found[loss] = sorted(calls)
+    return found
+
+
+@pytest.mark.parametrize("W", [2, 4])
+def test_moments_are_exchanged_whose_size_does_not_depend_on_the_number_of_rows(W: int) -> None:
+    """K x K moments and sums forward, nothing of that size back; SimCLR: all rows forward, their gradients back."""
+    found = in_processes(W, exchanged)[0]
+    sizes = {loss: sorted(size for name, size in calls if name == "all_reduce") for loss, calls in found.items()}
+    assert sizes["vicreg"] == [1, K, K, K * K]  # the mean's gradient, too
+    assert sizes["barlow"] == [K, K * K]
+    assert sizes["simclr_squared"] == [1, 1, K, K, K * K, K * K]
+    assert all(name == "all_reduce" for loss in ("vicreg", "barlow", "simclr_squared") for name, _ in found[loss])
+    gathers = [call for call in found["simclr"] if call[0] != "all_reduce"]
+    assert gathers == [("all_gather_into_tensor", W * 40 * K), ("reduce_scatter_tensor", W * 40 * K)]
+
+
 def network() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(
