@@ -230,7 +230,8 @@ def test_a_plot_that_is_no_longer_made_goes(tmp_path: Path) -> None:
     assert sorted(file.name for file in out.iterdir()) == ["curves.png", "curves.svg", "report.html", "runs.csv"]
 
 
-def test_no_run_is_done(tmp_path: Path) -> None:
+def test_no_run_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # lines are cut at the terminal's width
     write_run(tmp_path / "a", status="failed", metrics="", record={"error": "Boom:\n it broke"})
     write_run(tmp_path / "b", status="preempted")
     told = report.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", "title")
