@@ -36,7 +36,10 @@ def main() -> None:
             if not distributed.leads():
                 follow()
                 return
-        lead()
+            lead()
+            distributed.dismiss()  # nothing was to be run, as with --help
+        else:
+            lead()
 
 
 def lead() -> None:
@@ -135,6 +138,7 @@ def job(cfg: DictConfig) -> float | None:
         with claimed(folder):
             record = read_json(folder / "run.json") if (folder / "run.json").exists() else None
             if record is not None and record["status"] == "done" and cfg.resume in (None, "auto"):
+                distributed.dismiss()
                 print(f"done already, at {record['started']} from commit {record['git_commit']}", flush=True)
                 result = record
             else:
@@ -148,6 +152,7 @@ def job(cfg: DictConfig) -> float | None:
 
                 result = run(cfg, folder)
     except Preempted as error:
+        distributed.failed(error)
         print(f"{error}: resume={folder}, or the same command with resume=auto", file=sys.stderr, flush=True)
         raise
     except Exception as error:
@@ -167,18 +172,18 @@ def job(cfg: DictConfig) -> float | None:
     return result["val_top1"]
 
 
-def follow() -> float:
+def follow() -> float | None:
     """The part of every process but the first in one run: what that one has read and decided is done here, too."""
     from ssl_runner import distributed
     from ssl_runner.run import run
 
     try:
-        cfg, folder = distributed.share(None)
-        result = run(OmegaConf.create(cfg), Path(folder))
+        task = distributed.share(None)
+        result = run(OmegaConf.create(task[0]), Path(task[1])) if task is not None else {}
         distributed.finish()
     except Exception as error:  # the first process tells the user
         sys.exit(distributed.failed(error)[0])
-    return result["val_top1"]
+    return result.get("val_top1")
 
 
 def folder_of(cfg: DictConfig, made: Path) -> Path:

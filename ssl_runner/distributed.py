@@ -112,6 +112,13 @@ def finish() -> None:
         _group = None
 
 
+def dismiss() -> None:
+    """Tells the other processes, who wait for process 0 to share a task, that there is none; and leaves them."""
+    if _group is not None:
+        share(None)
+        finish()
+
+
 class Lost(RuntimeError):
     """Another process has failed, and so this one cannot go on."""
 
