@@ -123,7 +123,7 @@ def same_curve(ours: Path, theirs: Path) -> None:
 
 def test_a_sweep_of_which_one_job_fails_and_two_are_preempted(cluster: Cluster, tmp_path: Path) -> None:
     """Five results and one clear failure; the same again does what has failed, and nothing else."""
-    settings = f"{TINY} epochs=350 optimizer=sgd optimizer.warmup_epochs=0 optimizer.lr="
+    settings = f"{TINY} epochs=250 optimizer=sgd optimizer.warmup_epochs=0 optimizer.lr="
     command = f"{settings}0.0001,0.0002,0.0003,1e30,0.0004,0.0005 hydra.sweep.dir=swept"
     process = cluster.sweep(command)
     folders = [tmp_path / "swept" / str(number) for number in range(6)]
@@ -173,9 +173,9 @@ def test_two_processes_of_a_sweeps_job_end_as_one_process_does(cluster: Cluster,
 
 def test_a_job_whose_time_is_over_comes_back_and_ends(cluster: Cluster, tmp_path: Path) -> None:
     """Slurm gives notice some 15 seconds after the start."""
-    command = f"{TINY} epochs=800 hydra.sweep.dir=long"
+    command = f"{TINY} epochs=700 hydra.sweep.dir=long"
     assert cluster.ended(cluster.sweep(f"{command} hydra.launcher.timeout_min=1 hydra.launcher.signal_delay_s=50")) == 0
     record = read_json(tmp_path / "long" / "0" / "run.json")
     assert record["status"] == "done"
     assert record["starts"] >= 2
-    assert [row["epoch"] for row in table(tmp_path / "long" / "0" / "metrics.csv")] == [str(n) for n in range(1, 801)]
+    assert [row["epoch"] for row in table(tmp_path / "long" / "0" / "metrics.csv")] == [str(n) for n in range(1, 701)]
