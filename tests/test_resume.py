@@ -162,7 +162,7 @@ def killed_and_restarted(command: str, cwd: Path, kills: list[float]) -> None:
 def test_twenty_runs_killed_at_random_end_as_the_one_that_was_not(tmp_path: Path, ssl_run) -> None:
     """Each is killed up to three times, at any moment from its start to its end, and started again with the same command. Weights
     are bit-identical, and so are the CSVs but for their timings."""
-    command = f"{TINY} epochs=100 probe.every=10 diagnostics.every=10 diagnostics.images=40 resume=auto hydra.run.dir=run"
+    command = f"{TINY} epochs=60 probe.every=10 diagnostics.every=10 diagnostics.images=40 resume=auto hydra.run.dir=run"
     moments, killed, took = random.Random(0), 0, 0.0
     for number in range(21):
         (tmp_path / str(number)).mkdir()

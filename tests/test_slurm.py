@@ -1,0 +1,181 @@
+"""On a real Slurm: sweeps as job arrays, several processes, and what a cluster does to jobs. Other jobs may run beside these."""
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ssl_runner.metrics import read_json
+from tests.conftest import TINY
+from tests.test_distributed import written
+from tests.test_end_to_end import table
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "slurm" / "train.sbatch"
+SLOW = f"{TINY} epochs=20 dataset.subset=2000 batch_size=400 V=4 optimizer.lr=0.0001"  # few steps, so that roundings stay small
+
+
+def no_slurm() -> str:
+    """Why these tests cannot run here; empty where they can."""
+    if "SLURM_CONF" not in os.environ:
+        return "SLURM_CONF is not set"
+    try:
+        subprocess.run(["sinfo"], capture_output=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"no usable Slurm: {error}"
+    return ""
+
+
+reason = no_slurm()
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.skipif(bool(reason), reason=reason)]
+
+
+class Cluster:
+    """Starts commands whose jobs are all called `name`, in a folder of their own."""
+
+    def __init__(self, cwd: Path):
+        self.cwd, self.name, self.processes = cwd, f"test-{uuid.uuid4().hex[:8]}", list[subprocess.Popen]()
+        inherited = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not of_a_launcher(name)}
+        self.env = inherited | {"OMP_NUM_THREADS": "1", "SSL_RUN": sys.executable, "SSL_RUNNER_DATA": str(cwd / "data")}
+
+    def start(self, command: str) -> subprocess.Popen:
+        """ssl-run with this command line; what it prints goes to the file `printed`."""
+        words = [sys.executable, "-m", "ssl_runner", *command.split()]
+        with open(self.cwd / "printed", "a") as printed:
+            process = subprocess.Popen(words, cwd=self.cwd, env=self.env, stdout=printed, stderr=subprocess.STDOUT)
+        self.processes.append(process)
+        return process
+
+    def sweep(self, command: str) -> subprocess.Popen:
+        """Its jobs are Slurm's, of one CPU a process."""
+        launcher = f"hydra/launcher=slurm hydra.launcher.name={self.name} hydra.launcher.cpus_per_task=1"
+        return self.start(f"-m {launcher} {command}")
+
+    def slurm(self, *words: str) -> str:
+        return subprocess.run(words, cwd=self.cwd, env=self.env, check=True, capture_output=True, text=True, timeout=60).stdout
+
+    def alive(self) -> bool:
+        """Whether a job waits, runs or ends."""
+        return bool(self.slurm("squeue", "--noheader", f"--name={self.name}"))
+
+    def signal(self, which: str, folders: list[Path], rows: int = 10) -> None:
+        """Signals the processes that train in each folder once they have written some rows. To their step: scancel of a job may
+        repeat the signal half a minute on, when the job has started again."""
+        left = list(folders)
+
+        def sent() -> bool:
+            for folder in [folder for folder in left if len(written(folder / "metrics.csv")) >= rows]:
+                self.slurm("scancel", f"--signal={which}", read_json(folder / "run.json")["slurm_job"] + ".0")
+                left.remove(folder)
+            return not left
+
+        self.until(sent)
+
+    def until(self, what: Callable[[], bool], seconds: float = 200) -> None:
+        """Waits until something is so; fails with all that has been printed when it takes too long."""
+        end = time.monotonic() + seconds
+        while not what():
+            if time.monotonic() > end:
+                logs = [*self.cwd.glob("printed"), *self.cwd.rglob("*.out")]
+                pytest.fail("\n".join(["took too long", *(f"{log}:\n{log.read_text()}" for log in logs)]))
+            time.sleep(0.2)
+
+    def ended(self, process: subprocess.Popen) -> int:
+        self.until(lambda: process.poll() is not None)
+        return process.returncode
+
+    def alone(self, command: str) -> None:
+        """The same in one process, without Slurm."""
+        assert self.ended(self.start(command)) == 0, (self.cwd / "printed").read_text()
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.slurm("scancel", f"--name={self.name}")
+
+
+def of_a_launcher(name: str) -> bool:
+    return name.startswith(("SLURM_", "SBATCH_", "SRUN_", "PYTEST_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path)
+    yield cluster
+    cluster.close()
+
+
+def ends(folder: Path) -> bool:
+    return (folder / "run.json").exists() and read_json(folder / "run.json")["status"] in ("done", "failed")
+
+
+def same_curve(ours: Path, theirs: Path) -> None:
+    """A row an epoch, and the same loss but for rounding, which was up to 0.00006 of it."""
+    curves = [pd.read_csv(folder / "metrics.csv")[["epoch", "step", "images_seen", "lr", "loss"]] for folder in (ours, theirs)]
+    pd.testing.assert_frame_equal(*curves, rtol=1e-3)
+
+
+def test_a_sweep_of_which_one_job_fails_and_two_are_preempted(cluster: Cluster, tmp_path: Path) -> None:
+    """Five results and one clear failure; the same again does what has failed, and nothing else."""
+    settings = f"{TINY} epochs=250 optimizer=sgd optimizer.warmup_epochs=0 optimizer.lr="
+    command = f"{settings}0.0001,0.0002,0.0003,1e30,0.0004,0.0005 hydra.sweep.dir=swept"
+    process = cluster.sweep(command)
+    folders = [tmp_path / "swept" / str(number) for number in range(6)]
+    preempted, failed = folders[1:3], folders[3]
+    cluster.signal("USR2", preempted)
+    assert cluster.ended(process) == 1
+    records = [read_json(folder / "run.json") for folder in folders]
+    assert [record["status"] for record in records] == ["done", "done", "done", "failed", "done", "done"]
+    assert [record["starts"] for record in records] == [1, 2, 2, 1, 1, 1]
+    assert "not finite" in records[3]["error"]
+    assert "the loss is not finite at step" in (tmp_path / "printed").read_text()
+
+    cluster.alone(f"-m {settings}0.0002,0.0003 hydra.sweep.dir=whole")
+    for number, folder in enumerate(preempted):
+        for name in ("metrics.csv", "probe.csv", "spectrum.csv"):
+            assert table(folder / name) == table(tmp_path / "whole" / str(number) / name)
+
+    assert cluster.ended(cluster.sweep(f"{command} resume=auto")) == 1
+    assert read_json(failed / "run.json")["starts"] == 2
+    assert [read_json(folder / "run.json") for folder in folders if folder != failed] == records[:3] + records[4:]
+    assert len(list(tmp_path.glob("swept/*/run.json"))) == 6
+
+
+def test_two_processes_of_a_batch_job_are_preempted_and_end_as_one_process_does(cluster: Cluster, tmp_path: Path) -> None:
+    command = f"{SLOW} hydra.run.dir="
+    flags = f"--job-name={cluster.name} --nodes=1 --ntasks-per-node=2 --gpus-per-node=0 --cpus-per-task=1 --time=10"
+    job = cluster.slurm("sbatch", "--parsable", *flags.split(), str(SCRIPT), *f"{command}two".split()).strip()
+    folder = tmp_path / "two"
+    cluster.signal("USR1", [folder], rows=3)
+    cluster.alone(f"{command}one")
+    cluster.until(lambda: ends(folder) and not cluster.alive())
+    log = (tmp_path / f"slurm-{job}.out").read_text()
+    record = read_json(folder / "run.json")
+    assert (record["status"], record["processes"], record["starts"], record["slurm_job"]) == ("done", 2, 2, job), log
+    assert "the same command with resume=auto" in log
+    same_curve(folder, tmp_path / "one")
+
+
+def test_two_processes_of_a_sweeps_job_end_as_one_process_does(cluster: Cluster, tmp_path: Path) -> None:
+    command = f"{SLOW} epochs=6 seed=3 hydra.sweep.dir="
+    assert cluster.ended(cluster.sweep(f"{command}two hydra.launcher.tasks_per_node=2")) == 0
+    cluster.alone(f"-m {command}one")
+    record = read_json(tmp_path / "two" / "0" / "run.json")
+    assert (record["status"], record["processes"], record["starts"]) == ("done", 2, 1)
+    same_curve(tmp_path / "two" / "0", tmp_path / "one" / "0")
+
+
+def test_a_job_whose_time_is_over_comes_back_and_ends(cluster: Cluster, tmp_path: Path) -> None:
+    """Slurm gives notice some 15 seconds after the start."""
+    command = f"{TINY} epochs=700 hydra.sweep.dir=long"
+    assert cluster.ended(cluster.sweep(f"{command} hydra.launcher.timeout_min=1 hydra.launcher.signal_delay_s=50")) == 0
+    record = read_json(tmp_path / "long" / "0" / "run.json")
+    assert record["status"] == "done"
+    assert record["starts"] >= 2
+    assert [row["epoch"] for row in table(tmp_path / "long" / "0" / "metrics.csv")] == [str(n) for n in range(1, 701)]
