@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from ssl_runner import checkpoint, closed_form, dataset, distributed, linear, optimizer
+from ssl_runner import checkpoint, closed_form, dataset, distributed, linear, optimizer, replica
 from ssl_runner.backbone import Backbone, LinearBackbone
 from ssl_runner.closed_form import ClosedForm, MomentsGap
 from ssl_runner.config import check_values, identity, one_line
@@ -81,13 +81,13 @@ def prepare(cfg: DictConfig, data: DataSet | None = None, weights: bool = True) 
         backbone = build("backbone", cfg.backbone, channels=data.channels, image_size=data.image_size)
         return backbone.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
 
-    backbone = distributed.synchronized(fresh_backbone(), device)
+    backbone = replica.synchronized(fresh_backbone(), device)
     if cfg.weights is not None and weights:
         checkpoint.restore(backbone, Path(cfg.weights).expanduser())
     if cfg.solver.name == "closed_form" and isinstance(backbone, LinearBackbone):
         projector: nn.Module = nn.Identity()  # the backbone itself is the matrix to be found
     else:
-        projector = distributed.synchronized(build("projector", cfg.projector, features=backbone.width).to(device), device)
+        projector = replica.synchronized(build("projector", cfg.projector, features=backbone.width).to(device), device)
     if cfg.solver.name == "closed_form":
         closed_form.parts(backbone, projector)
     if cfg.diagnostics.moments and (not isinstance(backbone, LinearBackbone) or count(projector)):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from ssl_runner import distributed
+from ssl_runner import distributed, replica
 from ssl_runner.dataset import DataSet
 from ssl_runner.errors import Refused
 from ssl_runner.loss import Loss
@@ -70,7 +70,7 @@ class Pretraining:
         self.V, self.total_epochs, self.batch_size, self.clip = V, epochs, batch_size, clip
         self.preemption, self.save = preemption or Preemption(), save
         self.device = data.mean.device
-        self.network = distributed.averaging(nn.Sequential(backbone, projector), self.device)
+        self.network = replica.averaging(nn.Sequential(backbone, projector), self.device)
         self.divided = distributed.size() == 1 or (loss.reduces and relation.divides)
         self.vote = distributed.Vote()
         self.dtype = PRECISIONS[precision]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from ssl_runner import backbone, distributed, relate
+from ssl_runner import backbone, distributed, relate, replica
 from ssl_runner.diagnostics import Diagnostics
 from ssl_runner.errors import Refused
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SquaredSimCLR, VICReg
@@ -133,7 +133,7 @@ def two_steps(order: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Averaged gradients of a network with batch norm, summed over two batches, and its state. Of the rows in `order` this
     process has its part, the first half of which are views of what the second half shows."""
     cpu = torch.device("cpu")
-    body = distributed.averaging(distributed.synchronized(network(), cpu), cpu)
+    body = replica.averaging(replica.synchronized(network(), cpu), cpu)
     for seed in (0, 1):
         x = torch.randn(12, 2, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         part = x[order].chunk(distributed.size())[distributed.rank()]
@@ -155,7 +155,7 @@ def synchronized_timm() -> tuple[Tensor, list[str], bool]:
     torch.manual_seed(0)
     body = backbone.from_timm(3, 16, "resnet10t").double()
     names = list(body.state_dict())
-    synchronized = distributed.synchronized(body, torch.device("cpu"))
+    synchronized = replica.synchronized(body, torch.device("cpu"))
     x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows = distributed.gathered(synchronized(x.chunk(distributed.size())[distributed.rank()]).detach())
     return rows, names, list(synchronized.state_dict()) == names
@@ -225,9 +225,9 @@ def curves(names: list[str]) -> list[tuple[list[dict], dict[str, Tensor]]]:
         training.backbone.double()
         training.projector.double()
         training.augment = Doubled(training.augment)
-        training.backbone = distributed.synchronized(training.backbone, training.device)
-        training.projector = distributed.synchronized(training.projector, training.device)
-        training.network = distributed.averaging(nn.Sequential(training.backbone, training.projector), training.device)
+        training.backbone = replica.synchronized(training.backbone, training.device)
+        training.projector = replica.synchronized(training.projector, training.device)
+        training.network = replica.averaging(nn.Sequential(training.backbone, training.projector), training.device)
         trained.append((rows(training), weights(training)))
     return trained
 
