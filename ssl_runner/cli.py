@@ -194,7 +194,7 @@ def folder_of(cfg: DictConfig, made: Path) -> Path:
     mine = config.identity(cfg)
     taken = read_json(made / "run.json") if (made / "run.json").exists() else None
     if cfg.resume == "auto":
-        same = [path.parent for path in runs_beside(made) if read_json(path).get("identity") == mine]
+        same = [path.parent for path in runs_beside(made) if identity_of(path) == mine]
         if same:
             return max(same, key=lambda folder: (read_json(folder / "run.json")["status"] == "done", folder.stat().st_mtime))
         if taken is not None and HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -203,6 +203,14 @@ def folder_of(cfg: DictConfig, made: Path) -> Path:
         return made  # Slurm has requeued this very job
     not_taken(made)
     return made
+
+
+def identity_of(path: Path) -> str | None:
+    """The identity in a run.json; None where it cannot be read, as after a power cut."""
+    try:
+        return read_json(path).get("identity")
+    except ValueError:
+        return None
 
 
 def runs_beside(made: Path) -> list[Path]:
