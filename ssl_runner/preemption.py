@@ -47,14 +47,18 @@ class Preemption:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for which, handler in self.before.items():
-            signal.signal(which, handler)
-        if isinstance(error, Preempted) and self.requeue is not None:
-            self.requeue()  # does not return in the first task
-            time.sleep(PATIENCE)  # the end of another task could end the first one before it has requeued the job
+        try:
+            if isinstance(error, Preempted) and self.requeue is not None:
+                self.requeue()  # does not return in the first task
+                time.sleep(PATIENCE)  # the end of another task could end the first one before it has requeued the job
+        finally:
+            for which, handler in self.before.items():
+                signal.signal(which, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """The handler of the signals."""
+        """The handler of the signals. The first one counts: another must not interrupt what closes the run."""
+        if self.asked is not None:
+            return
         self.asked = signal.Signals(number)
         handler = self.before[self.asked]
         if of_submitit(handler):

@@ -90,10 +90,35 @@ def test_a_signal_is_raised_at_once_or_where_the_loop_says_so() -> None:
         with pytest.raises(Preempted, match="SIGUSR1"), preemption.held():
             later += [signal.raise_signal(signal.SIGUSR1), preemption.asked]
         assert later == [None, signal.SIGUSR1]
-        with pytest.raises(Preempted, match="SIGTERM") as raised:
-            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # while the run is being closed
+    with Preemption(), pytest.raises(Preempted, match="SIGTERM") as raised:
+        signal.raise_signal(signal.SIGTERM)
     assert raised.value.code == EXIT == 75
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_submitit_requeues_once_the_run_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its handler is called when the context is left; a second signal reaches it neither before nor meanwhile, nor does SIGTERM."""
+    called = []
+
+    def requeues(number: int, frame: object) -> None:
+        called.append(number)
+        signal.raise_signal(signal.SIGUSR2)
+        raise SystemExit(-1)
+
+    requeues.__module__ = "submitit.core.job_environment"
+    before = signal.signal(signal.SIGUSR2, requeues)
+    term = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended, Preemption() as preemption:
+            assert signal.getsignal(signal.SIGTERM) is term
+            with preemption.held():
+                signal.raise_signal(signal.SIGUSR2)
+                assert called == []
+        assert ended.value.code == -1
+        assert called == [signal.SIGUSR2]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 # --- a run --------------------------------------------------------------------------------------------------------------------
