@@ -97,8 +97,8 @@ def test_a_signal_is_raised_at_once_or_where_the_loop_says_so() -> None:
     assert signal.getsignal(signal.SIGUSR1) is before
 
 
-def test_submitit_requeues_once_the_run_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its handler is called when the context is left; a second signal reaches it neither before nor meanwhile, nor does SIGTERM."""
+def test_submitit_requeues_once_the_run_is_closed() -> None:
+    """Its handler is called when the context is left; a second signal reaches it neither before nor meanwhile."""
     called = []
 
     def requeues(number: int, frame: object) -> None:
@@ -106,19 +106,22 @@ def test_submitit_requeues_once_the_run_is_closed(monkeypatch: pytest.MonkeyPatc
         signal.raise_signal(signal.SIGUSR2)
         raise SystemExit(-1)
 
+    def run() -> None:
+        with Preemption() as preemption, preemption.held():
+            assert signal.getsignal(signal.SIGTERM) is term  # stays submitit's, which passes over it
+            signal.raise_signal(signal.SIGUSR2)
+            signal.raise_signal(signal.SIGUSR2)
+            assert called == []
+
     requeues.__module__ = "submitit.core.job_environment"
-    before = signal.signal(signal.SIGUSR2, requeues)
-    term = signal.getsignal(signal.SIGTERM)
+    term, before = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGUSR2, requeues)
     try:
-        with pytest.raises(SystemExit) as ended, Preemption() as preemption:
-            assert signal.getsignal(signal.SIGTERM) is term
-            with preemption.held():
-                signal.raise_signal(signal.SIGUSR2)
-                assert called == []
-        assert ended.value.code == -1
-        assert called == [signal.SIGUSR2]
+        with pytest.raises(SystemExit) as ended:
+            run()
     finally:
         signal.signal(signal.SIGUSR2, before)
+    assert ended.value.code == -1
+    assert called == [signal.SIGUSR2]
 
 
 # --- a run --------------------------------------------------------------------------------------------------------------------
