@@ -36,13 +36,13 @@ def main() -> None:
             if not distributed.leads():
                 follow()
                 return
-            lead()
+            lead(distributed.size())
             distributed.dismiss()  # nothing was to be run, as with --help
         else:
             lead()
 
 
-def lead() -> None:
+def lead(processes: int = 1) -> None:
     """What a process by itself does, and the first one of several."""
     config.register_resolvers()
     config.prefer_our_presets()
@@ -50,7 +50,7 @@ def lead() -> None:
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what went wrong instead of printing a traceback and leaving
     try:
-        prepare()
+        prepare(processes)
         hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")(job)()
     except KeyboardInterrupt:
         print("interrupted; resume=<the run's folder> goes on after its last whole epoch", file=sys.stderr)
@@ -70,7 +70,7 @@ def lead() -> None:
         sys.exit(1)
 
 
-def prepare() -> None:
+def prepare(processes: int = 1) -> None:
     """Refuses, before Hydra writes anything, a command line of which some job cannot run; completes that of a resumed run."""
     parser = get_args_parser()
 
@@ -84,8 +84,8 @@ def prepare() -> None:
     given = {override.key_or_group: override for override in config.parse(args.overrides)}
     config.check_plugins(given.values())
     auto = "resume" in given and given["resume"].value() == "auto"
-    if args.multirun and "RANK" in os.environ:
-        raise Refused("-m starts many runs and torchrun trains one with several processes: start the sweep without torchrun")
+    if (args.multirun or "hydra.mode" in given) and processes > 1:
+        raise Refused(f"a sweep starts many runs, and these {processes} processes train one: start it without torchrun or srun")
     if "resume" in given and given["resume"].value() is not None and not auto:
         if args.multirun:
             raise Refused(f"{given['resume'].input_line} continues one run: leave out -m, or give resume=auto")

@@ -420,7 +420,7 @@ def test_all_processes_end_together_on_an_error(tmp_path: Path) -> None:
             "Lost: process 1 of 2: MemoryError: too large for this one",
         f"{TINY} batch_size=49": "batch_size=49 is shared by 2 processes: give a multiple of 2",
         f"{TINY} gama=3": "gama is not a setting; did you mean gamma?",
-        f"-m {TINY} gamma=1,2": "start the sweep without torchrun",
+        f"-m {TINY} gamma=1,2": "start it without torchrun or srun",
     }  # fmt: skip
     for command, words in commands.items():
         start = time.monotonic()
