@@ -48,10 +48,12 @@ def save(state: dict[str, Any], folder: Path) -> None:
 
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint that is as it was written, None where there is none at all. Says on standard error which damaged one
-    it passes over. Refused where all are damaged."""
+    it passes over, and puts that aside, lest it take the other's place. Refused where all are damaged."""
     there = [path for path in (folder / NAME, folder / BEFORE) if path.exists()]
     for path in there:
         if whole(path):
+            if path != there[0]:
+                os.replace(there[0], folder / "checkpoint-damaged.pt")
             return path
         print(f"{path} is damaged, not as it was written: passed over", file=sys.stderr, flush=True)
     if there:

@@ -29,7 +29,7 @@ def main() -> None:
     """The console script. Exits with 0 when every run is done, 1 when one was refused or failed, 75 when it was preempted and can
     go on, 130 when interrupted."""
     with Preemption():
-        if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+        if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
             from ssl_runner import distributed
 
             distributed.start()
@@ -53,7 +53,7 @@ def lead(processes: int = 1) -> None:
         prepare(processes)
         hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")(job)()
     except KeyboardInterrupt:
-        print("interrupted; resume=<the run's folder> goes on after its last whole epoch", file=sys.stderr)
+        print("interrupted; resume=<the run's folder> goes on from its last checkpoint", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has left, as in `ssl-run --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -147,7 +147,7 @@ def job(cfg: DictConfig) -> float | None:
                 else:
                     not_done(folder)
                     unchanged(cfg, folder)
-                distributed.share((OmegaConf.to_container(cfg), str(folder)))
+                distributed.share((OmegaConf.to_container(cfg), str(folder), str(Path.cwd())))
                 from ssl_runner.run import run
 
                 result = run(cfg, folder)
@@ -178,10 +178,13 @@ def follow() -> float | None:
     from ssl_runner.run import run
 
     try:
-        task = distributed.share(None)
-        result = run(OmegaConf.create(task[0]), Path(task[1])) if task is not None else {}
+        result = {}
+        if (task := distributed.share(None)) is not None:
+            cfg, folder, cwd = task
+            os.chdir(cwd)  # where relative paths mean what they meant to the first process
+            result = run(OmegaConf.create(cfg), Path(folder))
         distributed.finish()
-    except Exception as error:  # the first process tells the user
+    except (Exception, KeyboardInterrupt) as error:  # the first process tells the user
         sys.exit(distributed.failed(error)[0])
     return result.get("val_top1")
 

@@ -69,8 +69,8 @@ class _Group:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=self.store, rank=here.rank, world_size=here.size, timeout=TIMEOUT)
         self.control: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        self.ended = threading.Event()
-        self.last_words: Callable[[str], None] = lambda message: None
+        self.ended, self.grace = threading.Event(), GRACE
+        self.last_words: Callable[[int, str], None] = lambda code, message: None
         threading.Thread(target=self.watch, daemon=True).start()
 
     def watch(self) -> None:
@@ -82,8 +82,8 @@ class _Group:
                 failure = "1 process 0 is gone"
             if failure is not None:
                 code, _, message = failure.partition(" ")
-                if not self.ended.wait(GRACE):
-                    self.last_words(message)
+                if not self.ended.wait(self.grace):
+                    self.last_words(int(code), message)
                     os._exit(int(code))
                 return
 
@@ -121,9 +121,10 @@ class Lost(RuntimeError):
 
 
 @contextmanager
-def together(say: Callable[[str], None]) -> Iterator[None]:
+def together(say: Callable[[int, str], None]) -> Iterator[None]:
     """A context that all processes end in the same way: once one has raised something, it raises Lost with the first one's words,
-    or Preempted, in the others. `say` is called with these words where a process can only be ended from outside."""
+    or Preempted, in the others. `say` is called with the exit code and these words where a process can only be ended from
+    outside."""
     if _group is None:
         yield
         return
@@ -132,6 +133,8 @@ def together(say: Callable[[str], None]) -> Iterator[None]:
         yield
     except BaseException as error:
         code, cause = failed(error)
+        if code == EXIT:
+            _group.ended.set()  # what is left to do, such as a requeue, may take its time
         ours = type(error).__module__.startswith("ssl_runner") and not isinstance(error, Preempted)
         if ours or cause == words(error):
             raise

@@ -17,7 +17,7 @@ import psutil
 
 from ssl_runner import __version__, distributed
 from ssl_runner.metrics import read_json, write_json
-from ssl_runner.preemption import Preempted
+from ssl_runner.preemption import EXIT, Preempted
 
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "hydra-core", "omegaconf")
 
@@ -63,9 +63,12 @@ class Record:
         if distributed.leads():
             write_json(self.path, self.content)
 
-    def lost(self, message: str) -> None:
-        """Closes the record of a run that another process's failure ends."""
-        self.note(status="failed", error=message)
+    def lost(self, code: int, message: str) -> None:
+        """Closes the record of a run that another process ends: its exit code, and what it said."""
+        if code == EXIT:
+            self.note(status="preempted")
+        else:
+            self.note(status="failed", error=message)
 
     def __enter__(self) -> Self:
         self.note()

@@ -41,6 +41,12 @@ class BatchRelation(ABC):
     fewest: int = 1  # originals that a batch to train on must have
     divides: bool = False  # of several processes each can make the relation of its own rows; else it is made of all rows
 
+    def __init_subclass__(cls) -> None:
+        """A relation made in another way makes no claim that its parent has made."""
+        super().__init_subclass__()
+        if "__call__" in cls.__dict__ and "divides" not in cls.__dict__:
+            cls.divides = False
+
     def bind(self, labels: Tensor) -> None:
         """labels (n,): those of every row of the data set, on the host. Raises Refused for what does not fit it."""
 

@@ -4,7 +4,6 @@ from inspect import signature
 from typing import Any
 
 import torch
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -12,8 +11,9 @@ from ssl_runner.distributed import pooled, size
 
 
 class SyncBatchNorm(_BatchNorm):
-    """Batch norm over the rows of all processes, on CPUs, which torch.nn.SyncBatchNorm leaves out. `after` is what the
-    layer that it takes the place of does with its result: timm's have an activation in them."""
+    """Batch norm over the rows of all processes, as many in each. torch.nn.SyncBatchNorm leaves out CPUs, and on CUDA makes the
+    host wait for the numbers of rows. `after` is what the layer that it takes the place of does with its result: timm's have an
+    activation in them."""
 
     after: tuple[nn.Module, ...] = ()
 
@@ -58,20 +58,18 @@ class SyncBatchNorm(_BatchNorm):
         return x.to(input.dtype)
 
 
-def synchronized(module: Any, device: torch.device) -> Any:
+def synchronized(module: Any) -> Any:
     """The module with all its batch norms taken over the rows of all processes; parameters and their names stay."""
     if size() == 1:
         return module
-    if device.type == "cuda":
-        return convert_sync_batchnorm(module)
     if isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm | nn.SyncBatchNorm):
         return SyncBatchNorm.like(module)
     for name, child in module.named_children():
-        setattr(module, name, synchronized(child, device))
+        setattr(module, name, synchronized(child))
     return module
 
 
-def averaging(network: nn.Module, device: torch.device) -> nn.Module:
+def averaging(network: nn.Module) -> nn.Module:
     """The network, whose gradients are then averaged over the processes while they are computed."""
     if size() == 1 or not any(parameter.requires_grad for parameter in network.parameters()):
         return network

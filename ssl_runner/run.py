@@ -81,13 +81,13 @@ def prepare(cfg: DictConfig, data: DataSet | None = None, weights: bool = True) 
         backbone = build("backbone", cfg.backbone, channels=data.channels, image_size=data.image_size)
         return backbone.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
 
-    backbone = replica.synchronized(fresh_backbone(), device)
+    backbone = replica.synchronized(fresh_backbone())
     if cfg.weights is not None and weights:
         checkpoint.restore(backbone, Path(cfg.weights).expanduser())
     if cfg.solver.name == "closed_form" and isinstance(backbone, LinearBackbone):
         projector: nn.Module = nn.Identity()  # the backbone itself is the matrix to be found
     else:
-        projector = replica.synchronized(build("projector", cfg.projector, features=backbone.width).to(device), device)
+        projector = replica.synchronized(build("projector", cfg.projector, features=backbone.width).to(device))
     if cfg.solver.name == "closed_form":
         closed_form.parts(backbone, projector)
     if cfg.diagnostics.moments and (not isinstance(backbone, LinearBackbone) or count(projector)):

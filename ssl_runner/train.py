@@ -68,9 +68,9 @@ class Pretraining:
         self.backbone, self.projector, self.loss, self.optimizer = backbone, projector, loss, optimizer
         self.learning_rate, self.data, self.augment, self.relation = learning_rate, data, augment, relation
         self.V, self.total_epochs, self.batch_size, self.clip = V, epochs, batch_size, clip
-        self.preemption, self.save = preemption or Preemption(), save
+        self.preemption, self.save, self.seed = preemption or Preemption(), save, seed
         self.device = data.mean.device
-        self.network = replica.averaging(nn.Sequential(backbone, projector), self.device)
+        self.network = replica.averaging(nn.Sequential(backbone, projector))
         self.divided = distributed.size() == 1 or (loss.reduces and relation.divides)
         self.vote = distributed.Vote()
         self.dtype = PRECISIONS[precision]
@@ -108,7 +108,7 @@ class Pretraining:
             stopped = self._steps(bar)
             if not nn.utils.get_total_norm(self.parameters()).isfinite():
                 raise Diverged(f"the weights are not finite after step {self.step - 1}, though the loss was; {ADVICE}")
-            self.save(self.state_dict())
+            self._save()
             if stopped:
                 raise Preempted(f"preempted after step {self.step}, from which the run can go on")
         means = dict(zip(self.sums, (torch.stack(list(self.sums.values())) / self.steps_per_epoch).tolist(), strict=True))
@@ -147,11 +147,15 @@ class Pretraining:
                 self.seconds += time.perf_counter() - start
                 if asked == STOP:
                     return True
-                self.save(self.state_dict())
+                self._save()
                 start = saved = time.perf_counter()
         watch.finish()
         self.seconds += time.perf_counter() - start
         return False
+
+    def _save(self) -> None:
+        self.save(self.state_dict())
+        distributed.share(None)  # no process goes on, or ends, before the checkpoint is on disk
 
     def _batches(self, order: Tensor) -> Iterator[tuple[Tensor, Batch]]:
         """For each batch of `order` (steps, batch_size), positions among the pretraining images: this process's part of its
@@ -179,7 +183,8 @@ class Pretraining:
             terms = self._terms(Z, batch)
         else:  # every process computes all of the loss, from all rows
             rows = distributed.gather(Z.float()).unflatten(0, (parts, self.V, -1))
-            with distributed.alone():
+            with distributed.alone(), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(self.seed + self.step)  # what a loss may draw is the same in all
                 terms = self._terms(rows.transpose(0, 1).flatten(0, 2), batch)
         loss = self.loss.total(terms)
         values = {name: value.detach() for name, value in {"loss": loss, **terms}.items()}

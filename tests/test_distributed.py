@@ -21,7 +21,7 @@ from ssl_runner.diagnostics import Diagnostics
 from ssl_runner.errors import Refused
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SquaredSimCLR, VICReg
 from ssl_runner.metrics import read_json
-from ssl_runner.preemption import Preempted
+from ssl_runner.preemption import Preempted, Preemption
 from ssl_runner.probe import extract, probe
 from ssl_runner.record import Record
 from ssl_runner.relation import Labels, Relation, Views
@@ -132,8 +132,7 @@ def network() -> nn.Module:
 def two_steps(order: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Averaged gradients of a network with batch norm, summed over two batches, and its state. Of the rows in `order` this
     process has its part, the first half of which are views of what the second half shows."""
-    cpu = torch.device("cpu")
-    body = replica.averaging(replica.synchronized(network(), cpu), cpu)
+    body = replica.averaging(replica.synchronized(network()))
     for seed in (0, 1):
         x = torch.randn(12, 2, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         part = x[order].chunk(distributed.size())[distributed.rank()]
@@ -155,7 +154,7 @@ def synchronized_timm() -> tuple[Tensor, list[str], bool]:
     torch.manual_seed(0)
     body = backbone.from_timm(3, 16, "resnet10t").double()
     names = list(body.state_dict())
-    synchronized = replica.synchronized(body, torch.device("cpu"))
+    synchronized = replica.synchronized(body)
     x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows = distributed.gathered(synchronized(x.chunk(distributed.size())[distributed.rank()]).detach())
     return rows, names, list(synchronized.state_dict()) == names
@@ -225,9 +224,9 @@ def curves(names: list[str]) -> list[tuple[list[dict], dict[str, Tensor]]]:
         training.backbone.double()
         training.projector.double()
         training.augment = Doubled(training.augment)
-        training.backbone = replica.synchronized(training.backbone, training.device)
-        training.projector = replica.synchronized(training.projector, training.device)
-        training.network = replica.averaging(nn.Sequential(training.backbone, training.projector), training.device)
+        training.backbone = replica.synchronized(training.backbone)
+        training.projector = replica.synchronized(training.projector)
+        training.network = replica.averaging(nn.Sequential(training.backbone, training.projector))
         trained.append((rows(training), weights(training)))
     return trained
 
@@ -463,3 +462,49 @@ def written(path: Path) -> pd.DataFrame:
         if path.exists() and path.stat().st_size
         else pd.DataFrame()
     )
+
+
+class OwnTerms(VICReg):
+    """A user's change of a shipped loss: means over its own rows."""
+
+    def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
+        return super()._terms(Z, G) | {"variance": (1 - Z.std(0)).relu().sum()}
+
+
+class OwnRelation(relate.Views):
+    def __call__(self, batch, Z):
+        return super().__call__(batch, Z)
+
+
+def test_what_is_changed_makes_no_claim_of_its_parent() -> None:
+    assert VICReg.reduces
+    assert relate.Views.divides
+    assert not OwnTerms.reduces
+    assert not OwnRelation.divides
+
+
+def slow_to_save(folder: Path) -> str:
+    """A preempted training whose checkpoint takes longer than another process has patience with one that has ended."""
+    distributed._group.grace = 0.5
+    training = pretraining(epochs=2)
+
+    def save(state: dict) -> None:
+        if distributed.leads():
+            time.sleep(3)
+            (folder / "saved").touch()
+
+    training.save = save
+    training.preemption.asked = signal.SIGUSR1
+    try:
+        with Preemption(), Record(folder, "x") as record, distributed.together(record.lost):
+            list(training.epochs())
+    except Preempted:
+        distributed._group.ended.set()
+        return read_json(folder / "run.json")["status"]
+    return "went on"
+
+
+def test_no_process_ends_before_the_checkpoint_is_written(tmp_path: Path) -> None:
+    first, _ = in_processes(2, slow_to_save, tmp_path)
+    assert first == "preempted"
+    assert (tmp_path / "saved").exists()

@@ -224,6 +224,9 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_goes_on(ssl_run, tmp_pa
     assert err == f"{folder / 'checkpoint.pt'} is damaged, not as it was written: passed over\n"
     for name in ("metrics.csv", "probe.csv", "spectrum.csv"):
         assert table(folder / name) == table(whole / name)
+    assert all(
+        checkpoint.whole(folder / name) for name in ("checkpoint.pt", "checkpoint-before.pt")
+    )  # the damaged one is neither
 
     unfinished(folder)
     for name in ("checkpoint.pt", "checkpoint-before.pt"):

@@ -18,6 +18,12 @@ class Loss(nn.Module, ABC):
     weights: dict[str, float]
     reduces: bool = False
 
+    def __init_subclass__(cls) -> None:
+        """Terms of its own make no claim that another class has made for others."""
+        super().__init_subclass__()
+        if "_terms" in cls.__dict__ and "reduces" not in cls.__dict__:
+            cls.reduces = False
+
     def forward(self, Z: Tensor, G: Relation) -> Tensor:
         """Z (N, K) embeddings, G a relation over its N rows -> the loss, a scalar. Raises ValueError when the shapes disagree."""
         return self.total(self.terms(Z, G))
