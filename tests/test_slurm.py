@@ -172,10 +172,25 @@ def test_two_processes_of_a_sweeps_job_end_as_one_process_does(cluster: Cluster,
 
 
 def test_a_job_whose_time_is_over_comes_back_and_ends(cluster: Cluster, tmp_path: Path) -> None:
-    """Slurm gives notice some 15 seconds after the start."""
-    command = f"{TINY} epochs=700 hydra.sweep.dir=long"
-    assert cluster.ended(cluster.sweep(f"{command} hydra.launcher.timeout_min=1 hydra.launcher.signal_delay_s=50")) == 0
+    """Slurm gives notice some 15 seconds after the start; 400 epochs of three steps take 24 on the fastest machine."""
+    (tmp_path / "slowly.py").write_text(
+        "import time\n"
+        "from ssl_runner.backbone import convnet\n"
+        "def body(channels, image_size):\n"
+        "    network = convnet(channels, image_size, [8, 16])\n"
+        "    network.register_forward_pre_hook(lambda module, args: time.sleep(0.02 * module.training))\n"
+        "    return network\n"
+    )
+    (tmp_path / "conf" / "backbone").mkdir(parents=True)
+    (tmp_path / "conf" / "backbone" / "slowly.yaml").write_text("_target_: slowly.body\n")
+    cluster.env["PYTHONPATH"] = str(tmp_path)
+    tiny = TINY.replace("backbone.widths=[8,16]", "")
+    command = f"backbone=slowly {tiny} epochs=400 diagnostics.every=100 hydra.sweep.dir=long"
+    assert (
+        cluster.ended(cluster.sweep(f"{command} hydra.launcher.timeout_min=1 hydra.launcher.signal_delay_s=50 --config-dir conf"))
+        == 0
+    )
     record = read_json(tmp_path / "long" / "0" / "run.json")
     assert record["status"] == "done"
     assert record["starts"] >= 2
-    assert [row["epoch"] for row in table(tmp_path / "long" / "0" / "metrics.csv")] == [str(n) for n in range(1, 701)]
+    assert [row["epoch"] for row in table(tmp_path / "long" / "0" / "metrics.csv")] == [str(n) for n in range(1, 401)]
