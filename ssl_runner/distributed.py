@@ -71,7 +71,8 @@ class _Group:
         self.control: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self.ended, self.grace = threading.Event(), GRACE
         self.last_words: Callable[[int, str], None] = lambda code, message: None
-        threading.Thread(target=self.watch, daemon=True).start()
+        self.watcher = threading.Thread(target=self.watch, daemon=True)
+        self.watcher.start()
 
     def watch(self) -> None:
         """Ends this process, should it not end by itself, once another has failed: a collective would wait for that one."""
@@ -105,6 +106,7 @@ def finish() -> None:
     if _group is not None:
         dist.barrier(_group.control)
         _group.ended.set()
+        _group.watcher.join(LOOK)  # it must not look into a store that is gone
         dist.destroy_process_group()
         _group = None
 
