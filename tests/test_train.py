@@ -253,7 +253,10 @@ def test_the_device_is_chosen_or_refused() -> None:
 
 def test_the_precision_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda, mps = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
-    assert choose_precision("auto", cpu) == choose_precision("auto", mps) == "fp32"
+    assert choose_precision("auto", mps) == "fp32"
+    for capabilities, expected in (({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx512_f": True}, "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        assert choose_precision("auto", cpu) == expected
     assert choose_precision("bf16", cpu) == "bf16"
     with pytest.raises(Refused, match="precision=fp16: mps does not support it"):
         choose_precision("fp16", mps)
