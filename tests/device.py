@@ -172,7 +172,8 @@ def pretended() -> Iterator[None]:
     def generator(device: Any = None) -> torch.Generator:
         return of_the_host()
 
-    with mock.patch.multiple(torch.cuda, **stand_ins), mock.patch.object(torch, "Generator", generator), _Device():
+    amp = mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", return_value=False)
+    with mock.patch.multiple(torch.cuda, **stand_ins), mock.patch.object(torch, "Generator", generator), amp, _Device():
         yield
 
 

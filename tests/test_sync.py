@@ -61,6 +61,7 @@ def steps(
     backbone: Callable[..., Backbone] = SMALL,
     device: torch.device | None = None,
     precision: str = "fp32",
+    compiler: str | None = None,
     rounds: int = 3,
 ) -> list[dict[str, Tensor]]:
     """The values of some whole steps, from the gathering of their batches to the optimiser, on a device, by default the one that
@@ -94,6 +95,8 @@ def steps(
             separate=False,
             seed=0,
         )
+        if compiler is not None:
+            training.network.compile(backend=compiler, dynamic=False)
         watch = Watch(training.device)
         order = torch.randperm(60, generator=training.order_generator).view(3, 20)
         values = []
@@ -129,6 +132,14 @@ def test_no_views_or_optimizer_make_the_host_wait(algorithm: str, views: str) ->
     steps(VICReg(), Views(), policy(views), OPTIMIZERS[algorithm])
 
 
+@pytest.mark.parametrize("algorithm", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)], ids=["adamw", "sgd"])
+def test_the_scaler_of_fp16_does_not_make_the_host_wait(algorithm: Callable) -> None:
+    """A fused optimiser looks itself whether the gradients overflowed; for another one the scaler does, and waits."""
+    steps(VICReg(), Views(), Augment({"all": {}}), algorithm, precision="fp16")
+    with pytest.raises(Waits, match="item"):
+        steps(VICReg(), Views(), Augment({"all": {}}), partial(algorithm, foreach=False), precision="fp16")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", [vit_tiny, partial(resnet, name="resnet18")], ids=["vit_tiny", "resnet18"])
 def test_no_backbone_makes_the_host_wait(backbone: Callable) -> None:
@@ -145,13 +156,15 @@ def test_the_device_computes_what_a_cpu_does() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("of", RELATIONS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_no_step_on_cuda_makes_the_host_wait(loss: str, of: str, precision: str, pairs: str) -> None:
-    """CUDA itself says so, for every loss and relation, and the views and optimisers in turn."""
+    """CUDA itself says so, for every loss and relation, and the views and optimisers in turn; fp16 needs a fused one."""
     turn = [*LOSSES].index(loss) + [*RELATIONS].index(of)
     views, algorithm = POLICIES[turn % len(POLICIES)], [*OPTIMIZERS.values()][turn % len(OPTIMIZERS)]
+    if precision == "fp16":
+        algorithm = torch.optim.AdamW
     steps(LOSSES[loss](), RELATIONS[of](pairs), policy(views), algorithm, device=torch.device("cuda", 0), precision=precision)
 
 
