@@ -137,9 +137,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
             solver.load_state_dict(checkpoint.load(begun))
         metrics.keep(solver.epoch)
         probes.keep(solver.epoch)
-        if cfg.compile:
-            backbone.compile()
-            projector.compile()
+        if cfg.compile:  # what is trained, whose shapes stay; probes and diagnostics run the same modules as they are
+            (solver.network if isinstance(solver, Pretraining) else backbone).compile(dynamic=False)
         record.note(
             device=torch.cuda.get_device_name(stages.device) if stages.device.type == "cuda" else str(stages.device),
             precision=stages.precision,

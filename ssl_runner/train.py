@@ -179,7 +179,7 @@ class Pretraining:
 
     def _step(self, images: Tensor, batch: Batch, lr: float, watch: "Watch") -> dict[str, Tensor]:
         """One step on a batch; returns the loss and its terms, on the device. Nothing in here waits for the device,
-        but for fp16's scaler, which must know whether the gradients overflowed."""
+        but for fp16's scaler where the optimiser is not a fused one, which looks itself whether the gradients overflowed."""
         part, parts = distributed.rank(), distributed.size()
         size = self.sizes[self.step * len(self.sizes) // (self.total_epochs * self.steps_per_epoch)]
         X = self.augment(images, self.V, self.data.mean, self.data.std, self.view_generator, part, parts, size=size)
