@@ -125,7 +125,7 @@ PLUGINS = {  # of Hydra, and the extra that installs them
     "hydra/sweeper=optuna": ("optuna_sweeper", "sweep"),
 }
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
-PROBES = ("linear", "knn")
+PROBES = ("linear", "knn", "ridge")
 FEATURES = ("backbone", "projector", "random_init", "pixels", "pca", "lda")
 
 
