@@ -1,8 +1,7 @@
 """On paper: the FLOPs and bytes of one training step, counted operation by operation, and the time that a GPU needs for them.
 
-Nothing is timed. The network is run on tensors without data; views, loss and optimiser on the CPU, with the sizes of the real step. Bytes
-are what each operation reads and writes if nothing stays in a cache and nothing is fused, so an upper bound for eager execution; views
-of a tensor move none.
+Nothing is timed. The network is run on tensors without data; views, loss and optimiser on the CPU, with the sizes of the real
+step. Bytes are what each operation reads and writes if nothing stays in a cache and nothing is fused: what eager execution moves.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """One racer of the race: python -m benchmarks.racers '{"tool": …}' trains a network for so many seconds, then says what its
-features are worth. Every tool has the same images in memory, the same backbone and batch size, and what it does by default otherwise.
+features are worth. Every tool has the same images in memory, the same backbone and batch size; all else is its own.
 
-The clock runs while training only: not for imports, for reading the images, nor for what a mark costs, where a copy of the weights is
-kept to be probed after the end.
+The clock runs while training only: not for imports, nor for reading the images, nor for keeping a copy of the weights at a
+mark, which is probed after the end.
 """
 
 import json
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision.transforms as T
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
@@ -153,8 +152,8 @@ def lightly(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
 
 
 def stable_pretraining(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
-    """stable-pretraining's Module under Lightning's Trainer, with its transforms, its losses and the projector, LARS and cosine that its
-    CIFAR-10 benchmarks use; the schedule's length is the number of steps that the time allows."""
+    """stable-pretraining's Module under Lightning's Trainer: its transforms, its losses, a projector, LARS and a warmed-up cosine
+    as in its documentation; the schedule is as long as the steps that the time allows."""
     import lightning
     import stable_pretraining as spt
     from stable_pretraining import forward

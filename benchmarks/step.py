@@ -100,7 +100,7 @@ class Ours:
         return {name: value.detach() for name, value in terms.items()}
 
     def parts(self) -> dict[str, Work]:
-        images, batch = next(self.batches)
+        _, batch = next(self.batches)
         self.labels = batch.labels
         self.bare()
         terms = self.lose() | {"loss": torch.zeros((), device=self.training.device)}
