@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ssl_runner import probe as module
-from ssl_runner.probe import LinearProbe, NeighborProbe, accuracies, best_of, extract, probe
+from ssl_runner.probe import LinearProbe, NeighborProbe, RidgeProbe, accuracies, best_of, extract, probe
 from tests.test_dataset import load, toy
 
 
@@ -21,29 +21,50 @@ def blobs(n: int = 300, d: int = 6, classes: int = 3) -> tuple[Tensor, Tensor]:
     return (X @ torch.randn(d, d)) * torch.logspace(-3, 3, d) + 5, y
 
 
+def standardised(X: Tensor) -> Tensor:
+    return (X.double() - X.double().mean(0)) / X.double().std(0)
+
+
+def logistic(l2: float, X: Tensor, y: Tensor) -> LogisticRegression:
+    """scikit-learn's optimum of the linear probe's objective."""
+    return LogisticRegression(C=1 / (l2 * len(X)), tol=1e-10, max_iter=10_000).fit(standardised(X).numpy(), y.numpy())
+
+
+def objective(X: Tensor, y: Tensor, W: Tensor, b: Tensor, l2: float) -> Tensor:
+    return F.cross_entropy(F.linear(standardised(X), W.double(), b.double()), y) + l2 / 2 * W.double().square().sum()
+
+
 @pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
 def test_the_linear_probe_is_scikit_learns_optimum(l2: float) -> None:
     X, y = blobs()
-    ours = LinearProbe(X, y, 3)
+    ours, theirs = LinearProbe(X, y, 3), logistic(l2, X, y)
     ours.fit(l2)
-    standardised = (X.double() - X.double().mean(0)) / X.double().std(0)
-    theirs = LogisticRegression(C=1 / (l2 * len(X)), tol=1e-10, max_iter=10_000).fit(standardised.numpy(), y.numpy())
-
-    def objective(W: Tensor, b: Tensor) -> Tensor:
-        return F.cross_entropy(standardised @ W + b, y) + l2 / 2 * W.square().sum()
-
-    best = objective(torch.from_numpy(theirs.coef_.T), torch.from_numpy(theirs.intercept_))
-    assert_close(objective(ours.W.double(), ours.b.double()), best, rtol=1e-5, atol=0)
-    agreement = ours.scores(l2, X).argmax(1).numpy() == theirs.predict(standardised.numpy())
+    best = objective(X, y, torch.from_numpy(theirs.coef_), torch.from_numpy(theirs.intercept_), l2)
+    assert_close(objective(X, y, ours.W, ours.b, l2), best, rtol=1e-5, atol=0)
+    agreement = ours.scores(l2, X).argmax(1).numpy() == theirs.predict(standardised(X).numpy())
     assert agreement.mean() > 0.995
+
+
+def test_the_path_that_selects_is_near_scikit_learns_optimum() -> None:
+    """Correlated, rectified features, a path of warm starts: each fit within 1e-3 nats of the minimum, the last one 1e-5."""
+    y = torch.arange(2000) % 5
+    X = (torch.randn(2000, 30) + 0.2 * torch.randn(5, 30)[y]) @ torch.randn(30, 60)
+    X = X.relu()
+    ours = LinearProbe(X, y, 5)
+    for l2, _ in ours.path(X):
+        theirs = logistic(l2, X, y)
+        best = objective(X, y, torch.from_numpy(theirs.coef_), torch.from_numpy(theirs.intercept_), l2)
+        assert_close(objective(X, y, ours.W, ours.b, l2), best, rtol=0, atol=1e-3)
+    ours.fit(l2)
+    assert_close(objective(X, y, ours.W, ours.b, l2), best, rtol=0, atol=1e-5)
 
 
 def test_a_constant_feature_changes_nothing() -> None:
     X, y = blobs()
     with_constant = torch.cat([X, torch.full((len(X), 1), 7.0)], 1)
-    assert_close(
-        LinearProbe(with_constant, y, 3).scores(0.01, with_constant), LinearProbe(X, y, 3).scores(0.01, X), atol=1e-2, rtol=0
-    )
+    for Probe, atol in ((LinearProbe, 1e-2), (RidgeProbe, 1e-5)):
+        scores = Probe(with_constant, y, 3).scores(0.01, with_constant)
+        assert_close(scores, Probe(X, y, 3).scores(0.01, X), atol=atol, rtol=0)
 
 
 def test_more_features_than_rows() -> None:
@@ -52,6 +73,49 @@ def test_more_features_than_rows() -> None:
     for l2 in module.STRENGTHS:
         assert ours.fit(l2) < 1000
         assert ours.W.isfinite().all()
+    assert ours.scores(l2, X).argmax(1).equal(y)
+    assert RidgeProbe(X, y, 3).scores(1e-6, X).argmax(1).equal(y)
+
+
+@pytest.mark.parametrize("Probe", [LinearProbe, NeighborProbe, RidgeProbe])
+def test_a_class_without_rows_is_never_the_first(Probe: type) -> None:
+    X, y = blobs()
+    for _, scores in Probe(X, y, 4).path(X):
+        assert scores.shape == (len(X), 4)
+        assert scores.isfinite().all()
+        assert (scores.argmax(1) < 3).all()
+
+
+@pytest.mark.parametrize("Probe", [LinearProbe, NeighborProbe, RidgeProbe])
+def test_features_that_never_vary_give_finite_scores(Probe: type) -> None:
+    X, y = torch.ones(30, 4), torch.arange(30) % 3
+    assert all(scores.isfinite().all() for _, scores in Probe(X, y, 3).path(X))
+
+
+@pytest.mark.parametrize("Probe", [LinearProbe, NeighborProbe, RidgeProbe])
+def test_a_probe_repeats_bit_for_bit(Probe: type) -> None:
+    X, y = blobs()
+    for (_, one), (_, other) in zip(Probe(X, y, 3).path(X), Probe(X, y, 3).path(X), strict=True):
+        assert one.equal(other)
+
+
+@pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("block", [64, 4096])
+def test_the_ridge_probe_is_scikit_learns(l2: float, block: int) -> None:
+    X, y = blobs()
+    Xs = (X.double() - X.double().mean(0)) / X.double().std(0, correction=0)
+    theirs = Ridge(l2 * len(X), solver="svd").fit(Xs.numpy(), F.one_hot(y, 3).double().numpy())
+    ours = RidgeProbe(X, y, 3, block)
+    scaled = ours.fit(l2) * X.double().std(0, correction=0)[:, None]
+    assert_close(scaled, torch.from_numpy(theirs.coef_.T), rtol=1e-7, atol=1e-9)
+    assert_close(ours.scores(l2, X).double(), torch.from_numpy(theirs.predict(Xs.numpy())), rtol=0, atol=1e-4)
+
+
+def test_the_path_of_ridges_is_each_penalty_alone() -> None:
+    X, y = blobs()
+    ours = RidgeProbe(X, y, 3)
+    for l2, scores in ours.path(X):
+        assert_close(scores, ours.scores(l2, X))
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])
@@ -126,12 +190,14 @@ def test_features_are_read_in_eval_mode_and_the_mode_is_put_back() -> None:
 
 def test_rows_and_splits() -> None:
     data = load(toy())
-    rows = list(probe("pixels", nn.Flatten(), data, ["linear", "knn"], score_test=True))
+    rows = list(probe("pixels", nn.Flatten(), data, ["linear", "knn", "ridge"], score_test=True))
     assert [(row["probe"], row["train_split"], row["eval_split"], row["n_train"]) for row in rows] == [
         ("linear", "train", "val", 60),
         ("linear", "train+val", "test", 80),
         ("knn", "train", "val", 60),
         ("knn", "train+val", "test", 80),
+        ("ridge", "train", "val", 60),
+        ("ridge", "train+val", "test", 80),
     ]
     assert all(row["selection"].endswith("(val)") and row["features"] == "pixels" for row in rows)
 
@@ -148,5 +214,7 @@ def test_the_selection_does_not_see_the_test_split() -> None:
     first, second = load(toy()), load(toy())
     second.test.labels = second.test.labels.clone()
     second.test.labels[second.test.rows] = (second.test.y + 1) % 4
-    chosen = [[row["selection"] for row in probe("pixels", nn.Flatten(), d, ["linear", "knn"], True)] for d in (first, second)]
+    chosen = [
+        [row["selection"] for row in probe("pixels", nn.Flatten(), d, ["linear", "knn", "ridge"], True)] for d in (first, second)
+    ]
     assert chosen[0] == chosen[1]
