@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_runner.draw import Draw
+from ssl_runner.relation import copied
 
 
 def random_boxes(draw: Draw, height: int, width: int, scale: Sequence[float], ratio: Sequence[float] = (3 / 4, 4 / 3)) -> Tensor:
@@ -32,6 +33,11 @@ def random_boxes(draw: Draw, height: int, width: int, scale: Sequence[float], ra
     h = torch.where(found, h.gather(0, first)[0], height)
     top, left = ((size + 1 - side) * draw.uniform(0, 1) for size, side in ((height, h), (width, w)))
     return torch.stack([top.floor(), left.floor(), h, w], 1)
+
+
+def whole(rows: int, height: int, width: int, device: torch.device) -> Tensor:
+    """The box of an uncropped image, for each of some rows: (rows, 4)."""
+    return copied(torch.tensor([0.0, 0.0, height, width]), device).expand(rows, 4)
 
 
 def random_affines(
@@ -78,33 +84,52 @@ def resample(
 
     x (B, C, H, W); boxes (B, 4) top, left, height, width; flip (B,) bool; matrices (B, 2, 3) about the image's centre; size of
     the result, by default (H, W). A crop is torchvision's resized_crop with antialias, and reads nothing outside its box. An
-    affine reads black outside the image; where there is one, x is brought to `size` first, and boxes and matrices are in pixels
-    of that size.
+    affine reads black outside the image, and where the size changes looks up in the image at that size.
     """
     B, _, H, W = x.shape
-    height, width = size or (H, W)
-    if matrices is not None:
-        return look_up(resample(x, size=size) if size not in (None, (H, W)) else x, matrices, boxes, flip)
+    size = size or (H, W)
     if boxes is None:
-        boxes = torch.tensor([0.0, 0.0, H, W], device=x.device).expand(B, 4)
+        boxes = whole(B, H, W, x.device)
+    if matrices is None:
+        return sum_both(x, *box_sums(boxes, flip, (H, W), size))
+    small = x if size == (H, W) else resample(x, size=size)
+    down = torch.arange(0.5, size[0], device=x.device).mul(H / size[0]).expand(B, -1)  # pixel centres, in pixels of x
+    right = torch.arange(0.5, size[1], device=x.device).mul(W / size[1]).expand(B, -1)
+    if flip is not None:
+        right = torch.where(flip[:, None], W - right, right)
+    top, left, h, w = boxes[:, :, None].unbind(1)
+    down, right = down * (h / H) + top - H / 2, right * (w / W) + left - W / 2
+    m = matrices[:, :, :, None, None]
+    across, along = (m[:, r, 0] * right[:, None, :] + m[:, r, 1] * down[:, :, None] + m[:, r, 2] for r in (0, 1))
+    grid = torch.stack([across / (W / 2), along / (H / 2)], -1)
+    return F.grid_sample(small, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def box_sums(
+    boxes: Tensor, flip: Tensor | None, own: tuple[int, int], size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which rows of an image of size `own` each row of its resized box consists of, with what weights, and which columns each
+    column: boxes (B, 4), flip (B,) -> (B, height, K), (B, height, K), (B, width, K'), (B, width, K')."""
     top, left, h, w = boxes.unbind(1)
-    x = sum_rows(x, *box_rows(top, h, H, height))
-    return sum_rows(x.mT, *box_rows(left, w, W, width, flip)).mT.contiguous()
+    return *hats(top, h, own[0], size[0]), *hats(left, w, own[1], size[1], flip)
 
 
-def box_rows(first: Tensor, length: Tensor, side: int, out: int, flip: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The rows of images of `side` rows that each of `out` rows of a resized box consists of, and their weights, (B, out, K):
-    a hat of half-width one input row, or one output row if that is more. first, length, flip (B,)."""
+def hats(first: Tensor, length: Tensor, side: int, out: int, flip: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`box_sums` along one axis: a hat of half-width one input pixel, or one output pixel if that is more, cut off at the box."""
     step = (length / out)[:, None]
-    centre = step * torch.arange(0.5, out, device=first.device)  # in the box
+    centre = step * torch.arange(0.5, out, device=first.device)  # of the output pixels, in the box
     if flip is not None:
         centre = torch.where(flip[:, None], length[:, None] - centre, centre)
-    reach, centre = step.clamp(min=1)[:, :, None], centre[:, :, None]
-    rows = (centre - reach + 0.5).floor() + torch.arange(max(2, math.ceil(2 * side / out)), device=first.device)
-    last = length[:, None, None] - 1
-    weights = (1 - (rows + 0.5 - centre).abs() / reach).relu_() * ((rows >= 0) & (rows <= last))
-    rows = rows.clamp_(min=0).minimum(last) + first[:, None, None]
-    return rows.long(), weights / weights.sum(2, keepdim=True)
+    reach, centre, last = step.clamp(min=1)[:, :, None], centre[:, :, None], length[:, None, None] - 1
+    pixels = (centre - reach + 0.5).floor() + torch.arange(max(2, math.ceil(2 * side / out)), device=first.device)
+    inside = pixels.clamp(min=0).minimum(last)
+    weights = (1 - (pixels + 0.5 - centre).abs_().div_(reach)).relu_().mul_(inside == pixels)
+    return inside.add_(first[:, None, None]).long(), weights.div_(weights.sum(2, keepdim=True))
+
+
+def sum_both(x: Tensor, rows: Tensor, row_weights: Tensor, columns: Tensor, column_weights: Tensor) -> Tensor:
+    """x (B, C, H, W) -> weighted sums of its rows, (B, h, K), and of their columns, (B, w, K'): (B, C, h, w)."""
+    return sum_rows(sum_rows(x, rows, row_weights).mT, columns, column_weights).mT.contiguous()
 
 
 def sum_rows(x: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
@@ -116,23 +141,6 @@ def sum_rows(x: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     return F.embedding_bag(bags, x.reshape(-1, W), mode="sum", per_sample_weights=weights).view(B, C, h, W)
 
 
-def look_up(x: Tensor, matrices: Tensor, boxes: Tensor | None, flip: Tensor | None) -> Tensor:
-    """The affine case of `resample`, at x's own size."""
-    B, _, H, W = x.shape
-    down = torch.arange(0.5, H, device=x.device).expand(B, H)  # pixel centres, in pixels from the image's corner
-    right = torch.arange(0.5, W, device=x.device).expand(B, W)
-    if flip is not None:
-        right = torch.where(flip[:, None], W - right, right)
-    if boxes is not None:
-        top, left, h, w = boxes[:, :, None].unbind(1)
-        down, right = down * (h / H) + top, right * (w / W) + left
-    down, right = (down - H / 2)[:, :, None], (right - W / 2)[:, None, :]
-    m = matrices[:, :, :, None, None]
-    across, along = (m[:, r, 0] * right + m[:, r, 1] * down + m[:, r, 2] for r in (0, 1))
-    grid = torch.stack([across / (W / 2), along / (H / 2)], -1)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-
-
 def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
     """x (B, C, H, W), sigma (B,) in pixels, an odd kernel side; mirrored edges."""
     if kernel // 2 >= min(x.shape[-2:]):
@@ -140,8 +148,9 @@ def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
     offsets = torch.arange(kernel, device=x.device) - kernel // 2
     weights = (-(offsets**2) / (2 * sigma[:, None] ** 2)).exp()
     weights = (weights / weights.sum(1, keepdim=True))[:, None]
+    sums = []
     for side in x.shape[-2:]:
-        rows = torch.arange(side, device=x.device)[:, None] + offsets
-        rows = side - 1 - (side - 1 - rows.abs()).abs()  # mirrored at both ends
-        x = sum_rows(x, rows.expand(len(x), side, kernel), weights.expand(len(x), side, kernel)).mT
-    return x.contiguous()
+        pixels = torch.arange(side, device=x.device)[:, None] + offsets
+        pixels = side - 1 - (side - 1 - pixels.abs()).abs()  # mirrored at both ends
+        sums += [pixels.expand(len(x), side, kernel), weights.expand(len(x), side, kernel)]
+    return sum_both(x, *sums)

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from ssl_runner.color import color_jitter, luma, solarize
+from ssl_runner.color import blend_weights, color_jitter, hue_weights, luma, solarize
 from ssl_runner.dataset import DataSet
 from ssl_runner.draw import Draw, Drawn
-from ssl_runner.geometry import gaussian_blur, random_affines, random_boxes, resample
+from ssl_runner.geometry import box_sums, gaussian_blur, random_affines, random_boxes, resample, sum_both, whole
 from ssl_runner.relation import copied
 
-BLOCK = 2**17  # numbers: on a CPU, rows are made so many at a time that they stay in a core's cache
+BLOCK = 2**18  # numbers: on a CPU, rows are made so many at a time that they stay in a core's cache
+SUMS = ("rows", "row_weights", "columns", "column_weights")  # what makes a crop, flip or change of size of an image
 
 
 class Augment:
@@ -113,18 +114,20 @@ class Policy:
 
     def draw(self, draw: Draw, own: tuple[int, int], size: tuple[int, int]) -> Drawn:
         """Everything random about some views of the given size of images of size `own`."""
-        numbers, choices = {}, {}
+        numbers: dict[str, Tensor] = {}
+        choices: dict[str, Tensor] = {}
+        boxes = random_boxes(draw, *own, **self.crop) if self.crop else whole(draw.rows, *own, draw.device)
+        flip = draw.random() < self.flip
         if self.affine:
-            numbers["matrices"] = random_affines(draw, *size, **self.affine)
-        if self.crop:
-            numbers["boxes"] = random_boxes(draw, *(size if self.affine else own), **self.crop)
-        if self.flip:
-            numbers["flip"] = draw.random() < self.flip
+            numbers |= {"boxes": boxes, "flip": flip, "matrices": random_affines(draw, *own, **self.affine)}
+        elif self.crop or self.flip or own != size:
+            numbers |= dict(zip(SUMS, box_sums(boxes, flip, own, size), strict=True))
         if self.jitter:
             strengths = [self.jitter.get(name, 0.0) for name in ("brightness", "contrast", "saturation")]
-            numbers["factors"] = torch.stack([draw.uniform(max(0, 1 - s), 1 + s) for s in strengths], 1)
-            numbers["order"] = draw.random(3).argsort(1)
-            numbers["turns"] = draw.uniform(-self.jitter.get("hue", 0.0), self.jitter.get("hue", 0.0))
+            factors = torch.stack([draw.uniform(max(0, 1 - s), 1 + s) for s in strengths], 1)
+            numbers["blends"] = blend_weights(factors, draw.random(3).argsort(1))
+            hue = self.jitter.get("hue", 0.0)
+            numbers["hues"] = hue_weights(draw.uniform(-hue, hue))
             choices["place"] = torch.where(draw.coin(self.jitter.get("p", 1.0)), draw.choice(4), 4)
         if self.grayscale:
             choices["grayscale"] = draw.coin(self.grayscale)
@@ -142,13 +145,15 @@ class Policy:
         C, _, width = x.shape[1:]
         share = size[1] / width
         numbers, choices = drawn.numbers, drawn.choices
-        if self.crop or self.affine or self.flip or size != x.shape[-2:]:
-            x = resample(x, numbers.get("boxes"), numbers.get("flip"), numbers.get("matrices"), size)
+        if self.affine:
+            x = resample(x, numbers["boxes"], numbers["flip"], numbers["matrices"], size)
+        elif "rows" in numbers:
+            x = sum_both(x, *(numbers[name] for name in SUMS))
         if self.jitter:
-            turns = numbers["turns"] if self.jitter.get("hue") and C == 3 else None
-            x = color_jitter(x, numbers["factors"], numbers["order"], turns, choices["place"])
+            hues = numbers["hues"] if self.jitter.get("hue") and C == 3 else None
+            x = color_jitter(x, numbers["blends"], hues, choices["place"])
         if self.grayscale and C == 3:
-            x = where(choices["grayscale"], x, lambda y: luma(y).expand_as(y))
+            x = where(choices["grayscale"], x, lambda y: luma(y).repeat(1, 3, 1, 1))
         if self.blur:
             kernel = odd(share * self.blur["kernel"]) if "kernel" in self.blur else max(3, odd(min(size) / 10))
             x = where(choices["blur"], x, lambda y, sigma: gaussian_blur(y, sigma, kernel), numbers["sigma"])
@@ -201,12 +206,12 @@ def is_number(value: Any) -> bool:
 
 def to_unit(images: Tensor) -> Tensor:
     """uint8 -> float32 in [0, 1]."""
-    return images.float().div_(255)
+    return images.float().mul_(1 / 255)
 
 
 def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """x (B, C, H, W) in [0, 1], mean and std (C,) -> (x - mean) / std, the same in training and evaluation."""
-    return (x - mean[:, None, None]).div_(std[:, None, None])
+    return (x - mean[:, None, None]).mul_(1 / std[:, None, None])
 
 
 def preview(augment: Augment, data: DataSet, V: int, seed: int, path: Path, images: int = 8) -> None:

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from torch import Tensor
 from torch.testing import assert_close
 
 from ssl_runner import color, geometry
 from ssl_runner.draw import Draw
-from ssl_runner.views import Augment
+from ssl_runner.views import Augment, Policy
 
 B = 12
 FULL = {
@@ -70,6 +71,18 @@ def test_resized_crop_and_flip(size: tuple[int, int]) -> None:
     assert_close(geometry.resample(x, boxes, flip), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("own", "size"), [((20, 24), (20, 24)), ((20, 24), (9, 8)), ((32, 32), (16, 16)), ((12, 12), (17, 30))])
+def test_a_crop_to_any_size_is_torchvisions_with_antialias(own: tuple[int, int], size: tuple[int, int]) -> None:
+    """Boxes that shrink to the size, and boxes that grow."""
+    x, flip = images(size=own), draw(seed=1).coin(0.5)
+    boxes = geometry.random_boxes(draw(), *own, scale=(0.02, 1.0))
+    expected = one_by_one(lambda image, box: TF.resized_crop(image, *map(int, box), size, antialias=True), x, boxes)
+    expected[flip] = expected[flip].flip(-1)
+    assert_close(geometry.resample(x, boxes, flip, size=size), expected, atol=1e-5, rtol=0)
+    whole = TF.resize(x, list(size), antialias=True)
+    assert_close(geometry.resample(x, size=size), whole, atol=1e-5, rtol=0)
+
+
 def test_affine() -> None:
     x, d = images(), draw()
     angle, scale, shear = d.uniform(-60, 60), d.uniform(0.6, 1.5), d.uniform(-25, 25)
@@ -108,7 +121,8 @@ def test_jitter_takes_every_order_and_each_agrees_with_torchvision() -> None:
     d = draw(rows)
     brightness, contrast, saturation = (d.uniform(0.4, 1.6) for _ in range(3))
     hue, order, place = d.uniform(-0.2, 0.2), d.random(3).argsort(1), d.choice(4).sort().values
-    ours = color.color_jitter(x.clone(), torch.stack([brightness, contrast, saturation], 1), order, hue, place)
+    blends = color.blend_weights(torch.stack([brightness, contrast, saturation], 1), order)
+    ours = color.color_jitter(x.clone(), blends, color.hue_weights(hue), place)
     functions = [
         (color.adjust_brightness, brightness), (color.adjust_contrast, contrast),
         (color.adjust_saturation, saturation), (color.adjust_hue, hue),
@@ -124,6 +138,14 @@ def test_jitter_takes_every_order_and_each_agrees_with_torchvision() -> None:
         taken |= same
     assert taken.all()
     assert orders == 24
+
+
+def test_hue_all_around_the_circle() -> None:
+    """The corners, edges and grays of the colour cube, at turns where the channels change places and between."""
+    colors = torch.cartesian_prod(*3 * [torch.tensor([0.0, 0.2, 0.5, 1.0])]).T.view(3, 8, 8)
+    turns = torch.linspace(-0.5, 0.5, 61)
+    x = colors.expand(61, -1, -1, -1)
+    assert_close(color.adjust_hue(x, turns), one_by_one(TF.adjust_hue, x, turns), atol=1e-5, rtol=0)
 
 
 def test_jitter_leaves_the_rows_that_it_does_not_pick() -> None:
@@ -178,6 +200,60 @@ def test_every_row_has_its_own_randomness(operation: str) -> None:
         assert 0.4 < (outcome[:200] != outcome[200:]).float().mean() < 0.6
     else:
         assert distinct > (150 if operation in ("blur", "jitter") else 350)
+
+
+def test_coins_fall_as_often_as_told_and_independently() -> None:
+    """Of 8,000 rows each choice takes its share, within 4.5 deviations; so do both of two choices, of an image's two views, of
+    neighbouring rows, and every place of the hue among those that are jittered."""
+    n, p = 4000, {"jitter": 0.8, "grayscale": 0.2, "blur": 0.5, "solarize": 0.1}
+    chosen = Policy(**FULL | {"solarize": {"p": 0.1, "threshold": 0.5}}).draw(draw(2 * n), (8, 8), (8, 8)).choices
+    place = chosen.pop("place")
+    falls = {"jitter": place < 4, **chosen}
+    shares = [(falls[a], p[a]) for a in p]
+    shares += [(falls[a] & falls[b], p[a] * p[b]) for a in p for b in p if a < b]
+    shares += [(falls[a][:n] & falls[a][n:], p[a] ** 2) for a in p]
+    shares += [(falls[a][1::2] & falls[a][::2], p[a] ** 2) for a in p]
+    shares += [(place == k, p["jitter"] / 4) for k in range(4)]
+    for fell, share in shares:
+        assert abs(fell.float().mean() - share) < 4.5 * (share * (1 - share) / len(fell)) ** 0.5
+
+
+def test_no_two_rows_share_any_number() -> None:
+    numbers = Policy(**FULL).draw(draw(500), (32, 32), (32, 32)).numbers
+    numbers["boxes"] = torch.cat([numbers["rows"], numbers["columns"]], 1)
+    for name in ("boxes", "blends", "hues", "sigma"):
+        assert len(torch.unique(numbers[name].reshape(500, -1), dim=0)) > 480, name
+
+
+@pytest.mark.parametrize("block", [1, 3 * 16 * 16 * 7])
+def test_blocks_change_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    originals = torch.randint(0, 256, (15, 3, 16, 16), dtype=torch.uint8)
+    whole = augment(FULL, originals, 2)
+    monkeypatch.setattr("ssl_runner.views.BLOCK", block)
+    assert_close(augment(FULL, originals, 2), whole, atol=1e-6, rtol=0)
+
+
+AFFINE = {"degrees": 15, "translate": 0.1, "scale": [0.85, 1.15], "shear": 10}
+
+
+@pytest.mark.parametrize("size", [8, 16, 24])
+@pytest.mark.parametrize("settings", [FULL, {}, {"flip": 0.5}, {"affine": AFFINE}, {"affine": AFFINE} | FULL], ids=str)
+def test_views_of_another_size_are_those_of_the_own_size_made_smaller(settings: dict, size: int) -> None:
+    """Smooth images: what is made small at once is nearly what is shrunk afterwards, with the same random numbers."""
+    coarse = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    originals = (F.interpolate(coarse, size=32, mode="bicubic").clamp(0, 1) * 255).byte()
+    smooth = {name: value for name, value in settings.items() if name != "solarize"}
+    policy, mean, std = Augment({"all": smooth}), torch.zeros(3), torch.ones(3)
+    small = policy(originals, 2, mean, std, torch.Generator().manual_seed(3), size=size)
+    large = policy(originals, 2, mean, std, torch.Generator().manual_seed(3))
+    assert small.shape == (12, 3, size, size)
+    assert (small - TF.resize(large, [size, size], antialias=True)).abs().mean() < 0.03
+
+
+def test_a_size_without_crop_resizes_as_torchvision() -> None:
+    originals = torch.randint(0, 256, (5, 3, 20, 20), dtype=torch.uint8)
+    X = Augment({"all": {}})(originals, 2, torch.zeros(3), torch.ones(3), torch.Generator(), size=12)
+    assert_close(X, TF.resize(originals / 255, [12, 12], antialias=True).repeat(2, 1, 1, 1), atol=1e-5, rtol=0)
 
 
 def test_the_generator_alone_decides() -> None:
