@@ -52,7 +52,7 @@ class Symmetric:
     def __init__(self, Z: Tensor, GZ: Tensor, G: Relation | None = None):
         self.Z, self.GZ, self.K = Z, GZ, Z.shape[1]
         self.matrix = Z.new_empty(self.K, self.K)
-        self.pairs = isinstance(G, Views) and G.V == 2
+        self.pairs = type(G) is Views and G.V == 2  # a subclass may have a product of its own
 
     def stripes(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Rows k and columns m of the matrix, and what is there: a square block on the diagonal and all that is right of it."""
