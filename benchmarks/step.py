@@ -30,7 +30,10 @@ from ssl_runner.train import Pretraining, Watch
 BATCH, V, SIDE, WIDTH, K = 256, 2, 32, 512, 256
 LOSSES: dict[str, Callable[[], Loss]] = {"VICReg": VICReg, "SimCLR": SimCLR, "Barlow Twins": BarlowTwins}
 VIEWS = {"VICReg": "vicreg", "SimCLR": "simclr", "Barlow Twins": "barlow"}
-BACKBONES = {"convnet": backbone.convnet, "resnet18": partial(backbone.resnet, name="resnet18")}
+BACKBONES: dict[str, Callable[..., backbone.Backbone]] = {
+    "convnet": backbone.convnet,
+    "resnet18": partial(backbone.resnet, name="resnet18"),
+}
 
 
 class Ours:
@@ -43,12 +46,14 @@ class Ours:
         rows = np.arange(n)
         source = Source(images, torch.arange(n) % 10, [*"0123456789"], rows[: 3 * BATCH], rows[3 * BATCH :], rows[:0])
         data = dataset.load(lambda: source, "noise", 0.1, None, 0, "auto", device)
-        body = BACKBONES[name](3, SIDE).to(device, memory_format=torch.channels_last)
+        body: Any = BACKBONES[name](3, SIDE)
+        body.to(device, memory_format=torch.channels_last)
         head = projector.mlp(body.width, WIDTH, 2, K).to(device)
-        parts = [body, head, LOSSES[loss]()]
         self.training = Pretraining(
-            *parts,
-            optimizer.build(parts, torch.optim.AdamW, 1e-3, 1e-2),
+            body,
+            head,
+            LOSSES[loss](),
+            optimizer.build([body, head], torch.optim.AdamW, 1e-3, 1e-2),
             lambda step: 1e-3,
             data,
             instantiate(OmegaConf.load(CONF / "views" / f"{VIEWS[loss]}.yaml")),
@@ -115,14 +120,14 @@ class Ours:
 class Pictures(Dataset):
     """As many noise images, as PIL, with lightly's transform of each."""
 
-    def __init__(self, transform: Callable[[Image.Image], list[Tensor]]):
+    def __init__(self, transform: Callable[[Image.Image], Any]):
         self.transform = transform
         self.pixels = np.random.default_rng(0).integers(0, 256, (2 * BATCH, SIDE, SIDE, 3), dtype=np.uint8)
 
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def __getitem__(self, i: int) -> list[Tensor]:
+    def __getitem__(self, i: int) -> Any:
         return self.transform(Image.fromarray(self.pixels[i]))
 
 
