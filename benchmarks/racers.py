@@ -216,6 +216,9 @@ def stable_pretraining(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, 
         callbacks=[Watch()],
     )
     trainer.fit(module, loader)
+    if not clock.over:  # the schedule has ended before the time
+        clock.marks = [0.0]
+        clock.tick()
     return backbone.to(device), data
 
 

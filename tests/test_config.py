@@ -43,8 +43,6 @@ REFUSED = [
     ("epochs=2.5", "epochs is an integer >= 1"),
     ("views.sizes=16", "views.sizes=16: views.sizes is a list of integers >= 4, such as [16,24,32], or null"),
     ("views.sizes=[16,2]", "views.sizes=[16,2]: views.sizes is a list of integers >= 4"),
-    ("backbone=linear views.sizes=[16,28]", "views.sizes=[16,28]: this backbone takes no 16 x 16 pixels"),
-    ("backbone=linear solver=closed_form views.sizes=[28]", "views.sizes is for training"),
     ("compile=maybe", "compile=maybe: compile is true or false"),
     ("channels_last=1", "channels_last is true or false"),
     ("backbone.widths=8", "backbone.widths=8: backbone.widths is a list"),

@@ -140,7 +140,7 @@ def test_half_precision_computes_the_same_loss_and_learns(loss: Loss, precision:
     still.projector.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     assert_close(rows(still)[0]["loss"], rows(full)[0]["loss"], rtol=0.02, atol=0)
     assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float16}
-    training = small_scale(pretraining(loss, precision=precision, epochs=8))
+    training = small_scale(pretraining(loss, precision=precision, epochs=16))
     assert training.scaler.is_enabled() == (precision == "fp16")
     table = rows(training)
     assert table[-1]["loss"] < 0.95 * table[0]["loss"]
