@@ -214,7 +214,7 @@ class RidgeProbe:
         for rows, labels in zip(X.split(block), y.split(block), strict=True):
             rows = rows.to(dtype) - shift
             XX.addmm_(rows.T, rows)
-            YX.index_add_(0, labels, rows)
+            YX.addmm_(F.one_hot(labels, classes).to(dtype).T, rows)
         self.b = torch.bincount(y, minlength=classes) / n
         mean = YX.sum(0) / n
         self.mean = mean + shift

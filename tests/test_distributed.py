@@ -267,7 +267,7 @@ def looked_at() -> tuple[Tensor, list[dict], list[dict], list[dict]]:
     training = pretraining()
     network = training.backbone
     features = extract(network, training.data.train, training.data.mean, training.data.std, batch_size=7)
-    probes = list(probe("backbone", network, training.data, ["linear", "knn"], score_test=True))
+    probes = list(probe("backbone", network, training.data, ["linear", "knn", "ridge"], score_test=True))
     training.relation.bind(training.data.pretrain.labels)
     settings = {"V": 2, "images": 30, "seed": 0, "fixed": False}
     looks = Diagnostics(training.data, training.augment, relate.Neighbors(2), training.loss, **settings)
