@@ -1,4 +1,4 @@
-"""Random views, uint8 images to normalised float32, on one core: ours, torchvision on PIL images one by one, kornia in batches."""
+"""Random views, from uint8 images to normalised float32: ours, torchvision on PIL one image at a time, kornia in batches."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -48,7 +48,7 @@ def compare(name: str, size: int, device: torch.device, full: bool) -> list[dict
     agree(tools["ours"], tools["torchvision on PIL"], batch)
     part = {"ours": 1, "torchvision on PIL": 16, "kornia": 4 if device.type == "cpu" else 1}  # each turn takes about as long
     counts = {tool: max(4, batch // part[tool]) for tool in tools}
-    work = {tool: partial(make, counts[tool]) for tool, make in tools.items()}
+    work: dict[str, measure.Work] = {tool: partial(make, counts[tool]) for tool, make in tools.items()}
     times = measure.interleaved(work, device, budget=20.0 if full else 8.0)
     each = {tool: taken / counts[tool] for tool, taken in times.items()}
     ratio = measure.versus(each)
@@ -71,6 +71,10 @@ def kernel(size: int) -> int:
     return max(3, size // 20 * 2 + 1)
 
 
+def strengths(jitter: Mapping[str, float]) -> tuple[float, float, float, float]:
+    return jitter["brightness"], jitter["contrast"], jitter["saturation"], jitter["hue"]
+
+
 def ours(settings: Mapping[str, Any], images: Tensor) -> Make:
     augment, generator = Augment({"all": settings}), torch.Generator(images.device).manual_seed(0)
     mean, std = (torch.tensor(numbers, device=images.device) for numbers in (MEAN, STD))
@@ -79,11 +83,10 @@ def ours(settings: Mapping[str, Any], images: Tensor) -> Make:
 
 def torchvision_on_pil(settings: Mapping[str, Any], images: Tensor, device: torch.device) -> Make:
     size, jitter = images.shape[-1], settings["jitter"]
-    strengths = [jitter[name] for name in ("brightness", "contrast", "saturation", "hue")]
     steps = [
         T.RandomResizedCrop(size, scale=settings["crop"]["scale"]),
         T.RandomHorizontalFlip(settings["flip"]),
-        T.RandomApply([T.ColorJitter(*strengths)], p=jitter["p"]),
+        T.RandomApply([T.ColorJitter(*strengths(jitter))], p=jitter["p"]),
         T.RandomGrayscale(settings["grayscale"]),
     ]
     if blur := settings.get("blur"):
@@ -97,11 +100,10 @@ def torchvision_on_pil(settings: Mapping[str, Any], images: Tensor, device: torc
 
 def in_kornia(settings: Mapping[str, Any], images: Tensor) -> Make:
     size, jitter = images.shape[-1], settings["jitter"]
-    strengths = [jitter[name] for name in ("brightness", "contrast", "saturation", "hue")]
     steps = [
-        K.RandomResizedCrop((size, size), scale=settings["crop"]["scale"], cropping_mode="resample", align_corners=False),
+        K.RandomResizedCrop((size, size), scale=settings["crop"]["scale"]),
         K.RandomHorizontalFlip(p=settings["flip"]),
-        K.ColorJitter(*strengths, p=jitter["p"]),
+        K.ColorJitter(*strengths(jitter), p=jitter["p"]),
         K.RandomGrayscale(p=settings["grayscale"]),
     ]
     if blur := settings.get("blur"):
