@@ -1,1 +1,1 @@
-"""Benchmarks beside the tools that users would else take: `scripts/bench`. Figures are for docs/performance.md; no test times anything."""
+"""Benchmarks beside the tools that users would else take: `scripts/bench`, whose figures are in docs/performance.md."""

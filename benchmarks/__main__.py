@@ -17,6 +17,7 @@ GROUPS = {
     "probe": "the linear probes: SGD as the peers do it, scikit-learn",
     "startup": "from the shell to the first step",
     "growth": "time and memory against N, K, V, image and data-set size",
+    "paper": "FLOPs and bytes of a step of resnet18 at batch 512, counted, and the floor that they set on an H100",
     "race": "accuracy against seconds of training: lightly, stable-pretraining",
 }
 

@@ -31,7 +31,7 @@ class Traffic:
 
     def __init__(self) -> None:
         self.payload = self.sent = 0.0
-        for name, passes in (("all_reduce", 2), ("all_gather_into_tensor", 1), ("reduce_scatter_tensor", 1)):
+        for name, passes in (("all_reduce", 2), (distributed.ALL_GATHER, 1), (distributed.REDUCE_SCATTER, 1)):
             setattr(dist, name, self.counting(getattr(dist, name), passes))
 
     def counting(self, collective: Callable[..., Any], passes: int) -> Callable[..., Any]:

@@ -4,7 +4,6 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -52,6 +51,8 @@ def resnet(channels: int, image_size: int, name: str, weights: str | None = None
 
 def from_timm(channels: int, image_size: int, name: str, **settings: Any) -> Backbone:
     """Any timm model by name, without its classifier; `settings` go to timm.create_model. ValueError for an unknown name."""
+    import timm  # all its models, a second that no other backbone needs
+
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

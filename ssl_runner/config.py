@@ -355,6 +355,11 @@ def check_values(config: DictConfig) -> None:
         values = OmegaConf.select(config, key)
         if not isinstance(values, ListConfig) or not values or not set(values) <= set(accepted) or len(set(values)) < len(values):
             raise Refused(f"{key}={shown(values)}: {key} is a list of different ones of {', '.join(accepted)}")
+    sizes = config.views.sizes
+    if sizes is not None and not (
+        isinstance(sizes, ListConfig) and sizes and all(Rule(int, low=4).accepts(size) for size in sizes)
+    ):
+        raise Refused(f"views.sizes={shown(sizes)}: views.sizes is a list of integers >= 4, such as [16,24,32], or null")
     if "backbone" not in config.probe.features:
         raise Refused(f"probe.features={shown(config.probe.features)} lacks backbone, whose accuracy is the run's result: add it")
     if config.optimizer.warmup_epochs > config.epochs:

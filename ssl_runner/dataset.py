@@ -12,6 +12,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from ssl_runner.errors import Refused
+from ssl_runner.relation import copied
 
 MEMORY_SHARE = 0.5  # of the free memory that the images may take before they stay on the host
 
@@ -56,7 +57,7 @@ class Images:
         Images that are not resident are gathered and copied by a thread, one batch ahead of the step that needs them.
         """
         if self.resident:
-            for rows in self.rows[order].to(device).split(batch_size):
+            for rows in copied(self.rows[order], device).split(batch_size):
                 yield self.images[rows], self.labels[rows]
             return
         chunks = self.rows[order].split(batch_size)

@@ -25,6 +25,10 @@ TIMEOUT = timedelta(hours=1)  # a process that waits so long for the others give
 LOOK = 1.0  # seconds between looks at whether another process has failed
 GRACE = 10.0  # seconds that a process then has to end by itself
 
+# torch 2.14 gives these two another name, and warns of the old one
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 
@@ -281,7 +285,7 @@ def gathered(x: Tensor) -> Tensor:
     if size() == 1:
         return x
     out = x.new_empty(size() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.detach().contiguous())
+    getattr(dist, ALL_GATHER)(out, x.detach().contiguous())
     return out
 
 
@@ -290,7 +294,7 @@ def scattered(x: Tensor) -> Tensor:
     if size() == 1:
         return x
     out = x.new_empty(len(x) // size(), *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.detach().contiguous())
+    getattr(dist, REDUCE_SCATTER)(out, x.detach().contiguous())
     return out
 
 

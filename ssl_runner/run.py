@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ssl_runner import checkpoint, closed_form, dataset, distributed, linear, optimizer, replica
 from ssl_runner.backbone import Backbone, LinearBackbone
 from ssl_runner.closed_form import ClosedForm, MomentsGap
-from ssl_runner.config import check_values, identity, one_line
+from ssl_runner.config import check_values, identity, one_line, shown
 from ssl_runner.dataset import DataSet
 from ssl_runner.diagnostics import COLUMNS, Diagnostics
 from ssl_runner.errors import Refused
@@ -68,7 +68,7 @@ def prepare(cfg: DictConfig, data: DataSet | None = None, weights: bool = True) 
     loss = build("loss", cfg.loss).to(device)
     relation = build("relation", cfg.relation)
     check_linear(cfg, loss, relation)
-    augment = build("views", cfg.views, without=("preview",))
+    augment = build("views", cfg.views, without=("preview", "sizes"))
     algorithm = build("optimizer", cfg.optimizer, without=OPTIMIZER_OPTIONS, partial=True)
     if data is None:
         source = build("dataset", cfg.dataset, without=DATASET_OPTIONS, partial=True)
@@ -92,6 +92,7 @@ def prepare(cfg: DictConfig, data: DataSet | None = None, weights: bool = True) 
         closed_form.parts(backbone, projector)
     if cfg.diagnostics.moments and (not isinstance(backbone, LinearBackbone) or count(projector)):
         raise Refused("diagnostics.moments is for a linear model: use backbone=linear projector=identity, or set it to 0")
+    check_sizes(cfg, backbone, data)
     modules = [backbone, projector, loss]
     return Prepared(
         device=device,
@@ -136,9 +137,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
             solver.load_state_dict(checkpoint.load(begun))
         metrics.keep(solver.epoch)
         probes.keep(solver.epoch)
-        if cfg.compile:
-            backbone.compile()
-            projector.compile()
+        if cfg.compile:  # what is trained, whose shapes stay; probes and diagnostics run the same modules as they are
+            (solver.network if isinstance(solver, Pretraining) else backbone).compile(dynamic=False)
         record.note(
             device=torch.cuda.get_device_name(stages.device) if stages.device.type == "cuda" else str(stages.device),
             precision=stages.precision,
@@ -249,6 +249,7 @@ def build_solver(
         channels_last=cfg.channels_last,
         separate=cfg.views_forward == "separate",
         seed=cfg.seed,
+        sizes=cfg.views.sizes or (None,),
         preemption=preemption,
         save=save,
     )
@@ -304,6 +305,23 @@ def check_linear(cfg: DictConfig, loss: Loss, relation: BatchRelation) -> None:
         raise Refused(f"{asked}: {type(loss).__name__} has no closed linear form; vicreg, simclr, simclr_squared and barlow have")
     if relation.reaches_beyond:
         raise Refused(f"{asked} relates rows of one batch: set relation.queue=0")
+
+
+def check_sizes(cfg: DictConfig, backbone: Backbone, data: DataSet) -> None:
+    """Refuses sizes of views that the backbone does not take, or that a run without training would ignore."""
+    if cfg.views.sizes is None:
+        return
+    if cfg.solver.name == "closed_form":
+        raise Refused("views.sizes is for training: leave it out with solver=closed_form")
+    modes = {module: module.training for module in backbone.modules()}
+    for size in dict.fromkeys(cfg.views.sizes):
+        try:
+            with torch.no_grad():
+                backbone.eval()(torch.zeros(1, data.channels, size, size, device=data.mean.device))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise Refused(f"views.sizes={shown(cfg.views.sizes)}: this backbone takes no {size} x {size} pixels") from error
+    for module, mode in modes.items():
+        module.training = mode
 
 
 def check_fit(cfg: DictConfig, data: DataSet, relation: BatchRelation) -> None:

@@ -4,7 +4,7 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,9 @@ class Pretraining:
     and the sums that the epoch's row will be made of. It is saved at the end of every epoch's steps, before the row is made,
     every ten minutes, and where `preemption` asks the run to end: that is then Preempted.
 
+    `sizes` are the pixels a side of the views, each for an equal part of the steps (None: the images' own). Small ones first make
+    most steps cheap (progressive resolution).
+
     Several processes hold equal parts of each batch and the same weights; what is said here of a batch is said of all its parts.
     """
 
@@ -62,6 +65,7 @@ class Pretraining:
         channels_last: bool,
         separate: bool,
         seed: int,
+        sizes: Sequence[int | None] = (None,),
         preemption: Preemption | None = None,
         save: Callable[[dict[str, Any]], None] = lambda state: None,
     ):
@@ -78,6 +82,7 @@ class Pretraining:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.chunks = V if separate else 1
+        self.sizes = sizes
         self.order_generator = torch.Generator().manual_seed(seed)
         self.view_generator = torch.Generator(self.device).manual_seed(seed)
         self.steps_per_epoch = len(data.pretrain) // batch_size
@@ -174,9 +179,10 @@ class Pretraining:
 
     def _step(self, images: Tensor, batch: Batch, lr: float, watch: "Watch") -> dict[str, Tensor]:
         """One step on a batch; returns the loss and its terms, on the device. Nothing in here waits for the device,
-        but for fp16's scaler, which must know whether the gradients overflowed."""
+        but for fp16's scaler where the optimiser is not a fused one, which looks itself whether the gradients overflowed."""
         part, parts = distributed.rank(), distributed.size()
-        X = self.augment(images, self.V, self.data.mean, self.data.std, self.view_generator, part, parts)
+        size = self.sizes[self.step * len(self.sizes) // (self.total_epochs * self.steps_per_epoch)]
+        X = self.augment(images, self.V, self.data.mean, self.data.std, self.view_generator, part, parts, size=size)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
             Z = torch.cat([self.network(x.contiguous(memory_format=self.memory_format)) for x in X.chunk(self.chunks)])
         if self.divided:
@@ -317,10 +323,18 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """`auto` is bf16 on a GPU that has it, else fp16 on CUDA, else fp32. Refused when the device cannot compute in it."""
+    """`auto` is bf16 on a GPU or a CPU that has instructions for it, else fp16 on CUDA, else fp32. Refused when the device cannot
+    compute in it. A CPU without such instructions emulates bf16, an order of magnitude slower than it computes in fp32."""
     bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     if precision == "auto":
-        return "fp32" if device.type != "cuda" else "bf16" if bf16 else "fp16"
+        native = bf16_instructions() if device.type == "cpu" else bf16
+        return "bf16" if native else "fp16" if device.type == "cuda" else "fp32"
     if (precision == "bf16" and not bf16) or (precision == "fp16" and device.type == "mps"):
         raise Refused(f"precision={precision}: {device} does not support it; precision=auto takes what does")
     return precision
+
+
+def bf16_instructions() -> bool:
+    """Whether this CPU multiplies in bf16 (AVX-512 BF16 or AMX, as torch >= 2.11 tells; False where it does not)."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

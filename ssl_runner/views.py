@@ -1,25 +1,28 @@
 """Batched augmentation: uint8 originals (n, C, H, W) -> X (V n, C, H, W), view-major, with fresh randomness for every row.
 
-Every operation is a pure tensor function on the device of its input, takes one parameter a row, and agrees with
-torchvision.transforms.functional on one image with the same parameters. Images are float in [0, 1] until normalised, last.
+First all random numbers are drawn, for all rows; then the rows are made, a block at a time. Every operation is a pure tensor
+function on the device of its input, takes one parameter a row, and agrees with torchvision.transforms.functional on one image
+with the same parameters (`geometry`, `color`). Images are float in [0, 1] until normalised, last.
 """
 
 import math
-from collections.abc import Mapping, Sequence, Set
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
+from ssl_runner.color import blend_weights, color_jitter, hue_weights, luma, solarize
 from ssl_runner.dataset import DataSet
+from ssl_runner.draw import Draw, Drawn
+from ssl_runner.geometry import box_sums, gaussian_blur, random_affines, random_boxes, resample, sum_both, whole
 from ssl_runner.relation import copied
 
-GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision
+BLOCK = 2**18  # numbers: on a CPU, rows are made so many at a time that they stay in a core's cache
+SUMS = ("rows", "row_weights", "columns", "column_weights")  # what makes a crop, flip or change of size of an image
 
 
 class Augment:
@@ -37,37 +40,50 @@ class Augment:
                 raise ValueError(f"views.policies.{name}: {error}") from error
 
     def __call__(
-        self, images: Tensor, V: int, mean: Tensor, std: Tensor, generator: torch.Generator, part: int = 0, parts: int = 1
+        self,
+        images: Tensor,
+        V: int,
+        mean: Tensor,
+        std: Tensor,
+        generator: torch.Generator,
+        part: int = 0,
+        parts: int = 1,
+        size: int | None = None,
     ) -> Tensor:
-        """images (n, C, H, W) uint8 -> V views of each, normalised: (V n, C, H, W) float32, row v n + k a view of image k.
+        """images (n, C, H, W) uint8 -> V views of each, normalised: (V n, C, H, W) float32, row v n + k a view of image k; or
+        views of `size` x `size` pixels.
 
         Where the images are one of several equal parts of a batch, their views are those that they have in the whole batch: all
         random numbers are drawn for all rows, and the images' own are used.
         """
-        n, device = len(images), images.device
-        X = torch.empty(V, *images.shape, device=device)
+        n, C, H, W = images.shape
+        height, width = (size, size) if size else (H, W)
+        X = torch.empty(V * n, C, height, width, device=images.device)
+        block = max(1, BLOCK // (C * max(H * W, height * width))) if images.device.type == "cpu" else max(1, V * n)
         for which, policy in enumerate(self.policies[:V]):
-            views = X[which :: len(self.policies)]
-            draw = Draw(len(views) * n * parts, device, generator)
-            order = draw.shuffled()
-            view, image = order // (n * parts), order % (n * parts)
-            if parts > 1:
-                draw.choose((image // n == part).nonzero()[:, 0])
-                view, image = view[draw.places], image[draw.places] - part * n
-            view, image = copied(view, device), copied(image, device)
-            views[view, image] = normalize(policy(to_unit(images[image]), draw), mean, std)
-        return X.flatten(0, 1)
+            v = torch.arange(which, V, len(self.policies))
+            drawn = policy.draw(Draw(len(v) * parts * n, images.device, generator), (H, W), (height, width))
+            own = torch.arange(len(v) * parts * n).view(len(v), parts, n)[:, part].flatten()
+            if policy.jitter:  # rows that treat the hue alike stand together
+                own = own[drawn.choices["place"][own].argsort(stable=True)]
+            for rows in own.split(block):
+                view, image = v[rows // (parts * n)], rows % n
+                x = to_unit(images.index_select(0, copied(image, images.device)))
+                x = policy(x, drawn.of(rows, images.device), (height, width))
+                X.index_copy_(0, copied(view * n + image, images.device), normalize(x, mean, std))
+        return X
 
 
 class Policy:
     """How one view is made; an operation that is not named is left out.
 
-    crop      settings of `random_boxes`: a box, resized to the image's size
+    crop      settings of `random_boxes`: a box, resized to the view's size
     affine    settings of `random_affines`, black outside the image
     flip      probability of a left-right flip
-    jitter    settings of `color_jitter`
+    jitter    p, and the strengths of brightness, contrast, saturation and hue: factors are uniform in
+              [max(0, 1 - strength), 1 + strength], the hue turns by up to +-strength; all four in a random order
     grayscale probability of losing colour
-    blur      p, sigma: [low, high] in pixels, kernel: side in pixels, odd, by default a tenth of the image's
+    blur      p, sigma: [low, high] and kernel: side, odd, by default a tenth of the image's, both in pixels of the image
     solarize  p, threshold in [0, 1]
 
     Crop, affine and flip are one resampling. Images of one channel have no saturation, hue or colour to lose.
@@ -96,23 +112,70 @@ class Policy:
         if blur and blur.get("kernel", 1) % 2 != 1:
             raise ValueError(f"blur.kernel={blur['kernel']} is not an odd number of pixels")
 
-    def __call__(self, x: Tensor, draw: "Draw") -> Tensor:
-        """x (B, C, H, W) float in [0, 1], the chosen rows of `draw` -> one random view of each, float in [0, 1]."""
-        if self.crop or self.affine or self.flip:
-            boxes = random_boxes(draw, *x.shape[-2:], **self.crop) if self.crop else None
-            matrices = random_affines(draw, *x.shape[-2:], **self.affine) if self.affine else None
-            x = resample(x, boxes, draw.coin(self.flip) if self.flip else None, matrices)
+    def draw(self, draw: Draw, own: tuple[int, int], size: tuple[int, int]) -> Drawn:
+        """Everything random about some views of the given size of images of size `own`."""
+        numbers: dict[str, Tensor] = {}
+        choices: dict[str, Tensor] = {}
+        boxes = random_boxes(draw, *own, **self.crop) if self.crop else whole(draw.rows, *own, draw.device)
+        flip = draw.random() < self.flip
+        if self.affine:
+            numbers |= {"boxes": boxes, "flip": flip, "matrices": random_affines(draw, *own, **self.affine)}
+        elif self.crop or self.flip or own != size:
+            numbers |= dict(zip(SUMS, box_sums(boxes, flip, own, size), strict=True))
         if self.jitter:
-            x = color_jitter(x, draw, **self.jitter)
-        if self.grayscale and x.shape[1] == 3:
-            x = torch.where(column(draw.coin(self.grayscale)), luma(x), x)
+            strengths = [self.jitter.get(name, 0.0) for name in ("brightness", "contrast", "saturation")]
+            factors = torch.stack([draw.uniform(max(0, 1 - s), 1 + s) for s in strengths], 1)
+            numbers["blends"] = blend_weights(factors, draw.random(3).argsort(1))
+            hue = self.jitter.get("hue", 0.0)
+            numbers["hues"] = hue_weights(draw.uniform(-hue, hue))
+            choices["place"] = torch.where(draw.coin(self.jitter.get("p", 1.0)), draw.choice(4), 4)
+        if self.grayscale:
+            choices["grayscale"] = draw.coin(self.grayscale)
         if self.blur:
-            kernel = self.blur.get("kernel") or max(3, min(x.shape[-2:]) // 20 * 2 + 1)
-            blurred = gaussian_blur(x, draw.uniform(*self.blur["sigma"]), kernel)
-            x = torch.where(column(draw.coin(self.blur["p"])), blurred, x)
+            low, high = (sigma * size[1] / own[1] for sigma in self.blur["sigma"])
+            numbers["sigma"] = draw.uniform(low, high)
+            choices["blur"] = draw.coin(self.blur["p"])
         if self.solarize:
-            x = torch.where(column(draw.coin(self.solarize["p"])), solarize(x, self.solarize["threshold"]), x)
+            choices["solarize"] = draw.coin(self.solarize["p"])
+        return Drawn(numbers, choices)
+
+    def __call__(self, x: Tensor, drawn: Drawn, size: tuple[int, int]) -> Tensor:
+        """x (B, C, H, W) float in [0, 1], changed in place, and what was drawn for it, `place` ascending -> one view of each, of
+        the given size, float in [0, 1]."""
+        C, _, width = x.shape[1:]
+        share = size[1] / width
+        numbers, choices = drawn.numbers, drawn.choices
+        if self.affine:
+            x = resample(x, numbers["boxes"], numbers["flip"], numbers["matrices"], size)
+        elif "rows" in numbers:
+            x = sum_both(x, *(numbers[name] for name in SUMS))
+        if self.jitter:
+            hues = numbers["hues"] if self.jitter.get("hue") and C == 3 else None
+            x = color_jitter(x, numbers["blends"], hues, choices["place"])
+        if self.grayscale and C == 3:
+            x = where(choices["grayscale"], x, lambda y: luma(y).repeat(1, 3, 1, 1))
+        if self.blur:
+            kernel = odd(share * self.blur["kernel"]) if "kernel" in self.blur else max(3, odd(min(size) / 10))
+            x = where(choices["blur"], x, lambda y, sigma: gaussian_blur(y, sigma, kernel), numbers["sigma"])
+        if self.solarize:
+            threshold = self.solarize["threshold"]
+            x = where(choices["solarize"], x, lambda y: solarize(y, threshold))
         return x
+
+
+def odd(pixels: float) -> int:
+    """A number of pixels as the side of a kernel with a middle: 4 and 5.9 -> 5, 6 -> 7."""
+    return int(pixels / 2) * 2 + 1
+
+
+def where(chosen: Tensor, x: Tensor, operation: Callable[..., Tensor], *numbers: Tensor) -> Tensor:
+    """x with the operation on the chosen rows, (B,) bool on the host, and their numbers (B,); changes x in place."""
+    if chosen.all():
+        return operation(x, *numbers)
+    rows = copied(chosen.nonzero()[:, 0], x.device)
+    if len(rows):
+        x.index_copy_(0, rows, operation(x.index_select(0, rows), *(number.index_select(0, rows) for number in numbers)))
+    return x
 
 
 def check_settings(
@@ -141,235 +204,14 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-class Draw:
-    """Random numbers for each of some rows, on the device, from the run's generator. They are drawn for all rows, in whatever
-    order these stand; after `choose`, those of the chosen rows are given."""
-
-    def __init__(self, rows: int, device: torch.device, generator: torch.Generator):
-        self.rows, self.device, self.generator = rows, device, generator
-        self.places = torch.arange(0)  # of the chosen rows, ascending, on the host
-        self.chosen: Tensor | None = None  # the same on the device
-
-    def choose(self, places: Tensor) -> None:
-        self.places, self.chosen = places, copied(places, self.device)
-
-    def shuffled(self) -> Tensor:
-        """A random order of all rows, on the host, which waits for no device: there a generator's state says what was drawn."""
-        generator = self.generator
-        if self.device.type != "cpu":
-            generator = torch.Generator().manual_seed(crc32(self.generator.get_state().numpy().tobytes()))
-        return torch.randperm(self.rows, generator=generator)
-
-    def random(self, *after: int, before: tuple[int, ...] = ()) -> Tensor:
-        """Uniform in [0, 1): (*before, rows, *after)."""
-        numbers = torch.rand(*before, self.rows, *after, device=self.device, generator=self.generator)
-        return numbers if self.chosen is None else numbers.index_select(len(before), self.chosen)
-
-    def uniform(self, low: float, high: float) -> Tensor:
-        return low + (high - low) * self.random()
-
-    def coin(self, p: float) -> Tensor:
-        return self.random() < p
-
-    def quarters(self) -> list[slice]:
-        """The chosen rows that are in each quarter of all."""
-        ends = [self.rows * q // 4 for q in range(5)]
-        if self.chosen is not None:
-            ends = torch.searchsorted(self.places, torch.tensor(ends)).tolist()
-        return [slice(start, end) for start, end in pairwise(ends)]
-
-
 def to_unit(images: Tensor) -> Tensor:
     """uint8 -> float32 in [0, 1]."""
-    return images.float() / 255
+    return images.float().mul_(1 / 255)
 
 
 def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """x (B, C, H, W) in [0, 1], mean and std (C,) -> (x - mean) / std, the same in training and evaluation."""
-    return (x - mean[:, None, None]) / std[:, None, None]
-
-
-def column(v: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1), to act on images."""
-    return v[:, None, None, None]
-
-
-# --- geometry: one bilinear resampling ---------------------------------------------------------------------------------------
-
-
-def random_boxes(draw: Draw, height: int, width: int, scale: Sequence[float], ratio: Sequence[float] = (3 / 4, 4 / 3)) -> Tensor:
-    """Boxes (B, 4) of whole pixels: top, left, height, width, drawn as torchvision's RandomResizedCrop draws them: a share of
-    the area uniform in `scale`, width to height log-uniform in `ratio`; of ten tries the first that fits, else the whole image.
-    """
-    tries = 10
-
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * draw.random(before=(tries,))
-
-    area = height * width * uniform(*scale)
-    aspect = uniform(math.log(ratio[0]), math.log(ratio[1])).exp()
-    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
-    first = fits.int().argmax(0, keepdim=True)
-    found = fits.any(0)
-    w = torch.where(found, w.gather(0, first)[0], width)
-    h = torch.where(found, h.gather(0, first)[0], height)
-    top, left = ((size + 1 - side) * draw.uniform(0, 1) for size, side in ((height, h), (width, w)))
-    return torch.stack([top.floor(), left.floor(), h, w], 1)
-
-
-def random_affines(
-    draw: Draw,
-    height: int,
-    width: int,
-    degrees: float = 0.0,
-    translate: float = 0.0,
-    scale: Sequence[float] = (1.0, 1.0),
-    shear: float = 0.0,
-) -> Tensor:
-    """Inverse affine matrices (B, 2, 3): an angle in +-`degrees`, a shift by whole pixels of up to the share `translate` of the
-    side, a factor in `scale`, a shear along x in +-`shear` degrees."""
-    return affine_matrices(
-        draw.uniform(-degrees, degrees),
-        (draw.uniform(-translate, translate) * width).round(),
-        (draw.uniform(-translate, translate) * height).round(),
-        draw.uniform(*scale),
-        draw.uniform(-shear, shear),
-    )
-
-
-def affine_matrices(angle: Tensor, right: Tensor, down: Tensor, scale: Tensor, shear: Tensor) -> Tensor:
-    """Angle and x-shear in degrees, shift in pixels, scale, each (B,) -> (B, 2, 3): output to input pixel, about the centre.
-
-    The inverse of torchvision's RSS: x -> shift + scale R(angle) Shear(shear) x.
-    """
-    angle, shear = angle.deg2rad(), shear.deg2rad()
-    a, b = angle.cos(), -(angle.cos() * shear.tan() + angle.sin())
-    c, d = angle.sin(), -(angle.sin() * shear.tan() - angle.cos())
-    inverse = torch.stack([d, -b, -c, a], 1).view(-1, 2, 2) / scale[:, None, None]  # the determinant of a, b, c, d is 1
-    shift = -inverse @ torch.stack([right, down], 1)[:, :, None]
-    return torch.cat([inverse, shift], 2)
-
-
-def resample(x: Tensor, boxes: Tensor | None = None, flip: Tensor | None = None, matrices: Tensor | None = None) -> Tensor:
-    """One bilinear look-up for crop, flip and affine: output pixel -> flipped -> inside the box -> through the matrix -> input.
-
-    x (B, C, H, W); boxes (B, 4) top, left, height, width; flip (B,) bool; matrices (B, 2, 3) about the image's centre.
-    A crop alone reads nothing outside its box (torchvision's resized_crop); an affine reads black outside the image.
-    """
-    B, _, H, W = x.shape
-    down = torch.arange(H, device=x.device).add(0.5).expand(B, H)  # pixel centres, in pixels from the image's corner
-    right = torch.arange(W, device=x.device).add(0.5).expand(B, W)
-    if flip is not None:
-        right = torch.where(flip[:, None], W - right, right)
-    if boxes is not None:
-        top, left, h, w = boxes[:, :, None].unbind(1)
-        down, right = down * (h / H), right * (w / W)
-        if matrices is None:
-            down, right = down.clamp(min=0.5).minimum(h - 0.5), right.clamp(min=0.5).minimum(w - 0.5)
-        down, right = down + top, right + left
-    down, right = down - H / 2, right - W / 2
-    if matrices is None:
-        across, along = right[:, None, :].expand(B, H, W), down[:, :, None].expand(B, H, W)
-    else:
-        m = matrices[:, :, :, None, None]
-        across, along = (m[:, r, 0] * right[:, None, :] + m[:, r, 1] * down[:, :, None] + m[:, r, 2] for r in (0, 1))
-    grid = torch.stack([across / (W / 2), along / (H / 2)], -1)
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-
-
-# --- colour: x in [0, 1], one factor a row ------------------------------------------------------------------------------------
-
-
-def blend(x: Tensor, reference: Tensor, factor: Tensor) -> Tensor:
-    """factor x + (1 - factor) reference, clamped to [0, 1]; x (B, C, H, W), factor (B,)."""
-    return torch.lerp(reference, x, column(factor)).clamp_(0, 1)
-
-
-def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return blend(x, torch.zeros_like(x[:, :1]), factor)
-
-
-def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    return blend(x, luma(x).mean((1, 2, 3), keepdim=True), factor)
-
-
-def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    return blend(x, luma(x), factor)
-
-
-def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """x (B, 3, H, W), turns (B,) in [-0.5, 0.5] of the colour circle. Value and chroma of a pixel stay, its hue h turns: each
-    channel is value - chroma * clip(min(k, 4 - k), 0, 1), with k = (n + 6 h) mod 6 and n = 5, 3, 1 for red, green, blue."""
-    r, g, b = x.unbind(1)
-    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
-    safe = torch.where(chroma > 0, chroma, 1)
-    sixths = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    n = torch.arange(5, 0, -2, device=x.device)[:, None, None]  # made on the device: a copy would wait for it
-    k = (sixths + 6 * turns[:, None, None])[:, None].add(n).remainder_(6)
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
-
-
-def color_jitter(
-    x: Tensor,
-    draw: Draw,
-    p: float = 1.0,
-    brightness: float = 0.0,
-    contrast: float = 0.0,
-    saturation: float = 0.0,
-    hue: float = 0.0,
-) -> Tensor:
-    """With probability p a row: brightness, contrast, saturation and hue by random factors, in a random order.
-
-    Factors are uniform in [max(0, 1 - strength), 1 + strength], the hue's in [-hue, hue] turns. Brightness, contrast and
-    saturation are one blend with a row's own reference, so every row has its own order of them; the hue comes first, second,
-    third or last by quarters of the rows, which `Augment` shuffles. No step waits for the device, and none is computed twice.
-    """
-    x, on = x.clone(), draw.coin(p)
-    strengths = (brightness, contrast, saturation)
-    factors = torch.stack([torch.where(on, draw.uniform(max(0, 1 - s), 1 + s), 1) for s in strengths], 1)
-    turns = torch.where(on, draw.uniform(-hue, hue), 0)
-    order = draw.random(3).argsort(1)
-    for place, rows in enumerate(draw.quarters()):
-        if hue and x.shape[1] == 3:
-            x[rows] = adjust_hue(x[rows], turns[rows])
-        if place < 3:
-            which = order[:, place]
-            gray = luma(x)
-            contrasted, saturated = column(which == 1), column(which == 2)
-            reference = saturated * gray + contrasted * gray.mean((1, 2, 3), keepdim=True)
-            x = blend(x, reference, factors.gather(1, which[:, None])[:, 0])
-    return x
-
-
-def luma(x: Tensor) -> Tensor:
-    """x (B, 3, H, W) -> (B, 1, H, W); one-channel images are their own luma."""
-    if x.shape[1] == 1:
-        return x
-    r, g, b = x.split(1, dim=1)
-    return GRAY[0] * r + GRAY[1] * g + GRAY[2] * b
-
-
-def solarize(x: Tensor, threshold: float) -> Tensor:
-    """Values at or above the threshold are inverted."""
-    return torch.where(x >= threshold, 1 - x, x)
-
-
-def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
-    """x (B, C, H, W), sigma (B,) in pixels, an odd kernel side; mirrored edges, as torchvision's. Two products with a small
-    matrix a row, B_y x B_x', since a blur is linear and separable."""
-    if kernel // 2 >= min(x.shape[-2:]):
-        raise ValueError(f"blur.kernel={kernel} reaches over images of {x.shape[-1]} x {x.shape[-2]} pixels: give a smaller one")
-    offsets = torch.arange(kernel, device=x.device) - kernel // 2
-    weights = (-(offsets**2) / (2 * sigma[:, None] ** 2)).exp()
-    weights = weights / weights.sum(1, keepdim=True)
-    blurs = []
-    for side in x.shape[-2:]:
-        pixels = torch.arange(side, device=x.device)[:, None] + offsets  # (side, kernel), mirrored at both ends
-        pixels = side - 1 - (side - 1 - pixels.abs()).abs()
-        matrix = torch.zeros(len(x), side, side, device=x.device)
-        blurs.append(matrix.scatter_add_(2, pixels.expand(len(x), -1, -1), weights[:, None].expand(-1, side, -1)))
-    return blurs[0][:, None] @ x @ blurs[1][:, None].mT
+    return (x - mean[:, None, None]).mul_(1 / std[:, None, None])
 
 
 def preview(augment: Augment, data: DataSet, V: int, seed: int, path: Path, images: int = 8) -> None:

@@ -16,7 +16,7 @@ from ssl_runner import cli
 
 TINY = (
     "epochs=2 dataset.subset=200 batch_size=50 backbone.widths=[8,16] projector.width=16 projector.K=8"
-    " probe.probes=[knn] probe.features=[backbone] device=cpu"
+    " probe.probes=[knn] probe.features=[backbone] device=cpu precision=fp32"
 )
 
 

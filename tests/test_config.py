@@ -41,6 +41,8 @@ REFUSED = [
     ("gamma=null", "gamma=null: gamma is a number >= 0"),
     ("gamma=nan", "gamma=nan: gamma is a number >= 0"),
     ("epochs=2.5", "epochs is an integer >= 1"),
+    ("views.sizes=16", "views.sizes=16: views.sizes is a list of integers >= 4, such as [16,24,32], or null"),
+    ("views.sizes=[16,2]", "views.sizes=[16,2]: views.sizes is a list of integers >= 4"),
     ("compile=maybe", "compile=maybe: compile is true or false"),
     ("channels_last=1", "channels_last is true or false"),
     ("backbone.widths=8", "backbone.widths=8: backbone.widths is a list"),

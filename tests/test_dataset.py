@@ -19,11 +19,11 @@ from ssl_runner.errors import Refused
 CPU = torch.device("cpu")
 
 
-def toy(per_class: int = 20, classes: int = 4, unlabeled: int = 0) -> Source:
+def toy(per_class: int = 20, classes: int = 4, unlabeled: int = 0, side: int = 4) -> Source:
     """Images whose first pixel is their row number."""
     n = per_class * classes
     total = n + 8 + unlabeled
-    images = torch.zeros(total, 3, 4, 4, dtype=torch.uint8)
+    images = torch.zeros(total, 3, side, side, dtype=torch.uint8)
     images[:, 0, 0, 0] = torch.arange(total)
     labels = torch.cat([torch.arange(n + 8) % classes, torch.full((unlabeled,), -1)])
     rows = np.arange(total)

@@ -113,12 +113,23 @@ def test_the_same_command_gives_the_same_csv(ssl_run, loss: str) -> None:
         "precision=fp16",
         "dataset.location=host channels_last=false",
         "projector.depth=1",
+        "views.sizes=[12,20,28]",
     ],
 )
 def test_every_choice_runs(ssl_run, settings: str) -> None:
     code, out, err = ssl_run(f"{TINY} {settings}")
     assert (code, err) == (0, "")
     assert out.splitlines()[-1].startswith("top1=")
+
+
+def test_sizes_of_views_that_the_backbone_does_not_take_are_refused(ssl_run) -> None:
+    for settings, message in (
+        ("backbone=linear views.sizes=[16,28]", "views.sizes=[16,28]: this backbone takes no 16 x 16 pixels"),
+        ("backbone=linear solver=closed_form views.sizes=[28]", "views.sizes is for training"),
+    ):
+        code, _, err = ssl_run(f"dataset.subset=200 batch_size=50 device=cpu {settings}")
+        assert code == 1
+        assert message in err
 
 
 def test_noisy_takes_every_relation_in_a_sweep(ssl_run, tmp_path: Path) -> None:
@@ -302,11 +313,11 @@ def test_resume_refuses_another_configuration_and_loses_nothing(ssl_run, tmp_pat
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     code, out, err = ssl_run(f"resume={folder} gamma=3")
     assert (code, out) == (1, "")
-    assert "gamma was 25.0, not 3" in err
+    assert "gamma was 10.0, not 3" in err
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     (folder / "run.json").write_text(json.dumps(record | {"status": "failed"}))
-    code, out, err = ssl_run(f"resume={folder} gamma=25.0")  # killed after the last epoch: only the probes are missing
+    code, out, err = ssl_run(f"resume={folder} gamma=10.0")  # killed after the last epoch: only the probes are missing
     assert (code, err) == (0, "")
     assert table(folder / "probe.csv")[-1]["eval_split"] == "test"
     assert len(table(folder / "probe.csv")) == 2

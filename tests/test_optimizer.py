@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -40,6 +41,20 @@ def test_lars(weight_decay: float) -> None:
         adapted = lr * trust * w.norm() / (g.norm() + weight_decay * w.norm()) * (g + weight_decay * w)
         step = lr * g if w.ndim == 1 else adapted
         assert_close(parameter.detach(), w - step, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)])
+def test_the_fused_form_is_taken_and_is_the_same(kind: Callable) -> None:
+    fused, plain = model(), model()
+    algorithms = [optimizer.build([fused], kind, 0.1, 0.5), optimizer.build([plain], partial(kind, foreach=False), 0.1, 0.5)]
+    assert [algorithm.defaults["fused"] for algorithm in algorithms] == [True, None]
+    for _ in range(3):
+        for a, b in zip(fused.parameters(), plain.parameters(), strict=True):
+            a.grad = b.grad = torch.randn_like(a)
+        for algorithm in algorithms:
+            algorithm.step()
+    for a, b in zip(fused.parameters(), plain.parameters(), strict=True):
+        assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_warm_up_and_cosine() -> None:

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from torch import Tensor
 from torch.testing import assert_close
 
-from ssl_runner import views
-from ssl_runner.views import Augment, Draw
+from ssl_runner import color, geometry
+from ssl_runner.draw import Draw
+from ssl_runner.views import Augment, Policy
 
 B = 12
 FULL = {
@@ -37,36 +39,48 @@ def one_by_one(operation, x: Tensor, *parameters: Tensor) -> Tensor:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_brightness_and_contrast(channels: int) -> None:
     x, factor = images(channels), draw().uniform(0, 2)
-    assert_close(views.adjust_brightness(x, factor), one_by_one(TF.adjust_brightness, x, factor))
-    assert_close(views.adjust_contrast(x, factor), one_by_one(TF.adjust_contrast, x, factor))
+    assert_close(color.adjust_brightness(x, factor), one_by_one(TF.adjust_brightness, x, factor))
+    assert_close(color.adjust_contrast(x, factor), one_by_one(TF.adjust_contrast, x, factor))
 
 
 def test_saturation_hue_and_grayscale() -> None:
     x, factor, turns = images(), draw().uniform(0, 2), draw().uniform(-0.5, 0.5)
     x[0], x[1, 0] = 0.3, x[1, 1]  # a gray image, and one with two equal channels
-    assert_close(views.adjust_saturation(x, factor), one_by_one(TF.adjust_saturation, x, factor))
-    assert_close(views.adjust_hue(x, turns), one_by_one(TF.adjust_hue, x, turns), atol=1e-5, rtol=0)
-    assert_close(views.luma(x), TF.rgb_to_grayscale(x))
+    assert_close(color.adjust_saturation(x, factor), one_by_one(TF.adjust_saturation, x, factor))
+    assert_close(color.adjust_hue(x, turns), one_by_one(TF.adjust_hue, x, turns), atol=1e-5, rtol=0)
+    assert_close(color.luma(x), TF.rgb_to_grayscale(x))
 
 
 def test_solarize() -> None:
     x = images()
-    assert_close(views.solarize(x, 0.4), TF.solarize(x, 0.4))
+    assert_close(color.solarize(x, 0.4), TF.solarize(x, 0.4))
 
 
 @pytest.mark.parametrize("kernel", [3, 9])
 def test_blur(kernel: int) -> None:
     x, sigma = images(), draw().uniform(0.1, 2)
-    assert_close(views.gaussian_blur(x, sigma, kernel), one_by_one(lambda i, s: TF.gaussian_blur(i, kernel, s), x, sigma))
+    assert_close(geometry.gaussian_blur(x, sigma, kernel), one_by_one(lambda i, s: TF.gaussian_blur(i, kernel, s), x, sigma))
 
 
 @pytest.mark.parametrize("size", [(20, 24), (32, 32), (7, 5)])
 def test_resized_crop_and_flip(size: tuple[int, int]) -> None:
     x, flip = images(size=size), draw(seed=1).coin(0.5)
-    boxes = views.random_boxes(draw(), *size, scale=(0.08, 1.0))
+    boxes = geometry.random_boxes(draw(), *size, scale=(0.08, 1.0))
     expected = one_by_one(lambda image, box: TF.resized_crop(image, *map(int, box), size, antialias=True), x, boxes)
     expected[flip] = expected[flip].flip(-1)
-    assert_close(views.resample(x, boxes, flip), expected, atol=1e-5, rtol=0)
+    assert_close(geometry.resample(x, boxes, flip), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("own", "size"), [((20, 24), (20, 24)), ((20, 24), (9, 8)), ((32, 32), (16, 16)), ((12, 12), (17, 30))])
+def test_a_crop_to_any_size_is_torchvisions_with_antialias(own: tuple[int, int], size: tuple[int, int]) -> None:
+    """Boxes that shrink to the size, and boxes that grow."""
+    x, flip = images(size=own), draw(seed=1).coin(0.5)
+    boxes = geometry.random_boxes(draw(), *own, scale=(0.02, 1.0))
+    expected = one_by_one(lambda image, box: TF.resized_crop(image, *map(int, box), size, antialias=True), x, boxes)
+    expected[flip] = expected[flip].flip(-1)
+    assert_close(geometry.resample(x, boxes, flip, size=size), expected, atol=1e-5, rtol=0)
+    whole = TF.resize(x, list(size), antialias=True)
+    assert_close(geometry.resample(x, size=size), whole, atol=1e-5, rtol=0)
 
 
 def test_affine() -> None:
@@ -77,7 +91,9 @@ def test_affine() -> None:
         lambda image, a, r, o, s, h: TF.affine(image, a, [r, o], s, [h, 0.0], TF.InterpolationMode.BILINEAR),
         x, angle, right, down, scale, shear,
     )  # fmt: skip
-    assert_close(views.resample(x, matrices=views.affine_matrices(angle, right, down, scale, shear)), expected, atol=2e-5, rtol=0)
+    assert_close(
+        geometry.resample(x, matrices=geometry.affine_matrices(angle, right, down, scale, shear)), expected, atol=2e-5, rtol=0
+    )
 
 
 def test_boxes_are_drawn_as_torchvision_draws_them() -> None:
@@ -85,7 +101,7 @@ def test_boxes_are_drawn_as_torchvision_draws_them() -> None:
     import torchvision
 
     n, scale, ratio = 20_000, (0.08, 1.0), (3 / 4, 4 / 3)
-    ours = views.random_boxes(draw(n), 32, 32, scale, ratio)
+    ours = geometry.random_boxes(draw(n), 32, 32, scale, ratio)
     image = torch.empty(3, 32, 32)
     get_params = torchvision.transforms.RandomResizedCrop.get_params
     theirs = torch.tensor([get_params(image, list(scale), list(ratio)) for _ in range(n)], dtype=torch.float)
@@ -102,15 +118,14 @@ def test_jitter_takes_every_order_and_each_agrees_with_torchvision() -> None:
 
     rows = 400
     x = torch.rand(rows, 3, 6, 6)
-    settings = {"brightness": 0.6, "contrast": 0.6, "saturation": 0.6, "hue": 0.2}
-    ours = views.color_jitter(x.clone(), draw(rows), p=1.0, **settings)
-    d = draw(rows)  # the same draws again
-    d.coin(1.0)
+    d = draw(rows)
     brightness, contrast, saturation = (d.uniform(0.4, 1.6) for _ in range(3))
-    hue = d.uniform(-0.2, 0.2)
+    hue, order, place = d.uniform(-0.2, 0.2), d.random(3).argsort(1), d.choice(4).sort().values
+    blends = color.blend_weights(torch.stack([brightness, contrast, saturation], 1), order)
+    ours = color.color_jitter(x.clone(), blends, color.hue_weights(hue), place)
     functions = [
-        (views.adjust_brightness, brightness), (views.adjust_contrast, contrast),
-        (views.adjust_saturation, saturation), (views.adjust_hue, hue),
+        (color.adjust_brightness, brightness), (color.adjust_contrast, contrast),
+        (color.adjust_saturation, saturation), (color.adjust_hue, hue),
     ]  # fmt: skip
     taken = torch.zeros(rows, dtype=torch.bool)
     orders = 0
@@ -125,10 +140,18 @@ def test_jitter_takes_every_order_and_each_agrees_with_torchvision() -> None:
     assert orders == 24
 
 
+def test_hue_all_around_the_circle() -> None:
+    """The corners, edges and grays of the colour cube, at turns where the channels change places and between."""
+    colors = torch.cartesian_prod(*3 * [torch.tensor([0.0, 0.2, 0.5, 1.0])]).T.view(3, 8, 8)
+    turns = torch.linspace(-0.5, 0.5, 61)
+    x = colors.expand(61, -1, -1, -1)
+    assert_close(color.adjust_hue(x, turns), one_by_one(TF.adjust_hue, x, turns), atol=1e-5, rtol=0)
+
+
 def test_jitter_leaves_the_rows_that_it_does_not_pick() -> None:
-    x = torch.rand(1000, 3, 2, 2)
-    y = views.color_jitter(x.clone(), draw(1000), p=0.3, brightness=0.5, contrast=0.5, saturation=0.5, hue=0.1)
-    same = (x - y).flatten(1).abs().amax(1) < 1e-5
+    originals = torch.randint(0, 256, (1000, 3, 2, 2), dtype=torch.uint8)
+    settings = {"p": 0.3, "brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.1}
+    same = (augment({"jitter": settings}, originals, 1) - originals / 255).flatten(1).abs().amax(1) < 1e-5
     assert 0.65 < same.float().mean() < 0.75
 
 
@@ -177,6 +200,60 @@ def test_every_row_has_its_own_randomness(operation: str) -> None:
         assert 0.4 < (outcome[:200] != outcome[200:]).float().mean() < 0.6
     else:
         assert distinct > (150 if operation in ("blur", "jitter") else 350)
+
+
+def test_coins_fall_as_often_as_told_and_independently() -> None:
+    """Of 8,000 rows each choice takes its share, within 4.5 deviations; so do both of two choices, of an image's two views, of
+    neighbouring rows, and every place of the hue among those that are jittered."""
+    n, p = 4000, {"jitter": 0.8, "grayscale": 0.2, "blur": 0.5, "solarize": 0.1}
+    chosen = Policy(**FULL | {"solarize": {"p": 0.1, "threshold": 0.5}}).draw(draw(2 * n), (8, 8), (8, 8)).choices
+    place = chosen.pop("place")
+    falls = {"jitter": place < 4, **chosen}
+    shares = [(falls[a], p[a]) for a in p]
+    shares += [(falls[a] & falls[b], p[a] * p[b]) for a in p for b in p if a < b]
+    shares += [(falls[a][:n] & falls[a][n:], p[a] ** 2) for a in p]
+    shares += [(falls[a][1::2] & falls[a][::2], p[a] ** 2) for a in p]
+    shares += [(place == k, p["jitter"] / 4) for k in range(4)]
+    for fell, share in shares:
+        assert abs(fell.float().mean() - share) < 4.5 * (share * (1 - share) / len(fell)) ** 0.5
+
+
+def test_no_two_rows_share_any_number() -> None:
+    numbers = Policy(**FULL).draw(draw(500), (32, 32), (32, 32)).numbers
+    numbers["boxes"] = torch.cat([numbers["rows"], numbers["columns"]], 1)
+    for name in ("boxes", "blends", "hues", "sigma"):
+        assert len(torch.unique(numbers[name].reshape(500, -1), dim=0)) > 480, name
+
+
+@pytest.mark.parametrize("block", [1, 3 * 16 * 16 * 7])
+def test_blocks_change_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    originals = torch.randint(0, 256, (15, 3, 16, 16), dtype=torch.uint8)
+    whole = augment(FULL, originals, 2)
+    monkeypatch.setattr("ssl_runner.views.BLOCK", block)
+    assert_close(augment(FULL, originals, 2), whole, atol=1e-6, rtol=0)
+
+
+AFFINE = {"degrees": 15, "translate": 0.1, "scale": [0.85, 1.15], "shear": 10}
+
+
+@pytest.mark.parametrize("size", [8, 16, 24])
+@pytest.mark.parametrize("settings", [FULL, {}, {"flip": 0.5}, {"affine": AFFINE}, {"affine": AFFINE} | FULL], ids=str)
+def test_views_of_another_size_are_those_of_the_own_size_made_smaller(settings: dict, size: int) -> None:
+    """Smooth images: what is made small at once is nearly what is shrunk afterwards, with the same random numbers."""
+    coarse = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    originals = (F.interpolate(coarse, size=32, mode="bicubic").clamp(0, 1) * 255).byte()
+    smooth = {name: value for name, value in settings.items() if name != "solarize"}
+    policy, mean, std = Augment({"all": smooth}), torch.zeros(3), torch.ones(3)
+    small = policy(originals, 2, mean, std, torch.Generator().manual_seed(3), size=size)
+    large = policy(originals, 2, mean, std, torch.Generator().manual_seed(3))
+    assert small.shape == (12, 3, size, size)
+    assert (small - TF.resize(large, [size, size], antialias=True)).abs().mean() < 0.03
+
+
+def test_a_size_without_crop_resizes_as_torchvision() -> None:
+    originals = torch.randint(0, 256, (5, 3, 20, 20), dtype=torch.uint8)
+    X = Augment({"all": {}})(originals, 2, torch.zeros(3), torch.ones(3), torch.Generator(), size=12)
+    assert_close(X, TF.resize(originals / 255, [12, 12], antialias=True).repeat(2, 1, 1, 1), atol=1e-5, rtol=0)
 
 
 def test_the_generator_alone_decides() -> None:

@@ -1,5 +1,7 @@
 """SimCLR (Chen et al. 2020) on any relation G, in O(N * block) memory."""
 
+import math
+from itertools import combinations_with_replacement
 from typing import Any
 
 import torch
@@ -8,9 +10,13 @@ from torch import Tensor
 
 from ssl_runner.distributed import gathered, rank, scattered, size, summed, total
 from ssl_runner.loss.base import Loss
+from ssl_runner.loss.products import column_products, first_derivative
 from ssl_runner.relation import Relation
 
-BLOCK_ELEMENTS = 2**22  # similarities held at a time: 16 MiB in float32
+BLOCK_ELEMENTS = 2**22  # similarities held at a time: 16 MiB in float32, and four times that on a GPU, to keep it busy
+SIDE = 512  # rows and columns of a tile of them, 1 MiB, which a CPU's cache holds
+SIDE_ELSEWHERE = 4096
+KEPT_ELEMENTS = 2**23  # similarities kept from one pass to the next: 32 MiB
 
 
 class SimCLR(Loss):
@@ -35,15 +41,72 @@ class SimCLR(Loss):
 
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
         Z, d = F.normalize(Z), G.degrees.to(Z)
+        with torch.no_grad():
+            GZ = G @ Z
         positives = total(d.sum()).clamp(min=1) if self.reduction == "mean" else 1
+        exp_is_safe = 1 / self.tau < 0.4 * math.log(torch.finfo(Z.dtype).max)  # so are sums of exp(s), with |s| <= 1 / tau
+        repulsion = _SymmetricLogSumExp if size() == 1 and exp_is_safe else _WeightedLogSumExp
         return {
-            "repulsion": _WeightedLogSumExp.apply(Z, d, self.tau) / positives,
-            "attraction": -total((Z * (G @ Z)).sum()) / (self.tau * positives),
+            "repulsion": repulsion.apply(Z, d, self.tau) / positives,
+            "attraction": -total(column_products(Z, GZ).sum()) / (self.tau * positives),
         }
 
 
+def block_elements(device: torch.device) -> int:
+    """How many similarities to hold at a time."""
+    return BLOCK_ELEMENTS * (1 if device.type == "cpu" else 4)
+
+
+class _SymmetricLogSumExp(torch.autograd.Function):
+    """Z (N, K) with rows of length 1, d (N,) -> sum_i d_i log r_i, r_i = sum_{k != i} exp(s_ik), over tiles of S = ZZ' / tau.
+
+    E = exp(S) is symmetric: a tile serves the rows and the columns that it lies in, and those below the diagonal are not
+    computed. So is A_ik = E_ik (d_i / r_i + d_k / r_k), with which the gradient is A Z / tau. It needs all r, so a second pass
+    over the tiles makes it, at once: of what is N x N, a few tiles are kept for it, and nothing for backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, Z: Tensor, d: Tensor, tau: float) -> Tensor:
+        Z, N = Z / tau**0.5, len(Z)
+        side = min(SIDE if Z.device.type == "cpu" else SIDE_ELSEWHERE, math.isqrt(block_elements(Z.device)))
+        blocks = [slice(start, min(start + side, N)) for start in range(0, N, side)]
+        tiles = list(combinations_with_replacement(blocks, 2))
+        kept: dict[int, Tensor] = {}
+        spare = KEPT_ELEMENTS // side**2
+
+        def exponentials(rows: slice, columns: slice) -> Tensor:
+            E = (Z[rows] @ Z[columns].T).exp_()
+            return E.fill_diagonal_(0) if rows == columns else E
+
+        r = Z.new_zeros(N)
+        for number, (rows, columns) in enumerate(tiles):
+            E = exponentials(rows, columns)
+            r[rows] += E.sum(1)
+            if rows != columns:
+                r[columns] += E.sum(0)
+            if number < spare:
+                kept[number] = E
+        if ctx.needs_input_grad[0]:
+            w, gradient = d / r, torch.zeros_like(Z)
+            for number, (rows, columns) in enumerate(tiles):
+                A = kept.pop(number) if number in kept else exponentials(rows, columns)
+                A *= w[rows, None] + w[columns]
+                gradient[rows].addmm_(A, Z[columns])
+                if rows != columns:
+                    gradient[columns].addmm_(A.T, Z[rows])
+            ctx.save_for_backward(gradient.div_(tau**0.5))
+        return d @ r.log()
+
+    @staticmethod
+    @first_derivative
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return upstream * gradient, None, None
+
+
 class _WeightedLogSumExp(torch.autograd.Function):
-    """Z (N, K), d (N,) -> sum_i d_i log sum_{k != i} exp(<z_i, z_k> / tau), taken over blocks of rows.
+    """Z (N, K), d (N,) -> sum_i d_i log sum_{k != i} exp(<z_i, z_k> / tau), taken over blocks of rows: for
+    several processes, and for a tau so small that exp needs a maximum to be taken off.
 
     A block of rows sees all N columns, so its softmax P is final when the block is done, and its part of the gradient,
     (diag(d) P + P' diag(d)) Z / tau, is added up at once: nothing of size N x N is kept for backward or computed twice.
@@ -56,7 +119,7 @@ class _WeightedLogSumExp(torch.autograd.Function):
     def forward(ctx: Any, Z: Tensor, d: Tensor, tau: float) -> Tensor:
         columns, first = gathered(Z), rank() * len(Z)
         value, own, of_all = Z.new_zeros(()), torch.zeros_like(Z), torch.zeros_like(columns)
-        block = max(1, BLOCK_ELEMENTS // len(columns))
+        block = max(1, block_elements(Z.device) // len(columns))
         for start in range(0, len(Z), block):
             rows = slice(start, start + block)
             S = Z[rows] @ columns.T / tau
@@ -71,7 +134,7 @@ class _WeightedLogSumExp(torch.autograd.Function):
         return summed(value)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return upstream * gradient, None, None

@@ -1,10 +1,13 @@
 """VICReg (Bardes et al. 2022) on any relation G."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ssl_runner.distributed import pooled, size, total
-from ssl_runner.loss.base import Loss, off_diagonal
+from ssl_runner.distributed import size, summed, total
+from ssl_runner.loss.base import Loss
+from ssl_runner.loss.products import Symmetric, column_products, first_derivative, square_sum
 from ssl_runner.relation import Relation
 
 
@@ -34,12 +37,41 @@ class VICReg(Loss):
 
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
         N, d = size() * len(Z), G.degrees.to(Z)[:, None]
-        centred = Z - pooled(Z.mean(0)) / size()
-        C = total(centred.T @ centred) / (N - 1)
-        std = (C.diagonal() + self.eps).clamp(min=torch.finfo(Z.dtype).tiny).sqrt()  # a dead column has gradient 0, not nan
-        variance = (1 - std).relu() if self.variance == "hinge" else (1 - C.diagonal()).square()
+        with torch.no_grad():  # the mean has no part in the gradient: centred'1 = 0 and L1 = 0
+            mean = summed(Z.mean(0)) / size()
+        centred = Z - mean
+        with torch.no_grad():
+            LZ = d * centred - G @ centred
+        variances, covariance = _Covariance.apply(centred)
+        std = (variances + self.eps).clamp(min=torch.finfo(Z.dtype).tiny).sqrt()  # a dead column has gradient 0, not nan
+        variance = (1 - std).relu() if self.variance == "hinge" else (1 - variances).square()
         return {
             "variance": variance.sum(),
-            "covariance": off_diagonal(C).square().sum(),
-            "invariance": 2 / N * total(((d * centred - G @ centred) * centred).sum()),  # 2/N tr(Z'LZ), and L1 = 0
+            "covariance": covariance,
+            "invariance": 2 / N * total(column_products(centred, LZ).sum()),  # 2/N tr(Z'LZ)
         }
+
+
+class _Covariance(torch.autograd.Function):
+    """Centred Z (N, K) -> C_kk (K,) and sum_{j != k} C_jk^2, with C = Z'Z / (N - 1). dC is symmetric: dZ = 2 Z dC / (N - 1)."""
+
+    @staticmethod
+    def forward(ctx: Any, Z: Tensor) -> tuple[Tensor, Tensor]:
+        C, variances, squares = Symmetric(Z, Z), Z.new_empty(Z.shape[1]), Z.new_zeros(())
+        for k, _, stripe in C.stripes():
+            stripe /= size() * len(Z) - 1
+            variances[k] = stripe.diagonal()
+            stripe.fill_diagonal_(0)  # not subtracted from a sum, where small entries would be lost
+            squares += square_sum(stripe)
+        ctx.save_for_backward(Z, C.matrix)
+        ctx.size = size()
+        return variances, squares
+
+    @staticmethod
+    @first_derivative
+    def backward(ctx: Any, d_variances: Tensor, d_squares: Tensor) -> Tensor:
+        Z, C = ctx.saved_tensors
+        scale = 2 * ctx.size / (ctx.size * len(Z) - 1)
+        dC = 2 * scale * d_squares * C
+        dC.diagonal().copy_(scale * d_variances)
+        return Z @ dC

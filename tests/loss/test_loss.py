@@ -1,6 +1,7 @@
 """The losses against golden values, double loops, the authors' formulas, and what they must not depend on."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SquaredSimCLR, VICReg, simclr
+from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SquaredSimCLR, VICReg, products, simclr
+from ssl_runner.loss.base import off_diagonal
 from ssl_runner.relation import Edges, Labels, Relation, Views
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
@@ -144,9 +146,103 @@ def test_the_authors_barlow_twins() -> None:
 @pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_gradients(loss: Loss, G: Relation, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simclr, "BLOCK_ELEMENTS", 30)  # blocks of three rows, the last of one
+    monkeypatch.setattr(simclr, "BLOCK_ELEMENTS", 30)  # tiles of five rows, or blocks of three, the last of one
+    monkeypatch.setitem(products.STRIPE, "cpu", 2)  # stripes of two rows of C, the last of one
     Z = torch.randn(10, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda Z: loss(Z, G), (Z,))
+
+
+def plain_vicreg(loss: VICReg, Z: torch.Tensor, G: Relation) -> dict[str, torch.Tensor]:
+    """The terms as autograd sees them, with the matrices that the loss does without."""
+    C, d = Z.T.cov(), G.degrees.to(Z)[:, None]
+    variances = C.diagonal()
+    hinge = (1 - (variances + loss.eps).sqrt()).relu()
+    return {
+        "variance": (hinge if loss.variance == "hinge" else (1 - variances).square()).sum(),
+        "covariance": off_diagonal(C).square().sum(),
+        "invariance": 2 / len(Z) * ((d * Z - G @ Z) * Z).sum(),
+    }
+
+
+def plain_barlow(loss: BarlowTwins, Z: torch.Tensor, G: Relation) -> dict[str, torch.Tensor]:
+    d = G.degrees.to(Z)[:, None]
+    if loss.center:
+        Z = Z - (d * Z).sum(0) / d.sum()
+    n = (d * Z.square()).sum(0).sqrt()
+    return loss.of_correlations(Z.T @ (G @ Z) / (n[:, None] * n + loss.eps))
+
+
+def plain_simclr(loss: SimCLR, Z: torch.Tensor, G: Relation) -> dict[str, torch.Tensor]:
+    S = (F.normalize(Z) @ F.normalize(Z).T / loss.tau).fill_diagonal_(-torch.inf)
+    dense = G.dense(Z.dtype)
+    positives = dense.sum() if loss.reduction == "mean" else 1
+    return {
+        "repulsion": dense.sum(1) @ S.logsumexp(1) / positives,
+        "attraction": -(dense * S.masked_fill(torch.eye(len(S), dtype=torch.bool), 0)).sum() / positives,
+    }
+
+
+PLAIN = {
+    VICReg(1.0, 2.0, 3.0, eps=1e-2): plain_vicreg,
+    VICReg(variance="squared"): plain_vicreg,
+    BarlowTwins(0.1, eps=1e-2): plain_barlow,
+    BarlowTwins(0.1, center=True): plain_barlow,
+    SimCLR(): plain_simclr,
+    SimCLR(0.1, "sum"): plain_simclr,
+}
+
+
+@pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
+@pytest.mark.parametrize("loss", PLAIN, ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize("small", [False, True], ids=["whole", "in pieces"])
+def test_every_term_and_its_gradient_are_those_of_plain_autograd(
+    loss: Loss, G: Relation, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if small:
+        monkeypatch.setitem(products.STRIPE, "cpu", 3)
+        monkeypatch.setattr(simclr, "BLOCK_ELEMENTS", 9)
+        monkeypatch.setattr(simclr, "KEPT_ELEMENTS", 18)  # two tiles
+    Z = (torch.randn(10, 7, dtype=torch.float64) + 1).requires_grad_()
+    plain = PLAIN[loss](loss, Z, G)
+    for name, term in loss.terms(Z, G).items():
+        assert_close(term, plain[name])
+        (gradient,) = torch.autograd.grad(term, Z, retain_graph=True)
+        (expected,) = torch.autograd.grad(plain[name], Z, retain_graph=True)
+        assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("tau", [1e-3, 0.01, 0.027, 0.03, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_simclr_is_exact_for_any_temperature(tau: float, dtype: torch.dtype) -> None:
+    """Rows so far apart that exp(s) under- and overflows where tau is small."""
+    ends = torch.tensor([[1.0, 0.1], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
+    Z, G = ends.to(dtype).requires_grad_(), Edges(torch.tensor([0, 2]), torch.tensor([1, 3]), 4)
+    exact = ends.double().requires_grad_()
+    value, expected = SimCLR(tau)(Z, G), sum(plain_simclr(SimCLR(tau), exact, G).values())
+    (gradient,), (expected_gradient,) = torch.autograd.grad(value, Z), torch.autograd.grad(expected, exact)
+    assert_close(value.double(), expected, rtol=1e-5, atol=0)
+    assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-4 * math.sqrt(expected_gradient.square().sum()))
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_a_second_derivative_is_refused_not_wrong(loss: Loss) -> None:
+    Z = torch.randn(10, 3, dtype=torch.float64, requires_grad=True)
+    if isinstance(loss, SquaredSimCLR):  # all of it is autograd's
+        assert torch.autograd.gradgradcheck(lambda Z: loss(Z, Views(5, 2)), (Z,))
+        return
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss(Z, Views(5, 2)), Z, create_graph=True)
+
+
+@pytest.mark.parametrize("G", [Views(5, 2), Views(2, 5), None], ids=["pairs", "views", "gram"])
+@pytest.mark.parametrize("step", [1, 3, 100])
+def test_stripes_make_up_the_whole_product(G: Relation | None, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(products.STRIPE, "cpu", step)
+    Z = torch.randn(10, 7, dtype=torch.float64)
+    GZ = Z if G is None else G @ Z
+    product = products.Symmetric(Z, GZ, G)
+    assert_close(sum(products.square_sum(stripe) for *_, stripe in product.stripes()), (Z.T @ GZ).square().sum())
+    assert_close(product.matrix, Z.T @ GZ)
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

@@ -1,0 +1,72 @@
+"""Accuracy against seconds of training: ours, lightly and stable-pretraining, in alternating processes."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+import torch
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+LOSSES = {"simclr": "SimCLR", "vicreg": "VICReg", "barlow": "Barlow Twins"}
+SEEDS = (0, 1, 2)
+RATE = 1.5  # steps a second that stable-pretraining's schedule is laid out for, about what it makes here
+
+
+def racer(tool: str, loss: str, seed: int, seconds: float, marks: list[float], **given: Any) -> list[dict[str, Any]]:
+    """Trains in a process of its own; a row for every mark."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        task = {"tool": tool, "loss": loss, "seed": seed, "seconds": seconds, "marks": marks, "out": str(out), **given}
+        command = [sys.executable, "-m", "benchmarks.racers", json.dumps(task)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{tool} {loss} seed {seed} failed: {done.stderr.strip().splitlines()[-1]}")
+        rows = json.loads(out.read_text())
+    about = {"work": LOSSES[loss], "tool": tool, "seed": seed, "budget": seconds}
+    return [about | row | {"views_per_s": 2 * row["images"] / row["seconds"]} for row in rows]
+
+
+def run(device: torch.device, full: bool, data: Path, out: Path) -> list[dict[str, Any]]:
+    """Peers train for T seconds; ours for a third of that, which is to suffice for the peers' accuracy, and if `full` also for all."""
+    T = 300.0 if full else 60.0
+    shared = {"data": str(data.resolve()), "device": str(device), "workers": 2}
+    rows: list[dict[str, Any]] = []
+    for seed in SEEDS:
+        for loss in LOSSES:
+            rows += racer("ours", loss, seed, T / 3, [T / 6, T / 3], **shared)
+            rows += racer("lightly", loss, seed, T, [T / 3, T], **shared)
+            if full or seed == SEEDS[0]:  # for a minute's race, one seed is enough to see where it stands
+                rows += racer("stable-pretraining", loss, seed, T, [T / 3, T], steps_per_s=RATE, **shared)
+            if full:
+                rows += racer("ours", loss, seed, T, [T], **shared)
+            pd.DataFrame(rows).to_csv(out / "race.csv", index=False)
+            print(f"seed {seed}, {LOSSES[loss]}: done", flush=True)
+    return rows
+
+
+def draw(rows: pd.DataFrame, path: Path) -> None:
+    """A panel for each loss and probe: means over seeds, and every seed as a point."""
+    figure, panels = plt.subplots(2, len(LOSSES), figsize=(11, 6), sharex=True, sharey="row", layout="constrained")
+    for column, loss in enumerate(LOSSES.values()):
+        for line, measured in enumerate(("linear", "knn")):
+            axes = panels[line, column]
+            for color, (tool, of_tool) in enumerate(rows[rows.work == loss].groupby("tool", sort=False)):
+                points = of_tool.assign(at=of_tool.seconds.round())
+                mean = points.groupby("at")[measured].mean()
+                axes.plot(mean.index, mean, color=f"C{color}", label=tool)
+                axes.scatter(points["at"], points[measured], color=f"C{color}", s=12)
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[0, column].set_title(loss)
+        panels[1, column].set_xlabel("seconds of training")
+    panels[0, 0].set_ylabel("linear probe, test top-1")
+    panels[1, 0].set_ylabel("nearest neighbours, test top-1")
+    panels[0, 0].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

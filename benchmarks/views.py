@@ -1,0 +1,123 @@
+"""Random views, uint8 images to normalised float32, on one core: ours, torchvision on PIL images one by one, kornia in batches."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import kornia.augmentation as K
+import torch
+import torch.nn.functional as F
+import torchvision.transforms as T
+import yaml
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks import measure
+from ssl_runner.views import Augment
+
+CONF = Path(__file__).parents[1] / "conf" / "views"
+MEAN, STD = [0.4914, 0.4822, 0.4465], [0.247, 0.2435, 0.2616]
+Make = Callable[[int], Tensor]  # an even number of views -> two of each of half as many images, (views, 3, size, size)
+
+
+def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[dict[str, Any]]:
+    """One row for each policy, size and tool. Memory is what one batch of views takes, the batch itself included."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            sizes = (32, 64, 96, 224) if full else (32, 96)
+            return [row for name in ("simclr", "vicreg") for size in sizes for row in compare(name, size, device, full)]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def compare(name: str, size: int, device: torch.device, full: bool) -> list[dict[str, Any]]:
+    settings = yaml.safe_load((CONF / f"{name}.yaml").read_text())["policies"]["all"]
+    batch = max(16, 512 * 32**2 // size**2) * (8 if device.type == "cuda" else 1)
+    images = fields(batch // 2, size)
+    tools = {
+        "ours": ours(settings, images.to(device)),
+        "torchvision on PIL": torchvision_on_pil(settings, images, device),
+        "kornia": in_kornia(settings, images.to(device)),
+    }
+    peak = {tool: measure.peak_memory(partial(make, batch), device) for tool, make in tools.items()}
+    agree(tools["ours"], tools["torchvision on PIL"], batch)
+    part = {"ours": 1, "torchvision on PIL": 16, "kornia": 4 if device.type == "cpu" else 1}  # each turn takes about as long
+    counts = {tool: max(4, batch // part[tool]) for tool in tools}
+    work = {tool: partial(make, counts[tool]) for tool, make in tools.items()}
+    times = measure.interleaved(work, device, budget=20.0 if full else 8.0)
+    each = {tool: taken / counts[tool] for tool, taken in times.items()}
+    ratio = measure.versus(each)
+    return [
+        {"work": f"{name} {size} px", "tool": tool, "views_per_s": 1 / each[tool], "ratio": ratio[tool], "peak_mib": peak[tool]}
+        for tool in tools
+    ]
+
+
+def fields(n: int, size: int) -> Tensor:
+    """Seeded images that are smooth with a little noise, as natural ones are: (n, 3, size, size) uint8."""
+    generator = torch.Generator().manual_seed(0)
+    smooth = F.interpolate(torch.rand(n, 3, 5, 5, generator=generator), size=size, mode="bicubic")
+    noise = torch.randn(n, 3, size, size, generator=generator)
+    return ((smooth + 0.05 * noise).clamp(0, 1) * 255).byte()
+
+
+def kernel(size: int) -> int:
+    """The side of our blur's kernel by default."""
+    return max(3, size // 20 * 2 + 1)
+
+
+def ours(settings: Mapping[str, Any], images: Tensor) -> Make:
+    augment, generator = Augment({"all": settings}), torch.Generator(images.device).manual_seed(0)
+    mean, std = (torch.tensor(numbers, device=images.device) for numbers in (MEAN, STD))
+    return lambda views: augment(images[: views // 2], 2, mean, std, generator)
+
+
+def torchvision_on_pil(settings: Mapping[str, Any], images: Tensor, device: torch.device) -> Make:
+    size, jitter = images.shape[-1], settings["jitter"]
+    strengths = [jitter[name] for name in ("brightness", "contrast", "saturation", "hue")]
+    steps = [
+        T.RandomResizedCrop(size, scale=settings["crop"]["scale"]),
+        T.RandomHorizontalFlip(settings["flip"]),
+        T.RandomApply([T.ColorJitter(*strengths)], p=jitter["p"]),
+        T.RandomGrayscale(settings["grayscale"]),
+    ]
+    if blur := settings.get("blur"):
+        steps.append(T.RandomApply([T.GaussianBlur(kernel(size), blur["sigma"])], p=blur["p"]))
+    if solarize := settings.get("solarize"):
+        steps.append(T.RandomSolarize(round(255 * solarize["threshold"]), solarize["p"]))
+    transform = T.Compose([*steps, T.ToTensor(), T.Normalize(MEAN, STD)])
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    return lambda views: torch.stack([transform(picture) for picture in 2 * pictures[: views // 2]]).to(device)
+
+
+def in_kornia(settings: Mapping[str, Any], images: Tensor) -> Make:
+    size, jitter = images.shape[-1], settings["jitter"]
+    strengths = [jitter[name] for name in ("brightness", "contrast", "saturation", "hue")]
+    steps = [
+        K.RandomResizedCrop((size, size), scale=settings["crop"]["scale"], cropping_mode="resample", align_corners=False),
+        K.RandomHorizontalFlip(p=settings["flip"]),
+        K.ColorJitter(*strengths, p=jitter["p"]),
+        K.RandomGrayscale(p=settings["grayscale"]),
+    ]
+    if blur := settings.get("blur"):
+        steps.append(K.RandomGaussianBlur(kernel(size), tuple(blur["sigma"]), p=blur["p"]))
+    if solarize := settings.get("solarize"):
+        steps.append(K.RandomSolarize((solarize["threshold"],) * 2, (0.0, 0.0), p=solarize["p"]))
+    transform = nn.Sequential(*steps, K.Normalize(MEAN, STD)).to(images.device)
+    return lambda views: transform(images[: views // 2].repeat(2, 1, 1, 1).float() / 255)
+
+
+def agree(one: Make, other: Make, batch: int) -> None:
+    """Raises AssertionError unless mean and deviation of a view's channels, averaged over at least 256 views of the same images,
+    are the same within 5 standard errors, and 0.02 for PIL's whole numbers."""
+    batches = -(-256 // batch)
+    for what in ("mean", "std"):
+        a, b = (torch.cat([getattr(make(batch), what)((2, 3)).cpu() for _ in range(batches)]) for make in (one, other))
+        error = (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
+        if ((a.mean(0) - b.mean(0)).abs() > 5 * error + 0.02).any():
+            raise AssertionError(f"the {what} of a view's channels is {a.mean(0).tolist()} here, {b.mean(0).tolist()} there")

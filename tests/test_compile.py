@@ -1,0 +1,49 @@
+"""compile=true trains the network that is trained without."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ssl_runner.backbone import Backbone, from_timm, linear, resnet, vit_tiny
+from ssl_runner.loss import Loss, SimCLR
+from ssl_runner.relate import Views
+from ssl_runner.views import Augment
+from tests.test_dataset import CPU
+from tests.test_sync import LOSSES, SMALL, steps
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # torch.compile's own warnings
+
+
+def compare(loss: Callable[[], Loss], backbone: Callable[..., Backbone], compiler: str) -> None:
+    """Three steps, of which the later ones show the gradients and the batch statistics of the earlier ones."""
+    torch.compiler.reset()
+    views, sgd = Augment({"all": {"flip": 0.5}}), torch.optim.SGD  # Adam makes much of what rounding leaves of a zero gradient
+    plain, compiled = (steps(loss(), Views(), views, sgd, backbone, CPU, compiler=chosen) for chosen in (None, compiler))
+    for a, b in zip(compiled, plain, strict=True):
+        assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss(loss: str) -> None:
+    """It stands outside of what is compiled, so that the compiler's last stage is the same for all."""
+    compare(LOSSES[loss], SMALL, "aot_eager")
+
+
+@pytest.mark.parametrize(
+    ("backbone", "compiler"),
+    [
+        (SMALL, "inductor"),
+        (partial(from_timm, name="vit_tiny_patch16_224", img_size=16, patch_size=4, depth=2), "inductor"),
+        (vit_tiny, "aot_eager"),  # all but the making of C++, which takes minutes
+        (linear, "aot_eager"),
+        (partial(resnet, name="resnet18"), "aot_eager"),
+        (partial(resnet, name="resnet50"), "aot_eager"),
+        (partial(from_timm, name="resnet10t"), "aot_eager"),
+    ],
+    ids=["convnet", "shallow vit", "vit_tiny", "linear", "resnet18", "resnet50", "timm"],
+)
+def test_every_backbone(backbone: Callable[..., Backbone], compiler: str) -> None:
+    compare(SimCLR, backbone, compiler)

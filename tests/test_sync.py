@@ -1,0 +1,281 @@
+"""No step makes the host wait for a GPU, shown where there is none: every op of whole steps runs on tests/device.py's device."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm.optim
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.testing import assert_close
+
+from ssl_runner import optimizer, relation
+from ssl_runner.backbone import Backbone, convnet, resnet, vit_tiny
+from ssl_runner.config import CONF
+from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SquaredSimCLR, VICReg
+from ssl_runner.projector import mlp
+from ssl_runner.relate import Batch, BatchRelation, Edges, Labels, Neighbors, Noisy, Views
+from ssl_runner.relation import Relation
+from ssl_runner.train import Pretraining, Watch
+from ssl_runner.views import Augment
+from tests.device import OnDevice, Waits, moved, pretended
+from tests.test_dataset import CPU, load, toy
+
+LOSSES = {"vicreg": VICReg, "squared": partial(VICReg, variance="squared"), "simclr": SimCLR, "barlow": BarlowTwins,
+          "centred": partial(BarlowTwins, center=True), "surrogate": SquaredSimCLR}  # fmt: skip
+OPTIMIZERS: dict[str, Callable] = {
+    "adamw": torch.optim.AdamW,
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+    "lars": partial(timm.optim.Lars, momentum=0.9, trust_coeff=0.001),
+}
+RELATIONS: dict[str, Callable[[str], BatchRelation]] = {
+    "views": lambda path: Views(),
+    "normalized views": lambda path: Views(normalized=True),
+    "labels": lambda path: Labels(),
+    "normalized labels": lambda path: Labels(normalized=True),
+    "neighbors": lambda path: Neighbors(2),
+    "queue": lambda path: Neighbors(2, queue=30, normalized=True),
+    "noisy": lambda path: Noisy("labels", normalized=True),
+    "edges": lambda path: Edges(path),
+    "noisy edges": lambda path: Noisy("edges", path=path),
+}
+SMALL = partial(convnet, widths=[4, 8])
+POLICIES = ("simclr", "vicreg", "barlow", "digits")
+
+
+def policy(name: str) -> Augment:
+    return instantiate(OmegaConf.load(CONF / "views" / f"{name}.yaml"))
+
+
+def steps(
+    loss: Loss,
+    of: BatchRelation,
+    augment: Augment,
+    algorithm: Callable = torch.optim.AdamW,
+    backbone: Callable[..., Backbone] = SMALL,
+    device: torch.device | None = None,
+    precision: str = "fp32",
+    compiler: str | None = None,
+    rounds: int = 3,
+) -> list[dict[str, Tensor]]:
+    """The values of some whole steps, from the gathering of their batches to the optimiser, on a device, by default the one that
+    is not there. A queue has neighbours from the second step on. On CUDA the first step may wait, for what is made but once."""
+    torch.manual_seed(0)
+    source = toy(side=16)
+    source.images = torch.randint(0, 256, source.images.shape, dtype=torch.uint8)
+    data = load(source, device=device or CPU)
+    of.bind(source.labels)
+    body = backbone(3, 16)
+    modules = [body, mlp(body.width, 8, 2, 5), loss]
+    if device is None:
+        data.pretrain = replace(data.pretrain, images=OnDevice(data.pretrain.images), labels=OnDevice(data.pretrain.labels))
+        data.mean, data.std = OnDevice(data.mean), OnDevice(data.std)
+    for module in modules:
+        moved(module) if device is None else module.to(device)
+    with pretended() if device is None else nullcontext():
+        training = Pretraining(
+            *modules,
+            optimizer.build(modules, algorithm, 1e-2, 1e-2),
+            lambda step: 1e-2,
+            data,
+            augment,
+            of,
+            V=2,
+            epochs=1,
+            batch_size=20,
+            precision=precision,
+            clip=1.0,
+            channels_last=True,
+            separate=False,
+            seed=0,
+        )
+        if compiler is not None:
+            training.network.compile(backend=compiler, dynamic=False)
+        watch = Watch(training.device)
+        order = torch.randperm(60, generator=training.order_generator).view(3, 20)
+        values = []
+        try:
+            for images, batch in training._batches(order[:rounds]):
+                values.append(training._step(images, batch, 1e-2, watch))
+                if device is not None and device.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("error")
+        finally:
+            if device is not None and device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    if device is None:
+        assert len(watch.flying) == rounds, "a value was looked at before it had arrived"
+    return values
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> str:
+    (tmp_path / "pairs.csv").write_text("i,j\n" + "\n".join(f"{i},{i + 4}" for i in range(80)))
+    return str(tmp_path / "pairs.csv")
+
+
+@pytest.mark.parametrize("of", RELATIONS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_loss_or_relation_makes_the_host_wait(loss: str, of: str, pairs: str) -> None:
+    views = POLICIES[([*LOSSES].index(loss) + [*RELATIONS].index(of)) % len(POLICIES)]  # every one with every loss and relation
+    steps(LOSSES[loss](), RELATIONS[of](pairs), policy(views))
+
+
+@pytest.mark.parametrize("algorithm", OPTIMIZERS)
+@pytest.mark.parametrize("views", POLICIES)
+def test_no_views_or_optimizer_make_the_host_wait(algorithm: str, views: str) -> None:
+    steps(VICReg(), Views(), policy(views), OPTIMIZERS[algorithm])
+
+
+@pytest.mark.parametrize("algorithm", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)], ids=["adamw", "sgd"])
+def test_the_scaler_of_fp16_does_not_make_the_host_wait(algorithm: Callable) -> None:
+    """A fused optimiser looks itself whether the gradients overflowed; for another one the scaler does, and waits."""
+    steps(VICReg(), Views(), Augment({"all": {}}), algorithm, precision="fp16")
+    with pytest.raises(Waits, match="item"):
+        steps(VICReg(), Views(), Augment({"all": {}}), partial(algorithm, foreach=False), precision="fp16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", [vit_tiny, partial(resnet, name="resnet18")], ids=["vit_tiny", "resnet18"])
+def test_no_backbone_makes_the_host_wait(backbone: Callable) -> None:
+    steps(SimCLR(), Views(), policy("digits"), backbone=backbone, rounds=1)
+
+
+def test_the_device_computes_what_a_cpu_does() -> None:
+    """Without random numbers, of which a device's generator gives others: the ops on it are the real ones, in their order."""
+    there, here = (steps(VICReg(), Labels(), Augment({"all": {}}), device=device) for device in (None, CPU))
+    for a, b in zip(there, here, strict=True):
+        for name, value in b.items():
+            assert_close(a[name].values, value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("of", RELATIONS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_step_on_cuda_makes_the_host_wait(loss: str, of: str, precision: str, pairs: str) -> None:
+    """CUDA itself says so, for every loss and relation, and the views and optimisers in turn; fp16 needs a fused one."""
+    turn = [*LOSSES].index(loss) + [*RELATIONS].index(of)
+    views, algorithm = POLICIES[turn % len(POLICIES)], [*OPTIMIZERS.values()][turn % len(OPTIMIZERS)]
+    if precision == "fp16":
+        algorithm = torch.optim.AdamW
+    steps(LOSSES[loss](), RELATIONS[of](pairs), policy(views), algorithm, device=torch.device("cuda", 0), precision=precision)
+
+
+# --- the tests above can fail -------------------------------------------------------------------------------------------------
+
+
+def spoilt(spoil: Callable[[Tensor], object]) -> Loss:
+    """VICReg that does something to Z beside."""
+
+    class Spoilt(VICReg):
+        def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
+            spoil(Z)
+            return super()._terms(Z, G)
+
+    return Spoilt()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda Z: Z.sum().item(),
+        lambda Z: Z[0].tolist(),
+        lambda Z: float(Z.sum()),
+        lambda Z: bool(Z.isnan().any()),
+        lambda Z: 0 if Z.isnan().any() else 1,
+        lambda Z: range(Z.argmax()),
+        lambda Z: Z[: Z.argmax()],
+        lambda Z: f"{Z.sum():.3g}",
+        lambda Z: Z.detach().cpu(),
+        lambda Z: Z.detach().to("cpu"),
+        lambda Z: Z.detach().to("cpu", non_blocking=True),
+        lambda Z: Z.detach().numpy(),
+        lambda Z: torch.empty(Z.shape).copy_(Z.detach()),
+        lambda Z: Z.nonzero(),
+        lambda Z: torch.argwhere(Z > 0),
+        lambda Z: torch.where(Z > 0),
+        lambda Z: Z[Z > 0],
+        lambda Z: Z.masked_select(Z > 0),
+        lambda Z: Z.clone().index_put_((Z > 0,), Z.new_zeros(())),
+        lambda Z: torch.equal(Z, Z),
+        lambda Z: torch.allclose(Z, Z),
+        lambda Z: Z.detach().unique(),
+        lambda Z: torch.bincount(Z.argmax(1)),
+        lambda Z: torch.repeat_interleave(Z, Z.argmax(1), 0),
+        lambda Z: torch.linalg.eigh(Z.T @ Z),
+        lambda Z: torch.ones(3).to(Z.device),
+        lambda Z: torch.ones(3).to(Z.device, non_blocking=True),
+        lambda Z: torch.ones(3).pin_memory().to(Z.device),
+        lambda Z: Z + torch.ones(len(Z), 1),
+        lambda Z: Z[torch.arange(3)],
+        lambda Z: torch.where(Z > 0, Z, torch.tensor(0.0)),
+        lambda Z: torch.cuda.synchronize(),
+        lambda Z: torch.cuda.Event().synchronize(),
+    ],
+)
+def test_what_waits_in_a_loss_is_caught(spoil: Callable[[Tensor], object]) -> None:
+    with pytest.raises(Waits):
+        steps(spoilt(spoil), Views(), Augment({"all": {}}), rounds=1)
+
+
+@pytest.mark.parametrize("make", [lambda Z: torch.tensor([1.0], device=Z.device), lambda Z: Z + Z.new_tensor([1.0])])
+def test_a_tensor_made_of_numbers_on_the_device_is_caught(make: Callable[[Tensor], object]) -> None:
+    """torch.tensor copies and waits; it asks for CUDA itself, before any of our code sees it."""
+    with pytest.raises((Waits, RuntimeError)):
+        steps(spoilt(make), Views(), Augment({"all": {}}), rounds=1)
+
+
+def test_what_does_not_wait_is_let_pass() -> None:
+    for fine in (
+        lambda Z: Z * torch.tensor(2.0),
+        lambda Z: torch.where(Z > 0, Z, 0),
+        lambda Z: Z.masked_fill(Z > 0, 1.0),
+        lambda Z: Z + relation.copied(torch.ones(len(Z), 1), Z.device),
+        lambda Z: torch.ones(3).tolist(),
+    ):
+        steps(spoilt(fine), Views(), Augment({"all": {}}), rounds=1)
+
+
+def test_a_relation_that_lists_its_pairs_is_caught() -> None:
+    class Listed(BatchRelation):
+        def __call__(self, batch: Batch, Z: Tensor) -> Relation:
+            i, j = (batch.labels[:, None] == batch.labels).triu(1).nonzero().T
+            return relation.Originals(relation.Edges(i, j, len(batch.labels)), batch.V)
+
+    with pytest.raises(Waits, match="nonzero"):
+        steps(VICReg(), Listed(), Augment({"all": {}}), rounds=1)
+
+
+def test_neighbours_that_are_rewired_on_the_host_are_caught() -> None:
+    """The one relation that says of itself that it waits."""
+    with pytest.raises(Waits, match="from the device to the host"):
+        steps(VICReg(), Noisy("neighbors", k=2), Augment({"all": {}}), rounds=1)
+
+
+def test_views_of_a_mask_are_caught() -> None:
+    class Masked(Augment):
+        def __call__(self, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            X = super().__call__(images, *args, **kwargs)
+            chosen = X.mean((1, 2, 3)) > 0
+            X[chosen] = X[chosen].flip(-1)
+            return X
+
+    with pytest.raises(Waits, match="indexing by a mask"):
+        steps(VICReg(), Views(), Masked({"all": {}}), rounds=1)
+
+
+def test_an_optimizer_that_looks_at_its_gradients_is_caught() -> None:
+    class Careful(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            if all(p.grad.isfinite().all() for group in self.param_groups for p in group["params"]):
+                super().step()
+
+    with pytest.raises(Waits, match="bool"):
+        steps(VICReg(), Views(), Augment({"all": {}}), Careful, rounds=1)
