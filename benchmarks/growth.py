@@ -158,6 +158,10 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
             if pd.notna(first[f"{name}_fitted"])
         ]
         axes.set(xscale="log", yscale="log", xlabel=against)
+        axes.set_xticks(line["size"], line["size"])
+        axes.minorticks_off()
+        low, high = axes.get_ylim()
+        axes.set_ylim(low / 3, high * 3)  # what is flat is to look flat
         axes.set_title(f"{quantity}: {', '.join(exponents)}", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels.flat[len(lines) :]:
