@@ -34,7 +34,7 @@ def racer(tool: str, loss: str, seed: int, seconds: float, marks: list[float], *
 
 
 def run(device: torch.device, full: bool, data: Path, out: Path) -> list[dict[str, Any]]:
-    """Peers train for T seconds; ours for a third of that, which is to suffice for the peers' accuracy, and if `full` also for all."""
+    """Peers train for T seconds; ours for a third of that, which is to suffice for their accuracy, and if `full` also for all."""
     T = 300.0 if full else 60.0
     shared = {"data": str(data.resolve()), "device": str(device), "workers": 2}
     rows: list[dict[str, Any]] = []
