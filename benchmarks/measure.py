@@ -52,10 +52,10 @@ def peak_memory(work: Work, device: torch.device) -> float | None:
         synchronize(device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        held = torch.cuda.memory_allocated(device)
         work()
         synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / MIB
+        return (torch.cuda.max_memory_allocated(device) - held) / MIB
     if sys.platform != "linux":
         return None
     ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -58,10 +58,10 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
         for line, measured in enumerate(("linear", "knn")):
             axes = panels[line, column]
             for color, (tool, of_tool) in enumerate(rows[rows.work == loss].groupby("tool", sort=False)):
-                points = of_tool.assign(at=of_tool.seconds.round())
-                mean = points.groupby("at")[measured].mean()
-                axes.plot(mean.index, mean, color=f"C{color}", label=tool)
-                axes.scatter(points["at"], points[measured], color=f"C{color}", s=12)
+                mark = of_tool.groupby(["seed", "budget"]).cumcount()
+                mean = of_tool.groupby([of_tool.budget, mark])[["seconds", measured]].mean()
+                axes.plot(mean.seconds, mean[measured], color=f"C{color}", label=tool)
+                axes.scatter(of_tool.seconds, of_tool[measured], color=f"C{color}", s=12)
             axes.spines[["top", "right"]].set_visible(False)
         panels[0, column].set_title(loss)
         panels[1, column].set_xlabel("seconds of training")
