@@ -17,7 +17,7 @@ from tests.test_distributed import written
 from tests.test_end_to_end import table
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "slurm" / "train.sbatch"
-SLOW = f"{TINY} epochs=20 dataset.subset=2000 batch_size=400 V=4 gamma=25 optimizer.lr=0.0001"  # few steps, so that roundings stay small
+SLOW = f"{TINY} epochs=20 dataset.subset=2000 batch_size=400 V=4 gamma=25 optimizer.lr=0.0001"  # few steps: small roundings
 
 
 def no_slurm() -> str:
