@@ -9,22 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
 from benchmarks import measure
+from benchmarks.picture import plt
 from ssl_runner.backbone import convnet
 from ssl_runner.dataset import Images
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, VICReg
 from ssl_runner.projector import mlp
 from ssl_runner.relation import Labels, Relation, Views
 from ssl_runner.views import Augment
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 LOSSES: dict[str, Loss] = {"VICReg": VICReg(), "Barlow": BarlowTwins(), "SimCLR": SimCLR()}
 N, K = 1024, 512  # rows and columns, where they do not vary
@@ -119,7 +116,7 @@ def training(side: int, device: torch.device, n: int = 32) -> measure.Work:
     mean, std = torch.zeros(3, device=device), torch.ones(3, device=device)
     body = convnet(3, side)
     network = nn.Sequential(body, mlp(body.width, 256, 2, 128)).to(device)
-    loss, G, generator = VICReg(), Views(n, 2, device=device), torch.Generator().manual_seed(0)
+    loss, G, generator = VICReg(), Views(n, 2, device=device), torch.Generator(device).manual_seed(0)
 
     def step() -> None:
         network.zero_grad()

@@ -127,7 +127,7 @@ def agreement(peer: dict[str, PairLoss], device: torch.device) -> dict[str, floa
 
 def difference(ours: Tensor, theirs: Tensor, what: str, most: float) -> float:
     """The relative difference of two values. Raises RuntimeError where it is more than `most`."""
-    found = abs(float(ours) / float(theirs) - 1)
+    found = abs(ours.item() / theirs.item() - 1)
     if not found <= most:
-        raise RuntimeError(f"{what}: ours gives {float(ours):.9g}, the peer {float(theirs):.9g}")
+        raise RuntimeError(f"{what}: ours gives {ours.item():.9g}, the peer {theirs.item():.9g}")
     return found

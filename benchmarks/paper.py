@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pandas as pd
 import torch
 from hydra.utils import instantiate
@@ -20,15 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.picture import plt
 from ssl_runner import optimizer
 from ssl_runner.backbone import resnet
 from ssl_runner.config import CONF
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, VICReg
 from ssl_runner.projector import mlp
 from ssl_runner.relation import Views
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 BATCH, V, K, SIDE = 512, 2, 256, 32
 PEAK = {"bf16": 989e12, "fp32": 67e12}  # FLOP/s of an H100 SXM, dense (Nvidia's data sheet)

@@ -7,12 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pandas as pd
 import torch
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from benchmarks.picture import plt
 
 LOSSES = {"simclr": "SimCLR", "vicreg": "VICReg", "barlow": "Barlow Twins"}
 SEEDS = (0, 1, 2)

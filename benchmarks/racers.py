@@ -9,7 +9,8 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
-from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from benchmarks import pictures
 from ssl_runner import config, optimizer
 from ssl_runner import run as runner
 from ssl_runner.backbone import convnet
@@ -60,7 +62,7 @@ def settings(given: dict[str, Any]) -> DictConfig:
     config.register_resolvers()
     config.prefer_our_presets()
     overrides = ["dataset=folder", f"dataset.root={given['data']}", f"loss={given['loss']}", f"seed={given['seed']}"]
-    overrides += [f"device={given['device']}", f"batch_size={BATCH}", *given.get("overrides", [])]
+    overrides += [f"device={given['device']}", f"batch_size={BATCH}"]
     with initialize_config_dir(str(config.CONF), version_base="1.3"):
         return compose("config", overrides=overrides)
 
@@ -83,34 +85,15 @@ def ours(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
 
     solver.learning_rate = by_the_clock
     solver.total_epochs = 10**6
-    try:
+    with suppress(Preempted):
         for _ in solver.epochs():
             pass
-    except Preempted:
-        pass
     return stages.backbone, stages.data
 
 
-class Pictures(torch.utils.data.Dataset):
-    """The pretraining images in memory, as torchvision's CIFAR10 gives them: PIL images, transformed one by one."""
-
-    def __init__(self, data: DataSet, transform: Callable):
-        self.images = data.pretrain.images[data.pretrain.rows].permute(0, 2, 3, 1).cpu().numpy()
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, number: int) -> Any:
-        return self.transform(Image.fromarray(self.images[number]))
-
-
-def batches(data: DataSet, transform: Callable, workers: int) -> Iterator[Any]:
-    loader = torch.utils.data.DataLoader(
-        Pictures(data, transform), BATCH, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True
-    )
-    while True:
-        yield from loader
+def loader(data: DataSet, transform: Callable, workers: int) -> DataLoader:
+    """The pretraining images as the peers load them."""
+    return pictures.loader(data.pretrain.images[data.pretrain.rows].permute(0, 2, 3, 1).cpu().numpy(), transform, BATCH, workers)
 
 
 def lightly(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
@@ -139,7 +122,7 @@ def lightly(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
     head = head.to(device)
     sgd = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.06)
     clock.backbone = backbone
-    for views in batches(data, transform, given["workers"]):
+    for views in pictures.forever(loader(data, transform, given["workers"])):
         clock.tick()
         if clock.over:
             return backbone, data
@@ -190,10 +173,6 @@ def stable_pretraining(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, 
         },
         **loss,
     )
-    dataset = Pictures(data, lambda image: several({"image": image}))
-    loader = torch.utils.data.DataLoader(
-        dataset, BATCH, shuffle=True, drop_last=True, num_workers=given["workers"], persistent_workers=True
-    )
 
     class Watch(lightning.Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, number: int) -> None:
@@ -215,7 +194,7 @@ def stable_pretraining(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, 
         enable_model_summary=False,
         callbacks=[Watch()],
     )
-    trainer.fit(module, loader)
+    trainer.fit(module, loader(data, lambda image: several({"image": image}), given["workers"]))
     if not clock.over:  # the schedule has ended before the time
         clock.marks = [0.0]
         clock.tick()
@@ -233,8 +212,7 @@ def peers_start(given: dict[str, Any]) -> tuple[DataSet, torch.device, Any]:
 
 def main() -> None:
     given = json.loads(sys.argv[1])
-    budget = given["seconds"]
-    clock = Clock(budget, given["marks"])
+    clock = Clock(given["seconds"], given["marks"])
     backbone, data = {"ours": ours, "lightly": lightly, "stable-pretraining": stable_pretraining}[given["tool"]](given, clock)
     rows = []
     for elapsed, images, weights in clock.kept:

@@ -14,11 +14,9 @@ from lightly.models.modules.heads import BarlowTwinsProjectionHead, SimCLRProjec
 from lightly.transforms import SimCLRTransform, VICRegTransform
 from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
 from omegaconf import OmegaConf
-from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from benchmarks import measure
+from benchmarks import measure, pictures
 from benchmarks.measure import Work
 from ssl_runner import backbone, dataset, optimizer, projector
 from ssl_runner.config import CONF
@@ -117,20 +115,6 @@ class Ours:
         }
 
 
-class Pictures(Dataset):
-    """As many noise images, as PIL, with lightly's transform of each."""
-
-    def __init__(self, transform: Callable[[Image.Image], Any]):
-        self.transform = transform
-        self.pixels = np.random.default_rng(0).integers(0, 256, (2 * BATCH, SIDE, SIDE, 3), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.transform(Image.fromarray(self.pixels[i]))
-
-
 class Lightly:
     """lightly's training loop, as its examples write it: transforms in a DataLoader of two workers, one forward a view, SGD."""
 
@@ -146,12 +130,8 @@ class Lightly:
         self.device, self.criterion = device, getattr(lightly.loss, criterion)()
         self.network = nn.Sequential(body, head).to(device)
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.06)
-        self.loader = DataLoader(Pictures(transform), BATCH, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True)
-        self.batches = self._batches()
-
-    def _batches(self) -> Iterator[list[Tensor]]:
-        while True:
-            yield from self.loader
+        noise = np.random.default_rng(0).integers(0, 256, (2 * BATCH, SIDE, SIDE, 3), dtype=np.uint8)
+        self.batches = pictures.forever(pictures.loader(noise, transform, BATCH, workers=2))
 
     def step(self) -> None:
         first, second = (view.to(self.device) for view in next(self.batches))

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks import measure
-from ssl_runner.views import Augment
+from ssl_runner.config import CONF
+from ssl_runner.views import Augment, odd
 
-CONF = Path(__file__).parents[1] / "conf" / "views"
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.247, 0.2435, 0.2616]
 Make = Callable[[int], Tensor]  # an even number of views -> two of each of half as many images, (views, 3, size, size)
 
@@ -36,7 +36,7 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
 
 
 def compare(name: str, size: int, device: torch.device, full: bool) -> list[dict[str, Any]]:
-    settings = yaml.safe_load((CONF / f"{name}.yaml").read_text())["policies"]["all"]
+    settings = yaml.safe_load((CONF / "views" / f"{name}.yaml").read_text())["policies"]["all"]
     batch = max(16, 512 * 32**2 // size**2) * (8 if device.type == "cuda" else 1)
     images = fields(batch // 2, size)
     tools = {
@@ -68,7 +68,7 @@ def fields(n: int, size: int) -> Tensor:
 
 def kernel(size: int) -> int:
     """The side of our blur's kernel by default."""
-    return max(3, size // 20 * 2 + 1)
+    return max(3, odd(size / 10))
 
 
 def strengths(jitter: Mapping[str, float]) -> tuple[float, float, float, float]:

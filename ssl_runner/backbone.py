@@ -1,7 +1,8 @@
 """Backbones: images (B, C, H, W) -> features (B, width). Each is a module with a `width`; the probe reads these features."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,19 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
+
+
+@contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Within it the networks are in eval mode; at its end every module's own mode is put back."""
+    modes = {module: module.training for network in networks for module in network.modules()}
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def convnet(channels: int, image_size: int, widths: Sequence[int] = (32, 64, 128, 256)) -> Backbone:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_runner import distributed, theory
+from ssl_runner.backbone import evaluating
 from ssl_runner.dataset import DataSet, balanced_order
 from ssl_runner.loss import Loss
 from ssl_runner.relate import Batch, BatchRelation
@@ -57,18 +58,11 @@ class Diagnostics:
     @torch.no_grad()
     def embed(self, backbone: nn.Module, projector: nn.Module) -> tuple[Tensor, Tensor]:
         """Features (N, d) and embeddings Z (N, K) of the subset, float32, on the device; every module's mode is put back."""
-        modules = [*backbone.modules(), *projector.modules()]
-        modes = [module.training for module in modules]
-        backbone.eval()
-        projector.eval()
-        try:
+        with evaluating(backbone, projector):
             rows = distributed.dealt(len(self.X), 512)
             own = self.X[rows[distributed.rank()].to(self.X.device)]
             features = distributed.assembled(torch.cat([backbone(x).flatten(1) for x in own.split(512)]).float(), rows)
             return features, projector(features).float()
-        finally:
-            for module, mode in zip(modules, modes, strict=True):
-                module.training = mode
 
     def optimum(self, Z: Tensor) -> tuple[Relation, Optimum | None]:
         """The relation over the subset and the loss's closed form on it, None for a loss without one."""

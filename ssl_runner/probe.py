@@ -11,6 +11,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor, nn
 
 from ssl_runner import distributed
+from ssl_runner.backbone import evaluating
 from ssl_runner.dataset import DataSet, Images
 from ssl_runner.views import normalize, to_unit
 
@@ -24,15 +25,10 @@ TEMPERATURE = 0.07  # of the neighbours' votes, as in Wu et al. 2018
 def extract(network: nn.Module, images: Images, mean: Tensor, std: Tensor, batch_size: int = 512) -> Tensor:
     """Features (n, d) float32 of the images, unaugmented, from the network in eval mode; every module's mode is put back. Several
     processes compute batches in turn, and all get all features."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
+    with evaluating(network):
         rows = distributed.dealt(len(images), batch_size)
         batches = images.batches(rows[distributed.rank()], batch_size, mean.device)
         parts = [network(normalize(to_unit(x), mean, std)).flatten(1) for x, _ in batches]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return distributed.assembled(torch.cat(parts).float(), rows)
 
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from ssl_runner import checkpoint, closed_form, dataset, distributed, linear, optimizer, replica
-from ssl_runner.backbone import Backbone, LinearBackbone
+from ssl_runner.backbone import Backbone, LinearBackbone, evaluating
 from ssl_runner.closed_form import ClosedForm, MomentsGap
 from ssl_runner.config import check_values, identity, one_line, shown
 from ssl_runner.dataset import DataSet
@@ -313,15 +313,12 @@ def check_sizes(cfg: DictConfig, backbone: Backbone, data: DataSet) -> None:
         return
     if cfg.solver.name == "closed_form":
         raise Refused("views.sizes is for training: leave it out with solver=closed_form")
-    modes = {module: module.training for module in backbone.modules()}
     for size in dict.fromkeys(cfg.views.sizes):
         try:
-            with torch.no_grad():
-                backbone.eval()(torch.zeros(1, data.channels, size, size, device=data.mean.device))
+            with torch.no_grad(), evaluating(backbone):
+                backbone(torch.zeros(1, data.channels, size, size, device=data.mean.device))
         except (RuntimeError, AssertionError, ValueError) as error:
             raise Refused(f"views.sizes={shown(cfg.views.sizes)}: this backbone takes no {size} x {size} pixels") from error
-    for module, mode in modes.items():
-        module.training = mode
 
 
 def check_fit(cfg: DictConfig, data: DataSet, relation: BatchRelation) -> None:

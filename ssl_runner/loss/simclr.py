@@ -15,7 +15,6 @@ from ssl_runner.relation import Relation
 
 BLOCK_ELEMENTS = 2**22  # similarities held at a time: 16 MiB in float32, and four times that on a GPU, to keep it busy
 SIDE = 512  # rows and columns of a tile of them, 1 MiB, which a CPU's cache holds
-SIDE_ELSEWHERE = 4096
 KEPT_ELEMENTS = 2**23  # similarities kept from one pass to the next: 32 MiB
 
 
@@ -68,7 +67,7 @@ class _SymmetricLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, Z: Tensor, d: Tensor, tau: float) -> Tensor:
         Z, N = Z / tau**0.5, len(Z)
-        side = min(SIDE if Z.device.type == "cpu" else SIDE_ELSEWHERE, math.isqrt(block_elements(Z.device)))
+        side = min(N, math.isqrt(block_elements(Z.device)), SIDE if Z.device.type == "cpu" else N)
         blocks = [slice(start, min(start + side, N)) for start in range(0, N, side)]
         tiles = list(combinations_with_replacement(blocks, 2))
         kept: dict[int, Tensor] = {}
