@@ -1,8 +1,8 @@
 """Batched augmentation: uint8 originals (n, C, H, W) -> X (V n, C, H, W), view-major, with fresh randomness for every row.
 
-First all random numbers are drawn, for all rows; then the rows are made, a block at a time. Every operation is a pure tensor
-function on the device of its input, takes one parameter a row, and agrees with torchvision.transforms.functional on one image
-with the same parameters (`geometry`, `color`). Images are float in [0, 1] until normalised, last.
+First all random numbers are drawn, for all rows; then the rows are made: on a CPU one by one (`fused`), elsewhere all at once,
+by pure tensor functions that take one parameter a row (`geometry`, `color`). Both agree with torchvision.transforms.functional
+on one image with the same parameters. Images are float in [0, 1] until normalised, last.
 """
 
 import math
@@ -15,14 +15,12 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
+from ssl_runner import fused
 from ssl_runner.color import blend_weights, color_jitter, hue_weights, luma, solarize
 from ssl_runner.dataset import DataSet
 from ssl_runner.draw import Draw, Drawn
-from ssl_runner.geometry import box_sums, gaussian_blur, random_affines, random_boxes, resample, sum_both, whole
+from ssl_runner.geometry import gaussian_blur, random_affines, random_boxes, resample, whole
 from ssl_runner.relation import copied
-
-BLOCK = 2**18  # numbers: on a CPU, rows are made so many at a time that they stay in a core's cache
-SUMS = ("rows", "row_weights", "columns", "column_weights")  # what makes a crop, flip or change of size of an image
 
 
 class Augment:
@@ -59,19 +57,50 @@ class Augment:
         n, C, H, W = images.shape
         height, width = (size, size) if size else (H, W)
         X = torch.empty(V * n, C, height, width, device=images.device)
-        block = max(1, BLOCK // (C * max(H * W, height * width))) if images.device.type == "cpu" else max(1, V * n)
         for which, policy in enumerate(self.policies[:V]):
             v = torch.arange(which, V, len(self.policies))
             drawn = policy.draw(Draw(len(v) * parts * n, images.device, generator), (H, W), (height, width))
             own = torch.arange(len(v) * parts * n).view(len(v), parts, n)[:, part].flatten()
-            if policy.jitter:  # rows that treat the hue alike stand together
-                own = own[drawn.choices["place"][own].argsort(stable=True)]
-            for rows in own.split(block):
-                view, image = v[rows // (parts * n)], rows % n
-                x = to_unit(images.index_select(0, copied(image, images.device)))
-                x = policy(x, drawn.of(rows, images.device), (height, width))
-                X.index_copy_(0, copied(view * n + image, images.device), normalize(x, mean, std))
+            make = row_by_row if images.device.type == "cpu" else all_at_once
+            make(policy, drawn, own, images, own % n, X, v[own // (parts * n)] * n + own % n, mean, std)
         return X
+
+
+def row_by_row(
+    policy: "Policy",
+    drawn: Drawn,
+    own: Tensor,
+    images: Tensor,
+    which: Tensor,
+    X: Tensor,
+    where: Tensor,
+    mean: Tensor,
+    std: Tensor,
+) -> None:
+    """Views of the images `which` into the rows `where` of X, with what was drawn at the positions `own`, on a CPU."""
+    sizes = (images.shape[2], images.shape[3]), (X.shape[2], X.shape[3])
+    threshold = policy.solarize["threshold"] if policy.solarize else 0.0
+    fused.make(images, which, X, where, own, drawn.numbers | drawn.choices, mean, std, policy.kernel(*sizes), threshold)
+
+
+def all_at_once(
+    policy: "Policy",
+    drawn: Drawn,
+    own: Tensor,
+    images: Tensor,
+    which: Tensor,
+    X: Tensor,
+    where: Tensor,
+    mean: Tensor,
+    std: Tensor,
+) -> None:
+    """The same on any device, by operations on all rows."""
+    if policy.jitter:  # rows that treat the hue alike stand together
+        order = drawn.choices["place"][own].argsort(stable=True)
+        own, which, where = own[order], which[order], where[order]
+    x = to_unit(images.index_select(0, copied(which, images.device)))
+    x = policy(x, drawn.of(own, images.device), (X.shape[2], X.shape[3]))
+    X.index_copy_(0, copied(where, images.device), normalize(x, mean, std))
 
 
 class Policy:
@@ -116,12 +145,11 @@ class Policy:
         """Everything random about some views of the given size of images of size `own`."""
         numbers: dict[str, Tensor] = {}
         choices: dict[str, Tensor] = {}
-        boxes = random_boxes(draw, *own, **self.crop) if self.crop else whole(draw.rows, *own, draw.device)
-        flip = draw.random() < self.flip
+        if self.crop or self.affine or self.flip:
+            numbers["boxes"] = random_boxes(draw, *own, **self.crop) if self.crop else whole(draw.rows, *own, draw.device)
+            numbers["flip"] = draw.random() < self.flip
         if self.affine:
-            numbers |= {"boxes": boxes, "flip": flip, "matrices": random_affines(draw, *own, **self.affine)}
-        elif self.crop or self.flip or own != size:
-            numbers |= dict(zip(SUMS, box_sums(boxes, flip, own, size), strict=True))
+            numbers["matrices"] = random_affines(draw, *own, **self.affine)
         if self.jitter:
             strengths = [self.jitter.get(name, 0.0) for name in ("brightness", "contrast", "saturation")]
             factors = torch.stack([draw.uniform(max(0, 1 - s), 1 + s) for s in strengths], 1)
@@ -139,23 +167,26 @@ class Policy:
             choices["solarize"] = draw.coin(self.solarize["p"])
         return Drawn(numbers, choices)
 
+    def kernel(self, own: tuple[int, int], size: tuple[int, int]) -> int:
+        """The side of the blur's kernel in pixels of the view."""
+        if self.blur and "kernel" in self.blur:
+            return odd(size[1] / own[1] * self.blur["kernel"])
+        return max(3, odd(min(size) / 10))
+
     def __call__(self, x: Tensor, drawn: Drawn, size: tuple[int, int]) -> Tensor:
         """x (B, C, H, W) float in [0, 1], changed in place, and what was drawn for it, `place` ascending -> one view of each, of
         the given size, float in [0, 1]."""
-        C, _, width = x.shape[1:]
-        share = size[1] / width
+        C, *own = x.shape[1:]
         numbers, choices = drawn.numbers, drawn.choices
-        if self.affine:
-            x = resample(x, numbers["boxes"], numbers["flip"], numbers["matrices"], size)
-        elif "rows" in numbers:
-            x = sum_both(x, *(numbers[name] for name in SUMS))
+        if "boxes" in numbers or (own[0], own[1]) != size:
+            x = resample(x, numbers.get("boxes"), numbers.get("flip"), numbers.get("matrices"), size)
         if self.jitter:
             hues = numbers["hues"] if self.jitter.get("hue") and C == 3 else None
             x = color_jitter(x, numbers["blends"], hues, choices["place"])
         if self.grayscale and C == 3:
             x = where(choices["grayscale"], x, lambda y: luma(y).repeat(1, 3, 1, 1))
         if self.blur:
-            kernel = odd(share * self.blur["kernel"]) if "kernel" in self.blur else max(3, odd(min(size) / 10))
+            kernel = self.kernel((own[0], own[1]), size)
             x = where(choices["blur"], x, lambda y, sigma: gaussian_blur(y, sigma, kernel), numbers["sigma"])
         if self.solarize:
             threshold = self.solarize["threshold"]

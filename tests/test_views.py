@@ -1,5 +1,8 @@
 """Each operation against torchvision's on one image; then what a whole view must and must not do."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from torch.testing import assert_close
 
 from ssl_runner import color, geometry
 from ssl_runner.draw import Draw
-from ssl_runner.views import Augment, Policy
+from ssl_runner.views import Augment, Policy, all_at_once, row_by_row
 
 B = 12
 FULL = {
@@ -220,20 +223,62 @@ def test_coins_fall_as_often_as_told_and_independently() -> None:
 
 def test_no_two_rows_share_any_number() -> None:
     numbers = Policy(**FULL).draw(draw(500), (32, 32), (32, 32)).numbers
-    numbers["boxes"] = torch.cat([numbers["rows"], numbers["columns"]], 1)
     for name in ("boxes", "blends", "hues", "sigma"):
         assert len(torch.unique(numbers[name].reshape(500, -1), dim=0)) > 480, name
 
 
-@pytest.mark.parametrize("block", [1, 3 * 16 * 16 * 7])
-def test_blocks_change_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    originals = torch.randint(0, 256, (15, 3, 16, 16), dtype=torch.uint8)
-    whole = augment(FULL, originals, 2)
-    monkeypatch.setattr("ssl_runner.views.BLOCK", block)
-    assert_close(augment(FULL, originals, 2), whole, atol=1e-6, rtol=0)
-
-
 AFFINE = {"degrees": 15, "translate": 0.1, "scale": [0.85, 1.15], "shear": 10}
+
+
+WAYS = {
+    "all but affine": FULL,
+    "nothing": {},
+    "flip": {"flip": 0.5},
+    "affine": {"affine": AFFINE},
+    "all": {"affine": AFFINE} | FULL,
+    "a wide blur": FULL | {"blur": {"p": 0.5, "sigma": [0.3, 2], "kernel": 7}},
+}
+
+
+@pytest.mark.parametrize("own", [(20, 24), (31, 17)], ids=str)
+@pytest.mark.parametrize("size", [None, (9, 8), (40, 27)], ids=str)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("settings", WAYS.values(), ids=WAYS)
+def test_row_by_row_and_all_at_once_make_the_same(settings: dict, channels: int, size: tuple | None, own: tuple) -> None:
+    """What a CPU does beside what a GPU does, run here, with the same random numbers."""
+    rows, size = 70, size or own
+    policy, images = Policy(**settings), torch.randint(0, 256, (9, channels, *own), dtype=torch.uint8)
+    drawn = policy.draw(draw(rows), own, size)
+    which, where = torch.randint(9, (rows,)), torch.randperm(rows)
+    mean, std = torch.tensor([0.1, 0.2, 0.3])[:channels], torch.tensor([0.5, 0.6, 0.7])[:channels]
+    made = [torch.full((rows, channels, *size), torch.nan) for _ in range(2)]
+    for X, make in zip(made, (row_by_row, all_at_once), strict=True):
+        make(policy, drawn, torch.arange(rows), images, which, X, where, mean, std)
+    assert_close(made[0], made[1], atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_no_row_reads_or_writes_beside_its_arrays(tmp_path: Path) -> None:
+    """Compiled with numba's checks of every index."""
+    checked = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    test = f"{__file__}::test_row_by_row_and_all_at_once_make_the_same"
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test], env=checked, capture_output=True
+    )
+    assert ended.returncode == 0, ended.stdout.decode()
+
+
+def test_threads_change_nothing() -> None:
+    originals, threads = torch.randint(0, 256, (150, 3, 16, 16), dtype=torch.uint8), torch.get_num_threads()
+    made = []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            made.append(augment(FULL, originals, 2))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
 
 
 @pytest.mark.parametrize("size", [8, 16, 24])

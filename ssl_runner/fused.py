@@ -1,0 +1,339 @@
+"""Views on a CPU: each row is made in one go, from its bytes to the normalised view, while it lies in a core's cache.
+
+What `Policy.__call__` does to all rows, operation by operation, is done here to one row after the other in loops that numba
+compiles, on all of torch's threads, with the same random numbers and to the same values (but for rounding). An image is
+(C, h, w) with C 3 or 1; `flat` ones are (C, h * w).
+"""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl_runner.color import GRAY
+
+RED, GREEN, BLUE = (np.float32(weight) for weight in GRAY)
+ZERO, HALF, ONE, TWO, UNIT = (np.float32(number) for number in (0, 0.5, 1, 2, 1 / 255))
+LEAST, SHARES = 16, 4  # a thread takes so many rows at least, and comes back so often: others may be slower
+
+
+class Rows(NamedTuple):
+    """Some rows, as arrays: where each comes from and goes to, and what was drawn for all rows of the policy (an operation that
+    the policy lacks has arrays of length 0). `draws` are the rows' positions among these."""
+
+    images: Any  # (n, C, H, W) uint8
+    which: Any  # (B,) image of each row
+    X: Any  # (N, C, h, w) float32
+    where: Any  # (B,) its row of X
+    draws: Any  # (B,)
+    mean: Any  # (C,)
+    std: Any  # (C,)
+    boxes: Any  # (R, 4), with flip (R,)
+    flip: Any
+    matrices: Any  # (R, 2, 3)
+    blends: Any  # (R, 3, 3), with hues (R, 4, 3) and place (R,): the jitter
+    hues: Any
+    place: Any
+    grayscale: Any  # (R,) bool
+    blur: Any  # (R,) bool, with sigma (R,) and the kernel's side
+    sigma: Any
+    kernel: int
+    solarize: Any  # (R,) bool
+    threshold: Any
+
+
+FIELDS = {
+    "boxes": (np.float32, 2), "flip": (np.bool_, 1), "matrices": (np.float32, 3),
+    "blends": (np.float32, 3), "hues": (np.float32, 3), "place": (np.int64, 1),
+    "grayscale": (np.bool_, 1), "blur": (np.bool_, 1), "sigma": (np.float32, 1), "solarize": (np.bool_, 1),
+}  # fmt: skip
+
+
+def make(
+    images: Tensor,
+    which: Tensor,
+    X: Tensor,
+    where: Tensor,
+    draws: Tensor,
+    drawn: Mapping[str, Tensor],
+    mean: Tensor,
+    std: Tensor,
+    kernel: int,
+    threshold: float,
+) -> None:
+    """Writes into the rows `where` of X (N, C, h, w) views of the images `which` of (n, C, H, W) uint8, each with what was drawn
+    at its position in `draws`; kernel is the blur's side, threshold that of solarisation."""
+    arrays = {
+        name: drawn[name].contiguous().numpy() if name in drawn else np.empty((0,) * dimensions, kind)
+        for name, (kind, dimensions) in FIELDS.items()
+    }
+    rows = Rows(
+        images=images.contiguous().numpy(),
+        which=which.numpy(),
+        X=X.numpy(),
+        where=where.numpy(),
+        draws=draws.numpy(),
+        mean=mean.numpy(),
+        std=std.numpy(),
+        kernel=kernel,
+        threshold=np.float32(threshold),
+        **arrays,
+    )
+    number = torch.get_num_threads()
+    if number == 1:
+        make_rows(rows, 0, len(which))
+    else:
+        starts = range(0, len(which), max(LEAST, math.ceil(len(which) / (SHARES * number))))
+        for _ in threads(number).map(partial(make_rows, rows), starts, [*starts[1:], len(which)]):
+            pass
+
+
+@cache
+def threads(number: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(number, "views")
+
+
+os.register_at_fork(after_in_child=threads.cache_clear)  # a fork has no threads but its own
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compiled at the first call, for a second or two, and kept on disk where there is a place for it."""
+    jit = partial(numba.njit, nogil=True, fastmath=True, error_model="numpy")
+    try:
+        return jit(cache=True)(function)
+    except RuntimeError:  # neither the module's folder nor the user's cache can be written to
+        return jit()(function)
+
+
+@compiled
+def convert(image, x):  # type: ignore[no-untyped-def]
+    C, h, w = x.shape
+    for c in range(C):
+        for i in range(h):
+            for j in range(w):
+                x[c, i, j] = image[c, i, j] * UNIT
+
+
+@compiled
+def hats(first, length, out, flip, pixels, weights):  # type: ignore[no-untyped-def]
+    """`geometry.hats` for one row; pixels and weights are (K, out). Returns how many of the K count."""
+    step = length / np.float32(out)
+    reach = max(step, ONE)
+    K = max(2, math.ceil(TWO * step))
+    for j in range(out):
+        centre = step * np.float32(j + 0.5)
+        centre = length - centre if flip else centre
+        lowest, total = math.floor(centre - reach + HALF), ZERO
+        for k in range(K):
+            pixel = np.float32(lowest + k)
+            inside = clamp(pixel, ZERO, length - ONE)
+            weight = max(ZERO, ONE - abs(pixel + HALF - centre) / reach) if inside == pixel else ZERO
+            pixels[k, j], weights[k, j] = np.uint32(first + inside), weight
+            total += weight
+        for k in range(K):
+            weights[k, j] /= total
+    return K
+
+
+@compiled
+def resample(image, box, flip, rows, row_weights, columns, column_weights, line, strip, x):  # type: ignore[no-untyped-def]
+    """Sums of columns, for those rows of the image that are in the box, then sums of these rows. rows (K, h) and columns (K, w)
+    are unsigned, since a sign would have to be looked at: negative indices count from the end."""
+    (C, _, W), (_, h, w) = image.shape, x.shape
+    top, left, height, width = box
+    of_rows, of_columns = hats(top, height, h, False, rows, row_weights), hats(left, width, w, flip, columns, column_weights)
+    for c in range(C):
+        for r in range(int(top), int(top + height)):
+            source, to = image[c, r], strip[r]
+            for j in range(W):
+                line[j] = source[j] * UNIT
+            for j in range(w):
+                to[j] = column_weights[0, j] * line[columns[0, j]] + column_weights[1, j] * line[columns[1, j]]
+            for k in range(2, of_columns):
+                for j in range(w):
+                    to[j] += column_weights[k, j] * line[columns[k, j]]
+        for i in range(h):
+            a, b, to = strip[rows[0, i]], strip[rows[1, i]], x[c, i]
+            of_a, of_b = row_weights[0, i], row_weights[1, i]
+            for j in range(w):
+                to[j] = of_a * a[j] + of_b * b[j]
+            for k in range(2, of_rows):
+                a, of_a = strip[rows[k, i]], row_weights[k, i]
+                for j in range(w):
+                    to[j] += of_a * a[j]
+
+
+@compiled
+def look_up(small, H, W, box, flip, matrix, x):  # type: ignore[no-untyped-def]
+    """An affine map of a crop: `geometry.resample`, from an image that was (H, W) and has the size of x already."""
+    C, h, w = x.shape
+    top, left, height, width = box
+    for i in range(h):
+        down = np.float32(i + 0.5) * height / h + top - np.float32(0.5 * H)
+        for j in range(w):
+            right = np.float32(j + 0.5) * W / w
+            right = (W - right if flip else right) * width / W + left - np.float32(0.5 * W)
+            across = (matrix[0, 0] * right + matrix[0, 1] * down + matrix[0, 2]) * w / W + np.float32(0.5 * (w - 1))
+            along = (matrix[1, 0] * right + matrix[1, 1] * down + matrix[1, 2]) * h / H + np.float32(0.5 * (h - 1))
+            p, q = math.floor(along), math.floor(across)
+            for c in range(C):
+                total = ZERO
+                for r in range(max(p, 0), min(p + 2, h)):
+                    for s in range(max(q, 0), min(q + 2, w)):
+                        total += (ONE - abs(along - r)) * (ONE - abs(across - s)) * small[c, r, s]
+                x[c, i, j] = total
+
+
+@compiled
+def clamp(x, low, high):  # type: ignore[no-untyped-def]
+    return min(max(x, low), high)
+
+
+@compiled
+def luma(r, g, b):  # type: ignore[no-untyped-def]
+    return RED * r + GREEN * g + BLUE * b
+
+
+@compiled
+def blend(flat, factor, contrast, saturation):  # type: ignore[no-untyped-def]
+    """Brightness, contrast or saturation, as a row of `blend_weights` says."""
+    pixels, rest, mean = flat.shape[1], ONE - factor, ZERO
+    r, g, b = flat[0], flat[len(flat) // 2], flat[-1]
+    if contrast > 0:
+        for p in range(pixels):
+            mean += luma(r[p], g[p], b[p]) if len(flat) == 3 else r[p]
+        mean *= rest / np.float32(pixels)
+    if len(flat) == 3:
+        rest *= saturation
+        for p in range(pixels):
+            reference = rest * luma(r[p], g[p], b[p]) + mean
+            r[p] = clamp(factor * r[p] + reference, ZERO, ONE)
+            g[p] = clamp(factor * g[p] + reference, ZERO, ONE)
+            b[p] = clamp(factor * b[p] + reference, ZERO, ONE)
+    elif saturation == 0:
+        for p in range(pixels):
+            r[p] = clamp(factor * r[p] + mean, ZERO, ONE)
+
+
+@compiled
+def mix_channels(flat, weights):  # type: ignore[no-untyped-def]
+    red, green, blue = flat
+    of_r, of_g, of_b, of_sum = weights
+    for p in range(len(red)):
+        r, g, b = red[p], green[p], blue[p]
+        high, low = max(max(r, g), b), min(min(r, g), b)
+        both = high + low
+        red[p] = clamp(of_r[0] * r + of_g[0] * g + of_b[0] * b + of_sum[0] * both, low, high)
+        green[p] = clamp(of_r[1] * r + of_g[1] * g + of_b[1] * b + of_sum[1] * both, low, high)
+        blue[p] = clamp(of_r[2] * r + of_g[2] * g + of_b[2] * b + of_sum[2] * both, low, high)
+
+
+@compiled
+def lose_color(flat):  # type: ignore[no-untyped-def]
+    r, g, b = flat
+    for p in range(len(r)):
+        gray = luma(r[p], g[p], b[p])
+        r[p] = gray
+        g[p] = gray
+        b[p] = gray
+
+
+@compiled
+def copy(source, to):  # type: ignore[no-untyped-def]
+    for j in range(len(source)):
+        to[j] = source[j]
+
+
+@compiled
+def convolve(x, weights, step, out):  # type: ignore[no-untyped-def]
+    """out_p = sum over t, from -half to half, of weights_|t| x_(p + half step + t step), two pairs of taps at a time."""
+    half = len(weights) - 2  # the last weight is 0, for a pair that is not there
+    many = len(x) - 2 * half * step
+    for t in range(1, half + 1, 2):
+        s = min(t + 1, half)
+        a, b, of_ab = x[(half - t) * step :], x[(half + t) * step :], weights[t]
+        c, d, of_cd = x[(half - s) * step :], x[(half + s) * step :], weights[t + 1]
+        if t == 1:
+            centre, of_centre = x[half * step :], weights[0]
+            for p in range(many):
+                out[p] = of_centre * centre[p] + of_ab * (a[p] + b[p]) + of_cd * (c[p] + d[p])
+        else:
+            for p in range(many):
+                out[p] += of_ab * (a[p] + b[p]) + of_cd * (c[p] + d[p])
+
+
+@compiled
+def blur(x, sigma, kernel, padded, buffer):  # type: ignore[no-untyped-def]
+    """Mirrored edges; padded and buffer hold an image with them."""
+    C, h, w = x.shape
+    half = kernel // 2
+    side = w + 2 * half
+    weights = np.zeros(half + 2, np.float32)
+    for t in range(half + 1):
+        weights[t] = math.exp(-np.float32(t * t) / (TWO * sigma * sigma))
+    weights /= TWO * weights.sum() - weights[0]
+    for c in range(C):
+        plane = x[c].reshape(h * w)
+        copy(plane, padded[half * w :])
+        for t in range(half):
+            copy(x[c, half - t], padded[t * w :])
+            copy(x[c, h - 2 - t], padded[(half + h + t) * w :])
+        convolve(padded[: (h + 2 * half) * w], weights, w, plane)
+        for i in range(h):
+            to = buffer[i * side : (i + 1) * side]
+            copy(x[c, i], to[half:])
+            for t in range(half):
+                to[t] = to[2 * half - t]
+                to[side - 1 - t] = to[side - 1 - 2 * half + t]
+        convolve(buffer[: h * side], weights, 1, padded)
+        for i in range(h):
+            copy(padded[i * side : i * side + w], x[c, i])
+
+
+@compiled
+def make_rows(all, start, stop):  # type: ignore[no-untyped-def]
+    C, H, W = all.images.shape[1:]
+    h, w = all.X.shape[2:]
+    whole = np.array([0, 0, H, W], np.float32)
+    across, down = max(2, math.ceil(2 * W / w)), max(2, math.ceil(2 * H / h))  # taps, at most
+    columns, column_weights = np.empty((across, w), np.uint32), np.empty((across, w), np.float32)
+    rows, row_weights = np.empty((down, h), np.uint32), np.empty((down, h), np.float32)
+    line, strip, small = np.empty(W, np.float32), np.empty((H, w), np.float32), np.empty((C, h, w), np.float32)
+    padded, buffer = np.empty((h + all.kernel) * (w + all.kernel), np.float32), np.empty(h * (w + all.kernel), np.float32)
+    for b in range(start, stop):
+        image, x, n = all.images[all.which[b]], all.X[all.where[b]], all.draws[b]
+        flat = x.reshape(C, h * w)
+        affine = len(all.matrices) > 0
+        cropped = not affine and len(all.boxes) > 0
+        box, flip, to = all.boxes[n] if cropped else whole, cropped and all.flip[n], small if affine else x
+        if (h, w) == (H, W) and not cropped:
+            convert(image, to)
+        else:
+            resample(image, box, flip, rows, row_weights, columns, column_weights, line, strip, to)
+        if affine:
+            look_up(small, H, W, all.boxes[n], all.flip[n], all.matrices[n], x)
+        if len(all.place) and all.place[n] < 4:
+            for step in range(4):
+                if len(all.hues) and C == 3 and all.place[n] == step:
+                    mix_channels(flat, all.hues[n])
+                if step < 3:
+                    blend(flat, all.blends[n, step, 0], all.blends[n, step, 1], all.blends[n, step, 2])
+        if len(all.grayscale) and C == 3 and all.grayscale[n]:
+            lose_color(flat)
+        if len(all.blur) and all.blur[n]:
+            blur(x, all.sigma[n], all.kernel, padded, buffer)
+        invert = len(all.solarize) > 0 and all.solarize[n]
+        for c in range(C):
+            plane, mean, scale = flat[c], all.mean[c], ONE / all.std[c]
+            if invert:
+                for p in range(h * w):
+                    plane[p] = ONE - plane[p] if plane[p] >= all.threshold else plane[p]
+            for p in range(h * w):
+                plane[p] = (plane[p] - mean) * scale
