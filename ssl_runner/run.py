@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from ssl_runner import checkpoint, closed_form, dataset, distributed, linear, optimizer, replica
+from ssl_runner import checkpoint, closed_form, dataset, distributed, linear, memory, optimizer, replica
 from ssl_runner.backbone import Backbone, LinearBackbone, evaluating
 from ssl_runner.closed_form import ClosedForm, MomentsGap
 from ssl_runner.config import check_values, identity, one_line, shown
@@ -58,6 +58,8 @@ def prepare(cfg: DictConfig, data: DataSet | None = None, weights: bool = True) 
     its own needs none to start from. Raises Refused for what cannot run."""
     check_values(cfg)
     device = choose_device(cfg.device)
+    if device.type == "cpu":
+        memory.keep_freed()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     precision = choose_precision(cfg.precision, device)
