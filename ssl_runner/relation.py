@@ -69,7 +69,7 @@ class Views(Relation):
 
     def _product(self, Z: Tensor) -> Tensor:
         views = Z.reshape(self.V, self.n, -1)
-        GZ = (views.sum(0) - views).reshape(self.num_rows, -1)
+        GZ = (views.flip(0) if self.V == 2 else views.sum(0) - views).reshape(self.num_rows, -1)
         return GZ if self.weight == 1 else self.weight * GZ
 
     def edges(self) -> Tensor:

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_runner.distributed import size, summed, total
+from ssl_runner.distributed import size, summed
 from ssl_runner.loss.base import Loss, off_diagonal
-from ssl_runner.loss.products import Symmetric, column_products, first_derivative, square_sum
+from ssl_runner.loss.products import Symmetric, first_derivative, square_sum
 from ssl_runner.relation import Relation
 
 
@@ -30,15 +30,12 @@ class BarlowTwins(Loss):
         self.center, self.eps = center, eps
 
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
-        d = G.degrees.to(Z)[:, None]
         if self.center:
+            d = G.degrees.to(Z)
             with torch.no_grad():  # the mean has no part in the gradient: d'Z = 0
-                mean = summed(d.T @ Z) / summed(d.sum()).clamp(min=1)
+                mean = summed(d @ Z) / summed(d.sum()).clamp(min=1)
             Z = Z - mean
-        with torch.no_grad():
-            dZ, GZ = d * Z, G @ Z
-        n = total(column_products(Z, dZ)).clamp(min=torch.finfo(Z.dtype).tiny).sqrt()  # a dead column has gradient 0, not nan
-        diagonal, squares = _Correlation.apply(Z, GZ, n, self.eps, G)
+        diagonal, squares = _Correlation.apply(Z, G, self.eps)
         return {"diagonal": (diagonal - 1).square().sum(), "off_diagonal": squares}
 
     def of_correlations(self, C: Tensor) -> dict[str, Tensor]:
@@ -47,14 +44,17 @@ class BarlowTwins(Loss):
 
 
 class _Correlation(torch.autograd.Function):
-    """Z, GZ (N, K), n (K,) -> C_kk (K,) and sum_{k != l} C_kl^2, with M = Z'GZ and C_kl = M_kl / (n_k n_l + eps).
+    """Z (N, K) -> C_kk (K,) and sum_{k != l} C_kl^2, with M = Z'GZ, n_k^2 = sum_i d_i z_ik^2 and C_kl = M_kl / (n_k n_l + eps).
 
-    M and dM are symmetric, so dZ = 2 GZ dM. With D_kl = C_kl / (n_k n_l + eps), the squares have dM_kl = 2 D_kl and
-    dn_k = -4 sum_{l != k} C_kl D_kl n_l, and C_kk has dM_kk = 1 / (n_k^2 + eps) and dn_k = -2 C_kk n_k / (n_k^2 + eps).
+    M and dM are symmetric, so dZ = 2 GZ dM + 2 diag(d) Z diag(dn / 2n). With D_kl = C_kl / (n_k n_l + eps), the squares have
+    dM_kl = 2 D_kl and dn_k = -4 sum_{l != k} C_kl D_kl n_l, and C_kk has dM_kk = 1 / (n_k^2 + eps) and
+    dn_k = -2 C_kk n_k / (n_k^2 + eps).
     """
 
     @staticmethod
-    def forward(ctx: Any, Z: Tensor, GZ: Tensor, n: Tensor, eps: float, G: Relation) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, Z: Tensor, G: Relation, eps: float) -> tuple[Tensor, Tensor]:
+        d, GZ = G.degrees.to(Z), G @ Z
+        n = summed(d @ Z.square()).clamp(min=torch.finfo(Z.dtype).tiny).sqrt()
         M, diagonal, squares, pull = Symmetric(Z, GZ, G), torch.empty_like(n), Z.new_zeros(()), torch.zeros_like(n)
         for k, m, stripe in M.stripes():
             nn = torch.outer(n[k], n[m]).add_(eps)
@@ -66,15 +66,17 @@ class _Correlation(torch.autograd.Function):
             C *= D
             pull[k] += C @ n[m]
             pull[k.stop :] += n[k] @ C[:, len(C) :]
-        ctx.save_for_backward(GZ, n, M.matrix, diagonal, pull)
+        ctx.save_for_backward(Z, d, GZ, n, M.matrix, diagonal, pull)
         ctx.size, ctx.eps = size(), eps
         return diagonal, squares
 
     @staticmethod
     @first_derivative
-    def backward(ctx: Any, d_diagonal: Tensor, d_squares: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
-        GZ, n, D, diagonal, pull = ctx.saved_tensors
+    def backward(ctx: Any, d_diagonal: Tensor, d_squares: Tensor) -> tuple[Tensor, None, None]:
+        Z, d, GZ, n, D, diagonal, pull = ctx.saved_tensors
         d_diagonal = d_diagonal / (n.square() + ctx.eps)
         dM = 4 * ctx.size * d_squares * D
         dM.diagonal().copy_(2 * ctx.size * d_diagonal)
-        return GZ @ dM, None, -4 * d_squares * pull - 2 * d_diagonal * diagonal * n, None, None
+        dn = -4 * d_squares * pull - 2 * d_diagonal * diagonal * n
+        alive = n.square() > torch.finfo(n.dtype).tiny  # a dead column has gradient 0, not nan
+        return (Z * torch.where(alive, ctx.size * dn / n, 0)).mul_(d[:, None]).addmm_(GZ, dM), None, None
