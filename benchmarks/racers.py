@@ -52,6 +52,11 @@ class Clock:
             self.start = time.perf_counter() - elapsed
         return elapsed
 
+    def end(self) -> None:
+        """Keeps the weights as they are now, whatever the time."""
+        self.marks = [0.0]
+        self.tick()
+
     @property
     def over(self) -> bool:
         return not self.marks
@@ -68,8 +73,9 @@ def settings(given: dict[str, Any]) -> DictConfig:
 
 
 def ours(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
-    """A run as `ssl-run` makes it, but that the learning rate follows the clock instead of the number of steps."""
-    cfg = settings(given)
+    """A run as `ssl-run` makes it, but that the learning rate follows the clock instead of the number of steps, or, where a number
+    of images is given, these."""
+    cfg, images = settings(given), given.get("images")
     stages = runner.prepare(cfg)
     clock.backbone = stages.backbone
     preemption = Preemption()
@@ -78,7 +84,10 @@ def ours(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
 
     def by_the_clock(step: int) -> float:
         clock.images = step * BATCH
-        progress = clock.tick() / clock.budget
+        elapsed = clock.tick()
+        progress = clock.images / images if images else elapsed / clock.budget
+        if progress >= 1 and not clock.over:
+            clock.end()
         if clock.over:
             preemption.asked = signal.SIGTERM  # ends the run after this step
         return schedule(min(999, int(1000 * progress)))
@@ -196,8 +205,7 @@ def stable_pretraining(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, 
     )
     trainer.fit(module, loader(data, lambda image: several({"image": image}), given["workers"]))
     if not clock.over:  # the schedule has ended before the time
-        clock.marks = [0.0]
-        clock.tick()
+        clock.end()
     return backbone.to(device), data
 
 

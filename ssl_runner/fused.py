@@ -104,7 +104,7 @@ os.register_at_fork(after_in_child=threads.cache_clear)  # a fork has no threads
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compiled at the first call, for a second or two, and kept on disk where there is a place for it."""
+    """Compiled at the first call (some seconds for all of these), and kept on disk where there is a place for it."""
     jit = partial(numba.njit, nogil=True, fastmath=True, error_model="numpy")
     try:
         return jit(cache=True)(function)

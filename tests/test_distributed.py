@@ -244,7 +244,7 @@ class Doubled:
 TOLERANCE = dict.fromkeys(("neighbors", "queue", "a user's loss", "noisy labels"), 1e-4)  # gathered rows are float32
 
 
-@pytest.mark.parametrize("W", [2, 4])
+@pytest.mark.parametrize("W", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_training_of_several_processes_has_the_loss_curve_of_one(W: int) -> None:
     """For every relation, those that need all rows too, and for a loss that was written without a thought of processes."""
     expected = curves(list(TRAININGS))

@@ -220,6 +220,7 @@ def test_a_loss_of_ones_own(ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyP
 # --- sweeps -------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_runs_and_sweeps_of_one_second_share_no_folder(ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock that names folders stands still: two sweeps of six runs, and two single runs, still make fourteen folders."""
     OmegaConf.register_new_resolver("now", lambda form: datetime(2026, 1, 1).strftime(form), use_cache=True, replace=True)
@@ -351,6 +352,7 @@ def test_diagnostics_of_a_noisy_relation_go_on_as_they_were(ssl_run, tmp_path: P
     assert (folder / "spectrum.csv").read_text() == before == (whole / "spectrum.csv").read_text()
 
 
+@pytest.mark.slow
 def test_a_folder_belongs_to_one_process(ssl_run, tmp_path: Path) -> None:
     """Two processes that resume one run at the same moment: one goes on, the other is refused and spoils nothing."""
     command = f"{TINY} epochs=3"

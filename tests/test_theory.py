@@ -330,6 +330,7 @@ def subspace_iteration(G: Edges, known: Tensor) -> float:
     return float(values.min())
 
 
+@pytest.mark.slow
 def test_a_long_path_whose_spectrum_is_crowded_at_its_end_is_solved() -> None:
     """Eigenvalues 2 - 2 cos(pi k / N) of the Laplacian, 2 cos(pi k / (N + 1)) of the adjacency."""
     N = 20_000
