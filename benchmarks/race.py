@@ -35,10 +35,10 @@ def racer(
 
 
 def run(device: torch.device, full: bool, data: Path, out: Path) -> list[dict[str, Any]]:
-    """Peers train for T seconds; ours for a third of that, which is to suffice for their accuracy, and if `full` also for all; and
-    for as many images as lightly has seen, which tells the recipe from the throughput."""
+    """Peers train for T seconds; ours for a third of that, which is to suffice for their accuracy, and if `full` also for all;
+    and once more for as many images as lightly has seen, which tells the recipe from the throughput."""
     T = 300.0 if full else 60.0
-    shared = {"data": str(data.resolve()), "device": str(device), "workers": 2}
+    shared: dict[str, Any] = {"data": str(data.resolve()), "device": str(device), "workers": 2}
     rows: list[dict[str, Any]] = []
     for seed in SEEDS:
         for loss in LOSSES:

@@ -73,8 +73,8 @@ def settings(given: dict[str, Any]) -> DictConfig:
 
 
 def ours(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
-    """A run as `ssl-run` makes it, but that the learning rate follows the clock instead of the number of steps, or, where a number
-    of images is given, these."""
+    """A run as `ssl-run` makes it, but that the learning rate follows the clock instead of the number of steps, or the
+    number of images where that is given."""
     cfg, images = settings(given), given.get("images")
     stages = runner.prepare(cfg)
     clock.backbone = stages.backbone
