@@ -1,6 +1,5 @@
 """How everything here is timed: contenders take turns in one process, and what is told of each is a median over the rounds."""
 
-import ctypes
 import gc
 import statistics
 import sys
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ssl_runner import memory
 
 MIB = 2**20
 Work = Callable[[], Any]
@@ -58,7 +59,7 @@ def peak_memory(work: Work, device: torch.device) -> float | None:
         return (torch.cuda.max_memory_allocated(device) - held) / MIB
     if sys.platform != "linux":
         return None
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    memory.give_back()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     work()

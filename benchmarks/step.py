@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks import measure, pictures
 from benchmarks.measure import Work
-from ssl_runner import backbone, dataset, memory, optimizer, projector
+from ssl_runner import backbone, dataset, optimizer, projector
 from ssl_runner.config import CONF
 from ssl_runner.dataset import Source
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, VICReg
@@ -150,42 +150,45 @@ def compiled(ours: Ours) -> float:
 
 
 def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[dict[str, Any]]:
-    if device.type == "cpu":
-        memory.keep_freed()  # as a run does; for the others as well
-    rows: list[dict[str, Any]] = []
-    for name, loss in product(BACKBONES, LOSSES):
-        quick = name == "convnet" or device.type != "cpu"
-        every = quick or full or loss == "VICReg"  # resnet18 takes seconds a step on a CPU: there bare and ours only
-        ours = Ours(name, loss, device)
-        peak = {"ours: whole step": measure.peak_memory(ours.step, device)}
-        contenders: dict[str, Work] = {"bare forward and backward": ours.bare, "ours: whole step": ours.step}
-        half = lightlys = compile_seconds = None
-        if every:
-            lightlys = Lightly(name, loss, device)
-            peak["lightly: whole step"] = measure.peak_memory(lightlys.step, device)
-            contenders["lightly: whole step"] = lightlys.step
-        if loss == "VICReg":
-            half = Ours(name, loss, device, "bf16")
-            contenders |= {"bf16: bare forward and backward": half.bare, "bf16: ours, whole step": half.step}
-            if quick or full:
-                fused = Ours(name, loss, device)
-                compile_seconds = compiled(fused)
-                contenders["compile=true: ours, whole step"] = fused.step
-        budget, least = (10.0, 5) if quick else (0.0, 5 if full else 3)
-        times = measure.interleaved(contenders, device, budget, least)
-        times |= measure.interleaved(ours.parts(), device, budget=2.0)
-        del lightlys, half
-        for tool, seconds in times.items():
-            bare = times["bf16: bare forward and backward" if tool.startswith("bf16") else "bare forward and backward"]
-            rows.append(
-                {
-                    "work": f"{name} batch {BATCH} {loss}",
-                    "tool": tool,
-                    "ms": 1000 * seconds,
-                    "ratio": seconds / times["ours: whole step"],
-                    "overhead": seconds / bare - 1 if "whole step" in tool else None,
-                    "compile_s": compile_seconds if tool.startswith("compile") else None,
-                    "peak_mib": peak.get(tool),
-                }
-            )
-    return rows
+    return [row for name, loss in product(BACKBONES, LOSSES) for row in compare(name, loss, device, full)]
+
+
+def compare(name: str, loss: str, device: torch.device, full: bool) -> list[dict[str, Any]]:
+    """Rows of one network and loss. ResNet-18, which takes seconds a step on a CPU, is compared with all others for VICReg only,
+    unless `full`."""
+    quick = name == "convnet" or device.type != "cpu"
+    ours = Ours(name, loss, device)
+    peak = {"ours: whole step": measure.peak_memory(ours.step, device)}
+    contenders: dict[str, Work] = {"bare forward and backward": ours.bare, "ours: whole step": ours.step}
+    if quick or full or loss == "VICReg":
+        lightlys = Lightly(name, loss, device)
+        peak["lightly: whole step"] = measure.peak_memory(lightlys.step, device)
+        contenders["lightly: whole step"] = lightlys.step
+    compile_seconds = None
+    if loss == "VICReg":
+        half = Ours(name, loss, device, "bf16")
+        contenders |= {"bf16: bare forward and backward": half.bare, "bf16: ours, whole step": half.step}
+        if quick or full:
+            faster = Ours(name, loss, device)
+            compile_seconds = compiled(faster)
+            contenders["compile=true: ours, whole step"] = faster.step
+    budget, least = (10.0, 5) if quick else (0.0, 5 if full else 3)
+    times = measure.interleaved(contenders, device, budget, least)
+    times |= measure.interleaved(ours.parts(), device, budget=2.0)
+
+    def overhead(tool: str) -> float | None:
+        bare = "bf16: bare forward and backward" if tool.startswith("bf16") else "bare forward and backward"
+        return times[tool] / times[bare] - 1 if "whole step" in tool else None
+
+    return [
+        {
+            "work": f"{name} batch {BATCH} {loss}",
+            "tool": tool,
+            "ms": 1000 * seconds,
+            "ratio": seconds / times["ours: whole step"],
+            "overhead": overhead(tool),
+            "compile_s": compile_seconds if tool.startswith("compile") else None,
+            "peak_mib": peak.get(tool),
+        }
+        for tool, seconds in times.items()
+    ]

@@ -11,6 +11,7 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from ssl_runner import memory
 from ssl_runner.errors import Refused
 from ssl_runner.relation import copied
 
@@ -178,8 +179,8 @@ def place(data: Source, location: str, device: torch.device) -> tuple[Tensor, bo
         return data.images, False
     if device.type == "cpu" and not data.mapped:
         return data.images, True
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what earlier runs of this process have left counts as free
+    give_back = torch.cuda.empty_cache if device.type == "cuda" else memory.give_back
+    give_back()  # what earlier runs of this process have left counts as free
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     needed = data.images.numel()
     if location == "auto" and needed > MEMORY_SHARE * free:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ssl_runner.color import GRAY
 
-RED, GREEN, BLUE = (np.float32(weight) for weight in GRAY)
+RED, GREEN, BLUE = (np.float32(weight) for weight in GRAY)  # what is kept on disk does not notice when these change
 ZERO, HALF, ONE, TWO, UNIT = (np.float32(number) for number in (0, 0.5, 1, 2, 1 / 255))
 LEAST, SHARES = 16, 4  # a thread takes so many rows at least, and comes back so often: others may be slower
 
@@ -68,8 +68,9 @@ def make(
     kernel: int,
     threshold: float,
 ) -> None:
-    """Writes into the rows `where` of X (N, C, h, w) views of the images `which` of (n, C, H, W) uint8, each with what was drawn
-    at its position in `draws`; kernel is the blur's side, threshold that of solarisation."""
+    """Writes into the rows `where` (B,) of X (N, C, h, w) views of the images `which` (B,) of (n, C, H, W) uint8, each with what
+    was drawn at its position in `draws` (B,): `drawn` holds a policy's numbers and choices, as FIELDS lists them. mean and std
+    are (C,), `kernel` the blur's side in pixels, less than twice the view's, 1 without a blur. No index is checked."""
     arrays = {
         name: drawn[name].contiguous().numpy() if name in drawn else np.empty((0,) * dimensions, kind)
         for name, (kind, dimensions) in FIELDS.items()
@@ -126,7 +127,7 @@ def hats(first, length, out, flip, pixels, weights):  # type: ignore[no-untyped-
     """`geometry.hats` for one row; pixels and weights are (K, out). Returns how many of the K count."""
     step = length / np.float32(out)
     reach = max(step, ONE)
-    K = max(2, math.ceil(TWO * step))
+    K = min(len(pixels), max(2, math.ceil(TWO * step)))
     for j in range(out):
         centre = step * np.float32(j + 0.5)
         centre = length - centre if flip else centre
@@ -298,42 +299,42 @@ def blur(x, sigma, kernel, padded, buffer):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def make_rows(all, start, stop):  # type: ignore[no-untyped-def]
-    C, H, W = all.images.shape[1:]
-    h, w = all.X.shape[2:]
+def make_rows(every, start, stop):  # type: ignore[no-untyped-def]
+    C, H, W = every.images.shape[1:]
+    h, w = every.X.shape[2:]
     whole = np.array([0, 0, H, W], np.float32)
     across, down = max(2, math.ceil(2 * W / w)), max(2, math.ceil(2 * H / h))  # taps, at most
     columns, column_weights = np.empty((across, w), np.uint32), np.empty((across, w), np.float32)
     rows, row_weights = np.empty((down, h), np.uint32), np.empty((down, h), np.float32)
     line, strip, small = np.empty(W, np.float32), np.empty((H, w), np.float32), np.empty((C, h, w), np.float32)
-    padded, buffer = np.empty((h + all.kernel) * (w + all.kernel), np.float32), np.empty(h * (w + all.kernel), np.float32)
+    padded, buffer = np.empty((h + every.kernel) * (w + every.kernel), np.float32), np.empty(h * (w + every.kernel), np.float32)
     for b in range(start, stop):
-        image, x, n = all.images[all.which[b]], all.X[all.where[b]], all.draws[b]
+        image, x, n = every.images[every.which[b]], every.X[every.where[b]], every.draws[b]
         flat = x.reshape(C, h * w)
-        affine = len(all.matrices) > 0
-        cropped = not affine and len(all.boxes) > 0
-        box, flip, to = all.boxes[n] if cropped else whole, cropped and all.flip[n], small if affine else x
+        affine = len(every.matrices) > 0
+        cropped = not affine and len(every.boxes) > 0
+        box, flip, to = every.boxes[n] if cropped else whole, cropped and every.flip[n], small if affine else x
         if (h, w) == (H, W) and not cropped:
             convert(image, to)
         else:
             resample(image, box, flip, rows, row_weights, columns, column_weights, line, strip, to)
         if affine:
-            look_up(small, H, W, all.boxes[n], all.flip[n], all.matrices[n], x)
-        if len(all.place) and all.place[n] < 4:
+            look_up(small, H, W, every.boxes[n], every.flip[n], every.matrices[n], x)
+        if len(every.place) and every.place[n] < 4:
             for step in range(4):
-                if len(all.hues) and C == 3 and all.place[n] == step:
-                    mix_channels(flat, all.hues[n])
+                if len(every.hues) and C == 3 and every.place[n] == step:
+                    mix_channels(flat, every.hues[n])
                 if step < 3:
-                    blend(flat, all.blends[n, step, 0], all.blends[n, step, 1], all.blends[n, step, 2])
-        if len(all.grayscale) and C == 3 and all.grayscale[n]:
+                    blend(flat, every.blends[n, step, 0], every.blends[n, step, 1], every.blends[n, step, 2])
+        if len(every.grayscale) and C == 3 and every.grayscale[n]:
             lose_color(flat)
-        if len(all.blur) and all.blur[n]:
-            blur(x, all.sigma[n], all.kernel, padded, buffer)
-        invert = len(all.solarize) > 0 and all.solarize[n]
+        if every.kernel > 1 and every.blur[n]:
+            blur(x, every.sigma[n], every.kernel, padded, buffer)
+        invert = len(every.solarize) > 0 and every.solarize[n]
         for c in range(C):
-            plane, mean, scale = flat[c], all.mean[c], ONE / all.std[c]
+            plane, mean, scale = flat[c], every.mean[c], ONE / every.std[c]
             if invert:
                 for p in range(h * w):
-                    plane[p] = ONE - plane[p] if plane[p] >= all.threshold else plane[p]
+                    plane[p] = ONE - plane[p] if plane[p] >= every.threshold else plane[p]
             for p in range(h * w):
                 plane[p] = (plane[p] - mean) * scale

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def prepare(cfg: DictConfig, data: DataSet | None = None, weights: bool = True) 
     if cfg.diagnostics.moments and (not isinstance(backbone, LinearBackbone) or count(projector)):
         raise Refused("diagnostics.moments is for a linear model: use backbone=linear projector=identity, or set it to 0")
     check_sizes(cfg, backbone, data)
+    check_blur(cfg, augment, data)
     modules = [backbone, projector, loss]
     return Prepared(
         device=device,
@@ -321,6 +323,17 @@ def check_sizes(cfg: DictConfig, backbone: Backbone, data: DataSet) -> None:
                 backbone(torch.zeros(1, data.channels, size, size, device=data.mean.device))
         except (RuntimeError, AssertionError, ValueError) as error:
             raise Refused(f"views.sizes={shown(cfg.views.sizes)}: this backbone takes no {size} x {size} pixels") from error
+
+
+def check_blur(cfg: DictConfig, augment: Augment, data: DataSet) -> None:
+    """Refuses a blur that reaches over the views."""
+    own = data.image_size
+    policies = augment.policies if isinstance(augment, Augment) else []  # a user's views may have none
+    for policy, size in product(policies, cfg.views.sizes or [own]):
+        try:
+            policy.kernel((own, own), (size, size))
+        except ValueError as error:
+            raise Refused(f"views: {error}") from error
 
 
 def check_fit(cfg: DictConfig, data: DataSet, relation: BatchRelation) -> None:

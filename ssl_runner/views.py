@@ -15,7 +15,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from ssl_runner import fused
 from ssl_runner.color import blend_weights, color_jitter, hue_weights, luma, solarize
 from ssl_runner.dataset import DataSet
 from ssl_runner.draw import Draw, Drawn
@@ -77,7 +76,10 @@ def row_by_row(
     mean: Tensor,
     std: Tensor,
 ) -> None:
-    """Views of the images `which` into the rows `where` of X, with what was drawn at the positions `own`, on a CPU."""
+    """Writes views of the images `which` (B,), of (n, C, H, W) uint8, into the rows `where` (B,) of X (N, C, h, w), with what was
+    drawn at the positions `own` (B,), on a CPU."""
+    from ssl_runner import fused  # numba is for CPUs only
+
     sizes = (images.shape[2], images.shape[3]), (X.shape[2], X.shape[3])
     threshold = policy.solarize["threshold"] if policy.solarize else 0.0
     fused.make(images, which, X, where, own, drawn.numbers | drawn.choices, mean, std, policy.kernel(*sizes), threshold)
@@ -145,9 +147,10 @@ class Policy:
         """Everything random about some views of the given size of images of size `own`."""
         numbers: dict[str, Tensor] = {}
         choices: dict[str, Tensor] = {}
+        flip = draw.random() < self.flip
         if self.crop or self.affine or self.flip:
             numbers["boxes"] = random_boxes(draw, *own, **self.crop) if self.crop else whole(draw.rows, *own, draw.device)
-            numbers["flip"] = draw.random() < self.flip
+            numbers["flip"] = flip
         if self.affine:
             numbers["matrices"] = random_affines(draw, *own, **self.affine)
         if self.jitter:
@@ -155,7 +158,9 @@ class Policy:
             factors = torch.stack([draw.uniform(max(0, 1 - s), 1 + s) for s in strengths], 1)
             numbers["blends"] = blend_weights(factors, draw.random(3).argsort(1))
             hue = self.jitter.get("hue", 0.0)
-            numbers["hues"] = hue_weights(draw.uniform(-hue, hue))
+            turns = draw.uniform(-hue, hue)
+            if hue:
+                numbers["hues"] = hue_weights(turns)
             choices["place"] = torch.where(draw.coin(self.jitter.get("p", 1.0)), draw.choice(4), 4)
         if self.grayscale:
             choices["grayscale"] = draw.coin(self.grayscale)
@@ -168,10 +173,13 @@ class Policy:
         return Drawn(numbers, choices)
 
     def kernel(self, own: tuple[int, int], size: tuple[int, int]) -> int:
-        """The side of the blur's kernel in pixels of the view."""
-        if self.blur and "kernel" in self.blur:
-            return odd(size[1] / own[1] * self.blur["kernel"])
-        return max(3, odd(min(size) / 10))
+        """The side of the blur's kernel in pixels of the view, 1 without a blur. ValueError where it reaches over the view."""
+        if not self.blur:
+            return 1
+        side = odd(size[1] / own[1] * self.blur["kernel"]) if "kernel" in self.blur else max(3, odd(min(size) / 10))
+        if side // 2 >= min(size):
+            raise ValueError(f"blur.kernel={side} reaches over views of {size[1]} x {size[0]} pixels: give a smaller one")
+        return side
 
     def __call__(self, x: Tensor, drawn: Drawn, size: tuple[int, int]) -> Tensor:
         """x (B, C, H, W) float in [0, 1], changed in place, and what was drawn for it, `place` ascending -> one view of each, of
@@ -181,8 +189,7 @@ class Policy:
         if "boxes" in numbers or (own[0], own[1]) != size:
             x = resample(x, numbers.get("boxes"), numbers.get("flip"), numbers.get("matrices"), size)
         if self.jitter:
-            hues = numbers["hues"] if self.jitter.get("hue") and C == 3 else None
-            x = color_jitter(x, numbers["blends"], hues, choices["place"])
+            x = color_jitter(x, numbers["blends"], numbers.get("hues") if C == 3 else None, choices["place"])
         if self.grayscale and C == 3:
             x = where(choices["grayscale"], x, lambda y: luma(y).repeat(1, 3, 1, 1))
         if self.blur:

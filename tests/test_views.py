@@ -237,16 +237,21 @@ WAYS = {
     "affine": {"affine": AFFINE},
     "all": {"affine": AFFINE} | FULL,
     "a wide blur": FULL | {"blur": {"p": 0.5, "sigma": [0.3, 2], "kernel": 7}},
+    "a blur of one pixel": FULL | {"blur": {"p": 0.5, "sigma": [0.3, 2], "kernel": 1}},
+    "tiny crops": FULL | {"crop": {"scale": [0.001, 0.1], "ratio": [0.2, 5]}},
 }
+SIZES = [  # the images' own, the views'
+    ((20, 24), (20, 24)), ((20, 24), (9, 8)), ((31, 17), (40, 27)), ((42, 21), (28, 14)), ((30, 36), (10, 12)),
+    ((4, 5), (4, 5)), ((4, 4), (2, 2)),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("own", [(20, 24), (31, 17)], ids=str)
-@pytest.mark.parametrize("size", [None, (9, 8), (40, 27)], ids=str)
+@pytest.mark.parametrize(("own", "size"), SIZES, ids=str)
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("settings", WAYS.values(), ids=WAYS)
-def test_row_by_row_and_all_at_once_make_the_same(settings: dict, channels: int, size: tuple | None, own: tuple) -> None:
+def test_row_by_row_and_all_at_once_make_the_same(settings: dict, channels: int, size: tuple, own: tuple) -> None:
     """What a CPU does beside what a GPU does, run here, with the same random numbers."""
-    rows, size = 70, size or own
+    rows = 70
     policy, images = Policy(**settings), torch.randint(0, 256, (9, channels, *own), dtype=torch.uint8)
     drawn = policy.draw(draw(rows), own, size)
     which, where = torch.randint(9, (rows,)), torch.randperm(rows)
@@ -266,6 +271,33 @@ def test_no_row_reads_or_writes_beside_its_arrays(tmp_path: Path) -> None:
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test], env=checked, capture_output=True
     )
     assert ended.returncode == 0, ended.stdout.decode()
+
+
+def test_a_blur_that_reaches_over_the_view_is_refused() -> None:
+    originals = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
+    policy = {"blur": {"p": 1, "sigma": [0.1, 2], "kernel": 55}}
+    assert augment(policy, originals, 1).isfinite().all()
+    policy["blur"]["kernel"] = 57
+    with pytest.raises(ValueError, match="kernel=57 reaches over views of 28 x 28"):
+        augment(policy, originals, 1)
+
+
+FORK = """
+import os
+from ssl_runner.fused import threads
+
+threads(2).submit(int).result()
+child = os.fork()
+threads(2).submit(int).result(10)
+if child == 0:
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+def test_a_fork_has_threads_of_its_own() -> None:
+    """With its parent's, which it does not have, it would wait for ever."""
+    subprocess.run([sys.executable, "-c", FORK], check=True, timeout=60, cwd=Path(__file__).parents[1])
 
 
 def test_threads_change_nothing() -> None:
