@@ -37,7 +37,7 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
 
 def compare(name: str, size: int, device: torch.device, full: bool) -> list[dict[str, Any]]:
     settings = yaml.safe_load((CONF / "views" / f"{name}.yaml").read_text())["policies"]["all"]
-    batch = max(16, 512 * 32**2 // size**2) * (8 if device.type == "cuda" else 1)
+    batch = 512 * (8 if device.type == "cuda" else 1)  # two views of each of 256 images, as in a step
     images = fields(batch // 2, size)
     tools = {
         "ours": ours(settings, images.to(device)),
