@@ -147,10 +147,10 @@ class Policy:
         """Everything random about some views of the given size of images of size `own`."""
         numbers: dict[str, Tensor] = {}
         choices: dict[str, Tensor] = {}
+        boxes = random_boxes(draw, *own, **self.crop) if self.crop else whole(draw.rows, *own, draw.device)
         flip = draw.random() < self.flip
         if self.crop or self.affine or self.flip:
-            numbers["boxes"] = random_boxes(draw, *own, **self.crop) if self.crop else whole(draw.rows, *own, draw.device)
-            numbers["flip"] = flip
+            numbers |= {"boxes": boxes, "flip": flip}
         if self.affine:
             numbers["matrices"] = random_affines(draw, *own, **self.affine)
         if self.jitter:
