@@ -21,7 +21,9 @@ from ssl_runner.color import GRAY
 
 RED, GREEN, BLUE = (np.float32(weight) for weight in GRAY)  # what is kept on disk does not notice when these change
 ZERO, HALF, ONE, TWO, UNIT = (np.float32(number) for number in (0, 0.5, 1, 2, 1 / 255))
+BYTE = np.int32(255)
 LEAST, SHARES = 16, 4  # a thread takes so many rows at least, and comes back so often: others may be slower
+STRETCH = 1024  # pixels whose colours are changed at a time: three channels of them stay in the first-level cache
 
 
 class Rows(NamedTuple):
@@ -123,52 +125,66 @@ def convert(image, x):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def hats(first, length, out, flip, pixels, weights):  # type: ignore[no-untyped-def]
-    """`geometry.hats` for one row; pixels and weights are (K, out). Returns how many of the K count."""
+def hats(first, length, out, flip, total, pixels, weights):  # type: ignore[no-untyped-def]
+    """`geometry.hats` for one row, with weights that sum to `total`; pixels and weights are (K, out). Returns how many of the K
+    count."""
     step = length / np.float32(out)
     reach = max(step, ONE)
     K = min(len(pixels), max(2, math.ceil(TWO * step)))
-    for j in range(out):
-        centre = step * np.float32(j + 0.5)
-        centre = length - centre if flip else centre
-        lowest, total = math.floor(centre - reach + HALF), ZERO
-        for k in range(K):
-            pixel = np.float32(lowest + k)
+    for k in range(K):
+        for j in range(out):
+            centre = step * (np.float32(j) + HALF)
+            centre = length - centre if flip else centre
+            pixel = np.floor(centre - reach + HALF) + np.float32(k)
             inside = clamp(pixel, ZERO, length - ONE)
-            weight = max(ZERO, ONE - abs(pixel + HALF - centre) / reach) if inside == pixel else ZERO
-            pixels[k, j], weights[k, j] = np.uint32(first + inside), weight
-            total += weight
+            weight = max(ZERO, ONE - abs(pixel + HALF - centre) / reach)
+            pixels[k, j], weights[k, j] = np.uint32(first + inside), weight if inside == pixel else ZERO
+    for j in range(out):
+        found = ZERO
         for k in range(K):
-            weights[k, j] /= total
+            found += weights[k, j]
+        for k in range(K):
+            weights[k, j] *= total / found
     return K
 
 
 @compiled
-def resample(image, box, flip, rows, row_weights, columns, column_weights, line, strip, x):  # type: ignore[no-untyped-def]
-    """Sums of columns, for those rows of the image that are in the box, then sums of these rows. rows (K, h) and columns (K, w)
-    are unsigned, since a sign would have to be looked at: negative indices count from the end."""
+def resample(image, box, flip, rows, row_weights, columns, column_weights, line, taken, strip, x):  # type: ignore[no-untyped-def]
+    """Sums of columns, for those rows of the image that are in the box, then sums of these rows. A pixel's channels lie in one
+    number, so that they are looked up together. rows (K, h) and columns (K, w) are unsigned, since a sign would have to be looked
+    at: negative indices count from the end."""
     (C, _, W), (_, h, w) = image.shape, x.shape
     top, left, height, width = box
-    of_rows, of_columns = hats(top, height, h, False, rows, row_weights), hats(left, width, w, flip, columns, column_weights)
-    for c in range(C):
-        for r in range(int(top), int(top + height)):
-            source, to = image[c, r], strip[r]
+    of_rows = hats(top, height, h, False, ONE, rows, row_weights)
+    of_columns = hats(left, width, w, flip, UNIT, columns, column_weights)
+    for i in range(int(height)):
+        r = np.uint64(top) + np.uint64(i)
+        for j in range(W):
+            line[j] = image[0, r, j]
+        for c in range(1, C):
+            shift = np.int32(8 * c)
             for j in range(W):
-                line[j] = source[j] * UNIT
+                line[j] |= np.int32(image[c, r, j]) << shift
+        for k in range(of_columns):
             for j in range(w):
-                to[j] = column_weights[0, j] * line[columns[0, j]] + column_weights[1, j] * line[columns[1, j]]
+                taken[k, j] = line[columns[k, j]]
+        for c in range(C):
+            shift = np.int32(8 * c)
+            for j in range(w):
+                first, second = np.float32((taken[0, j] >> shift) & BYTE), np.float32((taken[1, j] >> shift) & BYTE)
+                strip[c, r, j] = column_weights[0, j] * first + column_weights[1, j] * second
             for k in range(2, of_columns):
                 for j in range(w):
-                    to[j] += column_weights[k, j] * line[columns[k, j]]
+                    strip[c, r, j] += column_weights[k, j] * np.float32((taken[k, j] >> shift) & BYTE)
+    for c in range(C):
         for i in range(h):
-            a, b, to = strip[rows[0, i]], strip[rows[1, i]], x[c, i]
-            of_a, of_b = row_weights[0, i], row_weights[1, i]
+            a, b, of_a, of_b = rows[0, i], rows[1, i], row_weights[0, i], row_weights[1, i]
             for j in range(w):
-                to[j] = of_a * a[j] + of_b * b[j]
+                x[c, i, j] = of_a * strip[c, a, j] + of_b * strip[c, b, j]
             for k in range(2, of_rows):
-                a, of_a = strip[rows[k, i]], row_weights[k, i]
+                a, of_a = rows[k, i], row_weights[k, i]
                 for j in range(w):
-                    to[j] += of_a * a[j]
+                    x[c, i, j] += of_a * strip[c, a, j]
 
 
 @compiled
@@ -203,29 +219,30 @@ def luma(r, g, b):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def blend(flat, factor, contrast, saturation):  # type: ignore[no-untyped-def]
-    """Brightness, contrast or saturation, as a row of `blend_weights` says."""
-    pixels, rest, mean = flat.shape[1], ONE - factor, ZERO
-    r, g, b = flat[0], flat[len(flat) // 2], flat[-1]
-    if contrast > 0:
-        for p in range(pixels):
-            mean += luma(r[p], g[p], b[p]) if len(flat) == 3 else r[p]
-        mean *= rest / np.float32(pixels)
-    if len(flat) == 3:
-        rest *= saturation
-        for p in range(pixels):
-            reference = rest * luma(r[p], g[p], b[p]) + mean
+def total_luma(r, g, b, channels):  # type: ignore[no-untyped-def]
+    total = ZERO
+    for p in range(len(r)):
+        total += luma(r[p], g[p], b[p]) if channels == 3 else r[p]
+    return total
+
+
+@compiled
+def blend(r, g, b, channels, factor, saturation, mean):  # type: ignore[no-untyped-def]
+    """factor x + (1 - factor) (saturation luma(x) + mean), in [0, 1]: brightness, contrast or saturation."""
+    rest = ONE - factor
+    if channels == 3:
+        for p in range(len(r)):
+            reference = rest * (saturation * luma(r[p], g[p], b[p]) + mean)
             r[p] = clamp(factor * r[p] + reference, ZERO, ONE)
             g[p] = clamp(factor * g[p] + reference, ZERO, ONE)
             b[p] = clamp(factor * b[p] + reference, ZERO, ONE)
     elif saturation == 0:
-        for p in range(pixels):
-            r[p] = clamp(factor * r[p] + mean, ZERO, ONE)
+        for p in range(len(r)):
+            r[p] = clamp(factor * r[p] + rest * mean, ZERO, ONE)
 
 
 @compiled
-def mix_channels(flat, weights):  # type: ignore[no-untyped-def]
-    red, green, blue = flat
+def mix_channels(red, green, blue, weights):  # type: ignore[no-untyped-def]
     of_r, of_g, of_b, of_sum = weights
     for p in range(len(red)):
         r, g, b = red[p], green[p], blue[p]
@@ -237,13 +254,35 @@ def mix_channels(flat, weights):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def lose_color(flat):  # type: ignore[no-untyped-def]
-    r, g, b = flat
+def jitter(r, g, b, channels, every, n, mean, first, last):  # type: ignore[no-untyped-def]
+    """Steps first to last - 1 of a row's seven: three blends, and a place for the hue before, between and after them."""
+    for step in range(first, last):
+        k = step // 2
+        if step % 2:
+            factor, contrast, saturation = every.blends[n, k]
+            blend(r, g, b, channels, factor, saturation, contrast * mean)
+        elif len(every.hues) and channels == 3 and every.place[n] == k:
+            mix_channels(r, g, b, every.hues[n])
+
+
+@compiled
+def lose_color(r, g, b):  # type: ignore[no-untyped-def]
     for p in range(len(r)):
         gray = luma(r[p], g[p], b[p])
         r[p] = gray
         g[p] = gray
         b[p] = gray
+
+
+@compiled
+def finish(x, invert, threshold, mean, std):  # type: ignore[no-untyped-def]
+    """Solarisation, where a row has it, and normalisation of one channel."""
+    scale = ONE / std
+    if invert:
+        for p in range(len(x)):
+            x[p] = ONE - x[p] if x[p] >= threshold else x[p]
+    for p in range(len(x)):
+        x[p] = (x[p] - mean) * scale
 
 
 @compiled
@@ -299,6 +338,35 @@ def blur(x, sigma, kernel, padded, buffer):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def recolor(x, every, n, padded, buffer):  # type: ignore[no-untyped-def]
+    """All that follows a row's resampling."""
+    C, h, w = x.shape
+    flat, pixels, mean, before, steps = x.reshape(C, h * w), h * w, ZERO, 0, 0
+    red, green, blue = flat[0], flat[C // 2], flat[C - 1]
+    gray, blurred = len(every.grayscale) > 0 and C == 3 and every.grayscale[n], every.kernel > 1 and every.blur[n]
+    invert = len(every.solarize) > 0 and every.solarize[n]
+    if len(every.place) and every.place[n] < 4:  # contrast needs the mean of all that comes before it
+        before, steps = 1 + 2 * np.argmax(every.blends[n, :, 1]), 7
+        for p in range(0, pixels, STRETCH):
+            r, g, b = red[p : p + STRETCH], green[p : p + STRETCH], blue[p : p + STRETCH]
+            jitter(r, g, b, C, every, n, ZERO, 0, before)
+            mean += total_luma(r, g, b, C)
+        mean /= np.float32(pixels)
+    for p in range(0, pixels, STRETCH):
+        r, g, b = red[p : p + STRETCH], green[p : p + STRETCH], blue[p : p + STRETCH]
+        jitter(r, g, b, C, every, n, mean, before, steps)
+        if gray:
+            lose_color(r, g, b)
+        if not blurred:
+            for c in range(C):
+                finish(flat[c][p : p + STRETCH], invert, every.threshold, every.mean[c], every.std[c])
+    if blurred:
+        blur(x, every.sigma[n], every.kernel, padded, buffer)
+        for c in range(C):
+            finish(flat[c], invert, every.threshold, every.mean[c], every.std[c])
+
+
+@compiled
 def make_rows(every, start, stop):  # type: ignore[no-untyped-def]
     C, H, W = every.images.shape[1:]
     h, w = every.X.shape[2:]
@@ -306,35 +374,18 @@ def make_rows(every, start, stop):  # type: ignore[no-untyped-def]
     across, down = max(2, math.ceil(2 * W / w)), max(2, math.ceil(2 * H / h))  # taps, at most
     columns, column_weights = np.empty((across, w), np.uint32), np.empty((across, w), np.float32)
     rows, row_weights = np.empty((down, h), np.uint32), np.empty((down, h), np.float32)
-    line, strip, small = np.empty(W, np.float32), np.empty((H, w), np.float32), np.empty((C, h, w), np.float32)
+    line, taken = np.empty(W, np.int32), np.empty((across, w), np.int32)
+    strip, small = np.empty((C, H, w), np.float32), np.empty((C, h, w), np.float32)
     padded, buffer = np.empty((h + every.kernel) * (w + every.kernel), np.float32), np.empty(h * (w + every.kernel), np.float32)
     for b in range(start, stop):
         image, x, n = every.images[every.which[b]], every.X[every.where[b]], every.draws[b]
-        flat = x.reshape(C, h * w)
         affine = len(every.matrices) > 0
         cropped = not affine and len(every.boxes) > 0
         box, flip, to = every.boxes[n] if cropped else whole, cropped and every.flip[n], small if affine else x
         if (h, w) == (H, W) and not cropped:
             convert(image, to)
         else:
-            resample(image, box, flip, rows, row_weights, columns, column_weights, line, strip, to)
+            resample(image, box, flip, rows, row_weights, columns, column_weights, line, taken, strip, to)
         if affine:
             look_up(small, H, W, every.boxes[n], every.flip[n], every.matrices[n], x)
-        if len(every.place) and every.place[n] < 4:
-            for step in range(4):
-                if len(every.hues) and C == 3 and every.place[n] == step:
-                    mix_channels(flat, every.hues[n])
-                if step < 3:
-                    blend(flat, every.blends[n, step, 0], every.blends[n, step, 1], every.blends[n, step, 2])
-        if len(every.grayscale) and C == 3 and every.grayscale[n]:
-            lose_color(flat)
-        if every.kernel > 1 and every.blur[n]:
-            blur(x, every.sigma[n], every.kernel, padded, buffer)
-        invert = len(every.solarize) > 0 and every.solarize[n]
-        for c in range(C):
-            plane, mean, scale = flat[c], every.mean[c], ONE / every.std[c]
-            if invert:
-                for p in range(h * w):
-                    plane[p] = ONE - plane[p] if plane[p] >= every.threshold else plane[p]
-            for p in range(h * w):
-                plane[p] = (plane[p] - mean) * scale
+        recolor(x, every, n, padded, buffer)
