@@ -110,12 +110,6 @@ def accuracies(scores: Tensor, y: Tensor) -> dict[str, float | None]:
     return {"top1": ranked[:, 0].sum().item() / len(y), "top5": top5}
 
 
-def standards(X: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean (d,) of X (n, d), and 1 / its deviation, or 0 for a feature that never varies."""
-    std, mean = torch.std_mean(X, 0)
-    return mean, torch.where(std > 1e-6 * std.max(), 1 / std, 0)
-
-
 def logits(X: Tensor, W: Tensor, b: Tensor) -> Tensor:
     """X (n, d), W (classes, d), b (classes,) -> (classes, n), this way round since a softmax along few neighbours is slow."""
     return F.linear(X, W, b).T.contiguous()
@@ -137,12 +131,18 @@ class LinearProbe:
     LOOSE, TIGHT = 1e-3, 1e-4
 
     def __init__(self, X: Tensor, y: Tensor, classes: int):
-        self.mean, self.scale = standards(X)
-        self.X = self.standardise(X)
+        self.X = X - X[0]  # a feature that never varies is then exactly 0
+        mean = self.X.mean(0)
+        self.X -= mean
+        self.mean = X[0] + mean
+        gram = self.X.T @ self.X
+        std = (gram.diagonal() / (len(X) - 1)).sqrt()
+        self.scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0)
+        self.X *= self.scale
+        self.gram = (self.scale[:, None] * gram * self.scale / len(X)).cpu().double()
         block = BLOCK.get(X.device.type, BLOCK_ELSEWHERE)
         rows = torch.arange(len(X), device=X.device) % block
         self.blocks = list(zip(self.X.split(block), y.split(block), rows.split(block), strict=True))
-        self.gram = (self.X.T @ self.X / len(X)).cpu().double()
         self.W, self.b = X.new_zeros(classes, X.shape[1]), X.new_zeros(classes)
 
     def standardise(self, X: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def test_the_path_that_selects_is_near_scikit_learns_optimum() -> None:
 
 def test_a_constant_feature_changes_nothing() -> None:
     X, y = blobs()
-    with_constant = torch.cat([X, torch.full((len(X), 1), 7.0)], 1)
+    with_constant = torch.cat([X, torch.full((len(X), 1), 1000.1)], 1)
     for Probe, atol in ((LinearProbe, 1e-2), (RidgeProbe, 1e-5)):
         scores = Probe(with_constant, y, 3).scores(0.01, with_constant)
         assert_close(scores, Probe(X, y, 3).scores(0.01, X), atol=atol, rtol=0)
