@@ -61,8 +61,7 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
         for line, measured in enumerate(("linear", "knn")):
             axes = panels[line, column]
             for color, (tool, of_tool) in enumerate(rows[rows.work == loss].groupby("tool", sort=False)):
-                mark = of_tool.groupby(["seed", "budget"]).cumcount()
-                mean = of_tool.groupby([of_tool.budget, mark])[["seconds", measured]].mean()
+                mean = of_tool.groupby(of_tool.groupby("seed").cumcount())[["seconds", measured]].mean()
                 axes.plot(mean.seconds, mean[measured], color=f"C{color}", label=tool)
                 axes.scatter(of_tool.seconds, of_tool[measured], color=f"C{color}", s=12)
             axes.spines[["top", "right"]].set_visible(False)

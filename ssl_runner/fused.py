@@ -2,7 +2,7 @@
 
 What `Policy.__call__` does to all rows, operation by operation, is done here to one row after the other in loops that numba
 compiles, on all of torch's threads, with the same random numbers and to the same values (but for rounding). An image is
-(C, h, w) with C 3 or 1; `flat` ones are (C, h * w).
+(C, h, w) with C 3 or 1; r, g and b are its channels or stretches of them, all three the same array where there is one.
 """
 
 import math
@@ -228,7 +228,8 @@ def total_luma(r, g, b, channels):  # type: ignore[no-untyped-def]
 
 @compiled
 def blend(r, g, b, channels, factor, saturation, mean):  # type: ignore[no-untyped-def]
-    """factor x + (1 - factor) (saturation luma(x) + mean), in [0, 1]: brightness, contrast or saturation."""
+    """factor x + (1 - factor) (saturation luma(x) + mean), in [0, 1]: brightness, contrast or saturation, which leaves a single
+    channel as it is."""
     rest = ONE - factor
     if channels == 3:
         for p in range(len(r)):
@@ -255,7 +256,8 @@ def mix_channels(red, green, blue, weights):  # type: ignore[no-untyped-def]
 
 @compiled
 def jitter(r, g, b, channels, every, n, mean, first, last):  # type: ignore[no-untyped-def]
-    """Steps first to last - 1 of a row's seven: three blends, and a place for the hue before, between and after them."""
+    """Steps first to last - 1 of a row's seven: three blends, and a place for the hue before, between and after them. `mean` is
+    that of the luma, for contrast, where this is among them."""
     for step in range(first, last):
         k = step // 2
         if step % 2:
@@ -338,7 +340,7 @@ def blur(x, sigma, kernel, padded, buffer):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def recolor(x, every, n, padded, buffer):  # type: ignore[no-untyped-def]
+def complete(x, every, n, padded, buffer):  # type: ignore[no-untyped-def]
     """All that follows a row's resampling."""
     C, h, w = x.shape
     flat, pixels, mean, before, steps = x.reshape(C, h * w), h * w, ZERO, 0, 0
@@ -388,4 +390,4 @@ def make_rows(every, start, stop):  # type: ignore[no-untyped-def]
             resample(image, box, flip, rows, row_weights, columns, column_weights, line, taken, strip, to)
         if affine:
             look_up(small, H, W, every.boxes[n], every.flip[n], every.matrices[n], x)
-        recolor(x, every, n, padded, buffer)
+        complete(x, every, n, padded, buffer)

@@ -19,8 +19,7 @@ STRENGTHS = [10.0 ** (-exponent / 2) for exponent in range(1, 10)]  # 0.3 .. 3e-
 RIDGES = [10.0 ** (1 - exponent / 2) for exponent in range(15)]  # 10 .. 1e-6
 NEIGHBORS = [1, 5, 10, 20, 50, 100, 200]
 TEMPERATURE = 0.07  # of the neighbours' votes, as in Wu et al. 2018
-BLOCK = {"cpu": 2048}  # rows of features that a linear probe takes at a time: on a CPU few, which then lie in a cache
-BLOCK_ELSEWHERE = 65536
+BLOCK, BLOCK_ON_CPU = 65536, 2048  # rows that a linear probe takes at a time; a cache holds these few, unless they are long
 
 
 @torch.no_grad()
@@ -131,22 +130,22 @@ class LinearProbe:
     LOOSE, TIGHT = 1e-3, 1e-4
 
     def __init__(self, X: Tensor, y: Tensor, classes: int):
-        self.X = X - X[0]  # a feature that never varies is then exactly 0
-        mean = self.X.mean(0)
-        self.X -= mean
-        self.mean = X[0] + mean
+        self.origin = X[0].clone()  # near the mean, and a feature that never varies is then exactly 0
+        self.X = X - self.origin
+        self.mean = self.X.mean(0)
+        self.X -= self.mean
         gram = self.X.T @ self.X
         std = (gram.diagonal() / (len(X) - 1)).sqrt()
         self.scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0)
         self.X *= self.scale
         self.gram = (self.scale[:, None] * gram * self.scale / len(X)).cpu().double()
-        block = BLOCK.get(X.device.type, BLOCK_ELSEWHERE)
+        block = BLOCK_ON_CPU if X.device.type == "cpu" else BLOCK
         rows = torch.arange(len(X), device=X.device) % block
         self.blocks = list(zip(self.X.split(block), y.split(block), rows.split(block), strict=True))
         self.W, self.b = X.new_zeros(classes, X.shape[1]), X.new_zeros(classes)
 
     def standardise(self, X: Tensor) -> Tensor:
-        return (X - self.mean).mul_(self.scale)
+        return (X - self.origin).sub_(self.mean).mul_(self.scale)
 
     def path(self, X_eval: Tensor) -> Iterator[tuple[float, Tensor]]:
         """(l2, scores (n, classes)) from the strongest penalty to the weakest, each fit starting from the one before."""
@@ -168,7 +167,7 @@ class LinearProbe:
         a = (1 - float(squares) / len(self.X)) / max(len(self.b) - 1, 1) + 1e-6
         jitter = 1e-7 * self.gram.trace()  # the Gram matrix carries float32 roundings; the minimum does not depend on L
         L = torch.linalg.cholesky(a * self.gram + (l2 + jitter) * torch.eye(len(self.gram), dtype=torch.float64)).to(self.X)
-        V = torch.cat([self.W @ L, a**0.5 * self.b[:, None]], 1).requires_grad_()
+        V = torch.cat([self.W @ L, a**0.5 * self.b[:, None]], 1)
         solver = torch.optim.LBFGS(
             [V],
             max_iter=max_passes,
@@ -181,23 +180,25 @@ class LinearProbe:
 
         def weights() -> tuple[Tensor, Tensor]:
             W = torch.linalg.solve_triangular(L, V[:, :-1], upper=False, left=False)
-            return W.contiguous(), V[:, -1] / a**0.5  # a product with its transpose would take twice as long
+            W = W.contiguous()  # it comes column by column, and products with that take twice as long
+            return W, V[:, -1] / a**0.5
 
+        @torch.no_grad()  # the solver turns gradients on
         def objective() -> Tensor:
             nonlocal passes
             passes += 1
             W, b = weights()
-            value, dW, db = l2 / 2 * W.square().sum(), l2 * W, torch.zeros_like(b)
+            dW, db, values = l2 * W, torch.zeros_like(b), [l2 / 2 * W.square().sum()]
             for X, y, rows in self.blocks:
                 log_p = logits(X, W, b).log_softmax(0)
-                value -= log_p[y, rows].sum() / len(self.X)
+                values.append(-log_p[y, rows].sum() / len(self.X))
                 R = log_p.exp_().div_(len(self.X))  # the gradient with respect to the logits, (p - one_hot(y)) / n
                 R[y, rows] -= 1 / len(self.X)
                 dW.addmm_(R, X)
                 db += R.sum(1)
             dW = torch.linalg.solve_triangular(L.T, dW, upper=True, left=False)
             V.grad = torch.cat([dW, db[:, None] / a**0.5], 1)
-            return value
+            return torch.stack(values).sum()
 
         solver.step(objective)
         self.W, self.b = weights()

@@ -1,5 +1,8 @@
 """The probes against scikit-learn, and what they may not do to the network or see of the data."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -35,7 +38,9 @@ def objective(X: Tensor, y: Tensor, W: Tensor, b: Tensor, l2: float) -> Tensor:
 
 
 @pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
-def test_the_linear_probe_is_scikit_learns_optimum(l2: float) -> None:
+@pytest.mark.parametrize("block", [64, 4096])
+def test_the_linear_probe_is_scikit_learns_optimum(l2: float, block: int, monkeypatch) -> None:
+    monkeypatch.setattr(module, "BLOCK_ON_CPU", block)
     X, y = blobs()
     ours, theirs = LinearProbe(X, y, 3), logistic(l2, X, y)
     ours.fit(l2)
@@ -65,6 +70,16 @@ def test_a_constant_feature_changes_nothing() -> None:
     for Probe, atol in ((LinearProbe, 1e-2), (RidgeProbe, 1e-5)):
         scores = Probe(with_constant, y, 3).scores(0.01, with_constant)
         assert_close(scores, Probe(X, y, 3).scores(0.01, X), atol=atol, rtol=0)
+
+
+def test_a_fit_leaves_nothing_behind() -> None:
+    """Recorded operations would keep the features as long as the process lives."""
+    ours = LinearProbe(*blobs(), 3)
+    ours.fit(0.01)
+    features = weakref.ref(ours.X)
+    del ours
+    gc.collect()
+    assert features() is None
 
 
 def test_more_features_than_rows() -> None:

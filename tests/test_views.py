@@ -237,12 +237,13 @@ WAYS = {
     "affine": {"affine": AFFINE},
     "all": {"affine": AFFINE} | FULL,
     "a wide blur": FULL | {"blur": {"p": 0.5, "sigma": [0.3, 2], "kernel": 7}},
+    "brightness only": {"jitter": {"p": 0.8, "brightness": 0.4}},
     "a blur of one pixel": FULL | {"blur": {"p": 0.5, "sigma": [0.3, 2], "kernel": 1}},
     "tiny crops": FULL | {"crop": {"scale": [0.001, 0.1], "ratio": [0.2, 5]}},
 }
 SIZES = [  # the images' own, the views'
     ((20, 24), (20, 24)), ((20, 24), (9, 8)), ((31, 17), (40, 27)), ((42, 21), (28, 14)), ((30, 36), (10, 12)),
-    ((4, 5), (4, 5)), ((4, 4), (2, 2)),
+    ((4, 5), (4, 5)), ((4, 4), (2, 2)), ((60, 40), (50, 44)),
 ]  # fmt: skip
 
 
