@@ -340,22 +340,28 @@ def blur(x, sigma, kernel, padded, buffer):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def stretch(flat, p):  # type: ignore[no-untyped-def]
+    """r, g and b from pixel p on."""
+    C, stop = len(flat), p + STRETCH
+    return flat[0][p:stop], flat[C // 2][p:stop], flat[C - 1][p:stop]
+
+
+@compiled
 def complete(x, every, n, padded, buffer):  # type: ignore[no-untyped-def]
     """All that follows a row's resampling."""
     C, h, w = x.shape
     flat, pixels, mean, before, steps = x.reshape(C, h * w), h * w, ZERO, 0, 0
-    red, green, blue = flat[0], flat[C // 2], flat[C - 1]
     gray, blurred = len(every.grayscale) > 0 and C == 3 and every.grayscale[n], every.kernel > 1 and every.blur[n]
     invert = len(every.solarize) > 0 and every.solarize[n]
     if len(every.place) and every.place[n] < 4:  # contrast needs the mean of all that comes before it
         before, steps = 1 + 2 * np.argmax(every.blends[n, :, 1]), 7
         for p in range(0, pixels, STRETCH):
-            r, g, b = red[p : p + STRETCH], green[p : p + STRETCH], blue[p : p + STRETCH]
+            r, g, b = stretch(flat, p)
             jitter(r, g, b, C, every, n, ZERO, 0, before)
             mean += total_luma(r, g, b, C)
         mean /= np.float32(pixels)
     for p in range(0, pixels, STRETCH):
-        r, g, b = red[p : p + STRETCH], green[p : p + STRETCH], blue[p : p + STRETCH]
+        r, g, b = stretch(flat, p)
         jitter(r, g, b, C, every, n, mean, before, steps)
         if gray:
             lose_color(r, g, b)

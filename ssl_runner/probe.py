@@ -130,7 +130,7 @@ class LinearProbe:
     LOOSE, TIGHT = 1e-3, 1e-4
 
     def __init__(self, X: Tensor, y: Tensor, classes: int):
-        self.origin = X[0].clone()  # near the mean, and a feature that never varies is then exactly 0
+        self.origin = X[0].clone()  # so that a feature that never varies is exactly 0
         self.X = X - self.origin
         self.mean = self.X.mean(0)
         self.X -= self.mean
