@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("groups", nargs="*", metavar="GROUP", help="one or more of those above")
     parser.add_argument("--full", action="store_true", help="more sizes, more rounds, a longer race")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
-    parser.add_argument("--data", type=Path, help="folder with train/<class>/* and test/<class>/*, for the race")
+    parser.add_argument(
+        "--data", type=Path, help="folder with train/<class>/* and test/<class>/*, for the race"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="where CSVs and pictures go")
     given = parser.parse_args()
     unknown = set(given.groups) - set(GROUPS)

@@ -45,11 +45,25 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
         rows += line(name, "K", by_K, 1 if pairwise else 2, 1 if pairwise else 2, device, full)
         rows += line(name, "V, N fixed", by_V, 0, 0, device, full)
     labels = torch.arange(16_384, device=device) % 100
-    rows += line("G@Z, views", "V, N fixed", {V: product(views(16_384, V, device), K) for V in powers(1, 6)}, 0, 0, device, full)
+    rows += line(
+        "G@Z, views",
+        "V, N fixed",
+        {V: product(views(16_384, V, device), K) for V in powers(1, 6)},
+        0,
+        0,
+        device,
+        full,
+    )
     by_classes: Works = {c: product(Labels(labels % c, c), K) for c in powers(1, 6)}
     rows += line("G@Z, labels", "classes", by_classes, 0, 0, device, full)
     rows += line(
-        "training step", "pixels a side", {side: training(side, device) for side in powers(5, 7 + more)}, 2, 2, device, full
+        "training step",
+        "pixels a side",
+        {side: training(side, device) for side in powers(5, 7 + more)},
+        2,
+        2,
+        device,
+        full,
     )
     images: Works = {n: gathering(n, device) for n in powers(13, 17 + more)}
     rows += line("a step's batch", "images in the data set", images, 0, 0, device, full)
@@ -111,7 +125,9 @@ def product(G: Relation, columns: int) -> measure.Work:
 
 def training(side: int, device: torch.device, n: int = 32) -> measure.Work:
     """Views, forward and backward of a small convnet, for a batch of images of some size."""
-    augment = Augment({"all": {"crop": {"scale": [0.2, 1.0]}, "flip": 0.5, "jitter": {"p": 0.8, "brightness": 0.4}}})
+    augment = Augment(
+        {"all": {"crop": {"scale": [0.2, 1.0]}, "flip": 0.5, "jitter": {"p": 0.8, "brightness": 0.4}}}
+    )
     images = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, device=device)
     mean, std = torch.zeros(3, device=device), torch.ones(3, device=device)
     body = convnet(3, side)
@@ -128,7 +144,9 @@ def training(side: int, device: torch.device, n: int = 32) -> measure.Work:
 def gathering(images: int, device: torch.device, steps: int = 16, batch_size: int = 256) -> measure.Work:
     """The batches of some steps, out of a data set of so many images. Which ones are in it is drawn once an epoch, before."""
     pixels = torch.zeros(images, 3, 32, 32, dtype=torch.uint8, device=device)
-    data = Images(pixels, torch.zeros(images, dtype=torch.long, device=device), torch.arange(images), resident=True)
+    data = Images(
+        pixels, torch.zeros(images, dtype=torch.long, device=device), torch.arange(images), resident=True
+    )
     order = torch.randperm(images)[: steps * batch_size]
 
     def epoch() -> None:
@@ -143,11 +161,17 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
     lines = rows.groupby(["quantity", "against"], sort=False)
     across = 3
     figure, panels = plt.subplots(
-        -(-len(lines) // across), across, figsize=(11, 2.6 * -(-len(lines) // across)), layout="constrained", squeeze=False
+        -(-len(lines) // across),
+        across,
+        figsize=(11, 2.6 * -(-len(lines) // across)),
+        layout="constrained",
+        squeeze=False,
     )
     for axes, ((quantity, against), line) in zip(panels.flat, lines, strict=False):
         axes.plot(line["size"], line.ms, "o-", color="tab:blue", label="ms")
-        axes.plot(line["size"], line.peak_mib.where(line.peak_mib > 0), "s--", color="tab:orange", label="MiB")
+        axes.plot(
+            line["size"], line.peak_mib.where(line.peak_mib > 0), "s--", color="tab:orange", label="MiB"
+        )
         first = line.iloc[0]
         exponents = [
             f"{unit} {first[f'{name}_fitted']:.2f} ({first[f'{name}_predicted']:g})"

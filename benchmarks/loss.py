@@ -49,21 +49,37 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
                 tools = PEERS if full or V == 2 else {"lightly": PEERS["lightly"]}
                 Z, G = torch.randn(V * n, K, device=device, requires_grad=True), Views(n, V, device=device)
                 works: dict[str, measure.Work] = {"ours": partial(step, OURS[name], Z, G)}
-                works |= {tool: partial(step, partial(over_pairs, peer[name]), Z, V) for tool, peer in tools.items()}
+                works |= {
+                    tool: partial(step, partial(over_pairs, peer[name]), Z, V) for tool, peer in tools.items()
+                }
                 agree = {tool: agreements[tool].get(name) if V == 2 else None for tool in tools}
-                rows += compared(f"{name} {n}x{K} V={V}", works, agree, device, 20.0 if full else 2.0, 5 if full else 1)
+                rows += compared(
+                    f"{name} {n}x{K} V={V}", works, agree, device, 20.0 if full else 2.0, 5 if full else 1
+                )
     return rows + large(device, full)
 
 
 def compared(
-    work: str, works: dict[str, measure.Work], agree: dict[str, float | None], device: torch.device, budget: float, least: int
+    work: str,
+    works: dict[str, measure.Work],
+    agree: dict[str, float | None],
+    device: torch.device,
+    budget: float,
+    least: int,
 ) -> list[dict[str, Any]]:
     """Memory first, then time, of all contenders for one piece of work."""
     peaks = {tool: measure.peak_memory(call, device) for tool, call in works.items()}
     times = measure.interleaved(works, device, budget, least)
     ratios = measure.versus(times)
     return [
-        {"work": work, "tool": t, "ms": 1e3 * times[t], "ratio": ratios[t], "peak_mib": peaks[t], "agree": agree.get(t)}
+        {
+            "work": work,
+            "tool": t,
+            "ms": 1e3 * times[t],
+            "ratio": ratios[t],
+            "peak_mib": peaks[t],
+            "agree": agree.get(t),
+        }
         for t in works
     ]
 
@@ -97,10 +113,22 @@ def large(device: torch.device, full: bool) -> list[dict[str, Any]]:
         taken = [measure.interleaved({"ours": whole}, device, 60.0)["ours"]]
     Z = torch.randn(8192, K, device=device, requires_grad=True)
     G = Views(len(Z) // 2, 2, device=device)
-    works: dict[str, measure.Work] = {"ours": partial(step, OURS["SimCLR"], Z, G), "dense": partial(step, dense, Z)}
-    agree: dict[str, float | None] = {"dense": difference(OURS["SimCLR"](Z, G), dense(Z), "SimCLR and its dense form", 1e-5)}
+    works: dict[str, measure.Work] = {
+        "ours": partial(step, OURS["SimCLR"], Z, G),
+        "dense": partial(step, dense, Z),
+    }
+    agree: dict[str, float | None] = {
+        "dense": difference(OURS["SimCLR"](Z, G), dense(Z), "SimCLR and its dense form", 1e-5)
+    }
     rows = compared(f"SimCLR N=8192 K={K}", works, agree, device, 20.0 if full else 5.0, 3 if full else 1)
-    alone = {"work": f"SimCLR N=32768 K={K}", "tool": "ours", "ms": 1e3 * taken[0], "ratio": 1.0, "peak_mib": peak, "agree": None}
+    alone = {
+        "work": f"SimCLR N=32768 K={K}",
+        "tool": "ours",
+        "ms": 1e3 * taken[0],
+        "ratio": 1.0,
+        "peak_mib": peak,
+        "agree": None,
+    }
     return [*rows, alone]
 
 
@@ -112,7 +140,12 @@ def agreement(peer: dict[str, PairLoss], device: torch.device) -> dict[str, floa
     is not 1 for equal views: there is no agreement to be had.
     """
     n, K = 64, 16
-    a = 2 * torch.randn(n, K, dtype=torch.float64, device=device) @ torch.randn(K, K, dtype=torch.float64, device=device) / 8
+    a = (
+        2
+        * torch.randn(n, K, dtype=torch.float64, device=device)
+        @ torch.randn(K, K, dtype=torch.float64, device=device)
+        / 8
+    )
     Z, G = torch.cat([a, a.flip(0)]), Views(n, 2, device=device)
     theirs = {name: loss(*Z.chunk(2)) for name, loss in peer.items()}
     f = (2 * n - 2) / (2 * n - 1)
@@ -121,7 +154,9 @@ def agreement(peer: dict[str, PairLoss], device: torch.device) -> dict[str, floa
         "SimCLR": difference(SimCLR(0.5)(Z, G), theirs["SimCLR"], "SimCLR", 1e-5),
     }
     if peer is PEERS["lightly"]:
-        found["Barlow"] = difference(BarlowTwins(5e-3, center=True)(Z, G), theirs["Barlow"], "Barlow", 1e-4)  # eps differs
+        found["Barlow"] = difference(
+            BarlowTwins(5e-3, center=True)(Z, G), theirs["Barlow"], "Barlow", 1e-4
+        )  # eps differs
     return found
 
 

@@ -31,7 +31,9 @@ def seconds(work: Work, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(contenders: dict[str, Work], device: torch.device, budget: float = 10.0, least: int = 3) -> dict[str, float]:
+def interleaved(
+    contenders: dict[str, Work], device: torch.device, budget: float = 10.0, least: int = 3
+) -> dict[str, float]:
     """The median seconds of a call of each contender. One call each warms up; then rounds, in which each takes its turn, for
     `budget` seconds and for at least so many rounds: whatever slows the machine slows all alike."""
     for work in contenders.values():

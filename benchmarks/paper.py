@@ -66,20 +66,38 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
         flops, moved, kernels = count
         ms = 1000 * max(flops / PEAK[unit], moved * scale / BANDWIDTH)
         rows.append(
-            {"work": work, "tool": tool, "gflop": flops / 1e9, "gib": moved * scale / 2**30, "kernels": kernels, "floor_ms": ms}
+            {
+                "work": work,
+                "tool": tool,
+                "gflop": flops / 1e9,
+                "gib": moved * scale / 2**30,
+                "kernels": kernels,
+                "floor_ms": ms,
+            }
         )
 
     with FakeTensorMode():
         backbone = resnet(3, SIDE, "resnet18")
         network = nn.Sequential(backbone, mlp(backbone.width, 512, 2, K))
         X = torch.empty(N, 3, SIDE, SIDE)
-        add("forward and backward", "resnet18", "bf16", counted(lambda: network(X).sum().backward()), scale=0.5)  # 2 bytes, not 4
+        add(
+            "forward and backward",
+            "resnet18",
+            "bf16",
+            counted(lambda: network(X).sum().backward()),
+            scale=0.5,
+        )  # 2 bytes, not 4
     for name in ("simclr", "vicreg"):
         augment = instantiate(OmegaConf.load(CONF / "views" / f"{name}.yaml"), _convert_="all")
         images = torch.randint(0, 256, (BATCH, 3, SIDE, SIDE), dtype=torch.uint8)
         draws = torch.Generator().manual_seed(0)
         with mock.patch.object(views, "row_by_row", views.all_at_once):  # as on a GPU
-            add("views", name, "fp32", counted(partial(augment, images, V, torch.full((3,), 0.5), torch.full((3,), 0.25), draws)))
+            add(
+                "views",
+                name,
+                "fp32",
+                counted(partial(augment, images, V, torch.full((3,), 0.5), torch.full((3,), 0.25), draws)),
+            )
     for name, loss in LOSSES.items():
         Z = torch.randn(N, K, requires_grad=True)
         add("G and loss, forward and backward", name, "fp32", counted(partial(descend, loss(), Z)))

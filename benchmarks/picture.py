@@ -15,7 +15,9 @@ def bars(rows: pd.DataFrame, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.18 * table.size + 0.2 * len(table)), layout="constrained")
     table.iloc[::-1, ::-1].plot.barh(ax=axes, width=0.8)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", xlabel="time, as a multiple of ours (right of the line: slower than ours)", ylabel="")
+    axes.set(
+        xscale="log", xlabel="time, as a multiple of ours (right of the line: slower than ours)", ylabel=""
+    )
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

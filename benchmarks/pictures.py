@@ -21,10 +21,14 @@ class Pictures(Dataset):
         return self.transform(Image.fromarray(self.pixels[number]))
 
 
-def loader(pixels: np.ndarray, transform: Callable[[Image.Image], Any], batch_size: int, workers: int) -> DataLoader:
+def loader(
+    pixels: np.ndarray, transform: Callable[[Image.Image], Any], batch_size: int, workers: int
+) -> DataLoader:
     """Shuffled, whole batches."""
     images = Pictures(pixels, transform)
-    return DataLoader(images, batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True)
+    return DataLoader(
+        images, batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True
+    )
 
 
 def forever(loader: DataLoader) -> Iterator[Any]:

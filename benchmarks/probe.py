@@ -58,13 +58,20 @@ def compare(features: Features, device: torch.device, full: bool) -> list[dict[s
         "ours: ridge, path and refit": partial(protocol, RidgeProbe, features),
     }
     found: dict[str, float] = {}
-    ours: dict[str, measure.Work] = {name: partial(lambda name: found.update({name: works[name]()}), name) for name in works}
+    ours: dict[str, measure.Work] = {
+        name: partial(lambda name: found.update({name: works[name]()}), name) for name in works
+    }
     peak = {name: measure.peak_memory(work, device) for name, work in ours.items()}
     taken = measure.interleaved(ours, device, budget=30 if full else 0, least=3 if full else 2)
     scores: dict[str, tuple[float, float, float | None, int | None]] = {
         name: (taken[name], found[name], peak[name], None) for name in ours
     }
-    rate = max(RATES, key=lambda rate: sgd(features.train, features.val, rate, EPOCHS)[1] if full else quick(features, rate))
+    rate = max(
+        RATES,
+        key=lambda rate: (
+            sgd(features.train, features.val, rate, EPOCHS)[1] if full else quick(features, rate)
+        ),
+    )
     bare: list[tuple[float, float]] = []
     memory = measure.peak_memory(lambda: bare.append(sgd(features.both, features.test, rate, EPOCHS)), device)
     scores[f"bare SGD in memory, {EPOCHS} epochs, lr={rate:g}"] = (*bare[0], memory, EPOCHS)
@@ -101,7 +108,10 @@ def of_images(folder: Path, device: torch.device, out: Path) -> Features:
     images = dataset.load(read, "folder", 0.1, None, 0, "auto", device)
     torch.manual_seed(0)
     network = convnet(images.channels, images.image_size, (64, 128, D)).to(device)
-    parts = {name: extract(network, getattr(images, name), images.mean, images.std) for name in ("train", "val", "test")}
+    parts = {
+        name: extract(network, getattr(images, name), images.mean, images.std)
+        for name in ("train", "val", "test")
+    }
     X, y = torch.cat([parts["train"], parts["val"]]), torch.cat([images.train.y, images.val.y])
     order = torch.randperm(len(X))
     X, y = X[order], y[order]
@@ -110,7 +120,9 @@ def of_images(folder: Path, device: torch.device, out: Path) -> Features:
 
 def split(work: str, both: Split, test: Split) -> Features:
     most = len(both.y) * 9 // 10
-    return Features(work, Split(both.X[:most], both.y[:most]), Split(both.X[most:], both.y[most:]), both, test)
+    return Features(
+        work, Split(both.X[:most], both.y[:most]), Split(both.X[most:], both.y[most:]), both, test
+    )
 
 
 # --- contenders: top-1 on the test features, and where they run once their seconds --------------------------------------------

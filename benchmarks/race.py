@@ -25,7 +25,15 @@ def racer(
     """Trains in a process of its own; a row for every mark."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
-        task = {"tool": tool, "loss": loss, "seed": seed, "seconds": seconds, "marks": marks, "out": str(out), **given}
+        task = {
+            "tool": tool,
+            "loss": loss,
+            "seed": seed,
+            "seconds": seconds,
+            "marks": marks,
+            "out": str(out),
+            **given,
+        }
         command = [sys.executable, "-m", "benchmarks.racers", json.dumps(task)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -56,7 +64,9 @@ def run(device: torch.device, full: bool, data: Path, out: Path) -> list[dict[st
 def draw(rows: pd.DataFrame, path: Path) -> None:
     """A panel for each loss and probe: means over seeds, and every seed as a point."""
     rows = rows[rows.tool != EQUAL]
-    figure, panels = plt.subplots(2, len(LOSSES), figsize=(11, 6), sharex=True, sharey="row", layout="constrained")
+    figure, panels = plt.subplots(
+        2, len(LOSSES), figsize=(11, 6), sharex=True, sharey="row", layout="constrained"
+    )
     for column, loss in enumerate(LOSSES.values()):
         for line, measured in enumerate(("linear", "knn")):
             axes = panels[line, column]

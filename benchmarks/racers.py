@@ -48,7 +48,13 @@ class Clock:
         elapsed = time.perf_counter() - self.start
         if self.marks and elapsed >= self.marks[0]:
             self.marks.pop(0)
-            self.kept.append((elapsed, self.images, {name: value.clone() for name, value in self.backbone.state_dict().items()}))
+            self.kept.append(
+                (
+                    elapsed,
+                    self.images,
+                    {name: value.clone() for name, value in self.backbone.state_dict().items()},
+                )
+            )
             self.start = time.perf_counter() - elapsed
         return elapsed
 
@@ -66,7 +72,12 @@ def settings(given: dict[str, Any]) -> DictConfig:
     """The configuration of ours: the defaults for these images and this loss."""
     config.register_resolvers()
     config.prefer_our_presets()
-    overrides = ["dataset=folder", f"dataset.root={given['data']}", f"loss={given['loss']}", f"seed={given['seed']}"]
+    overrides = [
+        "dataset=folder",
+        f"dataset.root={given['data']}",
+        f"loss={given['loss']}",
+        f"seed={given['seed']}",
+    ]
     overrides += [f"device={given['device']}", f"batch_size={BATCH}"]
     with initialize_config_dir(str(config.CONF), version_base="1.3"):
         return compose("config", overrides=overrides)
@@ -80,7 +91,13 @@ def ours(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
     clock.backbone = stages.backbone
     preemption = Preemption()
     solver: Any = runner.build_solver(cfg, stages, preemption, lambda state: None)
-    schedule = partial(optimizer.cosine, steps=1000, warmup=int(1000 * WARMUP), lr=cfg.optimizer.lr, final=cfg.optimizer.final_lr)
+    schedule = partial(
+        optimizer.cosine,
+        steps=1000,
+        warmup=int(1000 * WARMUP),
+        lr=cfg.optimizer.lr,
+        final=cfg.optimizer.final_lr,
+    )
 
     def by_the_clock(step: int) -> float:
         clock.images = step * BATCH
@@ -102,7 +119,9 @@ def ours(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
 
 def loader(data: DataSet, transform: Callable, workers: int) -> DataLoader:
     """The pretraining images as the peers load them."""
-    return pictures.loader(data.pretrain.images[data.pretrain.rows].permute(0, 2, 3, 1).cpu().numpy(), transform, BATCH, workers)
+    return pictures.loader(
+        data.pretrain.images[data.pretrain.rows].permute(0, 2, 3, 1).cpu().numpy(), transform, BATCH, workers
+    )
 
 
 def lightly(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
@@ -119,10 +138,15 @@ def lightly(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
             heads.SimCLRProjectionHead(backbone.width, 512, 128),
             NTXentLoss(),
         ),
-        "vicreg": lambda: (VICRegTransform(input_size=32), heads.VICRegProjectionHead(backbone.width, 2048, 2048), VICRegLoss()),
+        "vicreg": lambda: (
+            VICRegTransform(input_size=32),
+            heads.VICRegProjectionHead(backbone.width, 2048, 2048),
+            VICRegLoss(),
+        ),
         "barlow": lambda: (
             BYOLTransform(
-                BYOLView1Transform(input_size=32, gaussian_blur=0.0), BYOLView2Transform(input_size=32, gaussian_blur=0.0)
+                BYOLView1Transform(input_size=32, gaussian_blur=0.0),
+                BYOLView2Transform(input_size=32, gaussian_blur=0.0),
             ),
             heads.BarlowTwinsProjectionHead(backbone.width, 2048, 2048),
             BarlowTwinsLoss(),
@@ -172,7 +196,9 @@ def stable_pretraining(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, 
         return [nn.Linear(width, wide), nn.BatchNorm1d(wide), nn.ReLU(inplace=True)]
 
     module = spt.Module(
-        forward={"simclr": forward.simclr, "vicreg": forward.vicreg, "barlow": forward.barlow_twins}[given["loss"]],
+        forward={"simclr": forward.simclr, "vicreg": forward.vicreg, "barlow": forward.barlow_twins}[
+            given["loss"]
+        ],
         backbone=backbone,
         projector=nn.Sequential(*hidden(backbone.width), *hidden(wide), nn.Linear(wide, 256)),
         optim={
@@ -188,7 +214,9 @@ def stable_pretraining(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, 
             clock.tick()
             trainer.should_stop = clock.over
 
-        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, number: int) -> None:
+        def on_train_batch_end(
+            self, trainer: Any, module: Any, outputs: Any, batch: Any, number: int
+        ) -> None:
             clock.images += BATCH
 
     clock.backbone = backbone
@@ -221,11 +249,16 @@ def peers_start(given: dict[str, Any]) -> tuple[DataSet, torch.device, Any]:
 def main() -> None:
     given = json.loads(sys.argv[1])
     clock = Clock(given["seconds"], given["marks"])
-    backbone, data = {"ours": ours, "lightly": lightly, "stable-pretraining": stable_pretraining}[given["tool"]](given, clock)
+    backbone, data = {"ours": ours, "lightly": lightly, "stable-pretraining": stable_pretraining}[
+        given["tool"]
+    ](given, clock)
     rows = []
     for elapsed, images, weights in clock.kept:
         backbone.load_state_dict(weights)
-        top1 = {row["probe"]: row["top1"] for row in probe("backbone", backbone, data, ["linear", "knn"], score_test=True)}
+        top1 = {
+            row["probe"]: row["top1"]
+            for row in probe("backbone", backbone, data, ["linear", "knn"], score_test=True)
+        }
         rows.append({"seconds": elapsed, "images": images, "linear": top1["linear"], "knn": top1["knn"]})
     Path(given["out"]).write_text(json.dumps(rows))
 

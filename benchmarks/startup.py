@@ -31,7 +31,10 @@ CONTENDERS = {  # (work, tool): what the interpreter is given
     ("imports", "torch, torchvision, timm"): ["-c", "import torch, torchvision, timm"],
     ("imports", "lightly"): ["-c", "import lightly.loss, lightly.models, lightly.transforms"],
     ("imports", "lightning"): ["-c", "import lightning"],
-    ("imports", "stable-pretraining"): ["-c", "import stable_pretraining; stable_pretraining.Manager, stable_pretraining.Module"],
+    ("imports", "stable-pretraining"): [
+        "-c",
+        "import stable_pretraining; stable_pretraining.Manager, stable_pretraining.Module",
+    ],
     ("to the first step", "ours: ssl-run"): ["-c", FIRST_STEP],
 }
 
@@ -49,7 +52,9 @@ print(os.waitstatus_to_exitcode(status), taken, usage.ru_utime + usage.ru_stime,
 def process(arguments: list[str], folder: str) -> tuple[float, float, float]:
     """Seconds by the clock, seconds of computing and the most MiB of memory of a process. Raises RuntimeError where it fails."""
     command = [sys.executable, "-S", "-c", LAUNCHER, sys.executable, *arguments]
-    done = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     *said, figures = done.stderr.splitlines()
     code, seconds, computing, peak = map(float, figures.split())
     if code and not (said and said[-1].startswith("interrupted")):

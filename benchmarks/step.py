@@ -43,7 +43,9 @@ class Ours:
         n = 4 * BATCH
         images = torch.randint(0, 256, (n, 3, SIDE, SIDE), dtype=torch.uint8)
         rows = np.arange(n)
-        source = Source(images, torch.arange(n) % 10, [*"0123456789"], rows[: 3 * BATCH], rows[3 * BATCH :], rows[:0])
+        source = Source(
+            images, torch.arange(n) % 10, [*"0123456789"], rows[: 3 * BATCH], rows[3 * BATCH :], rows[:0]
+        )
         data = dataset.load(lambda: source, "noise", 0.1, None, 0, "auto", device)
         body: Any = BACKBONES[name](3, SIDE)
         body.to(device, memory_format=torch.channels_last)
@@ -72,7 +74,9 @@ class Ours:
 
     def _batches(self) -> Iterator[tuple[Tensor, Batch]]:
         while True:
-            yield from self.training._batches(torch.randperm(len(self.training.data.pretrain))[: 2 * BATCH].view(2, BATCH))
+            yield from self.training._batches(
+                torch.randperm(len(self.training.data.pretrain))[: 2 * BATCH].view(2, BATCH)
+            )
 
     def step(self) -> None:
         """One step as a run takes it, from the gathering of the batch on."""
@@ -124,9 +128,21 @@ class Lightly:
         body = BACKBONES[name](3, SIDE)
         byol = BYOLTransform(BYOLView1Transform(input_size=SIDE), BYOLView2Transform(input_size=SIDE))
         transform, head, criterion = {
-            "VICReg": lambda: (VICRegTransform(input_size=SIDE), VICRegProjectionHead(body.width, WIDTH, K, 2), "VICRegLoss"),
-            "SimCLR": lambda: (SimCLRTransform(input_size=SIDE), SimCLRProjectionHead(body.width, WIDTH, K), "NTXentLoss"),
-            "Barlow Twins": lambda: (byol, BarlowTwinsProjectionHead(body.width, WIDTH, K), "BarlowTwinsLoss"),
+            "VICReg": lambda: (
+                VICRegTransform(input_size=SIDE),
+                VICRegProjectionHead(body.width, WIDTH, K, 2),
+                "VICRegLoss",
+            ),
+            "SimCLR": lambda: (
+                SimCLRTransform(input_size=SIDE),
+                SimCLRProjectionHead(body.width, WIDTH, K),
+                "NTXentLoss",
+            ),
+            "Barlow Twins": lambda: (
+                byol,
+                BarlowTwinsProjectionHead(body.width, WIDTH, K),
+                "BarlowTwinsLoss",
+            ),
         }[loss]()
         self.device, self.criterion = device, getattr(lightly.loss, criterion)()
         self.network = nn.Sequential(body, head).to(device)

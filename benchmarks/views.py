@@ -18,7 +18,9 @@ from ssl_runner.config import CONF
 from ssl_runner.views import Augment, odd
 
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.247, 0.2435, 0.2616]
-Make = Callable[[int], Tensor]  # an even number of views -> two of each of half as many images, (views, 3, size, size)
+Make = Callable[
+    [int], Tensor
+]  # an even number of views -> two of each of half as many images, (views, 3, size, size)
 
 
 def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[dict[str, Any]]:
@@ -30,7 +32,12 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             sizes = (32, 64, 96, 224) if full else (32, 96)
-            return [row for name in ("simclr", "vicreg") for size in sizes for row in compare(name, size, device, full)]
+            return [
+                row
+                for name in ("simclr", "vicreg")
+                for size in sizes
+                for row in compare(name, size, device, full)
+            ]
     finally:
         torch.set_num_threads(threads)
 
@@ -46,14 +53,24 @@ def compare(name: str, size: int, device: torch.device, full: bool) -> list[dict
     }
     peak = {tool: measure.peak_memory(partial(make, batch), device) for tool, make in tools.items()}
     agree(tools["ours"], tools["torchvision on PIL"], batch)
-    part = {"ours": 1, "torchvision on PIL": 16, "kornia": 4 if device.type == "cpu" else 1}  # each turn takes about as long
+    part = {
+        "ours": 1,
+        "torchvision on PIL": 16,
+        "kornia": 4 if device.type == "cpu" else 1,
+    }  # each turn takes about as long
     counts = {tool: max(4, batch // part[tool]) for tool in tools}
     work: dict[str, measure.Work] = {tool: partial(make, counts[tool]) for tool, make in tools.items()}
     times = measure.interleaved(work, device, budget=20.0 if full else 8.0)
     each = {tool: taken / counts[tool] for tool, taken in times.items()}
     ratio = measure.versus(each)
     return [
-        {"work": f"{name} {size} px", "tool": tool, "views_per_s": 1 / each[tool], "ratio": ratio[tool], "peak_mib": peak[tool]}
+        {
+            "work": f"{name} {size} px",
+            "tool": tool,
+            "views_per_s": 1 / each[tool],
+            "ratio": ratio[tool],
+            "peak_mib": peak[tool],
+        }
         for tool in tools
     ]
 
@@ -95,7 +112,9 @@ def torchvision_on_pil(settings: Mapping[str, Any], images: Tensor, device: torc
         steps.append(T.RandomSolarize(round(255 * solarize["threshold"]), solarize["p"]))
     transform = T.Compose([*steps, T.ToTensor(), T.Normalize(MEAN, STD)])
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-    return lambda views: torch.stack([transform(picture) for picture in 2 * pictures[: views // 2]]).to(device)
+    return lambda views: torch.stack([transform(picture) for picture in 2 * pictures[: views // 2]]).to(
+        device
+    )
 
 
 def in_kornia(settings: Mapping[str, Any], images: Tensor) -> Make:
@@ -119,7 +138,12 @@ def agree(one: Make, other: Make, batch: int) -> None:
     are the same within 5 standard errors, and 0.02 for PIL's whole numbers."""
     batches = -(-256 // batch)
     for what in ("mean", "std"):
-        a, b = (torch.cat([getattr(make(batch), what)((2, 3)).cpu() for _ in range(batches)]) for make in (one, other))
+        a, b = (
+            torch.cat([getattr(make(batch), what)((2, 3)).cpu() for _ in range(batches)])
+            for make in (one, other)
+        )
         error = (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
         if ((a.mean(0) - b.mean(0)).abs() > 5 * error + 0.02).any():
-            raise AssertionError(f"the {what} of a view's channels is {a.mean(0).tolist()} here, {b.mean(0).tolist()} there")
+            raise AssertionError(
+                f"the {what} of a view's channels is {a.mean(0).tolist()} here, {b.mean(0).tolist()} there"
+            )

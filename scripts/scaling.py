@@ -58,7 +58,12 @@ def measured(rows: int, columns: int, steps: int) -> list[dict[str, Any]]:
                 G = Views(rows // 2, 2) if relation == "views" else Labels(y, CLASSES)
                 loss()(Z, G).backward()
                 seconds.append(time.process_time() - start)
-            row = {"loss": name, "relation": relation, "W": distributed.size(), "payload_bytes": int(traffic.payload)}
+            row = {
+                "loss": name,
+                "relation": relation,
+                "W": distributed.size(),
+                "payload_bytes": int(traffic.payload),
+            }
             table.append(row | {"ring_bytes": int(traffic.sent), "ms": 1000 * statistics.median(seconds[1:])})
     return table
 
@@ -75,7 +80,9 @@ def child(rank: int, W: int, port: int, queue: Any, arguments: tuple[int, int, i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=512, help="rows of Z in each process")
     parser.add_argument("--columns", type=int, default=512, help="K")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
@@ -90,7 +97,9 @@ def main() -> None:
             port = free.getsockname()[1]
         queue = context.SimpleQueue()
         arguments = (given.rows, given.columns, given.steps)
-        children = [context.Process(target=child, args=(rank, W, port, queue, arguments)) for rank in range(W)]
+        children = [
+            context.Process(target=child, args=(rank, W, port, queue, arguments)) for rank in range(W)
+        ]
         for process in children:
             process.start()
         rows += queue.get()
@@ -99,7 +108,11 @@ def main() -> None:
     table = pd.DataFrame(rows)
     if given.out:
         table.to_csv(given.out, index=False)
-    print(table.pivot(index=["loss", "relation"], columns="W", values=["payload_bytes", "ring_bytes", "ms"]).round(1).to_string())
+    print(
+        table.pivot(index=["loss", "relation"], columns="W", values=["payload_bytes", "ring_bytes", "ms"])
+        .round(1)
+        .to_string()
+    )
 
 
 if __name__ == "__main__":

@@ -45,7 +45,11 @@ def convnet(channels: int, image_size: int, widths: Sequence[int] = (32, 64, 128
     layers: list[nn.Module] = []
     for depth, width in enumerate(widths):
         stride = 2 if depth < len(widths) - 1 else 1
-        layers += [nn.Conv2d(channels, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        layers += [
+            nn.Conv2d(channels, width, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        ]
         channels = width
     return Backbone(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), widths[-1])
 
@@ -70,7 +74,9 @@ def from_timm(channels: int, image_size: int, name: str, **settings: Any) -> Bac
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"backbone.name={name} is not a timm model{hint} (timm.list_models() names them all)")
+        raise ValueError(
+            f"backbone.name={name} is not a timm model{hint} (timm.list_models() names them all)"
+        )
     body = timm.create_model(name, num_classes=0, in_chans=channels, **settings)
     with torch.no_grad():
         width = body.eval()(torch.zeros(1, channels, image_size, image_size)).shape[1]

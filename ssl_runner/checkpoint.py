@@ -58,7 +58,9 @@ def newest(folder: Path) -> Path | None:
         print(f"{path} is damaged, not as it was written: passed over", file=sys.stderr, flush=True)
     if there:
         names = " and ".join(path.name for path in there)
-        raise Refused(f"{folder} has no whole checkpoint to go on from: remove {names} to train from the beginning")
+        raise Refused(
+            f"{folder} has no whole checkpoint to go on from: remove {names} to train from the beginning"
+        )
     return None
 
 
@@ -81,7 +83,8 @@ def load(path: Path) -> dict[str, Any]:
 def export(backbone: nn.Module, path: Path, metadata: dict[str, Any]) -> None:
     """The backbone's weights as safetensors, with what is needed to rebuild and feed it as JSON in the header."""
     state = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in backbone.state_dict().items()
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in backbone.state_dict().items()
     }
     partial = path.with_suffix(".partial")
     safetensors.torch.save_file(state, partial, {"ssl_runner": json.dumps(metadata)})
@@ -97,4 +100,6 @@ def restore(backbone: nn.Module, path: Path) -> None:
         backbone.load_state_dict(safetensors.torch.load_file(path))
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise Refused(f"weights={path} does not fit this backbone or is not a safetensors file ({reason[:200]})") from error
+        raise Refused(
+            f"weights={path} does not fit this backbone or is not a safetensors file ({reason[:200]})"
+        ) from error

@@ -48,7 +48,9 @@ def lead(processes: int = 1) -> None:
     config.prefer_our_presets()
     FAILED.clear()
     before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what went wrong instead of printing a traceback and leaving
+    os.environ["HYDRA_FULL_ERROR"] = (
+        "1"  # Hydra then raises what went wrong instead of printing a traceback and leaving
+    )
     try:
         prepare(processes)
         hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")(job)()
@@ -85,10 +87,14 @@ def prepare(processes: int = 1) -> None:
     config.check_plugins(given.values())
     auto = "resume" in given and given["resume"].value() == "auto"
     if (args.multirun or "hydra.mode" in given) and processes > 1:
-        raise Refused(f"a sweep starts many runs, and these {processes} processes train one: start it without torchrun or srun")
+        raise Refused(
+            f"a sweep starts many runs, and these {processes} processes train one: start it without torchrun or srun"
+        )
     if "resume" in given and given["resume"].value() is not None and not auto:
         if args.multirun:
-            raise Refused(f"{given['resume'].input_line} continues one run: leave out -m, or give resume=auto")
+            raise Refused(
+                f"{given['resume'].input_line} continues one run: leave out -m, or give resume=auto"
+            )
         folder = Path(str(given["resume"].value())).resolve()
         place = sys.argv.index(str(given["resume"].input_line)) + 1
         sys.argv[place:place] = resumed(folder, given)  # beside it: argparse wants all overrides in one place
@@ -97,13 +103,19 @@ def prepare(processes: int = 1) -> None:
         else:
             sys.argv += ["--config-dir", str(Path(args.config_dir).resolve())]
         args = parser.parse_args()
-        os.chdir(read_json(folder / "run.json")["cwd"])  # relative paths mean what they meant when the run was started
+        os.chdir(
+            read_json(folder / "run.json")["cwd"]
+        )  # relative paths mean what they meant when the run was started
     else:
         for key in ("hydra.run.dir", "hydra.sweep.dir"):
             if key in given and not args.cfg and not auto:
                 not_taken(Path(str(given[key].value())))
     jobs = config.check(args)
-    if (args.multirun or "hydra.mode" in given) and not args.cfg and not any(key.startswith("hydra/launcher") for key in given):
+    if (
+        (args.multirun or "hydra.mode" in given)
+        and not args.cfg
+        and not any(key.startswith("hydra/launcher") for key in given)
+    ):
         from ssl_runner.run import check_jobs
 
         check_jobs(jobs)
@@ -113,7 +125,9 @@ def not_taken(folder: Path) -> None:
     """Refuses a folder in which, or one level below which, a run lies."""
     for taken in (folder, *folder.glob("*")):
         if (taken / "run.json").exists():
-            raise Refused(f"{taken} already holds a run: choose another folder, or go on with it by resume={taken}")
+            raise Refused(
+                f"{taken} already holds a run: choose another folder, or go on with it by resume={taken}"
+            )
 
 
 def job(cfg: DictConfig) -> float | None:
@@ -157,7 +171,11 @@ def job(cfg: DictConfig) -> float | None:
         raise
     except Exception as error:
         distributed.failed(error)
-        more = "" if isinstance(error, Refused) or not (folder / "run.json").exists() else f" (more in {folder}/run.json)"
+        more = (
+            ""
+            if isinstance(error, Refused) or not (folder / "run.json").exists()
+            else f" (more in {folder}/run.json)"
+        )
         if hydra_config.mode == RunMode.RUN:
             print(said(error) + more, file=sys.stderr)
             sys.exit(1)
@@ -199,10 +217,20 @@ def folder_of(cfg: DictConfig, made: Path) -> Path:
     if cfg.resume == "auto":
         same = [path.parent for path in runs_beside(made) if identity_of(path) == mine]
         if same:
-            return max(same, key=lambda folder: (read_json(folder / "run.json")["status"] == "done", folder.stat().st_mtime))
+            return max(
+                same,
+                key=lambda folder: (
+                    read_json(folder / "run.json")["status"] == "done",
+                    folder.stat().st_mtime,
+                ),
+            )
         if taken is not None and HydraConfig.get().mode == RunMode.MULTIRUN:
             return made.with_name(f"{made.name}-{mine[:8]}")  # a job of an earlier sweep had this number
-    elif taken is not None and taken.get("identity") == mine and taken.get("slurm_job") == os.environ.get("SLURM_JOB_ID", ""):
+    elif (
+        taken is not None
+        and taken.get("identity") == mine
+        and taken.get("slurm_job") == os.environ.get("SLURM_JOB_ID", "")
+    ):
         return made  # Slurm has requeued this very job
     not_taken(made)
     return made
@@ -220,12 +248,18 @@ def runs_beside(made: Path) -> list[Path]:
     """The run.json of all runs among which resume=auto seeks: those of the same data set and loss, those of all sweeps, or where
     the command line names the folder of the run or the sweep, those in it."""
     hydra_config = HydraConfig.get()
-    named = any(str(line).startswith(("hydra.run.dir=", "hydra.sweep.dir=")) for line in hydra_config.overrides.hydra)
+    named = any(
+        str(line).startswith(("hydra.run.dir=", "hydra.sweep.dir=")) for line in hydra_config.overrides.hydra
+    )
     if hydra_config.mode == RunMode.MULTIRUN:
         sweep = Path(hydra_config.sweep.dir).absolute()
         return sorted(sweep.glob("*/run.json") if named else sweep.parent.glob("*/*/run.json"))
     return sorted(
-        [made / "run.json"] if named and (made / "run.json").exists() else [] if named else made.parent.glob("*/run.json")
+        [made / "run.json"]
+        if named and (made / "run.json").exists()
+        else []
+        if named
+        else made.parent.glob("*/run.json")
     )
 
 
@@ -234,7 +268,9 @@ def claimed(folder: Path) -> AcquireReturnProxy:
     try:
         return FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
-        raise Refused(f"{folder} is in use by another process: wait for it, or choose another folder") from None
+        raise Refused(
+            f"{folder} is in use by another process: wait for it, or choose another folder"
+        ) from None
 
 
 def describe(cfg: DictConfig, folder: Path) -> None:
@@ -243,7 +279,9 @@ def describe(cfg: DictConfig, folder: Path) -> None:
     (folder / ".hydra").mkdir(exist_ok=True)
     OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
     OmegaConf.save(hydra_config.overrides.task, folder / ".hydra" / "overrides.yaml")
-    OmegaConf.save(OmegaConf.create({"hydra": OmegaConf.to_container(hydra_config)}), folder / ".hydra" / "hydra.yaml")
+    OmegaConf.save(
+        OmegaConf.create({"hydra": OmegaConf.to_container(hydra_config)}), folder / ".hydra" / "hydra.yaml"
+    )
 
 
 def said(error: Exception) -> str:
@@ -272,7 +310,9 @@ def resumed(folder: Path, given: dict[str, Override]) -> list[str]:
     if record["status"] == "running" and alive(record):
         raise Refused(f"resume={folder}: this run is still running, as process {record['pid']}")
     first = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
-    added = [str(o.input_line) for o in config.parse([str(line) for line in first]) if o.key_or_group not in given]
+    added = [
+        str(o.input_line) for o in config.parse([str(line) for line in first]) if o.key_or_group not in given
+    ]
     quoted = str(folder).replace("'", "\\'")
     return [*added, f"hydra.run.dir='{quoted}'"]
 

@@ -161,7 +161,10 @@ def stream(
     steps = len(data.pretrain) // batch_size
     order_generator = torch.Generator().manual_seed(seed)
     view_generator = torch.Generator(device).manual_seed(seed)
-    orders = [torch.randperm(len(data.pretrain), generator=order_generator)[: steps * batch_size] for _ in range(passes)]
+    orders = [
+        torch.randperm(len(data.pretrain), generator=order_generator)[: steps * batch_size]
+        for _ in range(passes)
+    ]
     if isinstance(relation, Labels):
         sizes = torch.bincount(data.pretrain.y.cpu()[torch.cat(orders)], minlength=len(data.classes)) * V
         moments = Moments(D, device, sizes.to(device), relation.normalized)

@@ -55,7 +55,9 @@ def read_runs(folders: Sequence[Path], without: Path) -> list[Run]:
             raise Refused(f"{folder} is not a folder: give folders that runs lie below, such as outputs")
     paths = {path.resolve(): path for folder in folders for path in find(folder, without.resolve())}
     if not paths:
-        raise Refused(f"no run lies below {', '.join(map(str, folders))}: give folders that ssl-run wrote to, such as outputs")
+        raise Refused(
+            f"no run lies below {', '.join(map(str, folders))}: give folders that ssl-run wrote to, such as outputs"
+        )
     return [read_run(path) for path in sorted(paths.values(), key=natural)]
 
 
@@ -81,13 +83,17 @@ def read_run(path: Path) -> Run:
     header, rows = read_csv(path / "metrics.csv")
     probe_header, probe_rows = read_csv(path / "probe.csv")
     columns = dict(zip(header, zip(*rows, strict=True), strict=True)) if rows else {}
-    epochs, loss, rate = (numbers(columns.get(name, [""] * len(rows))) for name in ("epoch", "loss", "images_per_s"))
+    epochs, loss, rate = (
+        numbers(columns.get(name, [""] * len(rows))) for name in ("epoch", "loss", "images_per_s")
+    )
     overrides = read_yaml(hydra / "overrides.yaml")
     return Run(
         path=path,
         record=read_record(path / "run.json"),
         config=flat(read_yaml(hydra / "config.yaml")),
-        overrides=dict(split(line) for line in overrides if not hydras(line)) if isinstance(overrides, list) else {},
+        overrides=dict(split(line) for line in overrides if not hydras(line))
+        if isinstance(overrides, list)
+        else {},
         choices=read_choices(hydra / "hydra.yaml"),
         last=dict(zip(header, map(number, rows[-1]), strict=True)) if rows else {},
         epochs=epochs,
@@ -144,7 +150,9 @@ def number(text: str) -> float | str | None:
 
 def numbers(cells: Sequence[str]) -> np.ndarray:
     """Cells as floats; nan where one is no number."""
-    return np.array([value if isinstance(value := number(cell), float) else np.nan for cell in cells], dtype=float)
+    return np.array(
+        [value if isinstance(value := number(cell), float) else np.nan for cell in cells], dtype=float
+    )
 
 
 def flat(node: Any, path: str = "") -> dict[str, str]:
@@ -152,7 +160,9 @@ def flat(node: Any, path: str = "") -> dict[str, str]:
     if not isinstance(node, dict):
         return {path: shown(node)} if path else {}
     return {
-        name: value for key, child in node.items() for name, value in flat(child, f"{path}.{key}" if path else str(key)).items()
+        name: value
+        for key, child in node.items()
+        for name, value in flat(child, f"{path}.{key}" if path else str(key)).items()
     }
 
 

@@ -60,8 +60,12 @@ def hue_weights(turns: Tensor) -> Tensor:
     t = 6 * turns - 2 * thirds
     weights = torch.stack([torch.ones_like(t), -(1 + 2 * t).clamp(max=1), -(1 - 2 * t).clamp(max=1)], 1)
     channel = torch.arange(3, device=turns.device)
-    places = (channel[:, None] - channel + thirds[:, None, None].long()) % 3  # of (B, input, output) among the weights
-    return torch.cat([weights.gather(1, places.flatten(1)), (1 - t.abs())[:, None].expand(-1, 3)], 1).view(-1, 4, 3)
+    places = (
+        channel[:, None] - channel + thirds[:, None, None].long()
+    ) % 3  # of (B, input, output) among the weights
+    return torch.cat([weights.gather(1, places.flatten(1)), (1 - t.abs())[:, None].expand(-1, 3)], 1).view(
+        -1, 4, 3
+    )
 
 
 def mix_channels(x: Tensor, weights: Tensor) -> Tensor:
@@ -101,5 +105,7 @@ def color_jitter(x: Tensor, blends: Tensor, hues: Tensor | None, place: Tensor) 
 
 def solarize(x: Tensor, threshold: float) -> Tensor:
     """Values at or above the threshold are inverted."""
-    inverted = torch.ge(x, threshold, out=torch.empty_like(x))  # 0 or 1: on a CPU far faster than a bool and torch.where
+    inverted = torch.ge(
+        x, threshold, out=torch.empty_like(x)
+    )  # 0 or 1: on a CPU far faster than a bool and torch.where
     return torch.lerp(x, 1 - x, inverted)

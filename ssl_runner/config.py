@@ -30,7 +30,9 @@ from omegaconf.errors import OmegaConfBaseException
 from ssl_runner.errors import Refused
 
 PACKAGE = Path(__file__).parent
-CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"  # in a wheel, in a checkout
+CONF = (
+    PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+)  # in a wheel, in a checkout
 
 
 @dataclass
@@ -71,7 +73,11 @@ class Rule:
 
 
 def _positive(kind: type[int] | type[float], optional: bool = False) -> Rule:
-    return Rule(kind, low=0, open_low=True, optional=optional) if kind is float else Rule(kind, low=1, optional=optional)
+    return (
+        Rule(kind, low=0, open_low=True, optional=optional)
+        if kind is float
+        else Rule(kind, low=1, optional=optional)
+    )
 
 
 RULES = {
@@ -147,7 +153,9 @@ def check_plugins(overrides: Iterable[Override]) -> None:
     for override in overrides:
         plugin, extra = PLUGINS.get(str(override.input_line), ("", ""))
         if plugin and find_spec(f"hydra_plugins.hydra_{plugin}") is None:
-            raise Refused(f"{override.input_line} needs hydra-{plugin.replace('_', '-')}: pip install 'ssl_runner[{extra}]'")
+            raise Refused(
+                f"{override.input_line} needs hydra-{plugin.replace('_', '-')}: pip install 'ssl_runner[{extra}]'"
+            )
 
 
 def check(args: argparse.Namespace) -> list[tuple[str, DictConfig]]:
@@ -155,7 +163,9 @@ def check(args: argparse.Namespace) -> list[tuple[str, DictConfig]]:
     one line, for the first that cannot run."""
     for folder in (args.config_dir, args.config_path):
         if folder is not None and not Path(folder).is_dir():
-            raise Refused(f"{folder} is not a folder: --config-dir takes one that holds <group>/<choice>.yaml")
+            raise Refused(
+                f"{folder} is not a folder: --config-dir takes one that holds <group>/<choice>.yaml"
+            )
     search_path = create_config_search_path(str(Path(args.config_path or CONF).resolve()))
     if args.config_dir:
         query = SearchPathQuery(provider="schema")  # where Hydra itself puts it: after our own
@@ -164,7 +174,10 @@ def check(args: argparse.Namespace) -> list[tuple[str, DictConfig]]:
     try:
         composer = Composer(args.config_name or "config")
         all_jobs = jobs(args.overrides, args.multirun)
-        return [(" ".join(str(o.input_line) for o in overrides), composer.check(overrides)) for overrides in all_jobs]
+        return [
+            (" ".join(str(o.input_line) for o in overrides), composer.check(overrides))
+            for overrides in all_jobs
+        ]
     finally:
         GlobalHydra.instance().clear()
 
@@ -175,8 +188,12 @@ def jobs(lines: list[str], multirun: bool) -> list[list[Override]]:
     overrides = parse(lines)
     swept = [override for override in overrides if override.is_sweep_override()]
     if swept and not (multirun or "hydra.mode=MULTIRUN" in lines):
-        raise Refused(f"{swept[0].input_line} is a sweep: add -m for a run of every value, or write a list as [a,b]")
-    finite = [override for override in overrides if not override.is_sweep_override() or override.is_discrete_sweep()]
+        raise Refused(
+            f"{swept[0].input_line} is a sweep: add -m for a run of every value, or write a list as [a,b]"
+        )
+    finite = [
+        override for override in overrides if not override.is_sweep_override() or override.is_discrete_sweep()
+    ]
     batches = BasicSweeper.split_arguments(finite, max_batch_size=None)
     if not batches or not batches[0]:
         raise Refused(f"{swept[0].input_line} is a sweep over nothing: give it at least one value")
@@ -192,7 +209,9 @@ def parse(lines: list[str]) -> list[Override]:
         raise Refused(f"{message}: settings are written group=choice or key=value") from error
     for override in overrides:
         if not override.key_or_group:
-            raise Refused(f"{override.input_line} names no setting: settings are written group=choice or key=value")
+            raise Refused(
+                f"{override.input_line} names no setting: settings are written group=choice or key=value"
+            )
     return overrides
 
 
@@ -216,8 +235,14 @@ class Composer:
             if not group:
                 raise Refused(one_line(error)) from error
             options = self.repository.get_group_options(group)
-            accepted = f"{group} is one of {', '.join(options)}" if options else f"{group} has none; --config-dir can add some"
-            raise Refused(f"{group}={choice} is not a choice{nearest(choice, options)}; {accepted}") from error
+            accepted = (
+                f"{group} is one of {', '.join(options)}"
+                if options
+                else f"{group} has none; --config-dir can add some"
+            )
+            raise Refused(
+                f"{group}={choice} is not a choice{nearest(choice, options)}; {accepted}"
+            ) from error
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise Refused(one_line(error.__cause__ or error)) from error
         own = OmegaConf.masked_copy(config, [key for key in map(str, config) if key != "hydra"])
@@ -225,28 +250,38 @@ class Composer:
 
     def check(self, overrides: list[Override]) -> DictConfig:
         """The configuration of the job of these overrides. Raises Refused when it cannot run."""
-        mine = [override for override in overrides if not override.key_or_group.startswith(("hydra.", "hydra/"))]
+        mine = [
+            override for override in overrides if not override.key_or_group.startswith(("hydra.", "hydra/"))
+        ]
         groups = [override for override in mine if self.repository.group_exists(override.key_or_group)]
         for override in groups:
             self.check_choice(override)
         _, chosen = self.compose(str(override.input_line) for override in groups)
-        reference = self.reference(chosen, {override.key_or_group for override in groups if override.is_add()})
+        reference = self.reference(
+            chosen, {override.key_or_group for override in groups if override.is_add()}
+        )
         for override in mine:
             if override not in groups:
                 self.check_key(override, reference, chosen)
         config, _ = self.compose(str(override.input_line) for override in mine)
         for key in map(str, config):
             if key == "experiment":
-                raise Refused(f"experiment={chosen.experiment}: its file must begin with the line # @package _global_")
+                raise Refused(
+                    f"experiment={chosen.experiment}: its file must begin with the line # @package _global_"
+                )
             if key not in reference:
                 raise Refused(self.unknown(key, reference, chosen))
         check_tree(config, reference)
         check_values(config)
         if config.solver.name != reference.solver.name:
-            raise Refused(f"solver.name={config.solver.name} is not a setting: choose it by solver={config.solver.name}")
+            raise Refused(
+                f"solver.name={config.solver.name} is not a setting: choose it by solver={config.solver.name}"
+            )
         if config.solver.name == "closed_form" and config.backbone._target_ == "ssl_runner.backbone.linear":
             self.check_only_matrix(config, mine)
-        if config.resume not in (None, "auto") and not any(override.key_or_group == "resume" for override in mine):
+        if config.resume not in (None, "auto") and not any(
+            override.key_or_group == "resume" for override in mine
+        ):
             raise Refused(f"resume={config.resume} stands in a file: give it on the command line")
         return config
 
@@ -254,8 +289,12 @@ class Composer:
         """Refuses what says something of a projector or of weights where the linear backbone itself is what is solved for."""
         solved = "solver=closed_form backbone=linear solves for the backbone itself"
         for override in overrides:
-            if override.key_or_group.startswith("projector") and not config.projector._target_.endswith(".identity"):
-                raise Refused(f"{override.input_line}: {solved}, without a projector: leave it out; K is backbone.width")
+            if override.key_or_group.startswith("projector") and not config.projector._target_.endswith(
+                ".identity"
+            ):
+                raise Refused(
+                    f"{override.input_line}: {solved}, without a projector: leave it out; K is backbone.width"
+                )
         if config.weights is not None:
             raise Refused(f"weights={config.weights}: {solved} and starts from no weights: leave it out")
 
@@ -288,26 +327,45 @@ class Composer:
             else:
                 known, node = False, None
             open_ended = open_ended or (isinstance(node, DictConfig) and "_target_" in node)
-        if known and key.startswith("loss.") and OmegaConf.is_interpolation(parent, name) and name in reference:
-            raise Refused(f"{override.input_line}: set it at the root, {name}={override.get_value_element_as_str()}")
+        if (
+            known
+            and key.startswith("loss.")
+            and OmegaConf.is_interpolation(parent, name)
+            and name in reference
+        ):
+            raise Refused(
+                f"{override.input_line}: set it at the root, {name}={override.get_value_element_as_str()}"
+            )
         if override.is_add() and known:
-            raise Refused(f"{override.input_line}: {key} is there already; write {str(override.input_line).lstrip('+')}")
+            raise Refused(
+                f"{override.input_line}: {key} is there already; write {str(override.input_line).lstrip('+')}"
+            )
         if override.is_delete() and known:
-            raise Refused(f"{override.input_line}: {key} cannot be removed; set it, to null where it accepts that")
+            raise Refused(
+                f"{override.input_line}: {key} cannot be removed; set it, to null where it accepts that"
+            )
         if not known and not (override.is_add() and open_ended):
-            raise Refused(self.unknown(key, reference, chosen, str(override.input_line) if open_ended else None))
+            raise Refused(
+                self.unknown(key, reference, chosen, str(override.input_line) if open_ended else None)
+            )
 
-    def unknown(self, key: str, reference: DictConfig, chosen: DictConfig, argument: str | None = None) -> str:
+    def unknown(
+        self, key: str, reference: DictConfig, chosen: DictConfig, argument: str | None = None
+    ) -> str:
         """What to say of a key that is not there: whose setting it is, the nearest that is, how to add it as an argument."""
         group, _, name = key.rpartition(".")
         group = group or "loss"  # whose settings stand at the root
         if self.repository.group_exists(group):
-            settings = {choice: self.settings(group, choice) for choice in self.repository.get_group_options(group)}
+            settings = {
+                choice: self.settings(group, choice) for choice in self.repository.get_group_options(group)
+            }
             owners = [f"{group}={choice}" for choice, names in settings.items() if name in names]
             if owners:
                 choice = chosen[group]
                 own = ", ".join(settings.get(choice, [])) or "none"
-                return f"{key} is a setting of {' and '.join(owners)}, not of {group}={choice} (settings: {own})"
+                return (
+                    f"{key} is a setting of {' and '.join(owners)}, not of {group}={choice} (settings: {own})"
+                )
         keys = [*dotted_keys(reference), *map(str, reference)]
         add = f", and +{argument} adds an argument" if argument else ""
         return f"{key} is not a setting{nearest(key, keys)}; `ssl-run --cfg job` shows all{add}"
@@ -326,19 +384,28 @@ def check_tree(config: DictConfig, reference: DictConfig, path: str = "", open_e
         key = f"{path}{name}"
         if name not in reference:
             if path and not open_ended:
-                raise Refused(f"{key} is not a setting{nearest(str(name), map(str, reference))}; `ssl-run --cfg job` shows all")
+                raise Refused(
+                    f"{key} is not a setting{nearest(str(name), map(str, reference))}; `ssl-run --cfg job` shows all"
+                )
             continue
         value, default = config[name], reference[name]
         if isinstance(default, DictConfig):
             if not isinstance(value, DictConfig):
-                raise Refused(f"{key}={value}: {key} is a group of settings ({', '.join(map(str, default))}); set one of them")
+                raise Refused(
+                    f"{key}={value}: {key} is a group of settings ({', '.join(map(str, default))}); set one of them"
+                )
             if value.get("_target_") == default.get("_target_"):
                 check_tree(value, default, f"{key}.", open_ended)
         elif (
-            key not in RULES and key not in LOSS_RULES and default is not None and not OmegaConf.is_interpolation(reference, name)
+            key not in RULES
+            and key not in LOSS_RULES
+            and default is not None
+            and not OmegaConf.is_interpolation(reference, name)
         ):
             rule = Rule(type(default)) if type(default) in (int, float, bool, str) else None
-            if (rule and not rule.accepts(value)) or (isinstance(default, ListConfig) and not isinstance(value, ListConfig)):
+            if (rule and not rule.accepts(value)) or (
+                isinstance(default, ListConfig) and not isinstance(value, ListConfig)
+            ):
                 raise Refused(f"{key}={shown(value)}: {key} is {rule or 'a list'}")
 
 
@@ -353,15 +420,26 @@ def check_values(config: DictConfig) -> None:
         raise Refused(f"device={config.device}: device is one of auto, cpu, cuda, cuda:<number>, mps")
     for key, accepted in (("probe.probes", PROBES), ("probe.features", FEATURES)):
         values = OmegaConf.select(config, key)
-        if not isinstance(values, ListConfig) or not values or not set(values) <= set(accepted) or len(set(values)) < len(values):
-            raise Refused(f"{key}={shown(values)}: {key} is a list of different ones of {', '.join(accepted)}")
+        if (
+            not isinstance(values, ListConfig)
+            or not values
+            or not set(values) <= set(accepted)
+            or len(set(values)) < len(values)
+        ):
+            raise Refused(
+                f"{key}={shown(values)}: {key} is a list of different ones of {', '.join(accepted)}"
+            )
     sizes = config.views.sizes
     if sizes is not None and not (
         isinstance(sizes, ListConfig) and sizes and all(Rule(int, low=4).accepts(size) for size in sizes)
     ):
-        raise Refused(f"views.sizes={shown(sizes)}: views.sizes is a list of integers >= 4, such as [16,24,32], or null")
+        raise Refused(
+            f"views.sizes={shown(sizes)}: views.sizes is a list of integers >= 4, such as [16,24,32], or null"
+        )
     if "backbone" not in config.probe.features:
-        raise Refused(f"probe.features={shown(config.probe.features)} lacks backbone, whose accuracy is the run's result: add it")
+        raise Refused(
+            f"probe.features={shown(config.probe.features)} lacks backbone, whose accuracy is the run's result: add it"
+        )
     if config.optimizer.warmup_epochs > config.epochs:
         given = f"optimizer.warmup_epochs={config.optimizer.warmup_epochs}"
         raise Refused(f"{given} is more than epochs={config.epochs}: warm up for at most all of them")

@@ -52,7 +52,9 @@ class Images:
         """The labels (n,) of these rows, on the device of the labels."""
         return self.labels[self.rows.to(self.labels.device)]
 
-    def batches(self, order: Tensor, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, order: Tensor, batch_size: int, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of `order` (m,), positions among these rows: images (b, C, H, W) uint8 and labels (b,), on the device.
 
         Images that are not resident are gathered and copied by a thread, one batch ahead of the step that needs them.
@@ -122,7 +124,13 @@ class DataSet:
 
 
 def load(
-    source: Callable[[], Source], name: str, val: float, subset: int | None, split_seed: int, location: str, device: torch.device
+    source: Callable[[], Source],
+    name: str,
+    val: float,
+    subset: int | None,
+    split_seed: int,
+    location: str,
+    device: torch.device,
 ) -> DataSet:
     """Reads a source, takes a class-balanced subset of its training images, splits off the validation share and puts the images
     on the device if `location` says so ("auto": if they take at most half of its free memory)."""
@@ -144,7 +152,9 @@ def load(
             f"dataset.val={val} of {len(train)} training images leaves a class without an image to train or to validate on:"
             f" every class needs two or more (the smallest is {data.classes[counts.argmin()]}); give more images or another share"
         )
-    train, val_rows = train_test_split(train, test_size=held_out, stratify=labels[train], random_state=split_seed)
+    train, val_rows = train_test_split(
+        train, test_size=held_out, stratify=labels[train], random_state=split_seed
+    )
 
     images, resident = place(data, location, device)
     label_tensor = data.labels.to(device)

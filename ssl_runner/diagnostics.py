@@ -19,7 +19,13 @@ from ssl_runner.views import Augment
 OF_EMBEDDING = ("rank", "effective_rank", "alignment", "label_energy", "min_std", "mean_correlation")
 OF_LOSS = ("subset_loss", "loss_floor", "loss_gap", "floor_is", "optimal_rank")
 OF_RELATION = ("relation_label_energy", "relation_label_energy_mean")
-COLUMNS = (*OF_EMBEDDING, *OF_LOSS, *OF_RELATION, *(f"backbone_{name}" for name in OF_EMBEDDING), "diagnostics_s")
+COLUMNS = (
+    *OF_EMBEDDING,
+    *OF_LOSS,
+    *OF_RELATION,
+    *(f"backbone_{name}" for name in OF_EMBEDDING),
+    "diagnostics_s",
+)
 CORRELATED = 1024  # columns, evenly spaced, among which correlations are taken
 
 
@@ -41,7 +47,16 @@ class Diagnostics:
     """
 
     def __init__(
-        self, data: DataSet, augment: Augment, relation: BatchRelation, loss: Loss, *, V: int, images: int, seed: int, fixed: bool
+        self,
+        data: DataSet,
+        augment: Augment,
+        relation: BatchRelation,
+        loss: Loss,
+        *,
+        V: int,
+        images: int,
+        seed: int,
+        fixed: bool,
     ):
         classes, device = len(data.classes), data.mean.device
         y = data.train.y.cpu()
@@ -61,7 +76,9 @@ class Diagnostics:
         with evaluating(backbone, projector):
             rows = distributed.dealt(len(self.X), 512)
             own = self.X[rows[distributed.rank()].to(self.X.device)]
-            features = distributed.assembled(torch.cat([backbone(x).flatten(1) for x in own.split(512)]).float(), rows)
+            features = distributed.assembled(
+                torch.cat([backbone(x).flatten(1) for x in own.split(512)]).float(), rows
+            )
             return features, projector(features).float()
 
     def optimum(self, Z: Tensor) -> tuple[Relation, Optimum | None]:
@@ -99,7 +116,9 @@ class Diagnostics:
             "relation_label_energy": most,
             "relation_label_energy_mean": mean,
         }
-        return row | {f"backbone_{name}": value for name, value in of_embedding(features, self.Y, best).items()}
+        return row | {
+            f"backbone_{name}": value for name, value in of_embedding(features, self.Y, best).items()
+        }
 
     def spectrum(self, backbone: nn.Module, projector: nn.Module) -> list[dict[str, Any]]:
         """For k = 1 ... K: the singular values of what the loss sees of Z (`Optimum.seen`), and those of the closed form, over

@@ -27,7 +27,9 @@ GRACE = 10.0  # seconds that a process then has to end by itself
 
 # torch 2.14 gives these two another name, and warns of the old one
 ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+REDUCE_SCATTER = (
+    "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+)
 
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
@@ -47,7 +49,9 @@ def place() -> Place | None:
     if "RANK" in env and "WORLD_SIZE" in env:
         found = Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
     elif "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:  # a batch script itself has no step
-        found = Place(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0)))
+        found = Place(
+            int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0))
+        )
     else:
         return None
     return found if found.size > 1 else None
@@ -58,7 +62,9 @@ def address_from_slurm() -> None:
     env = os.environ
     if "MASTER_ADDR" not in env:
         command = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
-        env["MASTER_ADDR"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+        env["MASTER_ADDR"] = subprocess.run(
+            command, capture_output=True, text=True, check=True
+        ).stdout.split()[0]
     step = 31 * int(env["SLURM_JOB_ID"]) + int(env.get("SLURM_STEP_ID", 0))
     env.setdefault("MASTER_PORT", str(20_000 + step % 40_000))
 
@@ -71,7 +77,9 @@ class _Group:
             address_from_slurm()
         self.store, _, _ = next(dist.rendezvous("env://", here.rank, here.size, timeout=TIMEOUT))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=self.store, rank=here.rank, world_size=here.size, timeout=TIMEOUT)
+        dist.init_process_group(
+            backend, store=self.store, rank=here.rank, world_size=here.size, timeout=TIMEOUT
+        )
         self.control: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self.ended, self.grace = threading.Event(), GRACE
         self.last_words: Callable[[int, str], None] = lambda code, message: None
@@ -178,7 +186,9 @@ def alone() -> Iterator[None]:
 
 def size() -> int:
     """The number of processes, W."""
-    return 1 if _alone.get() or not dist.is_available() or not dist.is_initialized() else dist.get_world_size()
+    return (
+        1 if _alone.get() or not dist.is_available() or not dist.is_initialized() else dist.get_world_size()
+    )
 
 
 def rank() -> int:

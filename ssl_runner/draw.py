@@ -20,7 +20,9 @@ class Draw:
         self.rows, self.device, self.generator, self.host = rows, device, generator, generator
         if device.type != "cpu":
             self.host = torch.Generator().manual_seed(crc32(generator.get_state().numpy().tobytes()))
-            torch.rand(1, device=device, generator=generator)  # another state for the next draw, if nothing else is drawn
+            torch.rand(
+                1, device=device, generator=generator
+            )  # another state for the next draw, if nothing else is drawn
 
     def random(self, *after: int, before: tuple[int, ...] = ()) -> Tensor:
         """Uniform in [0, 1): (*before, rows, *after)."""

@@ -22,8 +22,17 @@ from ssl_runner.relation import Labels
 from ssl_runner.theory import optimum
 
 COLOURS = {"VICReg": "#1b6ca8", "SimCLR": "#c8553d", "SquaredSimCLR": "#c8553d", "BarlowTwins": "#3a7d44"}
-NAMES = {"VICReg": "VICReg", "SimCLR": "SimCLR", "SquaredSimCLR": "SimCLR (squared)", "BarlowTwins": "Barlow Twins"}
-MADE_BY = {"Z": "diagnostics.every=1", "moments_loss": "diagnostics.moments=20", "top1.backbone": "probe.probes=[linear]"}
+NAMES = {
+    "VICReg": "VICReg",
+    "SimCLR": "SimCLR",
+    "SquaredSimCLR": "SimCLR (squared)",
+    "BarlowTwins": "Barlow Twins",
+}
+MADE_BY = {
+    "Z": "diagnostics.every=1",
+    "moments_loss": "diagnostics.moments=20",
+    "top1.backbone": "probe.probes=[linear]",
+}
 USED = 0.1  # directions of Z with a singular value above this share of the largest count as used
 
 
@@ -32,7 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="ssl-plot", description=__doc__)
     parser.add_argument("experiment", choices=sorted(DRAW))
     parser.add_argument("folder", type=Path, help="the folder that the experiment's runs lie below")
-    parser.add_argument("--out", type=Path, help="where to write the picture (default: FOLDER/EXPERIMENT.png)")
+    parser.add_argument(
+        "--out", type=Path, help="where to write the picture (default: FOLDER/EXPERIMENT.png)"
+    )
     args = parser.parse_args()
     matplotlib.use("Agg")
     path = args.out or args.folder / f"{args.experiment}.png"
@@ -66,12 +77,19 @@ def read_runs(folder: Path) -> pd.DataFrame:
         metrics = pd.read_csv(path / "metrics.csv").iloc[-1].to_dict()
         probes = pd.read_csv(path / "probe.csv")
         probes = probes[(probes.eval_split == "test") & (probes.probe == "linear")]
-        row = {"path": path, **settings, "loss_name": config.loss._target_.rpartition(".")[2], "classes": len(record["classes"])}
+        row = {
+            "path": path,
+            **settings,
+            "loss_name": config.loss._target_.rpartition(".")[2],
+            "classes": len(record["classes"]),
+        }
         row |= {f"metrics.{name}": value for name, value in metrics.items()}
         row |= {f"top1.{features}": top1 for features, top1 in zip(probes.features, probes.top1, strict=True)}
         rows.append(row)
     if not rows:
-        raise Refused(f"{folder} holds no finished run: give the folder that the experiment's commands wrote to")
+        raise Refused(
+            f"{folder} holds no finished run: give the folder that the experiment's commands wrote to"
+        )
     return pd.DataFrame(rows)
 
 
@@ -88,7 +106,9 @@ def single(runs: pd.DataFrame, setting: str) -> Any:
     values = list(runs[setting].unique()) if setting in runs else []
     if len(values) != 1:
         given = " and ".join(map(str, values)) or "no value"
-        raise Refused(f"the runs have {given} of {setting}, and the picture is of one: give a folder whose runs share it")
+        raise Refused(
+            f"the runs have {given} of {setting}, and the picture is of one: give a folder whose runs share it"
+        )
     return values[0]
 
 
@@ -112,7 +132,9 @@ def of(runs: pd.DataFrame, loss: str, column: str = "path") -> pd.DataFrame:
     """The runs of one loss. Refused when there is none, or when one of them lacks the column."""
     chosen = runs[runs.loss_name == loss]
     if chosen.empty:
-        raise Refused(f"there is no finished run of {NAMES[loss]}: run all commands that the experiment's file lists")
+        raise Refused(
+            f"there is no finished run of {NAMES[loss]}: run all commands that the experiment's file lists"
+        )
     lacking = chosen.path[chosen[column].isna()] if column in chosen else chosen.path
     if len(lacking):
         raise Refused(f"{lacking.iloc[0]} has no {column}: make the run again, with {MADE_BY[column]}")
@@ -146,7 +168,11 @@ def rank_vs_gamma(runs: pd.DataFrame) -> Figure:
     ranks = [optimum(VICReg(alpha, alpha, gamma, variance="squared"), G, K).rank for gamma in gammas]
     left.plot(gammas, ranks, color=COLOURS["VICReg"], lw=1, ls="--", label="VICReg, closed form")
     curve(left, vicreg, "gamma", "used", "VICReg, trained", color=COLOURS["VICReg"], fmt="o")
-    left.set(xscale="log", xlabel=f"γ (α = {alpha:g})", ylabel=f"singular values of Z above {USED:.0%} of the largest")
+    left.set(
+        xscale="log",
+        xlabel=f"γ (α = {alpha:g})",
+        ylabel=f"singular values of Z above {USED:.0%} of the largest",
+    )
     ticks: list[str] = []
     for loss, setting, symbol, marker in (("SimCLR", "tau", "τ", "s"), ("BarlowTwins", "alpha", "α", "^")):
         for value, group in of(runs, loss).groupby(setting):
@@ -170,11 +196,20 @@ def rank_vs_gamma(runs: pd.DataFrame) -> Figure:
         closed = spectra[paths.iloc[0]].closed_form
         k = np.arange(1, K + 1)
         right.errorbar(
-            k, Z.mean(0), Z.std(0, ddof=min(1, len(Z) - 1)), fmt="o", ms=2.5, lw=0.6, color=colour, label=f"γ = {gamma:g}"
+            k,
+            Z.mean(0),
+            Z.std(0, ddof=min(1, len(Z) - 1)),
+            fmt="o",
+            ms=2.5,
+            lw=0.6,
+            color=colour,
+            label=f"γ = {gamma:g}",
         )
         right.plot(k, closed, color=colour, lw=1, ls="--")
     right.plot([], [], color="gray", lw=1, ls="--", label="closed form")
-    right.set(xlabel="k", ylabel="k-th singular value of Z / √N", title="VICReg: points trained, lines closed form")
+    right.set(
+        xlabel="k", ylabel="k-th singular value of Z / √N", title="VICReg: points trained, lines closed form"
+    )
     right.title.set_fontsize(9)
     right.set_ylim(-0.05, 1.65)
     right.legend(fontsize=8, ncols=2, loc="upper right")
@@ -186,14 +221,31 @@ def aligned_vs_misaligned(runs: pd.DataFrame) -> Figure:
     figure, axes = canvas([1, 1], f"Relation of labels with a share p of its pairs rewired; {seeds(runs)}")
     for ax, solver in zip(axes, ("closed_form", "gradient"), strict=True):
         some = runs[(runs["solver.name"] == solver) & runs["relation._target_"].str.endswith("Noisy")]
-        vicreg, simclr, barlow = (of(some, loss, "top1.backbone") for loss in ("VICReg", "SimCLR", "BarlowTwins"))
+        vicreg, simclr, barlow = (
+            of(some, loss, "top1.backbone") for loss in ("VICReg", "SimCLR", "BarlowTwins")
+        )
         for gamma, style in zip(sorted(vicreg.gamma.unique()), cycle(("-", "--", ":", "-.")), strict=False):
             group = vicreg[vicreg.gamma == gamma]
             curve(
-                ax, group, "relation.p", "top1.backbone", f"VICReg, γ = {gamma:g}", color=COLOURS["VICReg"], ls=style, marker="o"
+                ax,
+                group,
+                "relation.p",
+                "top1.backbone",
+                f"VICReg, γ = {gamma:g}",
+                color=COLOURS["VICReg"],
+                ls=style,
+                marker="o",
             )
         curve(ax, simclr, "relation.p", "top1.backbone", "SimCLR", color=COLOURS["SimCLR"], marker="s")
-        curve(ax, barlow, "relation.p", "top1.backbone", "Barlow Twins", color=COLOURS["BarlowTwins"], marker="^")
+        curve(
+            ax,
+            barlow,
+            "relation.p",
+            "top1.backbone",
+            "Barlow Twins",
+            color=COLOURS["BarlowTwins"],
+            marker="^",
+        )
         if solver == "closed_form" and "top1.lda" in runs:
             lda = float(runs["top1.lda"].dropna().iloc[0])
             ax.axhline(lda, color="gray", lw=1, ls="--", label=f"LDA (scikit-learn): {lda:.3f}")
@@ -227,10 +279,24 @@ def low_label(runs: pd.DataFrame) -> Figure:
         curve(ax, vicreg, "gamma", "top1.backbone", "VICReg", color=COLOURS["VICReg"], marker="o")
         for loss in ("SimCLR", "BarlowTwins"):
             top1 = of(some, loss, "top1.backbone")["top1.backbone"]
-            ax.axhline(top1.mean(), color=COLOURS[loss], lw=1.2, label=f"{NAMES[loss]} ({top1.mean():.3f} ± {top1.std():.3f})")
-            ax.axhspan(top1.mean() - top1.std(), top1.mean() + top1.std(), color=COLOURS[loss], alpha=0.12, lw=0)
-        ax.axvline(alpha, color="gray", lw=1, ls=":", label=f"γ = α: rank falls to {classes - 1} (closed form)")
-        ax.set(xscale="log", xlabel=f"γ (α = {alpha:g})", ylabel="linear probe, test top-1", title=f"{size:g} labelled images")
+            ax.axhline(
+                top1.mean(),
+                color=COLOURS[loss],
+                lw=1.2,
+                label=f"{NAMES[loss]} ({top1.mean():.3f} ± {top1.std():.3f})",
+            )
+            ax.axhspan(
+                top1.mean() - top1.std(), top1.mean() + top1.std(), color=COLOURS[loss], alpha=0.12, lw=0
+            )
+        ax.axvline(
+            alpha, color="gray", lw=1, ls=":", label=f"γ = α: rank falls to {classes - 1} (closed form)"
+        )
+        ax.set(
+            xscale="log",
+            xlabel=f"γ (α = {alpha:g})",
+            ylabel="linear probe, test top-1",
+            title=f"{size:g} labelled images",
+        )
         ax.set_ylim(max(0, runs["top1.backbone"].min() - 0.15), 1)
         ax.title.set_fontsize(9)
         ax.legend(fontsize=8, loc="lower center")
@@ -240,17 +306,27 @@ def low_label(runs: pd.DataFrame) -> Figure:
 def linear_regime(runs: pd.DataFrame) -> Figure:
     """The linear model's loss over all rows of the moments against epochs, and the closed form's."""
     losses = ["VICReg", "SquaredSimCLR", "BarlowTwins"]
-    figure, axes = canvas([1, 1, 1], f"Linear model Z = XW trained by gradient descent, and its closed form; {seeds(runs)}")
+    figure, axes = canvas(
+        [1, 1, 1], f"Linear model Z = XW trained by gradient descent, and its closed form; {seeds(runs)}"
+    )
     for ax, loss in zip(axes, losses, strict=True):
         some = of(runs, loss)
         trained, solved = some[some["solver.name"] == "gradient"], some[some["solver.name"] == "closed_form"]
         if trained.empty or solved.empty:
-            raise Refused(f"{NAMES[loss]} needs runs of both solvers: run all commands that the experiment's file lists")
+            raise Refused(
+                f"{NAMES[loss]} needs runs of both solvers: run all commands that the experiment's file lists"
+            )
         tables = pd.concat([read(path / "metrics.csv", "moments_loss") for path in trained.path])
         table = tables.groupby("epoch").moments_loss.agg(["mean", "std"])
         seconds, solve = trained["metrics.seconds"].median(), solved["metrics.seconds"].median()
         ax.plot(table.index, table["mean"], color=COLOURS[loss], label=f"gradient descent ({seconds:.1f} s)")
-        ax.fill_between(table.index, table["mean"] - table["std"], table["mean"] + table["std"], color=COLOURS[loss], alpha=0.2)
+        ax.fill_between(
+            table.index,
+            table["mean"] - table["std"],
+            table["mean"] + table["std"],
+            color=COLOURS[loss],
+            alpha=0.2,
+        )
         floor, kind = solved["metrics.loss"].mean(), solved["metrics.loss_is"].iloc[0]
         ax.axhline(floor, color="black", lw=1, ls="--", label=f"closed form, {kind} ({solve:.1f} s)")
         ax.set(xscale="log", xlabel="epoch", ylabel="loss over all rows of the moments", title=NAMES[loss])

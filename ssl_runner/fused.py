@@ -19,11 +19,15 @@ from torch import Tensor
 
 from ssl_runner.color import GRAY
 
-RED, GREEN, BLUE = (np.float32(weight) for weight in GRAY)  # what is kept on disk does not notice when these change
+RED, GREEN, BLUE = (
+    np.float32(weight) for weight in GRAY
+)  # what is kept on disk does not notice when these change
 ZERO, HALF, ONE, TWO, UNIT = (np.float32(number) for number in (0, 0.5, 1, 2, 1 / 255))
 BYTE = np.int32(255)
 LEAST, SHARES = 16, 4  # a thread takes so many rows at least, and comes back so often: others may be slower
-STRETCH = 1024  # pixels whose colours are changed at a time: three channels of them stay in the first-level cache
+STRETCH = (
+    1024  # pixels whose colours are changed at a time: three channels of them stay in the first-level cache
+)
 
 
 class Rows(NamedTuple):
@@ -171,7 +175,10 @@ def resample(image, box, flip, rows, row_weights, columns, column_weights, line,
         for c in range(C):
             shift = np.int32(8 * c)
             for j in range(w):
-                first, second = np.float32((taken[0, j] >> shift) & BYTE), np.float32((taken[1, j] >> shift) & BYTE)
+                first, second = (
+                    np.float32((taken[0, j] >> shift) & BYTE),
+                    np.float32((taken[1, j] >> shift) & BYTE),
+                )
                 strip[c, r, j] = column_weights[0, j] * first + column_weights[1, j] * second
             for k in range(2, of_columns):
                 for j in range(w):
@@ -197,8 +204,12 @@ def look_up(small, H, W, box, flip, matrix, x):  # type: ignore[no-untyped-def]
         for j in range(w):
             right = np.float32(j + 0.5) * W / w
             right = (W - right if flip else right) * width / W + left - np.float32(0.5 * W)
-            across = (matrix[0, 0] * right + matrix[0, 1] * down + matrix[0, 2]) * w / W + np.float32(0.5 * (w - 1))
-            along = (matrix[1, 0] * right + matrix[1, 1] * down + matrix[1, 2]) * h / H + np.float32(0.5 * (h - 1))
+            across = (matrix[0, 0] * right + matrix[0, 1] * down + matrix[0, 2]) * w / W + np.float32(
+                0.5 * (w - 1)
+            )
+            along = (matrix[1, 0] * right + matrix[1, 1] * down + matrix[1, 2]) * h / H + np.float32(
+                0.5 * (h - 1)
+            )
             p, q = math.floor(along), math.floor(across)
             for c in range(C):
                 total = ZERO
@@ -351,7 +362,10 @@ def complete(x, every, n, padded, buffer):  # type: ignore[no-untyped-def]
     """All that follows a row's resampling."""
     C, h, w = x.shape
     flat, pixels, mean, before, steps = x.reshape(C, h * w), h * w, ZERO, 0, 0
-    gray, blurred = len(every.grayscale) > 0 and C == 3 and every.grayscale[n], every.kernel > 1 and every.blur[n]
+    gray, blurred = (
+        len(every.grayscale) > 0 and C == 3 and every.grayscale[n],
+        every.kernel > 1 and every.blur[n],
+    )
     invert = len(every.solarize) > 0 and every.solarize[n]
     if len(every.place) and every.place[n] < 4:  # contrast needs the mean of all that comes before it
         before, steps = 1 + 2 * np.argmax(every.blends[n, :, 1]), 7
@@ -384,12 +398,19 @@ def make_rows(every, start, stop):  # type: ignore[no-untyped-def]
     rows, row_weights = np.empty((down, h), np.uint32), np.empty((down, h), np.float32)
     line, taken = np.empty(W, np.int32), np.empty((across, w), np.int32)
     strip, small = np.empty((C, H, w), np.float32), np.empty((C, h, w), np.float32)
-    padded, buffer = np.empty((h + every.kernel) * (w + every.kernel), np.float32), np.empty(h * (w + every.kernel), np.float32)
+    padded, buffer = (
+        np.empty((h + every.kernel) * (w + every.kernel), np.float32),
+        np.empty(h * (w + every.kernel), np.float32),
+    )
     for b in range(start, stop):
         image, x, n = every.images[every.which[b]], every.X[every.where[b]], every.draws[b]
         affine = len(every.matrices) > 0
         cropped = not affine and len(every.boxes) > 0
-        box, flip, to = every.boxes[n] if cropped else whole, cropped and every.flip[n], small if affine else x
+        box, flip, to = (
+            every.boxes[n] if cropped else whole,
+            cropped and every.flip[n],
+            small if affine else x,
+        )
         if (h, w) == (H, W) and not cropped:
             convert(image, to)
         else:

@@ -14,7 +14,9 @@ from ssl_runner.draw import Draw
 from ssl_runner.relation import copied
 
 
-def random_boxes(draw: Draw, height: int, width: int, scale: Sequence[float], ratio: Sequence[float] = (3 / 4, 4 / 3)) -> Tensor:
+def random_boxes(
+    draw: Draw, height: int, width: int, scale: Sequence[float], ratio: Sequence[float] = (3 / 4, 4 / 3)
+) -> Tensor:
     """Boxes (B, 4) of whole pixels: top, left, height, width, drawn as torchvision's RandomResizedCrop draws them: a share of
     the area uniform in `scale`, width to height log-uniform in `ratio`; of ten tries the first that fits, else the whole image.
     """
@@ -68,7 +70,9 @@ def affine_matrices(angle: Tensor, right: Tensor, down: Tensor, scale: Tensor, s
     angle, shear = angle.deg2rad(), shear.deg2rad()
     a, b = angle.cos(), -(angle.cos() * shear.tan() + angle.sin())
     c, d = angle.sin(), -(angle.sin() * shear.tan() - angle.cos())
-    inverse = torch.stack([d, -b, -c, a], 1).view(-1, 2, 2) / scale[:, None, None]  # the determinant of a, b, c, d is 1
+    inverse = (
+        torch.stack([d, -b, -c, a], 1).view(-1, 2, 2) / scale[:, None, None]
+    )  # the determinant of a, b, c, d is 1
     shift = -inverse @ torch.stack([right, down], 1)[:, :, None]
     return torch.cat([inverse, shift], 2)
 
@@ -93,14 +97,18 @@ def resample(
     if matrices is None:
         return sum_both(x, *box_sums(boxes, flip, (H, W), size))
     small = x if size == (H, W) else resample(x, size=size)
-    down = torch.arange(0.5, size[0], device=x.device).mul(H / size[0]).expand(B, -1)  # pixel centres, in pixels of x
+    down = (
+        torch.arange(0.5, size[0], device=x.device).mul(H / size[0]).expand(B, -1)
+    )  # pixel centres, in pixels of x
     right = torch.arange(0.5, size[1], device=x.device).mul(W / size[1]).expand(B, -1)
     if flip is not None:
         right = torch.where(flip[:, None], W - right, right)
     top, left, h, w = boxes[:, :, None].unbind(1)
     down, right = down * (h / H) + top - H / 2, right * (w / W) + left - W / 2
     m = matrices[:, :, :, None, None]
-    across, along = (m[:, r, 0] * right[:, None, :] + m[:, r, 1] * down[:, :, None] + m[:, r, 2] for r in (0, 1))
+    across, along = (
+        m[:, r, 0] * right[:, None, :] + m[:, r, 1] * down[:, :, None] + m[:, r, 2] for r in (0, 1)
+    )
     grid = torch.stack([across / (W / 2), along / (H / 2)], -1)
     return F.grid_sample(small, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
@@ -114,14 +122,18 @@ def box_sums(
     return *hats(top, h, own[0], size[0]), *hats(left, w, own[1], size[1], flip)
 
 
-def hats(first: Tensor, length: Tensor, side: int, out: int, flip: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def hats(
+    first: Tensor, length: Tensor, side: int, out: int, flip: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`box_sums` along one axis: a hat of half-width one input pixel, or one output pixel if that is more, cut off at the box."""
     step = (length / out)[:, None]
     centre = step * torch.arange(0.5, out, device=first.device)  # of the output pixels, in the box
     if flip is not None:
         centre = torch.where(flip[:, None], length[:, None] - centre, centre)
     reach, centre, last = step.clamp(min=1)[:, :, None], centre[:, :, None], length[:, None, None] - 1
-    pixels = (centre - reach + 0.5).floor() + torch.arange(max(2, math.ceil(2 * side / out)), device=first.device)
+    pixels = (centre - reach + 0.5).floor() + torch.arange(
+        max(2, math.ceil(2 * side / out)), device=first.device
+    )
     inside = pixels.clamp(min=0).minimum(last)
     weights = (1 - (pixels + 0.5 - centre).abs_().div_(reach)).relu_().mul_(inside == pixels)
     return inside.add_(first[:, None, None]).long(), weights.div_(weights.sum(2, keepdim=True))

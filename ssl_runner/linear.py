@@ -33,7 +33,9 @@ class Moments:
     class_sizes (C,): rows of each class in all batches together, for `add_classes`; normalized: whether G divides by n_c - 1.
     """
 
-    def __init__(self, D: int, device: torch.device, class_sizes: Tensor | None = None, normalized: bool = False):
+    def __init__(
+        self, D: int, device: torch.device, class_sizes: Tensor | None = None, normalized: bool = False
+    ):
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.N = 0
         self.shift: Tensor | None = None  # near the mean, so that the products lose nothing to it
@@ -102,7 +104,8 @@ class Moments:
         shifted = self.total * torch.outer(mean, mean) - cross - cross.T
         XX = self.XX - self.N * torch.outer(mean, mean)
         XHX, XGX, XDX, XD, mean = (
-            M.cpu().double() for M in (XX, XGX + shifted, self.XDX + shifted, self.XD - self.total * mean, mean + self.shift)
+            M.cpu().double()
+            for M in (XX, XGX + shifted, self.XDX + shifted, self.XD - self.total * mean, mean + self.shift)
         )
         return Centred(self.N, mean, XHX, XGX, XDX, XD, float(self.total), float(self.square_norm))
 
@@ -133,7 +136,9 @@ class Centred:
         square = torch.outer(self.mean, self.mean)
         shifted = self.total * square + cross + cross.T
         XD = self.XD + self.total * self.mean
-        return replace(self, XHX=self.XHX + self.N * square, XGX=self.XGX + shifted, XDX=self.XDX + shifted, XD=XD)
+        return replace(
+            self, XHX=self.XHX + self.N * square, XGX=self.XGX + shifted, XDX=self.XDX + shifted, XD=XD
+        )
 
     def about_weighted_mean(self) -> "Centred":
         """The same sums about the mean by degrees, sum_i d_i x_i / total."""
@@ -145,7 +150,9 @@ class Centred:
         edge = self.XD[:, None]
 
         def bordered(M: Tensor, side: Tensor, corner: float) -> Tensor:
-            return torch.cat([torch.cat([M, side], 1), torch.cat([side.T, torch.full((1, 1), corner, dtype=M.dtype)], 1)])
+            return torch.cat(
+                [torch.cat([M, side], 1), torch.cat([side.T, torch.full((1, 1), corner, dtype=M.dtype)], 1)]
+            )
 
         return replace(
             self,
@@ -165,7 +172,9 @@ class Centred:
 @singledispatch
 def value_of(loss: Loss, Z: Centred) -> float:
     """A loss from the K x K moments of Z."""
-    raise NotImplementedError(f"{type(loss).__name__} is not a function of second moments: it has no closed linear form")
+    raise NotImplementedError(
+        f"{type(loss).__name__} is not a function of second moments: it has no closed linear form"
+    )
 
 
 @value_of.register
@@ -285,7 +294,9 @@ def eigenpairs(A: Tensor, B: Tensor, K: int, ridge: float, smallest: bool = Fals
         L = torch.linalg.cholesky(torch.eye(T.shape[1]).to(T) + T.T @ (ridges[:, None] * T))
         T = torch.linalg.solve_triangular(L, T.T, upper=False).T
     K = min(K, T.shape[1])
-    mu, u = scipy.linalg.eigh((T.T @ A @ T).numpy(), driver="evd")  # "evr", which takes subsets, can fail on high multiplicities
+    mu, u = scipy.linalg.eigh(
+        (T.T @ A @ T).numpy(), driver="evd"
+    )  # "evr", which takes subsets, can fail on high multiplicities
     chosen = slice(K) if smallest else slice(-1, -K - 1, -1)
     W = A.new_zeros(len(alive), K)
     W[alive] = scale[:, None] * (T @ torch.from_numpy(u[:, chosen].copy()))

@@ -14,7 +14,9 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 CHOSEN = {"fused", "foreach", "differentiable"}  # settings that choose another form
 
 
-def build(modules: Iterable[nn.Module], algorithm: Callable[..., Optimizer], lr: float, weight_decay: float) -> Optimizer:
+def build(
+    modules: Iterable[nn.Module], algorithm: Callable[..., Optimizer], lr: float, weight_decay: float
+) -> Optimizer:
     """An optimiser over all parameters; 1-d ones (biases, norms) are neither decayed nor, under LARS, adapted. Refused for
     settings that the algorithm does not take.
 

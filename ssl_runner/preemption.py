@@ -9,7 +9,9 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 EXIT = 75  # EX_TEMPFAIL of sysexits.h: not an error; start it again
-PATIENCE = 120.0  # seconds that a task of submitit's waits for the first one to put the job back into the queue
+PATIENCE = (
+    120.0  # seconds that a task of submitit's waits for the first one to put the job back into the queue
+)
 
 
 class Preempted(SystemExit):
@@ -40,17 +42,23 @@ class Preemption:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            handlers = {which: signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+            handlers = {
+                which: signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+            }
             requeues = {which for which, handler in handlers.items() if of_submitit(handler)}
             for which in requeues - {signal.SIGTERM} or (signal.SIGTERM, signal.SIGUSR1):
                 self.before[which] = signal.signal(which, self.handle)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if isinstance(error, Preempted) and self.requeue is not None:
                 self.requeue()  # does not return in the first task
-                time.sleep(PATIENCE)  # the end of another task could end the first one before it has requeued the job
+                time.sleep(
+                    PATIENCE
+                )  # the end of another task could end the first one before it has requeued the job
         finally:
             for which, handler in self.before.items():
                 signal.signal(which, handler)

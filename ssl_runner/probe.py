@@ -19,7 +19,10 @@ STRENGTHS = [10.0 ** (-exponent / 2) for exponent in range(1, 10)]  # 0.3 .. 3e-
 RIDGES = [10.0 ** (1 - exponent / 2) for exponent in range(15)]  # 10 .. 1e-6
 NEIGHBORS = [1, 5, 10, 20, 50, 100, 200]
 TEMPERATURE = 0.07  # of the neighbours' votes, as in Wu et al. 2018
-BLOCK, BLOCK_ON_CPU = 65536, 2048  # rows that a linear probe takes at a time; a cache holds these few, unless they are long
+BLOCK, BLOCK_ON_CPU = (
+    65536,
+    2048,
+)  # rows that a linear probe takes at a time; a cache holds these few, unless they are long
 
 
 @torch.no_grad()
@@ -33,7 +36,9 @@ def extract(network: nn.Module, images: Images, mean: Tensor, std: Tensor, batch
     return distributed.assembled(torch.cat(parts).float(), rows)
 
 
-def probe(features: str, network: nn.Module, data: DataSet, probes: Sequence[str], score_test: bool) -> Iterator[dict[str, Any]]:
+def probe(
+    features: str, network: nn.Module, data: DataSet, probes: Sequence[str], score_test: bool
+) -> Iterator[dict[str, Any]]:
     """Rows of probe.csv for one network, whose features are called `features`. Each probe is fitted on `train` and its setting
     chosen on `val`; with `score_test` it is then fitted again on both and scored once on `test`. top1 and top5 are shares in
     [0, 1], top5 None with five classes or less; seconds are those of the probe and of extracting what it was fitted on. Several
@@ -49,14 +54,21 @@ def probe(features: str, network: nn.Module, data: DataSet, probes: Sequence[str
         Probe = PROBES[name]
         chosen, scores = best_of(Probe(X, y, classes).path(X_val), y_val)
         selection = f"{Probe.setting}={chosen:g} (val)"
-        row: dict[str, Any] = {"probe": name, "features": features, "train_split": "train", "eval_split": "val"}
+        row: dict[str, Any] = {
+            "probe": name,
+            "features": features,
+            "train_split": "train",
+            "eval_split": "val",
+        }
         row |= {"selection": selection, "n_train": len(y)}
         yield row | accuracies(scores, y_val) | {"seconds": extraction + time.perf_counter() - start}
         if X_test is not None:
             X_both, y_both = torch.cat([X, X_val]), torch.cat([y, y_val])
             scores = Probe(X_both, y_both, classes).scores(chosen, X_test)
             row |= {"train_split": "train+val", "eval_split": "test", "n_train": len(y_both)}
-            yield row | accuracies(scores, data.test.y) | {"seconds": extraction + time.perf_counter() - start}
+            yield (
+                row | accuracies(scores, data.test.y) | {"seconds": extraction + time.perf_counter() - start}
+            )
 
     W = distributed.size()
     rows = distributed.collect([list(fit(name)) for name in probes[distributed.rank() :: W]])
@@ -77,7 +89,9 @@ def discriminants(data: DataSet) -> nn.Module:
     """Linear discriminant analysis of the training images' pixels (scikit-learn's), as a network with one column less than there
     are classes: the supervised optimum of a linear model."""
     X = extract(nn.Flatten(), data.train, data.mean, data.std)
-    fitted = LinearDiscriminantAnalysis(solver="svd").fit(X.cpu().double().numpy(), data.train.y.cpu().numpy())
+    fitted = LinearDiscriminantAnalysis(solver="svd").fit(
+        X.cpu().double().numpy(), data.train.y.cpu().numpy()
+    )
     return _projection(torch.from_numpy(fitted.scalings_).to(X), torch.from_numpy(fitted.xbar_).to(X))
 
 
@@ -165,8 +179,12 @@ class LinearProbe:
         little sooner, where no step makes the objective any smaller."""
         squares = sum(logits(X, self.W, self.b).softmax(0).square().sum() for X, _, _ in self.blocks)
         a = (1 - float(squares) / len(self.X)) / max(len(self.b) - 1, 1) + 1e-6
-        jitter = 1e-7 * self.gram.trace()  # the Gram matrix carries float32 roundings; the minimum does not depend on L
-        L = torch.linalg.cholesky(a * self.gram + (l2 + jitter) * torch.eye(len(self.gram), dtype=torch.float64)).to(self.X)
+        jitter = (
+            1e-7 * self.gram.trace()
+        )  # the Gram matrix carries float32 roundings; the minimum does not depend on L
+        L = torch.linalg.cholesky(
+            a * self.gram + (l2 + jitter) * torch.eye(len(self.gram), dtype=torch.float64)
+        ).to(self.X)
         V = torch.cat([self.W @ L, a**0.5 * self.b[:, None]], 1)
         solver = torch.optim.LBFGS(
             [V],
@@ -192,7 +210,9 @@ class LinearProbe:
             for X, y, rows in self.blocks:
                 log_p = logits(X, W, b).log_softmax(0)
                 values.append(-log_p[y, rows].sum() / len(self.X))
-                R = log_p.exp_().div_(len(self.X))  # the gradient with respect to the logits, (p - one_hot(y)) / n
+                R = log_p.exp_().div_(
+                    len(self.X)
+                )  # the gradient with respect to the logits, (p - one_hot(y)) / n
                 R[y, rows] -= 1 / len(self.X)
                 dW.addmm_(R, X)
                 db += R.sum(1)
@@ -203,7 +223,9 @@ class LinearProbe:
         solver.step(objective)
         self.W, self.b = weights()
         if passes >= max_passes:
-            warnings.warn(f"the linear probe at l2={l2:g} has not converged after {passes} passes", stacklevel=2)
+            warnings.warn(
+                f"the linear probe at l2={l2:g} has not converged after {passes} passes", stacklevel=2
+            )
         return passes
 
 
@@ -233,7 +255,10 @@ class RidgeProbe:
         std = XX.diagonal().clamp(min=0).sqrt()
         scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0)
         values, Q = torch.linalg.eigh((scale[:, None] * XX * scale).cpu().double())
-        self.values, self.Q = values.clamp(min=0).to(mean), scale[:, None] * Q.to(mean)  # Q: features -> principal components
+        self.values, self.Q = (
+            values.clamp(min=0).to(mean),
+            scale[:, None] * Q.to(mean),
+        )  # Q: features -> principal components
         self.C = self.Q.T @ YX.T  # (d, classes)
 
     def path(self, X_eval: Tensor) -> Iterator[tuple[float, Tensor]]:

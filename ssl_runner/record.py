@@ -74,7 +74,9 @@ class Record:
         self.note()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:
             self.note(status="done")
         elif isinstance(error, Preempted):
@@ -94,4 +96,7 @@ def git_commit() -> str | None:
     if not (checkout / ".git").exists() or shutil.which("git") is None:
         return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False).stdout.strip() or None
+    return (
+        subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False).stdout.strip()
+        or None
+    )

@@ -39,7 +39,9 @@ class BatchRelation(ABC):
     depends_on_embeddings: bool = False
     reaches_beyond: bool = False  # relates rows of earlier batches beside those of this one
     fewest: int = 1  # originals that a batch to train on must have
-    divides: bool = False  # of several processes each can make the relation of its own rows; else it is made of all rows
+    divides: bool = (
+        False  # of several processes each can make the relation of its own rows; else it is made of all rows
+    )
 
     def __init_subclass__(cls) -> None:
         """A relation made in another way makes no claim that its parent has made."""
@@ -107,7 +109,9 @@ class Neighbors(BatchRelation):
 
     def __init__(self, k: int = 1, queue: int = 0, normalized: bool = False):
         if k < 1 or (queue and queue <= k):
-            raise ValueError(f"k={k}, queue={queue}: give k >= 1 neighbours, and a queue of 0 or of more than k originals")
+            raise ValueError(
+                f"k={k}, queue={queue}: give k >= 1 neighbours, and a queue of 0 or of more than k originals"
+            )
         self.k, self.size, self.normalized = k, queue, normalized
         self.reaches_beyond, self.fewest = queue > 0, 1 if queue else k + 1
         self.queue, self.seen = torch.empty(0), 0  # (size, K) embeddings, the newest overwriting the oldest
@@ -131,7 +135,9 @@ class Neighbors(BatchRelation):
         if filled and filled - np.bincount(rows.numpy()).max() >= self.k:
             itself = relation.copied(batch.rows, device)[:, None] == relation.copied(rows, device)
             similarities = (F.normalize(embeddings) @ F.normalize(queue).T).masked_fill(itself, -torch.inf)
-            G: Relation = relation.Supported(n, batch.V, queue[similarities.topk(self.k).indices].flatten(0, 1))
+            G: Relation = relation.Supported(
+                n, batch.V, queue[similarities.topk(self.k).indices].flatten(0, 1)
+            )
         else:
             G = relation.Views(n, batch.V, device=device)
         if not self.seen:
@@ -167,13 +173,17 @@ class Edges(BatchRelation):
 
     def bind(self, labels: Tensor) -> None:
         if self.path is None or not Path(self.path).expanduser().is_file():
-            raise Refused(f"relation.path={self.path} is not a file: give a CSV or npz of pairs of row numbers")
+            raise Refused(
+                f"relation.path={self.path} is not a file: give a CSV or npz of pairs of row numbers"
+            )
         try:
             A = relation.Edges(*read_pairs(Path(self.path).expanduser()), num_rows=len(labels))
         except (ValueError, KeyError, OSError, BadZipFile) as error:
             raise Refused(f"relation.path={self.path}: {' '.join(str(error).split())}") from error
         i, j = A.edges().numpy()
-        self.adjacency = scipy.sparse.csr_array((np.ones(len(i), dtype=np.float32), (i, j)), shape=(len(labels),) * 2)
+        self.adjacency = scipy.sparse.csr_array(
+            (np.ones(len(i), dtype=np.float32), (i, j)), shape=(len(labels),) * 2
+        )
 
     def listed(self, rows: Tensor) -> int:
         return self.adjacency[rows.numpy()][:, rows.numpy()].nnz // 2
@@ -195,8 +205,12 @@ def read_pairs(path: Path) -> tuple[Tensor, Tensor]:
     else:
         header = pd.read_csv(path, nrows=0).columns
         if pd.to_numeric(header.to_series(), errors="coerce").notna().all():
-            raise ValueError(f"a CSV needs a header line, such as i,j, and the first line is {','.join(header)}")
-        table = pd.read_csv(path, header=None, skiprows=1)  # with a header, pandas would take values beyond it for an index
+            raise ValueError(
+                f"a CSV needs a header line, such as i,j, and the first line is {','.join(header)}"
+            )
+        table = pd.read_csv(
+            path, header=None, skiprows=1
+        )  # with a header, pandas would take values beyond it for an index
         if (len(header), table.shape[1]) != (2, 2):
             raise ValueError(
                 f"{len(header)} columns in the header and {table.shape[1]} below, where two row numbers a pair are wanted"
@@ -214,13 +228,22 @@ class Noisy(BatchRelation):
     (relation.noisy). The draws are made on the host from their own seed and continue after a resume; where the relation depends
     on the embeddings, the host waits for these."""
 
-    def __init__(self, of: str = "labels", p: float = 0.5, seed: int = 0, normalized: bool = False, **settings: Any):
-        makers: dict[str, type[BatchRelation]] = {"views": Views, "labels": Labels, "neighbors": Neighbors, "edges": Edges}
+    def __init__(
+        self, of: str = "labels", p: float = 0.5, seed: int = 0, normalized: bool = False, **settings: Any
+    ):
+        makers: dict[str, type[BatchRelation]] = {
+            "views": Views,
+            "labels": Labels,
+            "neighbors": Neighbors,
+            "edges": Edges,
+        }
         if of not in makers:
             raise ValueError(f"of={of} is not one of: {', '.join(makers)}")
         accepted = signature(makers[of]).parameters.keys() - {"normalized"}
         if unknown := ", ".join(sorted(settings.keys() - accepted)):
-            raise ValueError(f"of={of} takes no {unknown} (settings: {', '.join(sorted(accepted)) or 'none'})")
+            raise ValueError(
+                f"of={of} takes no {unknown} (settings: {', '.join(sorted(accepted)) or 'none'})"
+            )
         self.base = makers[of](**settings)
         if self.base.reaches_beyond:
             raise ValueError(

@@ -24,12 +24,16 @@ class Relation(ABC):
 
     num_rows: int
     degrees: Tensor
-    support: Tensor | None = None  # rows (m, K) that G relates beside those of the batch: constants that Z ends with
+    support: Tensor | None = (
+        None  # rows (m, K) that G relates beside those of the batch: constants that Z ends with
+    )
 
     def __matmul__(self, Z: Tensor) -> Tensor:
         """Z (N, K) -> G @ Z (N, K), differentiable in Z. Raises ValueError when Z has another number of rows."""
         if Z.ndim != 2 or len(Z) != self.num_rows:
-            raise ValueError(f"G relates {self.num_rows} rows and needs Z of shape ({self.num_rows}, K), not {tuple(Z.shape)}")
+            raise ValueError(
+                f"G relates {self.num_rows} rows and needs Z of shape ({self.num_rows}, K), not {tuple(Z.shape)}"
+            )
         return self._product(Z)
 
     @abstractmethod
@@ -51,7 +55,9 @@ class Relation(ABC):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """G as an (N, N) matrix, for theory, tests and pictures; a training step never needs it."""
-        return self @ torch.eye(self.num_rows, dtype=dtype or torch.get_default_dtype(), device=self.degrees.device)
+        return self @ torch.eye(
+            self.num_rows, dtype=dtype or torch.get_default_dtype(), device=self.degrees.device
+        )
 
 
 class Views(Relation):
@@ -65,7 +71,9 @@ class Views(Relation):
             raise ValueError(f"Views needs n >= 1 originals and V >= 2 views, not n={n}, V={V}")
         self.n, self.V, self.num_rows = n, V, n * V
         self.weight = 1 / (V - 1) if normalized else 1.0
-        self.degrees = torch.full((self.num_rows,), 1.0 if normalized else V - 1.0, dtype=torch.float32, device=device)
+        self.degrees = torch.full(
+            (self.num_rows,), 1.0 if normalized else V - 1.0, dtype=torch.float32, device=device
+        )
 
     def _product(self, Z: Tensor) -> Tensor:
         views = Z.reshape(self.V, self.n, -1)
@@ -96,14 +104,20 @@ class Labels(Relation):
 
     def __init__(self, y: Tensor, num_classes: int | None = None, normalized: bool = False):
         if y.ndim != 1 or y.is_floating_point() or y.numel() == 0:
-            raise ValueError(f"Labels needs a non-empty vector of integers, not shape {tuple(y.shape)} of {y.dtype}")
+            raise ValueError(
+                f"Labels needs a non-empty vector of integers, not shape {tuple(y.shape)} of {y.dtype}"
+            )
         if num_classes is None:
             if y.min() < 0:
-                raise ValueError(f"Labels needs labels >= 0, and the smallest is {y.min()}: leave out rows without a label")
+                raise ValueError(
+                    f"Labels needs labels >= 0, and the smallest is {y.min()}: leave out rows without a label"
+                )
             num_classes = max(collect(int(y.max()) + 1))
         self.y, self.num_rows, self.num_classes, self.normalized = y.long(), len(y), num_classes, normalized
         ones = torch.ones(self.num_rows, dtype=torch.float32, device=y.device)
-        self.positives = summed(torch.zeros(num_classes, device=y.device).index_add_(0, self.y, ones))[self.y] - 1
+        self.positives = (
+            summed(torch.zeros(num_classes, device=y.device).index_add_(0, self.y, ones))[self.y] - 1
+        )
         self.degrees = self.positives.clamp(max=1) if normalized else self.positives
 
     def _product(self, Z: Tensor) -> Tensor:
@@ -137,13 +151,19 @@ class Edges(Relation):
             raise ValueError(f"Edges needs integers, not {i.dtype} and {j.dtype}")
         i, j = i.long(), j.long()
         if i.shape != j.shape or i.ndim != 1:
-            raise ValueError(f"Edges needs two vectors of one length, not shapes {tuple(i.shape)} and {tuple(j.shape)}")
+            raise ValueError(
+                f"Edges needs two vectors of one length, not shapes {tuple(i.shape)} and {tuple(j.shape)}"
+            )
         if len(i):
             low, high = min(i.min(), j.min()), max(i.max(), j.max())
             if low < 0 or high >= num_rows:
-                raise ValueError(f"Edges of {num_rows} rows needs indices from 0 to {num_rows - 1}, not {low} to {high}")
+                raise ValueError(
+                    f"Edges of {num_rows} rows needs indices from 0 to {num_rows - 1}, not {low} to {high}"
+                )
         if (i == j).any():
-            raise ValueError(f"Edges: row {i[i == j][0]} is paired with itself; a row is never its own positive")
+            raise ValueError(
+                f"Edges: row {i[i == j][0]} is paired with itself; a row is never its own positive"
+            )
         self.num_rows = num_rows
         codes = torch.unique(torch.cat([i * num_rows + j, j * num_rows + i]))
         self.pairs = torch.stack([codes // num_rows, codes % num_rows])
@@ -152,7 +172,9 @@ class Edges(Relation):
     def _product(self, Z: Tensor) -> Tensor:
         ones = Z.new_ones(self.pairs.shape[1])
         shape = (self.num_rows, self.num_rows)
-        G = torch.sparse_coo_tensor(self.pairs.to(Z.device), ones, shape, is_coalesced=True, check_invariants=False)
+        G = torch.sparse_coo_tensor(
+            self.pairs.to(Z.device), ones, shape, is_coalesced=True, check_invariants=False
+        )
         return _SymmetricProduct.apply(G, Z)
 
     def edges(self) -> Tensor:
@@ -186,7 +208,9 @@ class Nearest(Relation):
         self.num_rows, self.k = neighbors.shape
         self.neighbors = neighbors
         own = torch.arange(self.num_rows, device=neighbors.device)[:, None, None]
-        self.one_sided = 1 - (neighbors[neighbors] == own).any(2).to(torch.float32)  # (n, k): 0 where the other has i as well
+        self.one_sided = 1 - (neighbors[neighbors] == own).any(2).to(
+            torch.float32
+        )  # (n, k): 0 where the other has i as well
         self.degrees = self._product(torch.ones(self.num_rows, 1, device=neighbors.device))[:, 0]
 
     def _product(self, Z: Tensor) -> Tensor:
@@ -238,8 +262,12 @@ class Supported(Relation):
 
     def edges(self) -> Tensor:
         rows = torch.arange(self.views.num_rows, device=self.degrees.device)
-        support = self.views.num_rows + (rows % self.n * self.k)[:, None] + torch.arange(self.k, device=rows.device)
-        i, j = torch.cat([self.views.edges(), torch.stack([rows.repeat_interleave(self.k), support.flatten()])], 1)
+        support = (
+            self.views.num_rows + (rows % self.n * self.k)[:, None] + torch.arange(self.k, device=rows.device)
+        )
+        i, j = torch.cat(
+            [self.views.edges(), torch.stack([rows.repeat_interleave(self.k), support.flatten()])], 1
+        )
         return Edges(i, j, self.num_rows).edges()
 
 
@@ -249,7 +277,9 @@ class Normalized(Relation):
     def __init__(self, G: Relation):
         self.G, self.num_rows, self.support = G, G.num_rows, G.support
         degrees = double(G.degrees)
-        self.scale = (degrees > 0) * degrees.clamp(min=1).rsqrt()  # torch.where with a 0 would make the host wait on CUDA
+        self.scale = (degrees > 0) * degrees.clamp(
+            min=1
+        ).rsqrt()  # torch.where with a 0 would make the host wait on CUDA
         self.degrees = self._product(torch.ones_like(self.scale)[:, None])[:, 0]
 
     def _product(self, Z: Tensor) -> Tensor:
@@ -288,8 +318,12 @@ def noisy(G: Relation, p: float, generator: torch.Generator) -> Edges:
     moved = round(p * len(pairs))
     kept = pairs[torch.randperm(len(pairs), generator=generator)[moved:]].sort().values
     numbers = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-    drawn = torch.from_numpy(numbers.choice(N * (N - 1) // 2 - len(kept), moved, replace=False, shuffle=False))
-    skipped = torch.searchsorted(kept - torch.arange(len(kept)), drawn, right=True)  # what is drawn counts only pairs not kept
+    drawn = torch.from_numpy(
+        numbers.choice(N * (N - 1) // 2 - len(kept), moved, replace=False, shuffle=False)
+    )
+    skipped = torch.searchsorted(
+        kept - torch.arange(len(kept)), drawn, right=True
+    )  # what is drawn counts only pairs not kept
     pairs = torch.cat([kept, drawn + skipped])
     j = ((1 + (1 + 8 * pairs).double().sqrt()) / 2).long()
     return Edges(pairs - j * (j - 1) // 2, j, N)

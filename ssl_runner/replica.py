@@ -21,8 +21,15 @@ class SyncBatchNorm(_BatchNorm):
     def like(cls, layer: _BatchNorm) -> "SyncBatchNorm":
         """A layer with the parameters and buffers of another one: the same ones, under the same names."""
         new = cls(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
-        new.__dict__ = {**new.__dict__, "_parameters": layer._parameters, "_buffers": layer._buffers, "training": layer.training}
-        new.after = tuple(part for name in ("drop", "act") if isinstance(part := getattr(layer, name, None), nn.Module))
+        new.__dict__ = {
+            **new.__dict__,
+            "_parameters": layer._parameters,
+            "_buffers": layer._buffers,
+            "training": layer.training,
+        }
+        new.after = tuple(
+            part for name in ("drop", "act") if isinstance(part := getattr(layer, name, None), nn.Module)
+        )
         return new
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -73,6 +80,10 @@ def averaging(network: nn.Module) -> nn.Module:
     """The network, whose gradients are then averaged over the processes while they are computed."""
     if size() == 1 or not any(parameter.requires_grad for parameter in network.parameters()):
         return network
-    parameters = signature(nn.parallel.DistributedDataParallel).parameters  # buffers are alike: batch norm has seen the same rows
-    without: Any = {"forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers": False}
+    parameters = signature(
+        nn.parallel.DistributedDataParallel
+    ).parameters  # buffers are alike: batch norm has seen the same rows
+    without: Any = {
+        "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers": False
+    }
     return nn.parallel.DistributedDataParallel(network, **without)

@@ -16,7 +16,18 @@ from ssl_runner.collect import Row, Run, read_runs
 from ssl_runner.errors import Refused
 
 OF_A_RUN = {"seed", "resume"}  # settings in which runs of one setting may differ
-UNTOLD = {"status", "error", "traceback", "classes", "pid", "process_started", "wall_seconds", "processes", "top1", "val_top1"}
+UNTOLD = {
+    "status",
+    "error",
+    "traceback",
+    "classes",
+    "pid",
+    "process_started",
+    "wall_seconds",
+    "processes",
+    "top1",
+    "val_top1",
+}
 MAIN = ("val_top1", "top1")  # the results that settings are compared by
 LINES = 30  # of settings on the terminal
 
@@ -24,8 +35,12 @@ LINES = 30  # of settings on the terminal
 def main() -> None:
     """The console script. Exits with 0 when the report is written, with 1 and one line when it cannot be."""
     parser = argparse.ArgumentParser(prog="ssl-report", description=__doc__)
-    parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="runs lie in or below it, as below outputs")
-    parser.add_argument("--out", type=Path, help="the folder to write to (default: report in the first FOLDER)")
+    parser.add_argument(
+        "folders", metavar="FOLDER", nargs="+", type=Path, help="runs lie in or below it, as below outputs"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="the folder to write to (default: report in the first FOLDER)"
+    )
     args = parser.parse_args()
     out = args.out or args.folders[0] / "report"
     try:
@@ -38,7 +53,10 @@ def main() -> None:
 
 def report(runs: list[Run], out: Path, title: str) -> str:
     """Writes runs.csv, the plots and report.html into `out`; returns what to say on the terminal. Refused when it cannot."""
-    from ssl_runner import report_page, report_plots  # after bad input has been refused: matplotlib takes a while
+    from ssl_runner import (
+        report_page,
+        report_plots,
+    )  # after bad input has been refused: matplotlib takes a while
 
     keys = swept(runs)
     table = runs_table(runs, keys)
@@ -46,7 +64,9 @@ def report(runs: list[Run], out: Path, title: str) -> str:
     keys.sort(key=lambda key: -effect(results, key))
     summary = summarise(results, keys)
     pictures = report_plots.draw(runs, table, results, keys)
-    page = report_page.render(title, runs, table, summary, keys, {name: svg for name, (svg, _) in pictures.items()})
+    page = report_page.render(
+        title, runs, table, summary, keys, {name: svg for name, (svg, _) in pictures.items()}
+    )
     texts = {
         "runs.csv": table.to_csv(index=False),
         "report.html": page,
@@ -62,7 +82,9 @@ def report(runs: list[Run], out: Path, title: str) -> str:
             (out / f"{name}.svg").unlink(missing_ok=True)
             (out / f"{name}.png").unlink(missing_ok=True)
     except OSError as error:
-        raise Refused(f"--out={out} cannot be written ({error.strerror}): give a folder that you may write to") from error
+        raise Refused(
+            f"--out={out} cannot be written ({error.strerror}): give a folder that you may write to"
+        ) from error
     told = terminal(table, summary, keys)
     return f"{told}\nwritten to {out}: {', '.join(sorted(files))}"
 
@@ -85,8 +107,12 @@ def runs_table(runs: list[Run], swept: list[str]) -> pd.DataFrame:
     keys = list(dict.fromkeys([*overridden(runs), *swept]))
     parts = [state, lambda run: settings(run, keys), scores, protocol, metrics, cost, facts]
     groups = [[part(run) for run in runs] for part in parts]
-    columns = dict.fromkeys(column for rows in groups for row in rows for column in row)  # a part's columns stay together
-    merged = [{column: value for row in rows for column, value in row.items()} for rows in zip(*groups, strict=True)]
+    columns = dict.fromkeys(
+        column for rows in groups for row in rows for column in row
+    )  # a part's columns stay together
+    merged = [
+        {column: value for row in rows for column, value in row.items()} for rows in zip(*groups, strict=True)
+    ]
     return pd.DataFrame(merged, columns=list(columns))
 
 
@@ -107,13 +133,19 @@ def scores(run: Run) -> Row:
     """The run's main result `top1` and `val_top1`, and the last of every probe as top1.<split>.<features>.<probe>."""
     _, val = main_probe(run)
     row = {"top1": run.record.get("top1"), "val_top1": run.record.get("val_top1", val.get("top1"))}
-    return row | {f"top1.{p.get('eval_split')}.{p.get('features')}.{p.get('probe')}": p.get("top1") for p in run.probes}
+    return row | {
+        f"top1.{p.get('eval_split')}.{p.get('features')}.{p.get('probe')}": p.get("top1") for p in run.probes
+    }
 
 
 def main_probe(run: Run) -> tuple[Row, Row]:
     """The rows of probe.csv that `top1` is from: the first that was scored on the test set, and the same probe on validation."""
     test = next((row for row in run.probes if row.get("eval_split") == "test"), {})
-    same = [row for row in run.probes if all(row.get(key) == test.get(key) for key in ("epoch", "probe", "features"))]
+    same = [
+        row
+        for row in run.probes
+        if all(row.get(key) == test.get(key) for key in ("epoch", "probe", "features"))
+    ]
     return test, next((row for row in same if row.get("eval_split") == "val"), {})
 
 
@@ -123,7 +155,9 @@ def protocol(run: Run) -> Row:
     names = ("features", "probe", "selection", "train_split", "n_train", "eval_split")
     relation = run.record.get("relation") or {}
     told = {f"relation.{key}": relation.get(key) for key in ("target", "normalized", "pairs")}
-    return {f"protocol.{name}": value for name, value in ({name: test.get(name) for name in names} | told).items()}
+    return {
+        f"protocol.{name}": value for name, value in ({name: test.get(name) for name in names} | told).items()
+    }
 
 
 def metrics(run: Run) -> Row:
@@ -150,7 +184,9 @@ def facts(run: Run) -> Row:
     """What else run.json says, as run.<name>: commit, versions, device, precision, command, numbers of images and parameters…"""
     told = {key: value for key, value in run.record.items() if key not in UNTOLD | {"relation", "loss"}}
     nested = [(key, value if isinstance(value, dict) else {"": value}) for key, value in told.items()]
-    return {f"run.{key}.{name}".rstrip("."): value for key, values in nested for name, value in values.items()}
+    return {
+        f"run.{key}.{name}".rstrip("."): value for key, values in nested for name, value in values.items()
+    }
 
 
 def swept(runs: list[Run]) -> list[str]:
@@ -199,7 +235,11 @@ def over_seeds(results: pd.DataFrame, by: str, values: list[str]) -> pd.DataFram
 
     which for one setting is Student's interval; nan where no setting has a second seed. The runs of one seed are averaged first:
     a run made twice is no second seed."""
-    seeds = results.groupby([results[by].rename("by"), "setting", "seed"], sort=False)[values].mean().astype(float)
+    seeds = (
+        results.groupby([results[by].rename("by"), "setting", "seed"], sort=False)[values]
+        .mean()
+        .astype(float)
+    )
     settings = seeds.groupby(level=["by", "setting"], sort=False)
     n, mean, variance = settings.count(), settings.mean(), settings.var().fillna(0)
     n = n.where(n > 0)
@@ -210,14 +250,25 @@ def over_seeds(results: pd.DataFrame, by: str, values: list[str]) -> pd.DataFram
     f = total(n - 1)
     t = pd.DataFrame(stdtrit(f.clip(lower=1).to_numpy(), 0.975), f.index, f.columns)
     half = t * (total((n - 1) * variance) / f * total(1 / n)) ** 0.5 / total(n / n)
-    return mean.groupby(level="by", sort=False).mean().join(half.add_prefix("± ")).assign(n=seeds.groupby(level="by").size())
+    return (
+        mean.groupby(level="by", sort=False)
+        .mean()
+        .join(half.add_prefix("± "))
+        .assign(n=seeds.groupby(level="by").size())
+    )
 
 
 def summarise(results: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """A row a setting, best validation top-1 first: the keys, and every top-1 of `over_seeds`."""
     values = [str(column) for column in results if str(column) in MAIN or str(column).startswith("top1.")]
-    values = [value for value in values if value in MAIN or not any(results[value].equals(results[main]) for main in MAIN)]
-    summary = results.groupby("setting", sort=False)[keys].first().join(over_seeds(results, "setting", values))
+    values = [
+        value
+        for value in values
+        if value in MAIN or not any(results[value].equals(results[main]) for main in MAIN)
+    ]
+    summary = (
+        results.groupby("setting", sort=False)[keys].first().join(over_seeds(results, "setting", values))
+    )
     return summary.sort_values("val_top1", ascending=False, kind="stable").reset_index(drop=True)
 
 
@@ -266,7 +317,9 @@ def results_lines(summary: pd.DataFrame, keys: list[str]) -> list[str]:
     }
     widths = [max(map(len, [name, *cells])) for name, cells in columns.items()]
     rows = [tuple(columns), *zip(*columns.values(), strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
 
 
 def count_by_status(table: pd.DataFrame) -> str:

@@ -25,11 +25,20 @@ SHOWN_ERRORS = 50
 
 
 def render(
-    title: str, runs: list[Run], table: pd.DataFrame, summary: pd.DataFrame, keys: list[str], pictures: dict[str, str]
+    title: str,
+    runs: list[Run],
+    table: pd.DataFrame,
+    summary: pd.DataFrame,
+    keys: list[str],
+    pictures: dict[str, str],
 ) -> str:
     """The page. Every table is a header and rows of cells."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
-    overridden = [key for key in table.columns[3 : table.columns.get_loc("top1")] if key not in ("seed", *keys)]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    overridden = [
+        key for key in table.columns[3 : table.columns.get_loc("top1")] if key not in ("seed", *keys)
+    ]
     tracebacks = {one_line(run.record.get("error")): run.record.get("traceback") for run in reversed(runs)}
     found = [(error, paths, tracebacks.get(error)) for error, paths in errors(table)]
     return environment.get_template("report.html").render(
@@ -54,7 +63,10 @@ def summary_table(summary: pd.DataFrame, keys: list[str]) -> tuple[list[str], li
     main = [column for column in ("val_top1", "top1") if column in means]
     others = [column for column in means if column not in main]
     rows = [
-        [top1(row, c) for c in main] + [text(row["n"])] + [text(row[key]) for key in keys] + [top1(row, c) for c in others]
+        [top1(row, c) for c in main]
+        + [text(row["n"])]
+        + [text(row[key]) for key in keys]
+        + [top1(row, c) for c in others]
         for row in summary.to_dict("records")
     ]
     names = {"val_top1": "validation top-1", "top1": "test top-1"}
@@ -66,8 +78,18 @@ def one_row_a_run(table: pd.DataFrame, keys: list[str]) -> tuple[list[str], list
     """A row a run, with what one looks for first; runs.csv has the rest."""
     names = {"status": "status", "val_top1": "validation top-1", "top1": "test top-1"}
     names |= {key: key for key in [*keys, "seed"]}
-    names |= {"metrics.loss": "loss", "epochs_done": "epochs done", "epochs_asked": "of", "wall_seconds": "wall s"}
-    names |= {"device_seconds": "device s", "images_per_s": "images/s", "run.device": "device", "path": "path"}
+    names |= {
+        "metrics.loss": "loss",
+        "epochs_done": "epochs done",
+        "epochs_asked": "of",
+        "wall_seconds": "wall s",
+    }
+    names |= {
+        "device_seconds": "device s",
+        "images_per_s": "images/s",
+        "run.device": "device",
+        "path": "path",
+    }
     columns = [column for column in names if column in table]
     rows = [[text(value) for value in row] for row in table[columns].itertuples(index=False)]
     return [names[column] for column in columns], rows
@@ -111,6 +133,8 @@ def protocols(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     }
     columns = [column for column in names if column in done]
     facts = done[columns].copy()
-    facts["protocol.selection"] = facts["protocol.selection"].fillna("").str.replace(r"=.*?\((\w+)\)", r" on \1", regex=True)
+    facts["protocol.selection"] = (
+        facts["protocol.selection"].fillna("").str.replace(r"=.*?\((\w+)\)", r" on \1", regex=True)
+    )
     counts = facts.map(lambda value: text(value)[0]).value_counts(sort=True)
     return ["runs", *(names[column] for column in columns)], [[str(n), *row] for row, n in counts.items()]  # type: ignore[misc]

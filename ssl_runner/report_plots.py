@@ -27,7 +27,9 @@ PANELS = 12  # keys that are drawn
 CELLS = 30  # values of a key in a heat map; beyond, the settings are points
 SPLITS = {"val_top1": ("validation", "o", COLOURS[1]), "top1": ("test", "s", COLOURS[0])}
 STYLE: Any = {
-    **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"], INK),
+    **dict.fromkeys(
+        ["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"], INK
+    ),
     **dict.fromkeys(["figure.facecolor", "savefig.facecolor"], PAPER),
     "axes.facecolor": "none",
     "axes.grid": True,
@@ -45,7 +47,9 @@ STYLE: Any = {
 }
 
 
-def draw(runs: list[Run], table: pd.DataFrame, results: pd.DataFrame, keys: list[str]) -> dict[str, tuple[str, bytes]]:
+def draw(
+    runs: list[Run], table: pd.DataFrame, results: pd.DataFrame, keys: list[str]
+) -> dict[str, tuple[str, bytes]]:
     """SVG and PNG of each plot that there is something for: `curves`, `keys`, `heat`. Keys come by their effect."""
     drawn = [key for key in keys if results[key].nunique() > 1]
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
@@ -102,7 +106,9 @@ def curves(runs: list[Run], table: pd.DataFrame, keys: list[str]) -> Figure | No
         ax.set_visible(False)
     handles = [Line2D([], [], color=colour, label=name) for name, colour in labels.items()]
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=room(figure, list(labels)), fontsize=9)
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=room(figure, list(labels)), fontsize=9
+        )
     return figure
 
 
@@ -111,7 +117,9 @@ def of_loss(runs: list[Run], shown: pd.DataFrame) -> pd.DataFrame:
     rows: list[tuple] = []
     for i, setting in zip(shown.index, shown.setting, strict=True):
         step = -(-len(runs[i].epochs) // 200) or 1
-        rows += [(setting, *point) for point in zip(runs[i].epochs[::-step], runs[i].loss[::-step], strict=True)]
+        rows += [
+            (setting, *point) for point in zip(runs[i].epochs[::-step], runs[i].loss[::-step], strict=True)
+        ]
     points = pd.DataFrame(rows, columns=["setting", "epoch", "value"])
     return points.astype(float).replace([np.inf, -np.inf], np.nan).dropna()
 
@@ -124,7 +132,11 @@ def on_the_way(runs: list[Run], shown: pd.DataFrame) -> pd.DataFrame:
         same = [row for row in val if all(row.get(key) == val[0].get(key) for key in ("features", "probe"))]
         if len({row.get("epoch") for row in same}) > 1:
             rows += [(setting, row.get("epoch"), row.get("top1")) for row in same]
-    return pd.DataFrame(rows, columns=["setting", "epoch", "value"]).apply(pd.to_numeric, errors="coerce").dropna()
+    return (
+        pd.DataFrame(rows, columns=["setting", "epoch", "value"])
+        .apply(pd.to_numeric, errors="coerce")
+        .dropna()
+    )
 
 
 def lines(ax: Axes, points: pd.DataFrame, colours: dict[Any, str]) -> None:
@@ -154,14 +166,22 @@ def colour_of(shown: pd.DataFrame, keys: list[str]) -> tuple[dict[Any, str], dic
     if not keys:
         return dict.fromkeys(settings.index, COLOURS[0]), {}
     if len(settings) <= FEW:
-        named = [", ".join(f"{key}={value}" for key, value in row.items() if pd.notna(value)) for _, row in settings.iterrows()]
+        named = [
+            ", ".join(f"{key}={value}" for key, value in row.items() if pd.notna(value))
+            for _, row in settings.iterrows()
+        ]
         labels = [short(name, 80) for name in named]
         colours = dict(zip(settings.index, COLOURS, strict=False))
         return colours, dict(zip(labels, colours.values(), strict=True))
     values = settings[keys[0]].fillna("-")
     order = sorted(values.unique(), key=float if is_numeric(values) else str)
-    steps = matplotlib.colormaps["plasma"](np.linspace(0.3, 0.85, len(order)))  # what shows on white and on black
-    colour = {value: to_hex(step) for value, step in zip(order, steps if len(order) > len(COLOURS) else COLOURS, strict=False)}
+    steps = matplotlib.colormaps["plasma"](
+        np.linspace(0.3, 0.85, len(order))
+    )  # what shows on white and on black
+    colour = {
+        value: to_hex(step)
+        for value, step in zip(order, steps if len(order) > len(COLOURS) else COLOURS, strict=False)
+    }
     named = [order[round(place)] for place in np.linspace(0, len(order) - 1, min(len(order), FEW))]
     return values.map(colour).to_dict(), {f"{keys[0]}={value}": colour[value] for value in named}
 
@@ -194,7 +214,14 @@ def points(ax: Axes, table: pd.DataFrame) -> None:
     line = len(table) <= CELLS  # a random search has too many values for one
     for value, (name, marker, colour) in SPLITS.items():
         bar = table[f"± {value}"] if line else None
-        style = {"color": colour, "ms": 5 if line else 3, "capsize": 3, "lw": 1.2, "ls": "-" if line else "", "alpha": 0.9}
+        style = {
+            "color": colour,
+            "ms": 5 if line else 3,
+            "capsize": 3,
+            "lw": 1.2,
+            "ls": "-" if line else "",
+            "alpha": 0.9,
+        }
         ax.errorbar(table.index, table[value], bar, fmt=marker, label=name, **style)  # type: ignore[arg-type]
     if wide(table.index.to_series()):
         logarithmic(ax, "x")
@@ -207,9 +234,20 @@ def bars(ax: Axes, table: pd.DataFrame) -> None:
     table = table.sort_index()
     x = np.arange(len(table))
     for shift, (value, (name, _, colour)) in zip((-0.2, 0.2), SPLITS.items(), strict=True):
-        ax.bar(x + shift, table[value], 0.36, yerr=table[f"± {value}"], color=colour, label=name, capsize=3, ecolor=INK)
+        ax.bar(
+            x + shift,
+            table[value],
+            0.36,
+            yerr=table[f"± {value}"],
+            color=colour,
+            label=name,
+            capsize=3,
+            ecolor=INK,
+        )
     crowded = len(table) > 4 or max(map(len, map(str, table.index))) > 10
-    ax.set_xticks(x, [short(name) for name in table.index], rotation=30 * crowded, ha="right" if crowded else "center")
+    ax.set_xticks(
+        x, [short(name) for name in table.index], rotation=30 * crowded, ha="right" if crowded else "center"
+    )
     ax.grid(visible=False, axis="x")
 
 
@@ -231,20 +269,32 @@ def cells(ax: Axes, some: pd.DataFrame, x: str, y: str, value: str) -> matplotli
     table = some.assign(**{value: some[value].astype(float)}).pivot_table(index=y, columns=x, values=value)
     table = table.loc[in_order(table.index), in_order(table.columns)]
     drawn = ax.pcolormesh(np.ma.masked_invalid(table.to_numpy()), cmap=MAP, edgecolors=PAPER, linewidth=1)
-    ax.set_xticks(np.arange(table.shape[1]) + 0.5, map(short, table.columns), rotation=30 if table.shape[1] > 6 else 0)
+    ax.set_xticks(
+        np.arange(table.shape[1]) + 0.5, map(short, table.columns), rotation=30 if table.shape[1] > 6 else 0
+    )
     ax.set_yticks(np.arange(table.shape[0]) + 0.5, map(short, table.index))
     ax.grid(visible=False)
     means = table.to_numpy(float)
     for i, j in np.argwhere(np.isfinite(means)) if means.size <= 64 else []:
         dark = means[i, j] <= (np.nanmax(means) + np.nanmin(means)) / 2
-        ax.text(j + 0.5, i + 0.5, f"{means[i, j]:.3f}", ha="center", va="center", fontsize=9, color="white" if dark else "black")
+        ax.text(
+            j + 0.5,
+            i + 0.5,
+            f"{means[i, j]:.3f}",
+            ha="center",
+            va="center",
+            fontsize=9,
+            color="white" if dark else "black",
+        )
     return drawn
 
 
 def scatter(ax: Axes, some: pd.DataFrame, x: str, y: str, value: str) -> matplotlib.cm.ScalarMappable:
     """A coloured point for each setting."""
     table = some.groupby("setting").agg({x: "first", y: "first", value: "mean"})
-    across, up = (pd.to_numeric(table[key]) if is_numeric(table[key]) else table[key].map(short) for key in (x, y))
+    across, up = (
+        pd.to_numeric(table[key]) if is_numeric(table[key]) else table[key].map(short) for key in (x, y)
+    )
     drawn = ax.scatter(across, up, c=table[value].astype(float), cmap=MAP, s=14, rasterized=len(table) > 500)
     for axis, values in (("x", across), ("y", up)):
         if is_numeric(values) and wide(values.astype(float)):

@@ -66,7 +66,9 @@ def prepare(cfg: DictConfig, data: DataSet | None = None, weights: bool = True) 
     precision = choose_precision(cfg.precision, device)
     if cfg.solver.name == "closed_form":
         if cfg.precision not in ("auto", "fp32"):
-            raise Refused(f"precision={cfg.precision}: solver=closed_form computes in fp32 and fp64; give auto or fp32")
+            raise Refused(
+                f"precision={cfg.precision}: solver=closed_form computes in fp32 and fp64; give auto or fp32"
+            )
         precision = "fp32"
     loss = build("loss", cfg.loss).to(device)
     relation = build("relation", cfg.relation)
@@ -76,13 +78,17 @@ def prepare(cfg: DictConfig, data: DataSet | None = None, weights: bool = True) 
     if data is None:
         source = build("dataset", cfg.dataset, without=DATASET_OPTIONS, partial=True)
         with distributed.in_turn():
-            data = dataset.load(source, device=device, **{option: cfg.dataset[option] for option in DATASET_OPTIONS})
+            data = dataset.load(
+                source, device=device, **{option: cfg.dataset[option] for option in DATASET_OPTIONS}
+            )
     check_fit(cfg, data, relation)
 
     def fresh_backbone() -> Backbone:
         torch.manual_seed(cfg.seed)
         backbone = build("backbone", cfg.backbone, channels=data.channels, image_size=data.image_size)
-        return backbone.to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+        return backbone.to(
+            device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format
+        )
 
     backbone = replica.synchronized(fresh_backbone())
     if cfg.weights is not None and weights:
@@ -90,11 +96,15 @@ def prepare(cfg: DictConfig, data: DataSet | None = None, weights: bool = True) 
     if cfg.solver.name == "closed_form" and isinstance(backbone, LinearBackbone):
         projector: nn.Module = nn.Identity()  # the backbone itself is the matrix to be found
     else:
-        projector = replica.synchronized(build("projector", cfg.projector, features=backbone.width).to(device))
+        projector = replica.synchronized(
+            build("projector", cfg.projector, features=backbone.width).to(device)
+        )
     if cfg.solver.name == "closed_form":
         closed_form.parts(backbone, projector)
     if cfg.diagnostics.moments and (not isinstance(backbone, LinearBackbone) or count(projector)):
-        raise Refused("diagnostics.moments is for a linear model: use backbone=linear projector=identity, or set it to 0")
+        raise Refused(
+            "diagnostics.moments is for a linear model: use backbone=linear projector=identity, or set it to 0"
+        )
     check_sizes(cfg, backbone, data)
     check_blur(cfg, augment, data)
     modules = [backbone, projector, loss]
@@ -136,15 +146,21 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         stages = prepare(cfg, weights=begun is None)
         data, backbone, projector = stages.data, stages.backbone, stages.projector
         metrics, probes = (Table(folder / name if leads else None) for name in ("metrics.csv", "probe.csv"))
-        solver = build_solver(cfg, stages, preemption, partial(checkpoint.save, folder=folder) if leads else lambda state: None)
+        solver = build_solver(
+            cfg, stages, preemption, partial(checkpoint.save, folder=folder) if leads else lambda state: None
+        )
         if begun is not None:
             solver.load_state_dict(checkpoint.load(begun))
         metrics.keep(solver.epoch)
         probes.keep(solver.epoch)
-        if cfg.compile:  # what is trained, whose shapes stay; probes and diagnostics run the same modules as they are
+        if (
+            cfg.compile
+        ):  # what is trained, whose shapes stay; probes and diagnostics run the same modules as they are
             (solver.network if isinstance(solver, Pretraining) else backbone).compile(dynamic=False)
         record.note(
-            device=torch.cuda.get_device_name(stages.device) if stages.device.type == "cuda" else str(stages.device),
+            device=torch.cuda.get_device_name(stages.device)
+            if stages.device.type == "cuda"
+            else str(stages.device),
             precision=stages.precision,
             relation={
                 "target": cfg.relation._target_,
@@ -194,7 +210,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         # the features whose accuracy is the run's
         trained = "projector" if cfg.solver.name == "closed_form" and count(projector) else "backbone"
         scores: dict[tuple[str, str, str], float] = {}
-        for features in tqdm(dict.fromkeys([trained, *cfg.probe.features]), "probe", disable=None if leads else True):
+        for features in tqdm(
+            dict.fromkeys([trained, *cfg.probe.features]), "probe", disable=None if leads else True
+        ):
             for scored in probe(features, networks[features](), data, cfg.probe.probes, score_test=True):
                 probes.append({"epoch": solver.epoch, **scored})
                 scores[features, scored["probe"], scored["eval_split"]] = scored["top1"]
@@ -290,7 +308,9 @@ def build_moments_gap(cfg: DictConfig, stages: Prepared) -> MomentsGap:
     return MomentsGap(moments.centred(), stages.loss, stages.K)
 
 
-def build(key: str, node: DictConfig, *, without: Sequence[str] = (), partial: bool = False, **extra: Any) -> Any:
+def build(
+    key: str, node: DictConfig, *, without: Sequence[str] = (), partial: bool = False, **extra: Any
+) -> Any:
     """What a node's `_target_` makes of its settings, but for those in `without`. Refused when the target does not take them."""
     settings = {name: value for name, value in node.items() if name not in without}
     try:
@@ -306,7 +326,9 @@ def check_linear(cfg: DictConfig, loss: Loss, relation: BatchRelation) -> None:
     if not closed_form and not cfg.diagnostics.moments:
         return
     if not linear.solvable(loss):
-        raise Refused(f"{asked}: {type(loss).__name__} has no closed linear form; vicreg, simclr, simclr_squared and barlow have")
+        raise Refused(
+            f"{asked}: {type(loss).__name__} has no closed linear form; vicreg, simclr, simclr_squared and barlow have"
+        )
     if relation.reaches_beyond:
         raise Refused(f"{asked} relates rows of one batch: set relation.queue=0")
 
@@ -322,7 +344,9 @@ def check_sizes(cfg: DictConfig, backbone: Backbone, data: DataSet) -> None:
             with torch.no_grad(), evaluating(backbone):
                 backbone(torch.zeros(1, data.channels, size, size, device=data.mean.device))
         except (RuntimeError, AssertionError, ValueError) as error:
-            raise Refused(f"views.sizes={shown(cfg.views.sizes)}: this backbone takes no {size} x {size} pixels") from error
+            raise Refused(
+                f"views.sizes={shown(cfg.views.sizes)}: this backbone takes no {size} x {size} pixels"
+            ) from error
 
 
 def check_blur(cfg: DictConfig, augment: Augment, data: DataSet) -> None:
@@ -345,7 +369,9 @@ def check_fit(cfg: DictConfig, data: DataSet, relation: BatchRelation) -> None:
         )
     if cfg.batch_size % distributed.size():
         W = distributed.size()
-        raise Refused(f"batch_size={cfg.batch_size} is shared by {W} processes: give a multiple of {W}, or start another number")
+        raise Refused(
+            f"batch_size={cfg.batch_size} is shared by {W} processes: give a multiple of {W}, or start another number"
+        )
     if cfg.batch_size < relation.fewest:
         raise Refused(
             f"batch_size={cfg.batch_size}: relation={cfg.relation._target_} seeks neighbours within the batch and needs"
@@ -383,7 +409,9 @@ def count(module: nn.Module) -> int:
 def headline(cfg: DictConfig, record: Record) -> str:
     """One line that says what is about to run."""
     facts = record.content
-    relation = facts["relation"]["target"].split(".")[-1] + (" (normalized)" if facts["relation"]["normalized"] else "")
+    relation = facts["relation"]["target"].split(".")[-1] + (
+        " (normalized)" if facts["relation"]["normalized"] else ""
+    )
     images = " ".join(f"{split}={n}" for split, n in facts["images"].items())
     parameters = " ".join(f"{module}={n:,}" for module, n in facts["parameters"].items())
     where = f"{facts['processes']} x " if facts["processes"] > 1 else ""
@@ -396,7 +424,9 @@ def table(scores: dict[tuple[str, str, str], float]) -> str:
     probes = list(dict.fromkeys(probe for _, probe, _ in scores))
     lines = [f"{'test top-1':<12}" + "".join(f"{probe:>9}" for probe in probes)]
     for features in dict.fromkeys(features for features, _, _ in scores):
-        lines.append(f"{features:<12}" + "".join(f"{scores[features, probe, 'test']:>9.4f}" for probe in probes))
+        lines.append(
+            f"{features:<12}" + "".join(f"{scores[features, probe, 'test']:>9.4f}" for probe in probes)
+        )
     return "\n".join(lines)
 
 

@@ -20,7 +20,9 @@ from ssl_runner.relation import Labels, Normalized, Relation, Views
 
 DENSE = 2000  # rows of a connected component up to which it is decomposed whole, not iteratively
 TIE = 1e-9  # eigenvalues this near to each other, relative to the largest, are one eigenspace; this near to 0 they are 0
-CROWD = 256  # vectors beyond k that are looked for in one such component; a larger eigenspace is cut short there
+CROWD = (
+    256  # vectors beyond k that are looked for in one such component; a larger eigenspace is cut short there
+)
 PRODUCTS = 10_000  # of a matrix and a vector that Lanczos may take, about
 SPARSE = 8  # entries a row of a matrix up to which it is inverted where Lanczos takes more
 
@@ -72,7 +74,9 @@ class Groups:
 def cliques(G: Relation) -> Groups | None:
     """The groups, if G is of that structure: views, labels, and pairs that happen to be so."""
     if isinstance(G, Views):
-        return Groups(torch.arange(G.num_rows) % G.n, torch.full((G.n,), G.V), G.degrees[: G.n].cpu().double())
+        return Groups(
+            torch.arange(G.num_rows) % G.n, torch.full((G.n,), G.V), G.degrees[: G.n].cpu().double()
+        )
     if isinstance(G, Labels):
         _, y, m = torch.unique(G.y.cpu(), return_inverse=True, return_counts=True)
         return Groups(y, m, (m - 1).clamp(max=1 if G.normalized else G.num_rows).double())
@@ -82,7 +86,9 @@ def cliques(G: Relation) -> Groups | None:
     if not bool((G.weights() == 1).all()):
         return None
     pairs = G.edges().cpu().numpy()
-    y = components(scipy.sparse.coo_array((np.ones(pairs.shape[1]), tuple(pairs)), shape=(G.num_rows, G.num_rows)))
+    y = components(
+        scipy.sparse.coo_array((np.ones(pairs.shape[1]), tuple(pairs)), shape=(G.num_rows, G.num_rows))
+    )
     m = torch.bincount(y)
     whole = torch.equal(torch.bincount(y[pairs[0]], minlength=len(m)), m * (m - 1))
     return Groups(y, m, (m - 1).double()) if whole else None
@@ -90,7 +96,9 @@ def cliques(G: Relation) -> Groups | None:
 
 def components(graph: scipy.sparse.sparray) -> Tensor:
     """The connected component of each row: (N,) int64."""
-    return torch.from_numpy(scipy.sparse.csgraph.connected_components(graph, directed=False)[1].astype(np.int64))
+    return torch.from_numpy(
+        scipy.sparse.csgraph.connected_components(graph, directed=False)[1].astype(np.int64)
+    )
 
 
 def cliques_spectrum(groups: Groups, matrix: str, center: bool) -> list[Eigenspace]:
@@ -109,7 +117,9 @@ def cliques_spectrum(groups: Groups, matrix: str, center: bool) -> list[Eigenspa
         if center:
             first += centred_means(groups)
         inner = -w
-    spaces = first + [within(float(value), groups, (inner == value) & joined) for value in torch.unique(inner[joined])]
+    spaces = first + [
+        within(float(value), groups, (inner == value) & joined) for value in torch.unique(inner[joined])
+    ]
     return sorted(spaces, key=lambda space: space.value if matrix == "laplacian" else -space.value)
 
 
@@ -123,7 +133,9 @@ def centred_means(groups: Groups) -> list[Eigenspace]:
     return tied(values[1:].numpy(), (vectors[:, 1:] / rows.sqrt()[:, None])[of_row].numpy())
 
 
-def between(value: float, y: Tensor, weights: Tensor, used: Tensor, orthogonal: Tensor | None = None) -> Eigenspace:
+def between(
+    value: float, y: Tensor, weights: Tensor, used: Tensor, orthogonal: Tensor | None = None
+) -> Eigenspace:
     """Vectors that are a multiple of the rows' weights (N,) in each group y (N,) that is used (M,), and zero in the others; of
     these, if a vector (N,) > 0 is given, those that are orthogonal to it."""
     weights = weights * used[y]
@@ -141,7 +153,9 @@ def between(value: float, y: Tensor, weights: Tensor, used: Tensor, orthogonal: 
         return unit * sums[y]
 
     def basis(q: int) -> Tensor:
-        coefficients = torch.eye(int(used.sum()), q, dtype=torch.float64) if t is None else helmert(t[used], q)
+        coefficients = (
+            torch.eye(int(used.sum()), q, dtype=torch.float64) if t is None else helmert(t[used], q)
+        )
         return unit * coefficients[number[y].clamp(min=0)]
 
     return Eigenspace(value, max(int(used.sum()) - (t is not None), 0), basis, project)
@@ -185,7 +199,9 @@ def helmert(t: Tensor, q: int) -> Tensor:
 
 def sparse(G: Relation) -> scipy.sparse.csr_array:
     """G as a sparse matrix, float64."""
-    return scipy.sparse.csr_array((G.weights().numpy(), tuple(G.edges().cpu().numpy())), shape=(G.num_rows,) * 2)
+    return scipy.sparse.csr_array(
+        (G.weights().numpy(), tuple(G.edges().cpu().numpy())), shape=(G.num_rows,) * 2
+    )
 
 
 def components_spectrum(graph: scipy.sparse.csr_array, matrix: str, k: int, center: bool) -> list[Eigenspace]:
@@ -195,7 +211,11 @@ def components_spectrum(graph: scipy.sparse.csr_array, matrix: str, k: int, cent
     sizes = torch.bincount(y)
     first, top, weights = [], float(d.max(initial=0)), np.zeros(len(d))
     if matrix == "laplacian":
-        graph, top, weights = graph - scipy.sparse.diags_array(d), 0.0, np.ones(len(d))  # -L: its largest come first
+        graph, top, weights = (
+            graph - scipy.sparse.diags_array(d),
+            0.0,
+            np.ones(len(d)),
+        )  # -L: its largest come first
         one = torch.from_numpy(weights)
         first = [between(0.0, y, one, sizes > 0, one)]
     elif matrix == "normalized":
@@ -209,21 +229,27 @@ def components_spectrum(graph: scipy.sparse.csr_array, matrix: str, k: int, cent
 
     rows = np.argsort(y.numpy(), kind="stable")
     starts = np.cumsum([0, *sizes[:-1].tolist()])
-    spread = 2 * (abs(top) + float(abs(graph).sum(1).max(initial=0))) + 1  # what moves a known vector below all others
+    spread = (
+        2 * (abs(top) + float(abs(graph).sum(1).max(initial=0))) + 1
+    )  # what moves a known vector below all others
     found = []  # eigenvalues (c, q), eigenvectors (c, m, q) and rows (c, m) of c components
     for m in torch.unique(sizes[sizes > (0 if matrix == "adjacency" else 1)]).tolist():
         members = rows[starts[sizes.numpy() == m][:, None] + np.arange(m)]
         known = weights[members]
         known = known / np.maximum(np.linalg.norm(known, axis=1, keepdims=True), 1e-300)
         if m <= max(DENSE, 2):  # which ARPACK does not take
-            values, vectors = np.linalg.eigh(blocks(graph, members) - spread * known[:, :, None] * known[:, None, :])
+            values, vectors = np.linalg.eigh(
+                blocks(graph, members) - spread * known[:, :, None] * known[:, None, :]
+            )
             found.append((values, vectors, members))
         else:
             for own, vector in zip(members, known, strict=True):
                 block = graph[own][:, own]
                 deflated = np.empty((m, 0)) if matrix == "adjacency" else vector[:, None]
                 least = -np.inf if matrix == "laplacian" else TIE
-                values, vectors = lanczos(block, deflated, min(missing, m - deflated.shape[1]), top, spread, least)
+                values, vectors = lanczos(
+                    block, deflated, min(missing, m - deflated.shape[1]), top, spread, least
+                )
                 found.append((values[None], vectors[None], own[None]))
     everything = np.concatenate([values.ravel() for values, _, _ in found]) if found else np.empty(0)
     everything = np.sort(everything[everything > top - spread / 2])[::-1]
@@ -312,11 +338,15 @@ def lanczos(
             new, vectors = largest(operator, min(number, m - found.shape[1], m - 1), seed=found.shape[1])
         except scipy.sparse.linalg.ArpackError as error:
             if inverse is None and scipy.sparse.issparse(A) and A.nnz <= SPARSE * m:
-                inverse = scipy.sparse.linalg.splu(scipy.sparse.csc_array(shift * scipy.sparse.eye_array(m) - A))
+                inverse = scipy.sparse.linalg.splu(
+                    scipy.sparse.csc_array(shift * scipy.sparse.eye_array(m) - A)
+                )
                 continue
             if len(values):
                 break
-            raise ValueError(f"{k} leading eigenvectors of a component of {m} rows were not found ({error}): lower K") from error
+            raise ValueError(
+                f"{k} leading eigenvectors of a component of {m} rows were not found ({error}): lower K"
+            ) from error
         if inverse is not None:
             new = shift - 1 / new
         kth = np.sort(values)[-k] if len(values) >= k else -np.inf
@@ -326,7 +356,11 @@ def lanczos(
         found, values = np.concatenate([found, vectors], 1), np.concatenate([values, new])
         number = 1 if len(values) == k else 2 * number
     order = np.argsort(-values)
-    order = order[values[order] >= max(values[order[min(k, len(order)) - 1]] - tie, least)] if len(order) else order
+    order = (
+        order[values[order] >= max(values[order[min(k, len(order)) - 1]] - tie, least)]
+        if len(order)
+        else order
+    )
     return values[order], found[:, r:][:, order]
 
 
@@ -358,7 +392,9 @@ def largest(operator: scipy.sparse.linalg.LinearOperator, k: int, seed: int) -> 
     m = operator.shape[0]
     ncv = min(m, max(2 * k + 1, 100))
     start = np.random.default_rng(seed).standard_normal(m)
-    return scipy.sparse.linalg.eigsh(operator, k, which="LA", v0=start, ncv=ncv, maxiter=max(PRODUCTS // ncv, 10))
+    return scipy.sparse.linalg.eigsh(
+        operator, k, which="LA", v0=start, ncv=ncv, maxiter=max(PRODUCTS // ncv, 10)
+    )
 
 
 def tied(values: np.ndarray, vectors: np.ndarray | scipy.sparse.csr_array) -> list[Eigenspace]:
@@ -367,9 +403,15 @@ def tied(values: np.ndarray, vectors: np.ndarray | scipy.sparse.csr_array) -> li
     values, vectors = values[order], vectors[:, order]
     at = np.asarray(abs(vectors).argmax(0)).ravel()
     signs = np.sign(np.asarray(vectors[at, np.arange(len(values))]).ravel())
-    vectors = vectors * signs if isinstance(vectors, np.ndarray) else vectors @ scipy.sparse.diags_array(signs)
+    vectors = (
+        vectors * signs if isinstance(vectors, np.ndarray) else vectors @ scipy.sparse.diags_array(signs)
+    )
     cuts = np.nonzero(values[:-1] - values[1:] > TIE * max(1.0, float(abs(values).max(initial=0))))[0] + 1
-    return [explicit(float(values[a:b].mean()), vectors[:, a:b]) for a, b in pairwise([0, *cuts.tolist(), len(values)]) if b > a]
+    return [
+        explicit(float(values[a:b].mean()), vectors[:, a:b])
+        for a, b in pairwise([0, *cuts.tolist(), len(values)])
+        if b > a
+    ]
 
 
 def explicit(value: float, vectors: np.ndarray | scipy.sparse.csr_array) -> Eigenspace:
@@ -377,7 +419,9 @@ def explicit(value: float, vectors: np.ndarray | scipy.sparse.csr_array) -> Eige
 
     def basis(q: int) -> Tensor:
         some = vectors[:, :q]
-        return torch.from_numpy(np.ascontiguousarray(some if isinstance(some, np.ndarray) else some.toarray()))
+        return torch.from_numpy(
+            np.ascontiguousarray(some if isinstance(some, np.ndarray) else some.toarray())
+        )
 
     return Eigenspace(
         value,

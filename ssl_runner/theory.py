@@ -21,7 +21,18 @@ from torch import Tensor
 
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SquaredSimCLR, VICReg
 from ssl_runner.relation import Relation
-from ssl_runner.spectrum import TIE, Eigenspace, Groups, between, cliques, components, explicit, helmert, sparse, spectrum
+from ssl_runner.spectrum import (
+    TIE,
+    Eigenspace,
+    Groups,
+    between,
+    cliques,
+    components,
+    explicit,
+    helmert,
+    sparse,
+    spectrum,
+)
 
 EXACT, UPPER, LOWER = "exact", "upper bound", "lower bound"
 SIMPLEX_ROWS = 5000  # points up to which the simplex is written out
@@ -65,7 +76,9 @@ class Optimum:
 def optimum(loss: Loss, G: Relation, K: int) -> Optimum:
     """The optimum over free embeddings Z (N, K). Raises NotImplementedError for a loss without a closed form; register one with
     `@optimum.register`. Raises ValueError for K < 1, and for a G whose support rows are not free."""
-    raise NotImplementedError(f"{type(loss).__name__} has no closed form: register one with ssl_runner.theory.optimum.register")
+    raise NotImplementedError(
+        f"{type(loss).__name__} has no closed form: register one with ssl_runner.theory.optimum.register"
+    )
 
 
 def free_rows(G: Relation, K: int) -> int:
@@ -101,7 +114,9 @@ def _(loss: VICReg, G: Relation, K: int) -> Optimum:
     taken = leading(spectrum(G, "laplacian", min(K, N - 1)), min(K, N - 1))
     values = repeat_values(taken)
     s = vicreg_scales(loss, values, N)
-    value = vicreg_value(loss, s, values, N) + (K - len(s)) * vicreg_value(loss, s.new_zeros(1), s.new_zeros(1), N)
+    value = vicreg_value(loss, s, values, N) + (K - len(s)) * vicreg_value(
+        loss, s.new_zeros(1), s.new_zeros(1), N
+    )
     exact = loss.variance == "squared" and loss.weights["covariance"] >= loss.weights["variance"]
     return Optimum(
         form="Laplacian eigenmaps",
@@ -127,7 +142,11 @@ def vicreg_scales(loss: VICReg, values: Tensor, N: int) -> Tensor:
 
 def vicreg_value(loss: VICReg, s: Tensor, values: Tensor, N: int) -> float:
     """VICReg of decorrelated columns with standard deviations s (k,) along eigenvectors of the Laplacian's eigenvalues (k,)."""
-    variance = (1 - s.square()).square() if loss.variance == "squared" else (1 - (s.square() + loss.eps).sqrt()).relu()
+    variance = (
+        (1 - s.square()).square()
+        if loss.variance == "squared"
+        else (1 - (s.square() + loss.eps).sqrt()).relu()
+    )
     invariance = 2 * (N - 1) / N * values * s.square()
     return float((loss.weights["variance"] * variance + loss.weights["invariance"] * invariance).sum())
 
@@ -144,7 +163,9 @@ def _(loss: SquaredSimCLR, G: Relation, K: int) -> Optimum:
     return Optimum(
         form="multidimensional scaling",
         kind=EXACT,
-        value=square_norm(G) - float(g.square().sum()) if loss.reduction == "sum" else -float(g.square().sum()) / N**2,
+        value=square_norm(G) - float(g.square().sum())
+        if loss.reduction == "sum"
+        else -float(g.square().sum()) / N**2,
         singular_values=padded(g.sqrt(), K),
         spaces=keep(taken, g > 0),
         seen=centred if loss.center else raw,
@@ -155,7 +176,9 @@ def _(loss: SquaredSimCLR, G: Relation, K: int) -> Optimum:
 def square_norm(G: Relation) -> float:
     """sum_ij G_ij^2."""
     groups = cliques(G)
-    return float((groups.sizes * groups.degrees * groups.weights).sum() if groups else G.weights().square().sum())
+    return float(
+        (groups.sizes * groups.degrees * groups.weights).sum() if groups else G.weights().square().sum()
+    )
 
 
 @optimum.register
@@ -171,7 +194,13 @@ def _(loss: SimCLR, G: Relation, K: int) -> Optimum:
         value = row_entropy(G, groups) / (total if loss.reduction == "mean" and total else 1)
         scale = math.sqrt(N) / max(float(surrogate.singular_values.norm()), 1e-300)
         return Optimum(
-            "row entropy", LOWER if total else EXACT, value, scale * surrogate.singular_values, surrogate.spaces, unit_rows, None
+            "row entropy",
+            LOWER if total else EXACT,
+            value,
+            scale * surrogate.singular_values,
+            surrogate.spaces,
+            unit_rows,
+            None,
         )
     M, m = len(groups.sizes), int(groups.sizes[0])
     others = (N - m) * math.exp(-(1 + 1 / (M - 1)) / loss.tau) if M > 1 else 0.0
@@ -202,7 +231,9 @@ def row_entropy(G: Relation, groups: Groups | None) -> float:
     """-sum_ij G_ij log(G_ij / d_i), a lower bound of SimCLR's sum; sum_i d_i log d_i where entries are 0 or 1.
     groups: those of G, if it has any."""
     if groups:
-        return float(torch.special.xlogy(groups.sizes * groups.degrees, (groups.sizes - 1).double().clamp(min=1)).sum())
+        return float(
+            torch.special.xlogy(groups.sizes * groups.degrees, (groups.sizes - 1).double().clamp(min=1)).sum()
+        )
     d, weights = G.degrees.cpu().double(), G.weights()
     return float(torch.special.xlogy(d, d).sum() - torch.special.xlogy(weights, weights).sum())
 
@@ -215,7 +246,11 @@ def _(loss: BarlowTwins, G: Relation, K: int) -> Optimum:
     N = free_rows(G, K)
     d = G.degrees.cpu().double()
     dims = min(K, int((d > 0).sum()) - (1 if loss.center else 0))
-    taken = [(space, q) for space, q in leading(spectrum(G, "normalized", dims, loss.center), dims) if space.value > TIE]
+    taken = [
+        (space, q)
+        for space, q in leading(spectrum(G, "normalized", dims, loss.center), dims)
+        if space.value > TIE
+    ]
     unit = 1 / (1 + loss.eps)  # C_kk of a column with z'Gz = z'Dz = 1
     rho = repeat_values(taken)
     mixes = [torch.eye(len(rho), K, dtype=torch.float64)]
@@ -313,7 +348,11 @@ def captured(U: Tensor, spaces: Taken) -> tuple[float, float]:
     for space, q in spaces:
         part = U.T @ space.project(U)
         whole = float(part.trace())
-        most += whole if q >= min(space.dim, len(part)) else float(torch.linalg.eigvalsh(part)[-q:].clamp(min=0).sum())
+        most += (
+            whole
+            if q >= min(space.dim, len(part))
+            else float(torch.linalg.eigvalsh(part)[-q:].clamp(min=0).sum())
+        )
         mean += whole * q / space.dim
     return most, mean
 

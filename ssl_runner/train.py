@@ -92,7 +92,9 @@ class Pretraining:
         self.order_state = self.order_generator.get_state()  # from which this epoch's order is drawn
         self.last_row: dict[str, Any] = {}
         if distributed.rank():
-            torch.manual_seed(seed + distributed.rank())  # what is dropped from one process's rows is not from another's
+            torch.manual_seed(
+                seed + distributed.rank()
+            )  # what is dropped from one process's rows is not from another's
 
     def epochs(self) -> Iterator[dict[str, Any]]:
         """Trains the epochs that are left; yields epoch, step, images_seen, seconds, images_per_s, lr, loss and the loss's terms
@@ -112,11 +114,19 @@ class Pretraining:
         with self.preemption.held():
             stopped = self._steps(bar)
             if not nn.utils.get_total_norm(self.parameters()).isfinite():
-                raise Diverged(f"the weights are not finite after step {self.step - 1}, though the loss was; {ADVICE}")
+                raise Diverged(
+                    f"the weights are not finite after step {self.step - 1}, though the loss was; {ADVICE}"
+                )
             self._save()
             if stopped:
                 raise Preempted(f"preempted after step {self.step}, from which the run can go on")
-        means = dict(zip(self.sums, (torch.stack(list(self.sums.values())) / self.steps_per_epoch).tolist(), strict=True))
+        means = dict(
+            zip(
+                self.sums,
+                (torch.stack(list(self.sums.values())) / self.steps_per_epoch).tolist(),
+                strict=True,
+            )
+        )
         seconds = self.seconds - self.seconds_before
         self.epoch += 1
         self.sums, self.seconds_before, self.order_state = {}, self.seconds, self.order_generator.get_state()
@@ -146,7 +156,9 @@ class Pretraining:
             self.step += 1
             bar.set_postfix(watch.latest, refresh=False)
             bar.update(self.batch_size)
-            asked = self.vote(STOP if self.preemption.asked else SAVE if time.perf_counter() - saved > SAVE_AFTER else 0)
+            asked = self.vote(
+                STOP if self.preemption.asked else SAVE if time.perf_counter() - saved > SAVE_AFTER else 0
+            )
             if asked:
                 watch.finish()
                 self.seconds += time.perf_counter() - start
@@ -182,14 +194,21 @@ class Pretraining:
         but for fp16's scaler where the optimiser is not a fused one, which looks itself whether the gradients overflowed."""
         part, parts = distributed.rank(), distributed.size()
         size = self.sizes[self.step * len(self.sizes) // (self.total_epochs * self.steps_per_epoch)]
-        X = self.augment(images, self.V, self.data.mean, self.data.std, self.view_generator, part, parts, size=size)
+        X = self.augment(
+            images, self.V, self.data.mean, self.data.std, self.view_generator, part, parts, size=size
+        )
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            Z = torch.cat([self.network(x.contiguous(memory_format=self.memory_format)) for x in X.chunk(self.chunks)])
+            Z = torch.cat(
+                [self.network(x.contiguous(memory_format=self.memory_format)) for x in X.chunk(self.chunks)]
+            )
         if self.divided:
             terms = self._terms(Z, batch)
         else:  # every process computes all of the loss, from all rows
             rows = distributed.gather(Z.float()).unflatten(0, (parts, self.V, -1))
-            with distributed.alone(), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            with (
+                distributed.alone(),
+                torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
+            ):
                 torch.manual_seed(self.seed + self.step)  # what a loss may draw is the same in all
                 terms = self._terms(rows.transpose(0, 1).flatten(0, 2), batch)
         loss = self.loss.total(terms)
@@ -295,7 +314,9 @@ class Watch:
             numbers = dict(zip(names, values.tolist(), strict=True))
             broken = {name: value for name, value in numbers.items() if not math.isfinite(value)}
             if broken:
-                terms = ", ".join(f"{name}={value}" for name, value in broken.items() if name != "loss" or len(broken) == 1)
+                terms = ", ".join(
+                    f"{name}={value}" for name, value in broken.items() if name != "loss" or len(broken) == 1
+                )
                 raise Diverged(f"the loss is not finite at step {step}: {terms}; {ADVICE}")
             self.latest = {"loss": f"{numbers['loss']:.4g}"}
 
@@ -305,11 +326,21 @@ def choose_device(device: str) -> torch.device:
     device is not there."""
     here = distributed.place()
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and not here else "cpu"
+        device = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available() and not here
+            else "cpu"
+        )
     kind, _, index = device.partition(":")
     if here and (index or kind == "mps"):
-        raise Refused(f"device={device} is one device, and {here.size} processes train: give device=auto, cuda or cpu")
-    if here and kind == "cuda" and torch.cuda.device_count() > 1:  # else Slurm has bound the one that is this task's
+        raise Refused(
+            f"device={device} is one device, and {here.size} processes train: give device=auto, cuda or cpu"
+        )
+    if (
+        here and kind == "cuda" and torch.cuda.device_count() > 1
+    ):  # else Slurm has bound the one that is this task's
         index = str(here.local_rank)
     if kind == "cuda":
         count = torch.cuda.device_count()
@@ -325,7 +356,9 @@ def choose_device(device: str) -> torch.device:
 def choose_precision(precision: str, device: torch.device) -> str:
     """`auto` is bf16 on a GPU or a CPU that has instructions for it, else fp16 on CUDA, else fp32. Refused when the device cannot
     compute in it. A CPU without such instructions emulates bf16, an order of magnitude slower than it computes in fp32."""
-    bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    bf16 = device.type == "cpu" or (
+        device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
     if precision == "auto":
         native = bf16_instructions() if device.type == "cpu" else bf16
         return "bf16" if native else "fp16" if device.type == "cuda" else "fp32"

@@ -82,7 +82,18 @@ def row_by_row(
 
     sizes = (images.shape[2], images.shape[3]), (X.shape[2], X.shape[3])
     threshold = policy.solarize["threshold"] if policy.solarize else 0.0
-    fused.make(images, which, X, where, own, drawn.numbers | drawn.choices, mean, std, policy.kernel(*sizes), threshold)
+    fused.make(
+        images,
+        which,
+        X,
+        where,
+        own,
+        drawn.numbers | drawn.choices,
+        mean,
+        std,
+        policy.kernel(*sizes),
+        threshold,
+    )
 
 
 def all_at_once(
@@ -137,9 +148,16 @@ class Policy:
         check_settings("affine", affine, affine_bounds)
         strengths = dict.fromkeys(("brightness", "contrast", "saturation"), (0, math.inf))
         check_settings("jitter", jitter, {"p": (0, 1), **strengths, "hue": (0, 0.5)})
-        check_settings("blur", blur, {"p": (0, 1), "sigma": (0, math.inf), "kernel": (1, math.inf)}, required={"p", "sigma"})
+        check_settings(
+            "blur",
+            blur,
+            {"p": (0, 1), "sigma": (0, math.inf), "kernel": (1, math.inf)},
+            required={"p", "sigma"},
+        )
         check_settings("solarize", solarize, {"p": (0, 1), "threshold": (0, 1)}, required={"p", "threshold"})
-        check_settings("policy", {"flip": flip, "grayscale": grayscale}, {"flip": (0, 1), "grayscale": (0, 1)})
+        check_settings(
+            "policy", {"flip": flip, "grayscale": grayscale}, {"flip": (0, 1), "grayscale": (0, 1)}
+        )
         if blur and blur.get("kernel", 1) % 2 != 1:
             raise ValueError(f"blur.kernel={blur['kernel']} is not an odd number of pixels")
 
@@ -176,9 +194,15 @@ class Policy:
         """The side of the blur's kernel in pixels of the view, 1 without a blur. ValueError where it reaches over the view."""
         if not self.blur:
             return 1
-        side = odd(size[1] / own[1] * self.blur["kernel"]) if "kernel" in self.blur else max(3, odd(min(size) / 10))
+        side = (
+            odd(size[1] / own[1] * self.blur["kernel"])
+            if "kernel" in self.blur
+            else max(3, odd(min(size) / 10))
+        )
         if side // 2 >= min(size):
-            raise ValueError(f"blur.kernel={side} reaches over views of {size[1]} x {size[0]} pixels: give a smaller one")
+            raise ValueError(
+                f"blur.kernel={side} reaches over views of {size[1]} x {size[0]} pixels: give a smaller one"
+            )
         return side
 
     def __call__(self, x: Tensor, drawn: Drawn, size: tuple[int, int]) -> Tensor:
@@ -212,7 +236,9 @@ def where(chosen: Tensor, x: Tensor, operation: Callable[..., Tensor], *numbers:
         return operation(x, *numbers)
     rows = copied(chosen.nonzero()[:, 0], x.device)
     if len(rows):
-        x.index_copy_(0, rows, operation(x.index_select(0, rows), *(number.index_select(0, rows) for number in numbers)))
+        x.index_copy_(
+            0, rows, operation(x.index_select(0, rows), *(number.index_select(0, rows) for number in numbers))
+        )
     return x
 
 

@@ -31,7 +31,9 @@ def one_seed() -> None:
 
 
 @pytest.fixture
-def ssl_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable]:
+def ssl_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable]:
     """ssl_run("loss=simclr epochs=1") -> (exit code, standard output, standard error), in an empty working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SSL_RUNNER_DATA", str(tmp_path / "data"))
@@ -65,5 +67,7 @@ def make_pictures(root: Path, train: int, test: int, side: int) -> None:
         for c, name in enumerate(("dark", "light")):
             (root / part / name).mkdir(parents=True)
             for i in range(n):
-                pixels = torch.randint(100 * c, 100 * c + 100, (side, side, 3), generator=generator, dtype=torch.uint8)
+                pixels = torch.randint(
+                    100 * c, 100 * c + 100, (side, side, 3), generator=generator, dtype=torch.uint8
+                )
                 Image.fromarray(pixels.numpy()).save(root / part / name / f"{i}.png")

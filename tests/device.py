@@ -109,7 +109,9 @@ class _Device(TorchDispatchMode):
             result.is_pinned_here = True
         if not there or (packet is aten.copy_ and id(args[0]) not in ours):
             return result
-        return tree_map(lambda x: ours[id(x)] if id(x) in ours else OnDevice(x) if isinstance(x, Tensor) else x, result)
+        return tree_map(
+            lambda x: ours[id(x)] if id(x) in ours else OnDevice(x) if isinstance(x, Tensor) else x, result
+        )
 
     @staticmethod
     def copies(func: Any, args: Any, kwargs: Any, there: bool) -> None:
@@ -125,7 +127,9 @@ class _Device(TorchDispatchMode):
         if isinstance(source, OnDevice) == to_device or not source.numel():
             return  # from the device to itself, or nothing
         if to_device and (blocking or not pinned):
-            raise Waits("a copy to the device that waits: pin the memory and give non_blocking=True, as `copied` does")
+            raise Waits(
+                "a copy to the device that waits: pin the memory and give non_blocking=True, as `copied` does"
+            )
         if not to_device and func.overloadpacket is aten._to_copy:
             raise Waits("a copy from the device to the host")
         if not to_device and (blocking or not pinned):
@@ -136,9 +140,15 @@ class _Device(TorchDispatchMode):
         packet = func.overloadpacket
         if packet in READ:
             raise Waits(f"{READ[packet]}, on the device")
-        if packet is aten.repeat_interleave and func._overloadname == "Tensor" and kwargs.get("output_size") is None:
+        if (
+            packet is aten.repeat_interleave
+            and func._overloadname == "Tensor"
+            and kwargs.get("output_size") is None
+        ):
             raise Waits("repeat_interleave by a tensor, without output_size")
-        if packet in INDEXED and any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]):
+        if packet in INDEXED and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        ):
             raise Waits("indexing by a mask, whose number of entries depends on values")
         if any(t.is_meta for t in host):  # a new_tensor, which C++ makes by itself
             raise Waits("a tensor made of numbers on the device")
@@ -166,14 +176,24 @@ def pretended() -> Iterator[None]:
     def waits(*args: Any, **kwargs: Any) -> None:
         raise Waits("waiting for the device")
 
-    stand_ins = {"Event": _Event, "current_stream": lambda device=None: None, "synchronize": waits, "_lazy_init": lambda: None}
+    stand_ins = {
+        "Event": _Event,
+        "current_stream": lambda device=None: None,
+        "synchronize": waits,
+        "_lazy_init": lambda: None,
+    }
     of_the_host = torch.Generator
 
     def generator(device: Any = None) -> torch.Generator:
         return of_the_host()
 
     amp = mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", return_value=False)
-    with mock.patch.multiple(torch.cuda, **stand_ins), mock.patch.object(torch, "Generator", generator), amp, _Device():
+    with (
+        mock.patch.multiple(torch.cuda, **stand_ins),
+        mock.patch.object(torch, "Generator", generator),
+        amp,
+        _Device(),
+    ):
         yield
 
 

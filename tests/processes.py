@@ -22,7 +22,9 @@ def in_processes(W: int, function: Callable[..., Any], *arguments: Any) -> list[
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")  # torch is imported once
     queue = context.Queue()
-    children = [context.Process(target=_child, args=(rank, W, port, queue, function, arguments)) for rank in range(W)]
+    children = [
+        context.Process(target=_child, args=(rank, W, port, queue, function, arguments)) for rank in range(W)
+    ]
     for child in children:
         child.start()
     results = dict(pickle.loads(queue.get(timeout=PATIENCE)) for _ in children)

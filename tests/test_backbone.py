@@ -34,7 +34,9 @@ def test_the_stem_follows_the_image_size(name: str, width: int) -> None:
     assert isinstance(small.body.maxpool, nn.Identity)
     reference = torchvision.models.get_model(name)
     reference.fc = nn.Identity()
-    assert {n: p.shape for n, p in large.body.named_parameters()} == {n: p.shape for n, p in reference.named_parameters()}
+    assert {n: p.shape for n, p in large.body.named_parameters()} == {
+        n: p.shape for n, p in reference.named_parameters()
+    }
 
 
 def test_linear_is_one_matrix() -> None:

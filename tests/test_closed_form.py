@@ -32,24 +32,32 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_linear_backbone_is_solved_end_to_end(ssl_run, loss: str) -> None:
-    code, out, err = ssl_run(f"solver=closed_form backbone=linear backbone.width=12 loss={loss} {SMALL} diagnostics.moments=2")
+    code, out, err = ssl_run(
+        f"solver=closed_form backbone=linear backbone.width=12 loss={loss} {SMALL} diagnostics.moments=2"
+    )
     assert (code, err) == (0, "")
     folder = run_folder(out)
     [row] = rows(folder / "metrics.csv")
     assert (row["epoch"], row["step"], row["images_seen"], row["lr"]) == ("2", "6", "300", "")
     assert row["loss_is"] == ("exact" if "squared" in loss or loss == "simclr" else "upper bound")
     assert row["loss_of"] == {"v": "VICReg", "s": "SquaredSimCLR", "b": "BarlowTwins"}[loss[0]]
-    assert_close(float(row["moments_loss"]), float(row["loss"]), rtol=1e-4, atol=1e-4)  # the network's weights are float32
+    assert_close(
+        float(row["moments_loss"]), float(row["loss"]), rtol=1e-4, atol=1e-4
+    )  # the network's weights are float32
     assert_close(float(row["moments_floor"]), float(row["loss"]))
     assert json.loads((folder / "run.json").read_text())["precision"] == "fp32"
     assert "projector=0 parameters" in out
 
 
 def test_the_head_of_a_frozen_backbone_is_solved_and_is_what_the_run_is_judged_by(ssl_run) -> None:
-    code, out, err = ssl_run(f"solver=closed_form backbone=convnet backbone.widths=[8,16] projector.K=12 loss=barlow {SMALL}")
+    code, out, err = ssl_run(
+        f"solver=closed_form backbone=convnet backbone.widths=[8,16] projector.K=12 loss=barlow {SMALL}"
+    )
     assert (code, err) == (0, "")
     folder = run_folder(out)
-    scores = {row["features"]: row["top1"] for row in rows(folder / "probe.csv") if row["eval_split"] == "test"}
+    scores = {
+        row["features"]: row["top1"] for row in rows(folder / "probe.csv") if row["eval_split"] == "test"
+    }
     assert scores.keys() == {"projector", "backbone"}
     assert f"top1={float(scores['projector']):.4f} " in out
 
@@ -61,14 +69,18 @@ def test_weights_of_another_run_are_the_starting_point(ssl_run) -> None:
     expected = [row["top1"] for row in rows(run_folder(out) / "probe.csv") if row["features"] == "backbone"]
     code, out, err = ssl_run(f"solver=closed_form projector.K=8 weights={weights} {small}")
     assert (code, err) == (0, "")
-    assert [row["top1"] for row in rows(run_folder(out) / "probe.csv") if row["features"] == "backbone"] == expected
+    assert [
+        row["top1"] for row in rows(run_folder(out) / "probe.csv") if row["features"] == "backbone"
+    ] == expected
     code, _, err = ssl_run(f"solver=closed_form backbone.widths=[8,8] weights={weights} {SMALL}")
     assert code == 1
     assert "does not fit this backbone" in err
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("relation", ["neighbors", "neighbors relation.queue=64", "noisy", "noisy relation.of=views", "edges"])
+@pytest.mark.parametrize(
+    "relation", ["neighbors", "neighbors relation.queue=64", "noisy", "noisy relation.of=views", "edges"]
+)
 @pytest.mark.parametrize("normalized", ["false", "true"])
 def test_every_relation_trains(ssl_run, tmp_path: Path, relation: str, normalized: str) -> None:
     pairs = np.random.default_rng(0).integers(0, 5000, (1_000_000, 2))  # 8 of 100 pairs of a batch
@@ -86,7 +98,9 @@ def test_every_relation_trains(ssl_run, tmp_path: Path, relation: str, normalize
         _, out, _ = ssl_run(f"relation=views relation.normalized={normalized} {tiny} {SMALL}")
         assert rows(run_folder(out) / "metrics.csv")[0]["loss"] != table[0]["loss"]
     if relation != "neighbors relation.queue=64":
-        code, _, err = ssl_run(f"solver=closed_form relation={relation} {path} backbone=linear backbone.width=8 {SMALL}")
+        code, _, err = ssl_run(
+            f"solver=closed_form relation={relation} {path} backbone=linear backbone.width=8 {SMALL}"
+        )
         assert (code, err) == (0, "")
 
 
@@ -108,7 +122,9 @@ def test_columns_are_empty_between_diagnostics(ssl_run) -> None:
 
 def solver(loss: Loss, relation: relate.BatchRelation, width: int = 4, batch_size: int = 20) -> ClosedForm:
     source = toy()
-    source.images = torch.randint(0, 256, source.images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    source.images = torch.randint(
+        0, 256, source.images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     data = load(source)
     relation.bind(data.pretrain.labels)
     augment = Augment({"all": {"crop": {"scale": [0.5, 1.0]}}})
@@ -140,7 +156,13 @@ def all_views(solver: ClosedForm) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "loss",
-    [VICReg(2.0, 2.0, 0.5, variance="squared"), SquaredSimCLR(), SquaredSimCLR(center=True), BarlowTwins(0.1), VICReg()],
+    [
+        VICReg(2.0, 2.0, 0.5, variance="squared"),
+        SquaredSimCLR(),
+        SquaredSimCLR(center=True),
+        BarlowTwins(0.1),
+        VICReg(),
+    ],
     ids=lambda x: type(x).__name__,
 )
 @pytest.mark.parametrize(
@@ -151,7 +173,11 @@ def test_the_reported_loss_is_that_of_all_rows_at_once(loss: Loss, relation: rel
     fitted = solver(loss, relation)
     [row] = fitted.epochs()
     X, labels = all_views(fitted)
-    G = Views(len(labels), 2) if isinstance(relation, relate.Views) else Labels(labels.repeat(2), normalized=relation.normalized)
+    G = (
+        Views(len(labels), 2)
+        if isinstance(relation, relate.Views)
+        else Labels(labels.repeat(2), normalized=relation.normalized)
+    )
     with torch.no_grad():
         Z = fitted.backbone(X)
     assert Z.mean(0).abs().max() <= 1e-4 * Z.abs().max() or loss.center is False
@@ -162,9 +188,12 @@ def test_the_labels_relation_gives_linear_discriminant_analysis() -> None:
     fitted = solver(BarlowTwins(), relate.Labels(), width=2)
     list(fitted.epochs())
     X, labels = all_views(fitted)
-    theirs = LinearDiscriminantAnalysis(solver="svd").fit(X.flatten(1).double().numpy(), labels.repeat(2).numpy())
+    theirs = LinearDiscriminantAnalysis(solver="svd").fit(
+        X.flatten(1).double().numpy(), labels.repeat(2).numpy()
+    )
     Q, P = (
-        torch.linalg.qr(M)[0] for M in (fitted.backbone.body[1].weight.detach().T.double(), torch.from_numpy(theirs.scalings_))
+        torch.linalg.qr(M)[0]
+        for M in (fitted.backbone.body[1].weight.detach().T.double(), torch.from_numpy(theirs.scalings_))
     )
     classes = len(fitted.data.classes)
     assert torch.linalg.svdvals(Q[:, : classes - 1].T @ P[:, : classes - 1]).min() > 1 - 1e-3
@@ -175,7 +204,15 @@ def test_the_gap_of_a_trained_matrix_is_on_the_moments_of_the_solver() -> None:
     [row] = fitted.epochs()
     matrix = fitted.backbone.body[1]
     moments = stream(
-        torch.nn.Flatten(), 48, fitted.data, fitted.augment, relate.Views(), V=2, batch_size=20, passes=1, seed=0
+        torch.nn.Flatten(),
+        48,
+        fitted.data,
+        fitted.augment,
+        relate.Views(),
+        V=2,
+        batch_size=20,
+        passes=1,
+        seed=0,
     ).centred()
     gap = MomentsGap(moments, fitted.loss, 4)
     there = gap(matrix)
@@ -201,7 +238,9 @@ def test_batches_of_any_size_give_the_same_moments() -> None:
     for batch_size in (20, 30):
         fitted = solver(VICReg(), relate.Labels(True), batch_size=batch_size)
         settings = {"V": 2, "batch_size": batch_size, "passes": 1, "seed": 0}
-        m = stream(torch.nn.Flatten(), 48, fitted.data, Augment({"all": {}}), fitted.relation, **settings).centred()
+        m = stream(
+            torch.nn.Flatten(), 48, fitted.data, Augment({"all": {}}), fitted.relation, **settings
+        ).centred()
         moments.append((m, len(fitted.data.pretrain) // batch_size * batch_size))
     (first, rows_first), (second, rows_second) = moments
     assert rows_first == rows_second

@@ -20,8 +20,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # torch.
 def compare(loss: Callable[[], Loss], backbone: Callable[..., Backbone], compiler: str) -> None:
     """Three steps, of which the later ones show the gradients and the batch statistics of the earlier ones."""
     torch.compiler.reset()
-    views, sgd = Augment({"all": {"flip": 0.5}}), torch.optim.SGD  # Adam makes much of what rounding leaves of a zero gradient
-    plain, compiled = (steps(loss(), Views(), views, sgd, backbone, CPU, compiler=chosen) for chosen in (None, compiler))
+    views, sgd = (
+        Augment({"all": {"flip": 0.5}}),
+        torch.optim.SGD,
+    )  # Adam makes much of what rounding leaves of a zero gradient
+    plain, compiled = (
+        steps(loss(), Views(), views, sgd, backbone, CPU, compiler=chosen) for chosen in (None, compiler)
+    )
     for a, b in zip(compiled, plain, strict=True):
         assert_close(a, b, rtol=1e-3, atol=1e-4)
 

@@ -11,9 +11,15 @@ from ssl_runner.source import mnist5k
 
 REFUSED = [
     # another loss's setting
-    ("loss=simclr gamma=25", "gamma is a setting of loss=vicreg, not of loss=simclr (settings: tau, reduction)"),
+    (
+        "loss=simclr gamma=25",
+        "gamma is a setting of loss=vicreg, not of loss=simclr (settings: tau, reduction)",
+    ),
     ("loss=simclr +gamma=25", "gamma is a setting of loss=vicreg, not of loss=simclr"),
-    ("loss=vicreg tau=0.5", "tau is a setting of loss=simclr, not of loss=vicreg (settings: alpha, beta, gamma, variance)"),
+    (
+        "loss=vicreg tau=0.5",
+        "tau is a setting of loss=simclr, not of loss=vicreg (settings: alpha, beta, gamma, variance)",
+    ),
     ("loss=simclr alpha=1", "alpha is a setting of loss=barlow and loss=vicreg, not of loss=simclr"),
     ("-m loss=vicreg,simclr gamma=1,25", "gamma is a setting of loss=vicreg, not of loss=simclr"),
     # unknown keys and choices
@@ -22,12 +28,18 @@ REFUSED = [
     ("lr=0.1", "did you mean optimizer.lr?"),
     ("projector.k=8", "did you mean projector.K?"),
     ("los=simclr", "did you mean loss?"),
-    ("loss=simclrr", "loss=simclrr is not a choice; did you mean simclr?; loss is one of barlow, simclr, simclr_squared, vicreg"),
+    (
+        "loss=simclrr",
+        "loss=simclrr is not a choice; did you mean simclr?; loss is one of barlow, simclr, simclr_squared, vicreg",
+    ),
     ("optimizer=adam", "optimizer is one of adamw, lars, sgd"),
     ("experiment=nope", "experiment=nope is not a choice"),
     ("+something=1", "something is not a setting"),
     ("++something=1", "something is not a setting"),
-    ("dataset.root=/x", "dataset.root is a setting of dataset=cifar10 and dataset=cifar100 and dataset=folder and dataset=stl10"),
+    (
+        "dataset.root=/x",
+        "dataset.root is a setting of dataset=cifar10 and dataset=cifar100 and dataset=folder and dataset=stl10",
+    ),
     ("views.policies.all.flip=0.5", "+views.policies.all.flip=0.5 adds an argument"),
     ("loss.gamma=3", "loss.gamma=3: set it at the root, gamma=3"),
     ("~loss", "loss is one of barlow, simclr, simclr_squared, vicreg"),
@@ -75,22 +87,43 @@ REFUSED = [
     ("probe.features=[pixels]", "probe.features=[pixels] lacks backbone"),
     ("relation=neighbors relation.k=0", "relation.k is an integer >= 1"),
     ("relation=neighbors relation.queue=-1", "relation.queue is an integer >= 0"),
-    ("relation.k=3", "relation.k is a setting of relation=neighbors, not of relation=views (settings: normalized)"),
+    (
+        "relation.k=3",
+        "relation.k is a setting of relation=neighbors, not of relation=views (settings: normalized)",
+    ),
     ("relation=noisy relation.p=1.5", "relation.p is a number from 0 to 1"),
     ("relation=noisy relation.of=noisy", "relation.of is one of views, labels, neighbors, edges"),
     ("relation=noisy relation.of=neighbors +relation.k=0", "relation.k is an integer >= 1"),
     ("-m relation=noisy relation.of=neighbors +relation.k=1,0", "relation.k is an integer >= 1"),
-    ("solver.passes=3", "solver.passes is a setting of solver=closed_form, not of solver=gradient (settings: none)"),
+    (
+        "solver.passes=3",
+        "solver.passes is a setting of solver=closed_form, not of solver=gradient (settings: none)",
+    ),
     ("solver=closed_form solver.ridge=-1", "solver.ridge is a number >= 0"),
-    ("solver=closed_form solver.name=gradient", "solver.name=gradient is not a setting: choose it by solver=gradient"),
-    ("backbone=linear solver.name=closed_form", "solver.name=closed_form is not a setting: choose it by solver=closed_form"),
+    (
+        "solver=closed_form solver.name=gradient",
+        "solver.name=gradient is not a setting: choose it by solver=gradient",
+    ),
+    (
+        "backbone=linear solver.name=closed_form",
+        "solver.name=closed_form is not a setting: choose it by solver=closed_form",
+    ),
     (
         "solver=closed_form backbone=linear projector=mlp",
         "projector=mlp: solver=closed_form backbone=linear solves for the backbone",
     ),
-    ("solver=closed_form backbone=linear projector.K=32", "projector.K=32: solver=closed_form backbone=linear solves for the"),
-    ("-m solver=gradient,closed_form backbone=linear projector.K=32", "projector.K=32: solver=closed_form backbone=linear"),
-    ("solver=closed_form backbone=linear weights=x.safetensors", "weights=x.safetensors: solver=closed_form backbone=linear"),
+    (
+        "solver=closed_form backbone=linear projector.K=32",
+        "projector.K=32: solver=closed_form backbone=linear solves for the",
+    ),
+    (
+        "-m solver=gradient,closed_form backbone=linear projector.K=32",
+        "projector.K=32: solver=closed_form backbone=linear",
+    ),
+    (
+        "solver=closed_form backbone=linear weights=x.safetensors",
+        "weights=x.safetensors: solver=closed_form backbone=linear",
+    ),
     ("solver=closed", "solver=closed is not a choice; did you mean closed_form?"),
     ("diagnostics.every=-1", "diagnostics.every is an integer >= 0"),
     ("diagnostics.images=1", "diagnostics.images is an integer >= 2"),
@@ -135,7 +168,10 @@ REFUSED_BY_THE_RUN = [
     ("device=cuda:99", "device=cuda:99: this machine has"),
     ("relation=edges", "relation.path=None is not a file: give a CSV or npz"),
     ("relation=edges relation.path=pairs.csv", "relation.path=pairs.csv is not a file"),
-    ("relation=neighbors relation.k=9 relation.queue=9", "queue=9: give k >= 1 neighbours, and a queue of 0 or of more than k"),
+    (
+        "relation=neighbors relation.k=9 relation.queue=9",
+        "queue=9: give k >= 1 neighbours, and a queue of 0 or of more than k",
+    ),
     (
         "relation=neighbors relation.k=128",
         "batch_size=128: relation=ssl_runner.relate.Neighbors seeks neighbours within the batch",
@@ -145,7 +181,10 @@ REFUSED_BY_THE_RUN = [
         "and needs 129 originals in it; give at least as many, or a smaller",
     ),
     ("relation=noisy +relation.k=3", "of=labels takes no k (settings: none)"),
-    ("relation=noisy relation.of=neighbors +relation.queue=9", "queue=9: what a queue holds cannot be rewired; set queue=0"),
+    (
+        "relation=noisy relation.of=neighbors +relation.queue=9",
+        "queue=9: what a queue holds cannot be rewired; set queue=0",
+    ),
     ("relation=noisy relation.of=edges", "relation.path=None is not a file: give a CSV or npz"),
     (
         "solver=closed_form relation=neighbors relation.queue=9",
@@ -155,17 +194,28 @@ REFUSED_BY_THE_RUN = [
         "diagnostics.moments=3 relation=neighbors relation.queue=9",
         "diagnostics.moments=3 relates rows of one batch: set relation.",
     ),
-    ("weights=nowhere.safetensors", "weights=nowhere.safetensors is not a file: give the backbone.safetensors of a finished run"),
+    (
+        "weights=nowhere.safetensors",
+        "weights=nowhere.safetensors is not a file: give the backbone.safetensors of a finished run",
+    ),
     ("weights=.", "weights=. is a folder: give the backbone.safetensors of a finished run"),
-    ("solver=closed_form projector=mlp", "solver=closed_form finds one matrix on top of the backbone: use projector=linear"),
+    (
+        "solver=closed_form projector=mlp",
+        "solver=closed_form finds one matrix on top of the backbone: use projector=linear",
+    ),
     ("solver=closed_form precision=bf16", "precision=bf16: solver=closed_form computes in fp32 and fp64"),
-    ("diagnostics.moments=3", "diagnostics.moments is for a linear model: use backbone=linear projector=identity"),
+    (
+        "diagnostics.moments=3",
+        "diagnostics.moments is for a linear model: use backbone=linear projector=identity",
+    ),
     ("backbone.widths=[]", "backbone.widths=[] is not a list of integers >= 1"),
     ("optimizer.betas=[2,3]", "optimizer: Invalid beta parameter"),
 ]
 
 
-@pytest.mark.parametrize(("command", "message"), REFUSED_BY_THE_RUN, ids=[command for command, _ in REFUSED_BY_THE_RUN])
+@pytest.mark.parametrize(
+    ("command", "message"), REFUSED_BY_THE_RUN, ids=[command for command, _ in REFUSED_BY_THE_RUN]
+)
 def test_refused_by_the_run_before_it_trains(ssl_run, tmp_path: Path, command: str, message: str) -> None:
     """What only the data or the libraries can tell: refused before the first step, and told in run.json too."""
     code, out, err = ssl_run(f"device=cpu {command}")
@@ -179,12 +229,23 @@ def test_refused_by_the_run_before_it_trains(ssl_run, tmp_path: Path, command: s
 
 def test_what_a_data_set_does_not_allow_stops_a_sweep_before_its_first_job(ssl_run, tmp_path: Path) -> None:
     """Pairs of the test set only: the first 1,000 rows of the digits' fixed order."""
-    (tmp_path / "pairs.csv").write_text("i,j\n" + "\n".join(f"{i},{j}" for i, j in pairwise(mnist5k().test[:100])))
+    (tmp_path / "pairs.csv").write_text(
+        "i,j\n" + "\n".join(f"{i},{j}" for i, j in pairwise(mnist5k().test[:100]))
+    )
     for command, message in (
-        ("relation=edges relation.path=pairs.csv,pairs.csv", "pairs.csv: no pair is of two of the 3600 images to pretrain on"),
-        ("relation=noisy relation.of=edges +relation.path=pairs.csv seed=0,1", "no pair is of two of the 3600 images"),
+        (
+            "relation=edges relation.path=pairs.csv,pairs.csv",
+            "pairs.csv: no pair is of two of the 3600 images to pretrain on",
+        ),
+        (
+            "relation=noisy relation.of=edges +relation.path=pairs.csv seed=0,1",
+            "no pair is of two of the 3600 images",
+        ),
         ("relation=neighbors relation.k=1,200", "needs 201 originals in it"),
-        ("solver=closed_form relation=neighbors relation.queue=0,9", "relates rows of one batch: set relation.queue=0"),
+        (
+            "solver=closed_form relation=neighbors relation.queue=0,9",
+            "relates rows of one batch: set relation.queue=0",
+        ),
     ):
         code, out, err = ssl_run(f"-m device=cpu {command}")
         assert (code, out) == (1, "")
@@ -193,7 +254,9 @@ def test_what_a_data_set_does_not_allow_stops_a_sweep_before_its_first_job(ssl_r
         assert list(tmp_path.rglob("run.json")) == []
 
 
-def test_a_loss_without_a_closed_form_is_refused_where_one_is_needed(ssl_run, tmp_path: Path, monkeypatch) -> None:
+def test_a_loss_without_a_closed_form_is_refused_where_one_is_needed(
+    ssl_run, tmp_path: Path, monkeypatch
+) -> None:
     (tmp_path / "own.py").write_text(
         "from ssl_runner.loss import Loss\n"
         "class Pull(Loss):\n"
@@ -206,10 +269,17 @@ def test_a_loss_without_a_closed_form_is_refused_where_one_is_needed(ssl_run, tm
     (tmp_path / "mine" / "loss").mkdir(parents=True)
     (tmp_path / "mine" / "loss" / "pull.yaml").write_text("# @package _global_\nloss: {_target_: own.Pull}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    for asked, solver in (("solver=closed_form", "solver=closed_form"), ("diagnostics.moments=3", "projector=identity")):
-        code, out, err = ssl_run(f"--config-dir mine -m loss=vicreg,pull backbone=linear {solver} {asked} device=cpu")
+    for asked, solver in (
+        ("solver=closed_form", "solver=closed_form"),
+        ("diagnostics.moments=3", "projector=identity"),
+    ):
+        code, out, err = ssl_run(
+            f"--config-dir mine -m loss=vicreg,pull backbone=linear {solver} {asked} device=cpu"
+        )
         assert (code, out) == (1, "")
-        assert err.startswith(f"{asked}: Pull has no closed linear form; vicreg, simclr, simclr_squared and barlow have")
+        assert err.startswith(
+            f"{asked}: Pull has no closed linear form; vicreg, simclr, simclr_squared and barlow have"
+        )
         assert err.count("\n") == 1
         assert list(tmp_path.rglob("run.json")) == []
 
@@ -221,13 +291,21 @@ def test_an_experiment_file_is_checked_like_the_command_line(ssl_run, tmp_path: 
     for name, text, message in [
         ("other", "gamma: 25", "gamma is a setting of loss=vicreg, not of loss=simclr"),
         ("typo", "epoch: 3", "epoch is not a setting; did you mean epochs?"),
-        ("nested", "dataset: {sbset: 3}\nprobe: {evry: 3}", "probe.evry is not a setting; did you mean every?"),
+        (
+            "nested",
+            "dataset: {sbset: 3}\nprobe: {evry: 3}",
+            "probe.evry is not a setting; did you mean every?",
+        ),
         ("type", "epochs: many", "epochs=many: epochs is an integer >= 1"),
         ("flat", "probe: 3", "probe is a group of settings"),
         ("resume", "resume: somewhere", "resume=somewhere stands in a file"),
         ("text", "epochs: '3'", "epochs='3': epochs is an integer >= 1"),
         ("range", "tau: -1", "tau=-1: tau is a number > 0"),
-        ("solver", "solver: {name: closed_form}", "solver.name=closed_form is not a setting: choose it by solver=closed_form"),
+        (
+            "solver",
+            "solver: {name: closed_form}",
+            "solver.name=closed_form is not a setting: choose it by solver=closed_form",
+        ),
     ]:
         (experiments / f"{name}.yaml").write_text(header + text + "\n")
         code, out, err = ssl_run(f"--config-dir mine experiment={name}")

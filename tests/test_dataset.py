@@ -104,15 +104,22 @@ def test_batches_ahead_are_the_batches_of_resident_images() -> None:
     assert not host.pretrain.resident
     expected = read(resident)
     assert [len(images) for images, _ in expected] == [16, 16, 16, 12]
-    assert torch.equal(torch.cat([images for images, _ in expected])[:, 0, 0, 0], resident.pretrain.rows[order].to(torch.uint8))
+    assert torch.equal(
+        torch.cat([images for images, _ in expected])[:, 0, 0, 0],
+        resident.pretrain.rows[order].to(torch.uint8),
+    )
     for (a, b), (c, d) in zip(expected, read(host), strict=True):
         assert torch.equal(a, c)
         assert torch.equal(b, d)
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-@pytest.mark.parametrize(("free", "location", "resident"), [(1e9, "auto", True), (5000, "auto", False), (1e9, "host", False)])
-def test_images_become_resident_if_they_fit(mapped, free, location, resident, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("free", "location", "resident"), [(1e9, "auto", True), (5000, "auto", False), (1e9, "host", False)]
+)
+def test_images_become_resident_if_they_fit(
+    mapped, free, location, resident, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The toy's images take 4,224 bytes. What a CPU has in memory already stays there; a mapped file is read if it fits."""
     monkeypatch.setattr(dataset.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     source = toy()
@@ -157,12 +164,17 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files have other checksums than torchvision's: leave out that check, and any download."""
     for which in (torchvision.datasets.CIFAR10, torchvision.datasets.CIFAR100, torchvision.datasets.STL10):
         monkeypatch.setattr(which, "_check_integrity", lambda self: True)
-    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: Path(path).is_file())
+    monkeypatch.setattr(
+        torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: Path(path).is_file()
+    )
 
 
 def cifar_file(path: Path, n: int, key: str, seed: int) -> tuple[np.ndarray, list[int]]:
     rng = np.random.default_rng(seed)
-    pixels, labels = rng.integers(0, 256, (n, 3072), dtype=np.uint8), [int(label) for label in rng.permutation(n) % 10]
+    pixels, labels = (
+        rng.integers(0, 256, (n, 3072), dtype=np.uint8),
+        [int(label) for label in rng.permutation(n) % 10],
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps({"data": pixels, key: labels}))
     return pixels, labels
@@ -175,7 +187,9 @@ def test_cifar10(tmp_path: Path, unchecked: None) -> None:
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"c{i}" for i in range(10)]}))
     data = source.cifar10(str(tmp_path))
     assert data.images.shape == (120, 3, 32, 32)
-    assert torch.equal(data.images.flatten(1), torch.from_numpy(np.concatenate([pixels for pixels, _ in parts])))
+    assert torch.equal(
+        data.images.flatten(1), torch.from_numpy(np.concatenate([pixels for pixels, _ in parts]))
+    )
     assert data.labels.tolist() == [label for _, labels in parts for label in labels]
     assert (len(data.train), len(data.test), len(data.classes)) == (100, 20, 10)
 
@@ -207,13 +221,17 @@ def test_stl10_labels_reach_no_probe(tmp_path: Path, unchecked: None) -> None:
 
 
 @pytest.mark.parametrize("read", [source.cifar10, source.cifar100, source.stl10])
-def test_data_that_cannot_be_had_is_told_in_one_line(read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_that_cannot_be_had_is_told_in_one_line(
+    read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def offline(*args: object, **kwargs: object) -> None:
         raise OSError("no network")
 
     for module in (torchvision.datasets.cifar, torchvision.datasets.stl10):
         monkeypatch.setattr(module, "download_and_extract_archive", offline)
-    with pytest.raises(Refused, match=r"could not be downloaded \(no network\): put .*\.tar\.gz .* there") as refused:
+    with pytest.raises(
+        Refused, match=r"could not be downloaded \(no network\): put .*\.tar\.gz .* there"
+    ) as refused:
         read(str(tmp_path))
     assert "\n" not in str(refused.value)
 
@@ -251,13 +269,19 @@ def test_folder_is_its_files_in_order(pictures: Path) -> None:
     assert data.classes == ["cat", "dog"]
     assert data.labels.tolist() == [0] * 8 + [1] * 8 + [0] * 3 + [1] * 3
     assert (len(data.train), len(data.test)) == (16, 6)
-    files = [pictures / "train" / name / f"{i}.{('png', 'bmp', 'gif', 'webp')[i % 4]}" for name in data.classes for i in range(8)]
+    files = [
+        pictures / "train" / name / f"{i}.{('png', 'bmp', 'gif', 'webp')[i % 4]}"
+        for name in data.classes
+        for i in range(8)
+    ]
     for row, file in enumerate(files):
         with Image.open(file) as image:
             assert np.array_equal(data.images[row].permute(1, 2, 0).numpy(), np.asarray(image.convert("RGB")))
 
 
-def test_the_cache_is_used_while_the_files_are_unchanged(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_used_while_the_files_are_unchanged(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = read_folder(pictures).images.clone()
     decode, decoded = source._decode, []
 

@@ -15,9 +15,13 @@ from ssl_runner.views import Augment
 from tests.test_dataset import load, toy
 
 
-def watched(loss: Loss, relation: BatchRelation | None = None, images: int = 40, fixed: bool = True) -> Diagnostics:
+def watched(
+    loss: Loss, relation: BatchRelation | None = None, images: int = 40, fixed: bool = True
+) -> Diagnostics:
     source = toy()
-    source.images = torch.randint(0, 256, source.images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    source.images = torch.randint(
+        0, 256, source.images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     data = load(source)
     relation = relation or relate.Views()
     relation.bind(data.pretrain.labels)
@@ -36,15 +40,21 @@ class Network(nn.Module):
         return self.body(x)
 
 
-@pytest.mark.parametrize("loss", [VICReg(), SimCLR(), SquaredSimCLR(), BarlowTwins()], ids=lambda loss: type(loss).__name__)
-@pytest.mark.parametrize("relation", [relate.Views(), relate.Labels(True), relate.Noisy(), relate.Neighbors(2)])
+@pytest.mark.parametrize(
+    "loss", [VICReg(), SimCLR(), SquaredSimCLR(), BarlowTwins()], ids=lambda loss: type(loss).__name__
+)
+@pytest.mark.parametrize(
+    "relation", [relate.Views(), relate.Labels(True), relate.Noisy(), relate.Neighbors(2)]
+)
 def test_a_row_has_every_column_and_is_repeatable(loss: Loss, relation: BatchRelation) -> None:
     network, head = Network(8), nn.Linear(8, 5)
     watch = watched(loss, relation)
     row = watch(network, head)
     assert tuple(row) == COLUMNS
     again = watch(network, head)
-    assert {k: v for k, v in row.items() if k != "diagnostics_s"} == {k: v for k, v in again.items() if k != "diagnostics_s"}
+    assert {k: v for k, v in row.items() if k != "diagnostics_s"} == {
+        k: v for k, v in again.items() if k != "diagnostics_s"
+    }
     assert all(math.isfinite(value) for name, value in row.items() if name != "floor_is")
     assert 0 <= row["alignment"] <= 1 + 1e-9
     assert 0 <= row["label_energy"] <= 1 + 1e-9

@@ -63,7 +63,9 @@ def relation(name: str, y: Tensor, V: int) -> Relation:
 def value_and_gradient(loss: Loss, name: str, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The loss of X W over this process's part of the rows, and the gradient of W averaged over the processes."""
     X, y, W = data(V, dtype)
-    part = slice(distributed.rank() * n // distributed.size(), (distributed.rank() + 1) * n // distributed.size())
+    part = slice(
+        distributed.rank() * n // distributed.size(), (distributed.rank() + 1) * n // distributed.size()
+    )
     W.requires_grad_()
     value = loss((X[:, part].reshape(-1, 5) @ W).tanh(), relation(name, y[part], V))
     value.backward()
@@ -82,7 +84,9 @@ def test_the_averaged_gradient_of_several_processes_is_that_of_one(W: int) -> No
     """The parity table: loss x relation x V x W. In float64 to 1e-12 of the largest entry, in float32 to 1e-5."""
     expected = table()
     for rank in in_processes(W, table):
-        for case, (value, gradient), (value_of_one, gradient_of_one) in zip(CASES, rank, expected, strict=True):
+        for case, (value, gradient), (value_of_one, gradient_of_one) in zip(
+            CASES, rank, expected, strict=True
+        ):
             tolerance = 1e-12 if case[-1] == torch.float64 else 1e-5
             assert gradient_of_one.abs().max() > 1e-3, case
             assert abs(value - value_of_one) <= tolerance * abs(value_of_one), case
@@ -113,11 +117,15 @@ def exchanged() -> dict[str, list[tuple[str, int]]]:
 def test_moments_are_exchanged_whose_size_does_not_depend_on_the_number_of_rows(W: int) -> None:
     """K x K moments and sums forward, nothing of that size back; SimCLR: all rows forward, their gradients back."""
     found = in_processes(W, exchanged)[0]
-    sizes = {loss: sorted(size for name, size in calls if name == "all_reduce") for loss, calls in found.items()}
+    sizes = {
+        loss: sorted(size for name, size in calls if name == "all_reduce") for loss, calls in found.items()
+    }
     assert sizes["vicreg"] == [1, K, K * K]
     assert sizes["barlow"] == [K, K * K]
     assert sizes["simclr_squared"] == [1, 1, K, K, K * K, K * K]
-    assert all(name == "all_reduce" for loss in ("vicreg", "barlow", "simclr_squared") for name, _ in found[loss])
+    assert all(
+        name == "all_reduce" for loss in ("vicreg", "barlow", "simclr_squared") for name, _ in found[loss]
+    )
     gathers = [call for call in found["simclr"] if call[0] != "all_reduce"]
     assert gathers == [(distributed.ALL_GATHER, W * 40 * K), (distributed.REDUCE_SCATTER, W * 40 * K)]
 
@@ -198,7 +206,10 @@ class Mean(Loss):
         self.weights = {"distance": 1.0, "size": 3.0}
 
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
-        return {"distance": ((G.degrees[:, None] * Z - G @ Z) * Z).mean(), "size": (1 - Z.var(0)).square().sum()}
+        return {
+            "distance": ((G.degrees[:, None] * Z - G @ Z) * Z).mean(),
+            "size": (1 - Z.var(0)).square().sum(),
+        }
 
 
 TRAININGS = {
@@ -241,7 +252,9 @@ class Doubled:
         return self.augment(*arguments, **options).double()
 
 
-TOLERANCE = dict.fromkeys(("neighbors", "queue", "a user's loss", "noisy labels"), 1e-4)  # gathered rows are float32
+TOLERANCE = dict.fromkeys(
+    ("neighbors", "queue", "a user's loss", "noisy labels"), 1e-4
+)  # gathered rows are float32
 
 
 @pytest.mark.parametrize("W", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -249,13 +262,23 @@ def test_a_training_of_several_processes_has_the_loss_curve_of_one(W: int) -> No
     """For every relation, those that need all rows too, and for a loss that was written without a thought of processes."""
     expected = curves(list(TRAININGS))
     for results in in_processes(W, curves, list(TRAININGS)):
-        for name, (table, state), (table_of_one, state_of_one) in zip(TRAININGS, results, expected, strict=True):
+        for name, (table, state), (table_of_one, state_of_one) in zip(
+            TRAININGS, results, expected, strict=True
+        ):
             loose = name in ("neighbors", "queue", "a user's loss", "noisy labels")
             assert_close(
-                table, table_of_one, rtol=1e-4 if loose else 1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+                table,
+                table_of_one,
+                rtol=1e-4 if loose else 1e-6,
+                atol=1e-6,
+                msg=lambda text, name=name: f"{name}: {text}",
             )
             assert_close(
-                state, state_of_one, rtol=1e-2, atol=1e-3 if loose else 1e-5, msg=lambda text, name=name: f"{name}: {text}"
+                state,
+                state_of_one,
+                rtol=1e-2,
+                atol=1e-3 if loose else 1e-5,
+                msg=lambda text, name=name: f"{name}: {text}",
             )
 
 
@@ -284,13 +307,19 @@ def test_probes_and_diagnostics_give_the_numbers_of_one_process(W: int) -> None:
     for rank, theirs in enumerate(in_processes(W, looked_at)):
         assert torch.equal(theirs[0], features)
         assert theirs[1] == probes
-        for ours, table in zip((columns, spectrum) if rank == 0 else ([{"diagnostics_s": 0}], []), theirs[2:], strict=True):
-            pd.testing.assert_frame_equal(pd.DataFrame(table), pd.DataFrame(ours), rtol=1e-6)  # threads sum in another order
+        for ours, table in zip(
+            (columns, spectrum) if rank == 0 else ([{"diagnostics_s": 0}], []), theirs[2:], strict=True
+        ):
+            pd.testing.assert_frame_equal(
+                pd.DataFrame(table), pd.DataFrame(ours), rtol=1e-6
+            )  # threads sum in another order
 
 
 def asked() -> list[int]:
     vote = distributed.Vote()
-    return [vote(request) for request in ((0, 0, 2, 0, 0, 0) if distributed.rank() == 1 else (0, 1, 0, 0, 0, 0))]
+    return [
+        vote(request) for request in ((0, 0, 2, 0, 0, 0) if distributed.rank() == 1 else (0, 1, 0, 0, 0, 0))
+    ]
 
 
 def test_all_processes_agree_at_the_same_call() -> None:
@@ -332,7 +361,9 @@ def one_fails(folder: Path, how: str) -> str:
         ("preempted", "Preempted: preempted by SIGTERM", "preempted"),
     ],
 )
-def test_one_that_fails_ends_the_others_which_say_why(how: str, words: str, status: str, tmp_path: Path) -> None:
+def test_one_that_fails_ends_the_others_which_say_why(
+    how: str, words: str, status: str, tmp_path: Path
+) -> None:
     first, _ = in_processes(2, one_fails, tmp_path, how)
     assert first == words
     record = read_json(tmp_path / "run.json")
@@ -364,7 +395,15 @@ def test_where_a_launcher_has_put_a_process(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def torchrun(W: int, command: str, cwd: Path) -> subprocess.Popen:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={W}", "-m", "ssl_runner"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={W}",
+        "-m",
+        "ssl_runner",
+    ]
     return subprocess.Popen(
         [*launcher, *command.split()], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -388,7 +427,9 @@ def test_a_run_under_torchrun_is_the_run_of_one_process(W: int, ssl_run, tmp_pat
     ]
     pd.testing.assert_frame_equal(*tables, rtol=1e-3, check_dtype=False)
     probes = [pd.read_csv(folder / "probe.csv") for folder in (whole, several)]
-    assert (probes[0][["epoch", "probe", "eval_split"]] == probes[1][["epoch", "probe", "eval_split"]]).all(axis=None)
+    assert (probes[0][["epoch", "probe", "eval_split"]] == probes[1][["epoch", "probe", "eval_split"]]).all(
+        axis=None
+    )
     assert (probes[0].top1 - probes[1].top1).abs().max() < 0.11  # 20 images validate
     assert sorted(path.name for path in several.iterdir()) == sorted(path.name for path in whole.iterdir())
     if W == 2:  # there is nothing to do
@@ -430,7 +471,10 @@ def test_all_processes_end_together_on_an_error(tmp_path: Path) -> None:
         assert time.monotonic() - start < 60
         assert "top1=" not in out
     record = read_json(tmp_path / "broken" / "run.json")
-    assert (record["status"], record["error"]) == ("failed", "Lost: process 1 of 2: MemoryError: too large for this one")
+    assert (record["status"], record["error"]) == (
+        "failed",
+        "Lost: process 1 of 2: MemoryError: too large for this one",
+    )
 
 
 @pytest.mark.slow

@@ -14,12 +14,16 @@ def commands() -> list[str]:
     """Every line of a page that calls ssl-run or ./scripts/run, without its comment."""
     lines = [line.strip() for page in PAGES for line in page.read_text().splitlines()]
     calls = [
-        re.sub(r"^(\./scripts/run|ssl-run)\b", "", line) for line in lines if re.match(r"(\./scripts/run|ssl-run)( |$)", line)
+        re.sub(r"^(\./scripts/run|ssl-run)\b", "", line)
+        for line in lines
+        if re.match(r"(\./scripts/run|ssl-run)( |$)", line)
     ]
     return sorted({call.partition(" #")[0].strip() for call in calls})
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if not re.search(r"resume=|--config-dir|FOLDER", c)])
+@pytest.mark.parametrize(
+    "command", [c for c in commands() if not re.search(r"resume=|--config-dir|FOLDER", c)]
+)
 def test_every_command_shown_is_accepted(ssl_run, command: str) -> None:
     """Composed and checked as a run would be; `--cfg job` in place of the run itself."""
     shown = [word for word in shlex.split(command) if word not in ("-m", "--multirun")]

@@ -27,7 +27,10 @@ BOTH = "probe.probes=[linear,knn]"
 
 def table(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
-        return [{name: value for name, value in row.items() if name not in TIMINGS} for row in csv.DictReader(file)]
+        return [
+            {name: value for name, value in row.items() if name not in TIMINGS}
+            for row in csv.DictReader(file)
+        ]
 
 
 def test_the_files_of_a_run(ssl_run, tmp_path: Path) -> None:
@@ -48,7 +51,17 @@ def test_the_files_of_a_run(ssl_run, tmp_path: Path) -> None:
     assert [row["epoch"] for row in metrics] == ["1", "2"]
 
     probes = table(folder / "probe.csv")
-    columns = {"epoch", "probe", "features", "train_split", "eval_split", "selection", "n_train", "top1", "top5"}
+    columns = {
+        "epoch",
+        "probe",
+        "features",
+        "train_split",
+        "eval_split",
+        "selection",
+        "n_train",
+        "top1",
+        "top5",
+    }
     assert columns <= probes[0].keys()
     assert [(row["epoch"], row["eval_split"]) for row in probes[:2]] == [("1", "val")] * 2
     assert sum(row["eval_split"] == "test" for row in probes) == 8
@@ -135,7 +148,11 @@ def test_sizes_of_views_that_the_backbone_does_not_take_are_refused(ssl_run) -> 
 def test_noisy_takes_every_relation_in_a_sweep(ssl_run, tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("i,j\n" + "\n".join(f"{i},{i + 1}" for i in range(4999)))
     folders = []
-    for settings in ("views,labels", "neighbors +relation.k=1,3", "edges +relation.path=pairs.csv relation.p=0,1"):
+    for settings in (
+        "views,labels",
+        "neighbors +relation.k=1,3",
+        "edges +relation.path=pairs.csv relation.p=0,1",
+    ):
         code, out, err = ssl_run(f"-m relation=noisy relation.of={settings} {TINY}")
         assert (code, err) == (0, "")
         folders += [run_folder(line) for line in out.splitlines() if line.startswith("top1=")]
@@ -149,7 +166,9 @@ def test_noisy_takes_every_relation_in_a_sweep(ssl_run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("settings", ["", "relation.queue=60"])
 def test_more_neighbours_than_the_diagnostics_have_images(ssl_run, settings: str) -> None:
     """Training seeks 25 within a batch or a queue; the subset of 20 images then relates all of them."""
-    code, out, err = ssl_run(f"relation=neighbors relation.k=25 {settings} {TINY} diagnostics.images=20 diagnostics.every=1")
+    code, out, err = ssl_run(
+        f"relation=neighbors relation.k=25 {settings} {TINY} diagnostics.images=20 diagnostics.every=1"
+    )
     assert (code, err) == (0, "")
     assert all(float(row["optimal_rank"]) >= 0 for row in table(run_folder(out) / "metrics.csv"))
 
@@ -164,7 +183,9 @@ def test_more_neighbours_than_the_diagnostics_have_images(ssl_run, settings: str
     ],
 )
 def test_every_backbone_runs(ssl_run, tmp_path: Path, settings: str) -> None:
-    make_pictures(tmp_path / "pictures", train=20, test=4, side=32)  # of 16 pixels one is left, where bf16 can fail
+    make_pictures(
+        tmp_path / "pictures", train=20, test=4, side=32
+    )  # of 16 pixels one is left, where bf16 can fail
     tiny = "epochs=1 batch_size=10 probe.probes=[knn] probe.features=[backbone] dataset.val=0.2 device=cpu"
     code, out, err = ssl_run(f"dataset=folder dataset.root=pictures {tiny} {settings}")
     assert (code, err) == (0, "")
@@ -221,9 +242,13 @@ def test_a_loss_of_ones_own(ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-def test_runs_and_sweeps_of_one_second_share_no_folder(ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_and_sweeps_of_one_second_share_no_folder(
+    ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The clock that names folders stands still: two sweeps of six runs, and two single runs, still make fourteen folders."""
-    OmegaConf.register_new_resolver("now", lambda form: datetime(2026, 1, 1).strftime(form), use_cache=True, replace=True)
+    OmegaConf.register_new_resolver(
+        "now", lambda form: datetime(2026, 1, 1).strftime(form), use_cache=True, replace=True
+    )
     for module in (hydra._internal.hydra, basic_launcher):
         monkeypatch.setattr(module, "setup_globals", lambda: None)  # would set the real clock again
     lines = []
@@ -248,7 +273,9 @@ def test_a_job_that_cannot_run_stops_a_sweep_before_it_starts(ssl_run, tmp_path:
 
 
 def test_a_job_that_fails_leaves_the_others_and_the_exit_code_says_so(ssl_run, tmp_path: Path) -> None:
-    code, out, err = ssl_run(f"-m optimizer.lr=0.001,1e30,0.002 {TINY} optimizer=sgd optimizer.warmup_epochs=0")
+    code, out, err = ssl_run(
+        f"-m optimizer.lr=0.001,1e30,0.002 {TINY} optimizer=sgd optimizer.warmup_epochs=0"
+    )
     assert code == 1
     assert sum(line.startswith("top1=") for line in out.splitlines()) == 2
     failure, summary = err.splitlines()
@@ -274,7 +301,11 @@ def test_no_run_overwrites_another(ssl_run, tmp_path: Path) -> None:
 
 def start(command: str, cwd: Path) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "ssl_runner", *command.split()], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "ssl_runner", *command.split()],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -284,7 +315,9 @@ def test_a_killed_run_goes_on_to_the_same_result(ssl_run, tmp_path: Path) -> Non
     command = f"{TINY} epochs=40 projector.K=9 probe.every=1"
     process = start(f"{command} hydra.run.dir=outputs/killed", tmp_path)
     killed = tmp_path / "outputs" / "killed"
-    while process.poll() is None and not ((killed / "checkpoint.pt").exists() and len(table(killed / "metrics.csv")) >= 2):
+    while process.poll() is None and not (
+        (killed / "checkpoint.pt").exists() and len(table(killed / "metrics.csv")) >= 2
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -318,7 +351,9 @@ def test_resume_refuses_another_configuration_and_loses_nothing(ssl_run, tmp_pat
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     (folder / "run.json").write_text(json.dumps(record | {"status": "failed"}))
-    code, out, err = ssl_run(f"resume={folder} gamma=10.0")  # killed after the last epoch: only the probes are missing
+    code, out, err = ssl_run(
+        f"resume={folder} gamma=10.0"
+    )  # killed after the last epoch: only the probes are missing
     assert (code, err) == (0, "")
     assert table(folder / "probe.csv")[-1]["eval_split"] == "test"
     assert len(table(folder / "probe.csv")) == 2
@@ -364,7 +399,9 @@ def test_a_folder_belongs_to_one_process(ssl_run, tmp_path: Path) -> None:
     said = [process.communicate()[1] for process in processes]
     codes = sorted(process.returncode for process in processes)
     assert codes == [0, 1], said
-    assert any("in use by another process" in text or "still running" in text or "is done" in text for text in said)
+    assert any(
+        "in use by another process" in text or "still running" in text or "is done" in text for text in said
+    )
     assert table(folder / "metrics.csv") == whole
     assert json.loads((folder / "run.json").read_text())["status"] == "done"
 

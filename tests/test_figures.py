@@ -26,13 +26,20 @@ def write_run(
     **settings: object,
 ) -> None:
     (folder / ".hydra").mkdir(parents=True)
-    backbone = {"_target_": f"ssl_runner.backbone.{'linear' if solver == 'closed_form' else 'convnet'}", "width": 9}
+    backbone = {
+        "_target_": f"ssl_runner.backbone.{'linear' if solver == 'closed_form' else 'convnet'}",
+        "width": 9,
+    }
     shared = {"V": 2, "diagnostics": {"images": 260}, "backbone": backbone, "projector": {"K": 64}}
-    config = OmegaConf.create({"loss": {"_target_": f"ssl_runner.loss.{TARGETS[loss]}"}, "solver": {"name": solver}, **shared})
+    config = OmegaConf.create(
+        {"loss": {"_target_": f"ssl_runner.loss.{TARGETS[loss]}"}, "solver": {"name": solver}, **shared}
+    )
     for key, value in settings.items():
         OmegaConf.update(config, key.replace("__", "."), value, force_add=True)
     OmegaConf.save(config, folder / ".hydra" / "config.yaml")
-    (folder / "run.json").write_text(json.dumps({"status": status, "classes": [str(c) for c in range(classes)]}))
+    (folder / "run.json").write_text(
+        json.dumps({"status": status, "classes": [str(c) for c in range(classes)]})
+    )
     metrics = {
         "epoch": [1, 2],
         "seconds": [1.0, 2.0],
@@ -41,7 +48,12 @@ def write_run(
         "moments_loss": [4 + top1, 3 + top1],
     }
     pd.DataFrame(metrics).to_csv(folder / "metrics.csv", index=False)
-    probe = {"probe": ["linear", "linear"], "features": "backbone", "eval_split": ["val", "test"], "top1": [0.0, top1]}
+    probe = {
+        "probe": ["linear", "linear"],
+        "features": "backbone",
+        "eval_split": ["val", "test"],
+        "top1": [0.0, top1],
+    }
     pd.DataFrame(probe).to_csv(folder / "probe.csv", index=False)
     Z = np.where(np.arange(K) < 20, 1.0, 0.05) if loss == "vicreg" else np.where(np.arange(K) < 9, 2.0, 0.1)
     spectrum = {"k": np.arange(1, K + 1), "Z": Z, "closed_form": 0.5}
@@ -92,7 +104,12 @@ def test_aligned_vs_misaligned_and_linear_regime_draw_both_solvers(tmp_path: Pat
     for solver in ("gradient", "closed_form"):
         for p in (0.0, 1.0):
             noisy = {"relation__p": p, "relation___target_": "ssl_runner.relate.Noisy"}
-            sweep(tmp_path / solver, {"vicreg": {"gamma": 25.0}, "simclr": {}, "barlow": {}}, solver=solver, **noisy)
+            sweep(
+                tmp_path / solver,
+                {"vicreg": {"gamma": 25.0}, "simclr": {}, "barlow": {}},
+                solver=solver,
+                **noisy,
+            )
     left, right = figures.aligned_vs_misaligned(figures.read_runs(tmp_path)).axes
     assert left.get_title() == "linear model, closed form, K = 9"
     assert right.get_title() == "convnet, gradient descent, K = 64"
@@ -141,8 +158,18 @@ def test_every_gamma_is_drawn(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("picture", "lost", "settings", "message"),
     [
-        ("rank_vs_gamma", "spectrum.csv", {}, "other/spectrum.csv has no column Z: make the run again, with diagnostics.every=1"),
-        ("linear_regime", "moments_loss", {}, "has no column moments_loss: make the run again, with diagnostics.moments=20"),
+        (
+            "rank_vs_gamma",
+            "spectrum.csv",
+            {},
+            "other/spectrum.csv has no column Z: make the run again, with diagnostics.every=1",
+        ),
+        (
+            "linear_regime",
+            "moments_loss",
+            {},
+            "has no column moments_loss: make the run again, with diagnostics.moments=20",
+        ),
         ("rank_vs_gamma", None, {"K": 32}, "64 and 32 of K"),
         ("low_label", None, {"classes": 4}, "10 and 4 of classes"),
         ("low_label", None, {"alpha": 3.0}, "25.0 and 3.0 of alpha"),
@@ -152,7 +179,13 @@ def test_every_gamma_is_drawn(tmp_path: Path) -> None:
 def test_runs_that_do_not_go_together_are_refused(
     picture: str, lost: str | None, settings: dict, message: str, tmp_path: Path
 ) -> None:
-    noisy = {"relation___target_": "ssl_runner.relate.Noisy", "relation__p": 0.5, "alpha": 25.0, "gamma": 1.0, "tau": 0.5}
+    noisy = {
+        "relation___target_": "ssl_runner.relate.Noisy",
+        "relation__p": 0.5,
+        "alpha": 25.0,
+        "gamma": 1.0,
+        "tau": 0.5,
+    }
     for solver in ("gradient", "closed_form"):
         for loss in TARGETS:
             write_run(tmp_path / solver / loss, loss, 0.5, solver, seed=0, dataset__subset=100, **noisy)
@@ -173,7 +206,9 @@ def test_a_run_without_the_linear_probe_is_refused(tmp_path: Path) -> None:
         write_run(tmp_path / loss, loss, 0.5, seed=0, dataset__subset=100, alpha=25.0, gamma=1.0)
         probe = pd.read_csv(tmp_path / loss / "probe.csv")
         probe.assign(probe="knn").to_csv(tmp_path / loss / "probe.csv", index=False)
-    with pytest.raises(Refused, match=r"vicreg has no top1\.backbone: make the run again, with probe\.probes=\[linear\]"):
+    with pytest.raises(
+        Refused, match=r"vicreg has no top1\.backbone: make the run again, with probe\.probes=\[linear\]"
+    ):
         figures.low_label(figures.read_runs(tmp_path))
     write_run(tmp_path / "with", "vicreg", 0.5, seed=1, dataset__subset=100, alpha=25.0, gamma=1.0)
     with pytest.raises(Refused, match=r"vicreg has no top1\.backbone"):
@@ -194,10 +229,14 @@ def test_the_command_writes_a_picture_or_says_why_not(tmp_path: Path, monkeypatc
     picture = Path(capsys.readouterr().out.strip())
     assert picture == tmp_path / "low_label.png"
     assert picture.read_bytes()[:4] == b"\x89PNG"
-    monkeypatch.setattr(sys, "argv", ["ssl-plot", "low_label", str(tmp_path), "--out", str(tmp_path / "new" / "mine.png")])
+    monkeypatch.setattr(
+        sys, "argv", ["ssl-plot", "low_label", str(tmp_path), "--out", str(tmp_path / "new" / "mine.png")]
+    )
     figures.main()
     assert (tmp_path / "new" / "mine.png").is_file()
-    monkeypatch.setattr(sys, "argv", ["ssl-plot", "low_label", str(tmp_path), "--out", str(tmp_path / "mine.xyz")])
+    monkeypatch.setattr(
+        sys, "argv", ["ssl-plot", "low_label", str(tmp_path), "--out", str(tmp_path / "mine.xyz")]
+    )
     with pytest.raises(SystemExit):
         figures.main()
     err = capsys.readouterr().err

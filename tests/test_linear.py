@@ -30,7 +30,9 @@ RELATIONS = {
 def data(dtype: torch.dtype = torch.float64) -> Tensor:
     """Correlated columns, off centre, with some structure by class and between views."""
     mixing = torch.randn(D, D, dtype=dtype)
-    return (torch.randn(N, D, dtype=dtype) + torch.randn(20, D, dtype=dtype).repeat(3, 1) + 0.5 * Y[:, None]) @ mixing + 3
+    return (
+        torch.randn(N, D, dtype=dtype) + torch.randn(20, D, dtype=dtype).repeat(3, 1) + 0.5 * Y[:, None]
+    ) @ mixing + 3
 
 
 def moments_of(X: Tensor, G: Relation) -> Centred:
@@ -118,7 +120,12 @@ def test_vicreg_is_locality_preserving_projections(G: Relation) -> None:
     mu, w = scipy.linalg.eigh((Xc.T @ L @ Xc).numpy(), (Xc.T @ Xc).numpy())
     best = optimum(VICReg(2.0, 2.0, 1e-3, variance="squared"), moments_of(X, G), 3)
     assert_close(best.eigenvalues, torch.from_numpy(mu[:3].copy()), rtol=1e-6, atol=1e-8)
-    assert_close(cosines(best.W, torch.from_numpy(w[:, :3].copy())), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-8)
+    assert_close(
+        cosines(best.W, torch.from_numpy(w[:, :3].copy())),
+        torch.ones(3, dtype=torch.float64),
+        rtol=0,
+        atol=1e-8,
+    )
 
 
 def test_barlow_on_labels_is_linear_discriminant_analysis() -> None:
@@ -139,10 +146,16 @@ def test_barlow_on_views_is_canonical_correlation_analysis() -> None:
     best = optimum(BarlowTwins(), moments_of(X, G), 3)
     theirs = CCA(3, scale=False, max_iter=5000, tol=1e-12).fit(X[i].numpy(), X[j].numpy())
     left, right = theirs.transform(X[i].numpy(), X[j].numpy())
-    correlations = torch.tensor([float(torch.corrcoef(torch.from_numpy(pair.T))[0, 1]) for pair in zip_columns(left, right)])
+    correlations = torch.tensor(
+        [float(torch.corrcoef(torch.from_numpy(pair.T))[0, 1]) for pair in zip_columns(left, right)]
+    )
     k = int((best.eigenvalues > 0).sum())
     assert k == 3
-    dense = torch.linalg.eigvals(torch.linalg.solve(*reversed(pair_moments(X, i, j)))).real.sort(descending=True).values
+    dense = (
+        torch.linalg.eigvals(torch.linalg.solve(*reversed(pair_moments(X, i, j))))
+        .real.sort(descending=True)
+        .values
+    )
     assert_close(best.eigenvalues, dense[:3], rtol=1e-8, atol=0)
     signed = dense[dense.abs().argsort(descending=True)][:3]  # CCA has no sign: it takes the largest |rho|
     assert_close(correlations.double(), signed.abs(), rtol=1e-4, atol=1e-4)
@@ -194,11 +207,15 @@ def test_descent_on_w_reaches_an_exact_value_and_never_beats_it(loss: Loss, G: R
     best = optimum(loss, moments_of(X, G), K)
     assert best.kind == EXACT
     assert_close(float(loss(X @ best.W + best.bias, G)), best.value, rtol=1e-6, atol=1e-9)
-    Q, _ = torch.linalg.qr(torch.cat([X, torch.ones(N, 1, dtype=torch.float64)], 1))  # the same model, better conditioned
+    Q, _ = torch.linalg.qr(
+        torch.cat([X, torch.ones(N, 1, dtype=torch.float64)], 1)
+    )  # the same model, better conditioned
     reached = []
     for start in range(3):
         W = (torch.randn(D + 1, K, dtype=torch.float64) * 10.0 ** (start - 1)).requires_grad_()
-        solver = torch.optim.LBFGS([W], max_iter=2000, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe")
+        solver = torch.optim.LBFGS(
+            [W], max_iter=2000, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+        )
 
         def objective(W: Tensor = W, solver: torch.optim.LBFGS = solver) -> Tensor:
             solver.zero_grad()
@@ -216,7 +233,12 @@ def test_descent_on_w_reaches_an_exact_value_and_never_beats_it(loss: Loss, G: R
 def test_an_upper_bound_says_so_and_is_attained(name: str) -> None:
     X, G = data(), RELATIONS[name]
     m, Xc = moments_of(X, G), X - X.mean(0)
-    losses = (VICReg(2.0, 1.0, 0.4, variance="squared"), VICReg(2.0, 1.0, 0.4), BarlowTwins(0.01), BarlowTwins(0.01, center=True))
+    losses = (
+        VICReg(2.0, 1.0, 0.4, variance="squared"),
+        VICReg(2.0, 1.0, 0.4),
+        BarlowTwins(0.01),
+        BarlowTwins(0.01, center=True),
+    )
     for loss in losses:
         for ridge in (0.0, 0.2):
             best = optimum(loss, m, 4, ridge)
@@ -229,14 +251,23 @@ def test_an_upper_bound_says_so_and_is_attained(name: str) -> None:
     assert ridged.value > exact.value
 
 
-@pytest.mark.parametrize("loss", [VICReg(2.0, 2.0, 0.4, variance="squared"), SquaredSimCLR(), BarlowTwins(0.01)])
+@pytest.mark.parametrize(
+    "loss", [VICReg(2.0, 2.0, 0.4, variance="squared"), SquaredSimCLR(), BarlowTwins(0.01)]
+)
 def test_units_of_the_columns_do_not_matter(loss: Loss) -> None:
     X, G = data(), RELATIONS["views"]
     units = 10.0 ** torch.arange(-3, 4).double()
-    assert_close(optimum(loss, moments_of(X * units, G), 4).value, optimum(loss, moments_of(X, G), 4).value, rtol=1e-6, atol=1e-8)
+    assert_close(
+        optimum(loss, moments_of(X * units, G), 4).value,
+        optimum(loss, moments_of(X, G), 4).value,
+        rtol=1e-6,
+        atol=1e-8,
+    )
 
 
-@pytest.mark.parametrize("loss", [VICReg(2.0, 2.0, 0.4, variance="squared"), SquaredSimCLR("sum"), BarlowTwins(0.01)])
+@pytest.mark.parametrize(
+    "loss", [VICReg(2.0, 2.0, 0.4, variance="squared"), SquaredSimCLR("sum"), BarlowTwins(0.01)]
+)
 def test_a_wide_spectrum_and_a_deficient_rank_cost_no_digits(loss: Loss) -> None:
     """float32 features whose variances fall to 1e-7 of the largest, and fewer rows than columns; against float64 products."""
     for rows, columns in ((400, 60), (40, 60)):
@@ -279,7 +310,11 @@ def test_a_loss_without_a_closed_linear_form_says_so() -> None:
 @pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
 def test_the_value_of_any_mean_is_the_loss(G: Relation) -> None:
     """Of losses that centre and that do not; about a mean that is not 0, and degrees that are not equal."""
-    X, W, mean = data(), torch.randn(D, 3, dtype=torch.float64), torch.tensor([0.3, -2.0, 1.0], dtype=torch.float64)
+    X, W, mean = (
+        data(),
+        torch.randn(D, 3, dtype=torch.float64),
+        torch.tensor([0.3, -2.0, 1.0], dtype=torch.float64),
+    )
     Z = (X - X.mean(0)) @ W + mean
     for loss in (*LOSSES, SquaredSimCLR("sum", center=True), BarlowTwins(0.1, center=True)):
         assert_close(moments_of(X, G).value(loss, W, mean), float(loss(Z, G)), rtol=1e-6, atol=1e-9)

@@ -25,7 +25,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_what_is_freed_is_not_paged_in_again() -> None:
     """Beside a process that does not say so, which shows that it matters."""
     kept, given_back = (
-        int(subprocess.check_output([sys.executable, "-c", FAULTS, way], text=True)) for way in ("kept", "given back")
+        int(subprocess.check_output([sys.executable, "-c", FAULTS, way], text=True))
+        for way in ("kept", "given back")
     )
     assert kept < 100
     assert given_back > 4 * 24  # pages may be of 2 MiB

@@ -60,7 +60,12 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert checkpoint.newest(tmp_path) == path
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    damaged = {"cut": content[:-200], "one bit": content, "emptied": b"", "sealed anew by nobody": content[:-72]}
+    damaged = {
+        "cut": content[:-200],
+        "one bit": content,
+        "emptied": b"",
+        "sealed anew by nobody": content[:-72],
+    }
     path.write_bytes(damaged[harm])
     before = checkpoint.newest(tmp_path)
     assert checkpoint.load(before)["epoch"] == 2

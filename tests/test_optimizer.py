@@ -43,10 +43,15 @@ def test_lars(weight_decay: float) -> None:
         assert_close(parameter.detach(), w - step, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)])
+@pytest.mark.parametrize(
+    "kind", [torch.optim.Adam, torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)]
+)
 def test_the_fused_form_is_taken_and_is_the_same(kind: Callable) -> None:
     fused, plain = model(), model()
-    algorithms = [optimizer.build([fused], kind, 0.1, 0.5), optimizer.build([plain], partial(kind, foreach=False), 0.1, 0.5)]
+    algorithms = [
+        optimizer.build([fused], kind, 0.1, 0.5),
+        optimizer.build([plain], partial(kind, foreach=False), 0.1, 0.5),
+    ]
     assert [algorithm.defaults["fused"] for algorithm in algorithms] == [True, None]
     for _ in range(3):
         for a, b in zip(fused.parameters(), plain.parameters(), strict=True):

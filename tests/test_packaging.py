@@ -25,7 +25,9 @@ def fresh(tmp_path: Path) -> Path:
     paths = sysconfig.get_paths(vars={"base": str(tmp_path / "venv"), "platbase": str(tmp_path / "venv")})
     (Path(paths["purelib"]) / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     bin_folder = tmp_path / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
-    missing = subprocess.run([bin_folder / "python", "-c", "import ssl_runner.cli"], cwd=tmp_path, capture_output=True, text=True)
+    missing = subprocess.run(
+        [bin_folder / "python", "-c", "import ssl_runner.cli"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert "ModuleNotFoundError" in missing.stderr
     return bin_folder
 
@@ -40,9 +42,15 @@ def test_an_installed_package_finds_its_configuration(kind: str, fresh: Path, tm
         call(fresh / "python", "-m", "pip", "install", *options, wheel, cwd=tmp_path)
     else:
         call(fresh / "python", "-m", "pip", "install", *options, "--editable", ROOT, cwd=tmp_path)
-    where = Path(call(fresh / "python", "-c", "from ssl_runner import config; print(config.CONF)", cwd=tmp_path).strip())
+    where = Path(
+        call(
+            fresh / "python", "-c", "from ssl_runner import config; print(config.CONF)", cwd=tmp_path
+        ).strip()
+    )
     assert where.is_relative_to(ROOT if kind == "editable" else tmp_path)
     for command in ([fresh / "ssl-run"], [fresh / "python", "-m", "ssl_runner"]):
-        assert "gamma: 7" in call(*command, "loss=vicreg", "gamma=7", "--cfg", "job", "--resolve", cwd=tmp_path)
+        assert "gamma: 7" in call(
+            *command, "loss=vicreg", "gamma=7", "--cfg", "job", "--resolve", cwd=tmp_path
+        )
     packaged = {path.relative_to(where) for path in where.rglob("*.yaml")}
     assert packaged == {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml")}

@@ -30,11 +30,16 @@ def standardised(X: Tensor) -> Tensor:
 
 def logistic(l2: float, X: Tensor, y: Tensor) -> LogisticRegression:
     """scikit-learn's optimum of the linear probe's objective."""
-    return LogisticRegression(C=1 / (l2 * len(X)), tol=1e-10, max_iter=10_000).fit(standardised(X).numpy(), y.numpy())
+    return LogisticRegression(C=1 / (l2 * len(X)), tol=1e-10, max_iter=10_000).fit(
+        standardised(X).numpy(), y.numpy()
+    )
 
 
 def objective(X: Tensor, y: Tensor, W: Tensor, b: Tensor, l2: float) -> Tensor:
-    return F.cross_entropy(F.linear(standardised(X), W.double(), b.double()), y) + l2 / 2 * W.double().square().sum()
+    return (
+        F.cross_entropy(F.linear(standardised(X), W.double(), b.double()), y)
+        + l2 / 2 * W.double().square().sum()
+    )
 
 
 @pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
@@ -140,7 +145,9 @@ def test_the_neighbour_probe_is_scikit_learns(k: int) -> None:
     def weights(distances: np.ndarray) -> np.ndarray:
         return np.exp((1 - distances) / module.TEMPERATURE)
 
-    theirs = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weights).fit(X.double().numpy(), y.numpy())
+    theirs = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weights).fit(
+        X.double().numpy(), y.numpy()
+    )
     ours = NeighborProbe(X, y, 3).scores(k, X_eval)
     assert_close(
         ours / ours.sum(1, keepdim=True),
@@ -230,6 +237,7 @@ def test_the_selection_does_not_see_the_test_split() -> None:
     second.test.labels = second.test.labels.clone()
     second.test.labels[second.test.rows] = (second.test.y + 1) % 4
     chosen = [
-        [row["selection"] for row in probe("pixels", nn.Flatten(), d, ["linear", "knn", "ridge"], True)] for d in (first, second)
+        [row["selection"] for row in probe("pixels", nn.Flatten(), d, ["linear", "knn", "ridge"], True)]
+        for d in (first, second)
     ]
     assert chosen[0] == chosen[1]

@@ -35,7 +35,10 @@ def test_neighbors_relates_every_view_of_the_nearest_originals(k: int, V: int) -
     Z = torch.randn(V * 4, 5)
     G = relate.Neighbors(k)(batch(V), Z).dense()
     means = torch.nn.functional.normalize(Z.view(V, 4, 5).mean(0))
-    nearest = [[j for j in sorted(range(4), key=lambda j: -float(means[i] @ means[j])) if j != i][:k] for i in range(4)]
+    nearest = [
+        [j for j in sorted(range(4), key=lambda j: -float(means[i] @ means[j])) if j != i][:k]
+        for i in range(4)
+    ]
     for r in range(4 * V):
         for s in range(4 * V):
             i, j = r % 4, s % 4
@@ -50,9 +53,16 @@ def passes(n: int) -> Iterator[Tensor]:
 
 def test_the_queue_holds_the_last_originals_and_supports_with_the_nearest_others() -> None:
     """Five passes over 8 images with a queue of 7, in which an image's own embedding is then often one of the nearest."""
-    maker, seen, seen_rows, met = relate.Neighbors(k=2, queue=7), torch.empty(0, 5), torch.empty(0, dtype=torch.int64), 0
+    maker, seen, seen_rows, met = (
+        relate.Neighbors(k=2, queue=7),
+        torch.empty(0, 5),
+        torch.empty(0, dtype=torch.int64),
+        0,
+    )
     for step, rows in enumerate(passes(8)):
-        Z = torch.randn(8, 5) + 9 * torch.nn.functional.one_hot(rows % 5, 5).repeat(2, 1)  # near what it was before
+        Z = torch.randn(8, 5) + 9 * torch.nn.functional.one_hot(rows % 5, 5).repeat(
+            2, 1
+        )  # near what it was before
         G, means = maker(Batch(rows, torch.zeros(4), 2, 3), Z), Z.view(2, 4, 5).mean(0)
         if step == 0:
             assert G.support is None
@@ -62,11 +72,15 @@ def test_the_queue_holds_the_last_originals_and_supports_with_the_nearest_others
             for row, mean in zip(rows, means, strict=True):
                 others = seen[-7:][seen_rows[-7:] != row]
                 met += len(others) < len(seen[-7:])
-                expected.append(others[torch.nn.functional.cosine_similarity(mean[None], others).topk(2).indices])
+                expected.append(
+                    others[torch.nn.functional.cosine_similarity(mean[None], others).topk(2).indices]
+                )
             assert_close(G.support, torch.cat(expected))
             assert G.num_rows == 8 + 8
         seen, seen_rows = torch.cat([seen, means]), torch.cat([seen_rows, rows])
-        assert {tuple(row.tolist()) for row in maker.queue[: min(7, len(seen))]} == {tuple(row.tolist()) for row in seen[-7:]}
+        assert {tuple(row.tolist()) for row in maker.queue[: min(7, len(seen))]} == {
+            tuple(row.tolist()) for row in seen[-7:]
+        }
     assert met > 5
 
 
@@ -100,7 +114,9 @@ def test_where_there_are_fewer_than_k_others_all_are_neighbours() -> None:
 
 @pytest.mark.parametrize("ending", ["csv", "npz"])
 @pytest.mark.parametrize("normalized", [False, True])
-def test_edges_induces_the_pairs_of_the_file_on_the_batch(ending: str, normalized: bool, tmp_path: Path) -> None:
+def test_edges_induces_the_pairs_of_the_file_on_the_batch(
+    ending: str, normalized: bool, tmp_path: Path
+) -> None:
     pairs = np.array([[0, 3], [3, 5], [2, 4], [5, 3], [1, 2]])
     path = tmp_path / f"pairs.{ending}"
     if ending == "csv":

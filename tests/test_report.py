@@ -36,7 +36,13 @@ def write_run(
 ) -> Path:
     """A run folder as ssl-run leaves one; every setting in `config` (__ for a dot) is overridden unless `overrides` are given."""
     (folder / ".hydra").mkdir(parents=True)
-    nested: dict = {"V": 2, "epochs": 2, "seed": 0, "loss": {"_target_": "ssl_runner.loss.VICReg"}, "optimizer": {"lr": 0.002}}
+    nested: dict = {
+        "V": 2,
+        "epochs": 2,
+        "seed": 0,
+        "loss": {"_target_": "ssl_runner.loss.VICReg"},
+        "optimizer": {"lr": 0.002},
+    }
     for key, value in config.items():
         group, _, name = key.rpartition("__")
         (nested.setdefault(group, {}) if group else nested)[name] = value
@@ -45,14 +51,27 @@ def write_run(
     (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(lines))
     hydra = {"hydra": {"runtime": {"choices": {"loss": "vicreg", "dataset": "mnist5k", **(choices or {})}}}}
     (folder / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(hydra))
-    about: dict = {"status": status, "wall_seconds": 10.0, "git_commit": "abc", "versions": {"torch": "2.9"}, "device": "cpu"}
+    about: dict = {
+        "status": status,
+        "wall_seconds": 10.0,
+        "git_commit": "abc",
+        "versions": {"torch": "2.9"},
+        "device": "cpu",
+    }
     about |= {"relation": {"target": "ssl_runner.relate.Views", "normalized": False, "pairs": None}}
     if top1 is not None:
         about |= {"top1": top1, "val_top1": val_top1}
     (folder / "run.json").write_text(json.dumps(about | (record or {})))
     (folder / "metrics.csv").write_text(metrics)
-    probes = [("linear", "backbone", "val", val_top1), ("linear", "backbone", "test", top1), ("knn", "pixels", "test", 0.25)]
-    rows = [f"2,{probe},{features},train,{split},l2=0.1 (val),180,{score},,0.1\n" for probe, features, split, score in probes]
+    probes = [
+        ("linear", "backbone", "val", val_top1),
+        ("linear", "backbone", "test", top1),
+        ("knn", "pixels", "test", 0.25),
+    ]
+    rows = [
+        f"2,{probe},{features},train,{split},l2=0.1 (val),180,{score},,0.1\n"
+        for probe, features, split, score in probes
+    ]
     (folder / "probe.csv").write_text(PROBE + "".join(rows if top1 is not None else []))
     return folder
 
@@ -65,7 +84,9 @@ def tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     return table, report.summarise(report.finished(table, keys), keys), keys
 
 
-def ssl_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+def ssl_report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
+) -> tuple[int, str, str]:
     """The console script: exit code, standard output, standard error."""
     monkeypatch.setattr(sys, "argv", ["ssl-report", *map(str, words)])
     try:
@@ -94,7 +115,9 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.open += [tag] if tag not in self.VOID else []
         self.ids += [value or "" for name, value in attrs if name == "id"]
-        self.targets += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "action")]
+        self.targets += [
+            value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "action")
+        ]
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.handle_starttag(tag, attrs)
@@ -118,17 +141,49 @@ def test_a_row_has_what_the_files_say(tmp_path: Path) -> None:
     table, _, _ = tables(tmp_path)
     a, b = table.to_dict("records")
     assert (a["path"], a["status"], a["top1"], a["val_top1"]) == (str(tmp_path / "a"), "done", 0.5, 0.625)
-    assert (a["gamma"], a["optimizer.lr"], a["loss"], a["V"], a["seed"]) == ("5", "0.002", "vicreg", "2", "0")  # not overridden
+    assert (a["gamma"], a["optimizer.lr"], a["loss"], a["V"], a["seed"]) == (
+        "5",
+        "0.002",
+        "vicreg",
+        "2",
+        "0",
+    )  # not overridden
     assert (b["optimizer.lr"], b["loss"]) == ("0.001", "simclr")
     assert pd.isna(b["gamma"])
-    assert (a["top1.test.backbone.linear"], a["top1.val.backbone.linear"], a["top1.test.pixels.knn"]) == (0.5, 0.625, 0.25)
-    assert (a["protocol.probe"], a["protocol.features"], a["protocol.eval_split"]) == ("linear", "backbone", "test")
+    assert (a["top1.test.backbone.linear"], a["top1.val.backbone.linear"], a["top1.test.pixels.knn"]) == (
+        0.5,
+        0.625,
+        0.25,
+    )
+    assert (a["protocol.probe"], a["protocol.features"], a["protocol.eval_split"]) == (
+        "linear",
+        "backbone",
+        "test",
+    )
     assert (a["protocol.selection"], a["protocol.n_train"]) == ("l2=0.1 (val)", 180)
-    assert (a["protocol.relation.target"], a["protocol.relation.normalized"]) == ("ssl_runner.relate.Views", False)
-    assert (a["epochs_done"], a["epochs_asked"], a["metrics.loss"], a["metrics.floor_is"]) == (2, "2", 7.5, "exact")
-    assert (a["wall_seconds"], a["processes"], a["device_seconds"], a["images_per_s"]) == (10.0, 4, 40.0, 200.0)
+    assert (a["protocol.relation.target"], a["protocol.relation.normalized"]) == (
+        "ssl_runner.relate.Views",
+        False,
+    )
+    assert (a["epochs_done"], a["epochs_asked"], a["metrics.loss"], a["metrics.floor_is"]) == (
+        2,
+        "2",
+        7.5,
+        "exact",
+    )
+    assert (a["wall_seconds"], a["processes"], a["device_seconds"], a["images_per_s"]) == (
+        10.0,
+        4,
+        40.0,
+        200.0,
+    )
     assert (b["processes"], b["device_seconds"]) == (1, 10.0)  # of a run that does not say
-    assert (a["run.identity"], a["run.starts"], a["run.versions.torch"], a["run.git_commit"]) == ("f00", 2, "2.9", "abc")
+    assert (a["run.identity"], a["run.starts"], a["run.versions.torch"], a["run.git_commit"]) == (
+        "f00",
+        2,
+        "2.9",
+        "abc",
+    )
 
 
 def test_intervals_are_those_of_scipy_and_the_best_on_validation_comes_first(tmp_path: Path) -> None:
@@ -136,7 +191,9 @@ def test_intervals_are_those_of_scipy_and_the_best_on_validation_comes_first(tmp
     val = {1: [0.9, 0.92, 0.91], 5: [0.7, 0.6, 0.65]}
     for gamma in top1:
         for seed in range(3):
-            write_run(tmp_path / f"{gamma}-{seed}", top1[gamma][seed], val[gamma][seed], gamma=gamma, seed=seed)
+            write_run(
+                tmp_path / f"{gamma}-{seed}", top1[gamma][seed], val[gamma][seed], gamma=gamma, seed=seed
+            )
     _, summary, keys = tables(tmp_path)
     assert keys == ["gamma"]
     assert list(summary.gamma) == ["1", "5"]
@@ -144,7 +201,9 @@ def test_intervals_are_those_of_scipy_and_the_best_on_validation_comes_first(tmp
     for row in summary.to_dict("records"):
         for column, values in (("top1", top1[int(row["gamma"])]), ("val_top1", val[int(row["gamma"])])):
             low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
-            np.testing.assert_allclose([row[column] - row[f"± {column}"], row[column] + row[f"± {column}"]], [low, high])
+            np.testing.assert_allclose(
+                [row[column] - row[f"± {column}"], row[column] + row[f"± {column}"]], [low, high]
+            )
 
 
 def test_a_single_seed_has_no_interval_and_a_seed_made_twice_counts_once(tmp_path: Path) -> None:
@@ -154,15 +213,23 @@ def test_a_single_seed_has_no_interval_and_a_seed_made_twice_counts_once(tmp_pat
     _, summary, _ = tables(tmp_path)
     assert list(summary.n) == [2, 1]
     np.testing.assert_allclose(summary.top1, [0.7, 0.1])
-    np.testing.assert_allclose(summary["± top1"], [stats.t.ppf(0.975, 1) * np.std([0.6, 0.8], ddof=1) / np.sqrt(2), np.nan])
+    np.testing.assert_allclose(
+        summary["± top1"], [stats.t.ppf(0.975, 1) * np.std([0.6, 0.8], ddof=1) / np.sqrt(2), np.nan]
+    )
     assert report.with_interval(0.1, np.nan) == "0.1000"
 
 
 def test_a_mean_over_settings_has_the_interval_of_their_pooled_variance() -> None:
     rng = np.random.default_rng(0)
     samples = {setting: rng.normal(setting, 1, n) for setting, n in enumerate((3, 5, 1))}
-    rows = [("x", setting, str(seed), value) for setting, sample in samples.items() for seed, value in enumerate(sample)]
-    [row] = report.over_seeds(pd.DataFrame(rows, columns=["key", "setting", "seed", "top1"]), "key", ["top1"]).to_dict("records")
+    rows = [
+        ("x", setting, str(seed), value)
+        for setting, sample in samples.items()
+        for seed, value in enumerate(sample)
+    ]
+    [row] = report.over_seeds(
+        pd.DataFrame(rows, columns=["key", "setting", "seed", "top1"]), "key", ["top1"]
+    ).to_dict("records")
     squares = sum(((sample - sample.mean()) ** 2).sum() for sample in samples.values())
     error = np.sqrt(squares / 6 * (1 / 3 + 1 / 5 + 1)) / 3
     np.testing.assert_allclose(row["top1"], np.mean([sample.mean() for sample in samples.values()]))
@@ -172,9 +239,22 @@ def test_a_mean_over_settings_has_the_interval_of_their_pooled_variance() -> Non
 
 def test_settings_differ_in_what_was_swept_only(tmp_path: Path) -> None:
     for i, (gamma, seed) in enumerate([(1, 0), (1.0, 1), (5, 0), (5, 1)]):
-        overrides = (f"gamma={gamma}", f"seed={seed}", f"dataset.split_seed={seed}", f"hydra.run.dir=x{i}", f"resume=x{i}")
+        overrides = (
+            f"gamma={gamma}",
+            f"seed={seed}",
+            f"dataset.split_seed={seed}",
+            f"hydra.run.dir=x{i}",
+            f"resume=x{i}",
+        )
         write_run(
-            tmp_path / str(i), 0.5, 0.5, overrides=overrides, gamma=gamma, seed=seed, resume=f"x{i}", dataset__split_seed=seed
+            tmp_path / str(i),
+            0.5,
+            0.5,
+            overrides=overrides,
+            gamma=gamma,
+            seed=seed,
+            resume=f"x{i}",
+            dataset__split_seed=seed,
         )
     _, summary, keys = tables(tmp_path)
     assert keys == ["gamma"]
@@ -190,7 +270,9 @@ def test_a_split_seed_swept_by_itself_is_a_setting(tmp_path: Path) -> None:
 
 def test_runs_under_another_default_are_another_setting(tmp_path: Path) -> None:
     for i, decay in enumerate([0.0, 0.0, 0.1]):
-        write_run(tmp_path / str(i), 0.5, 0.5, overrides=(f"seed={i}",), seed=i, optimizer__weight_decay=decay)
+        write_run(
+            tmp_path / str(i), 0.5, 0.5, overrides=(f"seed={i}",), seed=i, optimizer__weight_decay=decay
+        )
     _, summary, keys = tables(tmp_path)
     assert keys == ["optimizer.weight_decay"]
     assert sorted(summary.n) == [1, 2]
@@ -199,8 +281,15 @@ def test_runs_under_another_default_are_another_setting(tmp_path: Path) -> None:
 def test_torn_missing_and_empty_files_are_read_as_far_as_they_go(tmp_path: Path) -> None:
     write_run(tmp_path / "torn", status="running", metrics=METRICS + "3,9,5.")
     assert read_run(tmp_path / "torn").last["epoch"] == 2
-    for i, name in enumerate([".hydra/config.yaml", ".hydra/overrides.yaml", ".hydra/hydra.yaml", "metrics.csv", "probe.csv"]):
-        for state, content in (("missing", None), ("empty", b""), ("broken", b"a: [1,\n\xff\x00{"), ("odd", b"- 1\n")):
+    for i, name in enumerate(
+        [".hydra/config.yaml", ".hydra/overrides.yaml", ".hydra/hydra.yaml", "metrics.csv", "probe.csv"]
+    ):
+        for state, content in (
+            ("missing", None),
+            ("empty", b""),
+            ("broken", b"a: [1,\n\xff\x00{"),
+            ("odd", b"- 1\n"),
+        ):
             file = write_run(tmp_path / f"{i}{state}", 0.5, 0.5, gamma=1, seed=i) / name
             file.unlink() if content is None else file.write_bytes(content)
     for i, content in enumerate([None, "", "{", "[]", "null"]):
@@ -227,7 +316,12 @@ def test_a_plot_that_is_no_longer_made_goes(tmp_path: Path) -> None:
     out = tmp_path / "report"
     report.report(read_runs([tmp_path], out), out, "title")
     report.report(read_runs([tmp_path / "0"], out), out, "title")
-    assert sorted(file.name for file in out.iterdir()) == ["curves.png", "curves.svg", "report.html", "runs.csv"]
+    assert sorted(file.name for file in out.iterdir()) == [
+        "curves.png",
+        "curves.svg",
+        "report.html",
+        "runs.csv",
+    ]
 
 
 def test_no_run_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +329,10 @@ def test_no_run_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     write_run(tmp_path / "a", status="failed", metrics="", record={"error": "Boom:\n it broke"})
     write_run(tmp_path / "b", status="preempted")
     told = report.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", "title")
-    assert told.splitlines()[:2] == ["2 runs: 1 failed, 1 preempted", f"failed (1): Boom: it broke [{tmp_path / 'a'}]"]
+    assert told.splitlines()[:2] == [
+        "2 runs: 1 failed, 1 preempted",
+        f"failed (1): Boom: it broke [{tmp_path / 'a'}]",
+    ]
 
 
 def test_what_a_run_says_is_not_taken_for_markup(tmp_path: Path) -> None:
@@ -255,7 +352,9 @@ def test_what_a_run_says_is_not_taken_for_markup(tmp_path: Path) -> None:
 
 def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path) -> None:
     for i in range(8):
-        write_run(tmp_path / str(i), 0.5 + 0.01 * i, 0.6, gamma=i % 4, optimizer__lr=10.0 ** -(i // 4), seed=0)
+        write_run(
+            tmp_path / str(i), 0.5 + 0.01 * i, 0.6, gamma=i % 4, optimizer__lr=10.0 ** -(i // 4), seed=0
+        )
     report.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", "a & b")
     text = (tmp_path / "report" / "report.html").read_text()
     page = Page(text)
@@ -276,7 +375,13 @@ def test_plots_show_the_means(tmp_path: Path) -> None:
             top1 = {1: 0.5, 100: 0.7}[gamma] + 0.1 * seed
             folder = tmp_path / f"{gamma}{loss}{seed}"
             write_run(
-                folder, top1, top1 / 2, choices={"loss": loss}, overrides=("loss=x", "gamma=1", "seed=0"), gamma=gamma, seed=seed
+                folder,
+                top1,
+                top1 / 2,
+                choices={"loss": loss},
+                overrides=("loss=x", "gamma=1", "seed=0"),
+                gamma=gamma,
+                seed=seed,
             )
     runs = read_runs([tmp_path], tmp_path / "report")
     keys = report.swept(runs)
@@ -296,7 +401,9 @@ def test_plots_show_the_means(tmp_path: Path) -> None:
 
 
 def test_the_key_of_the_largest_effect_comes_first() -> None:
-    results = pd.DataFrame({"a": ["1", "2", "1", "2"], "b": ["x", "x", "y", "y"], "val_top1": [0.1, 0.2, 0.5, 0.6]})
+    results = pd.DataFrame(
+        {"a": ["1", "2", "1", "2"], "b": ["x", "x", "y", "y"], "val_top1": [0.1, 0.2, 0.5, 0.6]}
+    )
     assert report.effect(results, "a") == pytest.approx(0.1)
     assert report.effect(results, "b") == pytest.approx(0.4)
     assert report.is_numeric(results.a)
@@ -309,7 +416,10 @@ def test_the_key_of_the_largest_effect_comes_first() -> None:
     [
         (["nowhere"], "nowhere is not a folder: give folders that runs lie below, such as outputs"),
         (["empty"], "no run lies below empty: give folders that ssl-run wrote to, such as outputs"),
-        (["runs", "--out", "file"], "--out=file cannot be written (File exists): give a folder that you may write to"),
+        (
+            ["runs", "--out", "file"],
+            "--out=file cannot be written (File exists): give a folder that you may write to",
+        ),
     ],
 )
 def test_bad_input_ends_in_one_line(tmp_path: Path, monkeypatch, capsys, words: list[str], said: str) -> None:
@@ -340,7 +450,11 @@ def test_a_real_sweep(ssl_run, tmp_path: Path, monkeypatch, capsys) -> None:
     table = pd.read_csv(tmp_path / "outputs" / "report" / "runs.csv")
     np.testing.assert_allclose(table.top1, done, atol=1e-4)
     assert list(table.loss) == ["vicreg", "simclr"]
-    assert table[["metrics.rank", "run.versions.torch", "images_per_s", "protocol.selection"]].notna().all(axis=None)
+    assert (
+        table[["metrics.rank", "run.versions.torch", "images_per_s", "protocol.selection"]]
+        .notna()
+        .all(axis=None)
+    )
     assert ssl_report(monkeypatch, capsys, "outputs")[0] == 0  # again, over what it wrote
 
 
@@ -349,7 +463,12 @@ def test_a_thousand_runs(tmp_path: Path, monkeypatch, capsys) -> None:
     for i in range(1000):
         top1 = float(rng.uniform())
         write_run(
-            tmp_path / "runs" / str(i), top1, top1, gamma=float(rng.uniform()), optimizer__lr=float(rng.uniform()), seed=i % 3
+            tmp_path / "runs" / str(i),
+            top1,
+            top1,
+            gamma=float(rng.uniform()),
+            optimizer__lr=float(rng.uniform()),
+            seed=i % 3,
         )
     code, out, err = ssl_report(monkeypatch, capsys, tmp_path / "runs", "--out", tmp_path / "report")
     assert (code, err) == (0, "")

@@ -72,7 +72,9 @@ def test_a_run_that_ends_after_any_step_goes_on_exactly(step: int, precision: st
         assert torch.equal(value, weights(second)[name])
 
 
-def test_a_checkpoint_within_an_epoch_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_within_an_epoch_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ssl_runner.train.SAVE_AFTER", -1.0)
     expected = rows(pretraining())
     training, saved = pretraining(), []
@@ -129,13 +131,17 @@ def test_submitit_requeues_once_the_run_is_closed() -> None:
 
 def until(folder: Path, epochs: int, process: subprocess.Popen) -> None:
     """Waits until a run has written some rows."""
-    while process.poll() is None and not ((folder / "metrics.csv").exists() and len(table(folder / "metrics.csv")) >= epochs):
+    while process.poll() is None and not (
+        (folder / "metrics.csv").exists() and len(table(folder / "metrics.csv")) >= epochs
+    ):
         time.sleep(0.01)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_run_that_is_asked_to_end_saves_itself_and_goes_on(which: signal.Signals, ssl_run, tmp_path: Path) -> None:
+def test_a_run_that_is_asked_to_end_saves_itself_and_goes_on(
+    which: signal.Signals, ssl_run, tmp_path: Path
+) -> None:
     command = f"{TINY} epochs=80 probe.every=20 resume=auto hydra.run.dir="
     process = start(f"{command}mine", tmp_path)
     folder = tmp_path / "mine"
@@ -285,13 +291,17 @@ def test_the_identity_of_a_run_is_its_whole_configuration() -> None:
         assert config.identity(OmegaConf.merge(one, other)) != config.identity(one)
 
 
-def test_a_job_that_slurm_puts_back_is_recognised_in_its_folder(ssl_run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_slurm_puts_back_is_recognised_in_its_folder(
+    ssl_run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same job, same folder, without resume=auto: it goes on, and a finished one is not trained again."""
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     command = f"{TINY} hydra.run.dir=mine"
     folder = run_folder(ssl_run(command)[1])
     unfinished(folder, "preempted")
-    assert "already holds a run" in ssl_run(command)[2]  # a person who gives the same folder twice, in that job's shell
+    assert (
+        "already holds a run" in ssl_run(command)[2]
+    )  # a person who gives the same folder twice, in that job's shell
     sweep = f"-m {TINY} hydra.sweep.dir=swept"
     assert ssl_run(sweep)[0] == 0
     monkeypatch.setenv("SLURM_JOB_ID", "18")
@@ -301,7 +311,9 @@ def test_a_job_that_slurm_puts_back_is_recognised_in_its_folder(ssl_run, monkeyp
 # --- sweeps -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("launcher", ["", pytest.param("hydra/launcher=joblib hydra.launcher.n_jobs=2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "launcher", ["", pytest.param("hydra/launcher=joblib hydra.launcher.n_jobs=2", marks=pytest.mark.slow)]
+)
 def test_the_same_sweep_again_does_what_is_missing_or_failed(launcher: str, ssl_run, tmp_path: Path) -> None:
     command = f"-m {launcher} resume=auto optimizer.lr=0.001,1e30,0.002 {TINY} optimizer=sgd optimizer.warmup_epochs=0"
     code, _, _ = ssl_run(command)
@@ -340,7 +352,9 @@ def test_a_sweep_that_has_grown_keeps_the_runs_that_it_has(ssl_run, tmp_path: Pa
 def test_optuna_maximises_the_validation_accuracy(ssl_run, tmp_path: Path) -> None:
     """Its best value is the highest val_top1 among the trials; one that fails leaves the others."""
     search = "hydra/sweeper=optuna hydra.sweeper.n_trials=4 optimizer=sgd optimizer.warmup_epochs=0"
-    code, _out, _err = ssl_run(f"-m {search} optimizer.lr=choice(1e30,0.0001,0.05) seed=range(0,9) hydra.sweep.dir=swept {TINY}")
+    code, _out, _err = ssl_run(
+        f"-m {search} optimizer.lr=choice(1e30,0.0001,0.05) seed=range(0,9) hydra.sweep.dir=swept {TINY}"
+    )
     records = [json.loads(path.read_text()) for path in (tmp_path / "swept").rglob("run.json")]
     assert len(records) == 4
     best = OmegaConf.load(tmp_path / "swept" / "optimization_results.yaml")

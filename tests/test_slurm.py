@@ -40,14 +40,24 @@ class Cluster:
 
     def __init__(self, cwd: Path):
         self.cwd, self.name, self.processes = cwd, f"test-{uuid.uuid4().hex[:8]}", list[subprocess.Popen]()
-        inherited = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not of_a_launcher(name)}
-        self.env = inherited | {"OMP_NUM_THREADS": "1", "SSL_RUN": sys.executable, "SSL_RUNNER_DATA": str(cwd / "data")}
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if name == "SLURM_CONF" or not of_a_launcher(name)
+        }
+        self.env = inherited | {
+            "OMP_NUM_THREADS": "1",
+            "SSL_RUN": sys.executable,
+            "SSL_RUNNER_DATA": str(cwd / "data"),
+        }
 
     def start(self, command: str) -> subprocess.Popen:
         """ssl-run with this command line; what it prints goes to the file `printed`."""
         words = [sys.executable, "-m", "ssl_runner", *command.split()]
         with open(self.cwd / "printed", "a") as printed:
-            process = subprocess.Popen(words, cwd=self.cwd, env=self.env, stdout=printed, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                words, cwd=self.cwd, env=self.env, stdout=printed, stderr=subprocess.STDOUT
+            )
         self.processes.append(process)
         return process
 
@@ -57,7 +67,9 @@ class Cluster:
         return self.start(f"-m {launcher} {command}")
 
     def slurm(self, *words: str) -> str:
-        return subprocess.run(words, cwd=self.cwd, env=self.env, check=True, capture_output=True, text=True, timeout=60).stdout
+        return subprocess.run(
+            words, cwd=self.cwd, env=self.env, check=True, capture_output=True, text=True, timeout=60
+        ).stdout
 
     def alive(self) -> bool:
         """Whether a job waits, runs or ends."""
@@ -101,7 +113,11 @@ class Cluster:
 
 
 def of_a_launcher(name: str) -> bool:
-    return name.startswith(("SLURM_", "SBATCH_", "SRUN_", "PYTEST_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    return name.startswith(("SLURM_", "SBATCH_", "SRUN_", "PYTEST_")) or name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+    )
 
 
 @pytest.fixture
@@ -117,7 +133,10 @@ def ends(folder: Path) -> bool:
 
 def same_curve(ours: Path, theirs: Path) -> None:
     """A row an epoch, and the same loss but for rounding, which was up to 0.00006 of it."""
-    curves = [pd.read_csv(folder / "metrics.csv")[["epoch", "step", "images_seen", "lr", "loss"]] for folder in (ours, theirs)]
+    curves = [
+        pd.read_csv(folder / "metrics.csv")[["epoch", "step", "images_seen", "lr", "loss"]]
+        for folder in (ours, theirs)
+    ]
     pd.testing.assert_frame_equal(*curves, rtol=1e-3)
 
 
@@ -143,11 +162,15 @@ def test_a_sweep_of_which_one_job_fails_and_two_are_preempted(cluster: Cluster, 
 
     assert cluster.ended(cluster.sweep(f"{command} resume=auto")) == 1
     assert read_json(failed / "run.json")["starts"] == 2
-    assert [read_json(folder / "run.json") for folder in folders if folder != failed] == records[:3] + records[4:]
+    assert [read_json(folder / "run.json") for folder in folders if folder != failed] == records[
+        :3
+    ] + records[4:]
     assert len(list(tmp_path.glob("swept/*/run.json"))) == 6
 
 
-def test_two_processes_of_a_batch_job_are_preempted_and_end_as_one_process_does(cluster: Cluster, tmp_path: Path) -> None:
+def test_two_processes_of_a_batch_job_are_preempted_and_end_as_one_process_does(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     command = f"{SLOW} hydra.run.dir="
     flags = f"--job-name={cluster.name} --nodes=1 --ntasks-per-node=2 --gpus-per-node=0 --cpus-per-task=1 --time=10"
     job = cluster.slurm("sbatch", "--parsable", *flags.split(), str(SCRIPT), *f"{command}two".split()).strip()
@@ -157,7 +180,12 @@ def test_two_processes_of_a_batch_job_are_preempted_and_end_as_one_process_does(
     cluster.until(lambda: ends(folder) and not cluster.alive())
     log = (tmp_path / f"slurm-{job}.out").read_text()
     record = read_json(folder / "run.json")
-    assert (record["status"], record["processes"], record["starts"], record["slurm_job"]) == ("done", 2, 2, job), log
+    assert (record["status"], record["processes"], record["starts"], record["slurm_job"]) == (
+        "done",
+        2,
+        2,
+        job,
+    ), log
     assert "the same command with resume=auto" in log
     same_curve(folder, tmp_path / "one")
 
@@ -187,10 +215,16 @@ def test_a_job_whose_time_is_over_comes_back_and_ends(cluster: Cluster, tmp_path
     tiny = TINY.replace("backbone.widths=[8,16]", "")
     command = f"backbone=slowly {tiny} epochs=400 diagnostics.every=100 hydra.sweep.dir=long"
     assert (
-        cluster.ended(cluster.sweep(f"{command} hydra.launcher.timeout_min=1 hydra.launcher.signal_delay_s=50 --config-dir conf"))
+        cluster.ended(
+            cluster.sweep(
+                f"{command} hydra.launcher.timeout_min=1 hydra.launcher.signal_delay_s=50 --config-dir conf"
+            )
+        )
         == 0
     )
     record = read_json(tmp_path / "long" / "0" / "run.json")
     assert record["status"] == "done"
     assert record["starts"] >= 2
-    assert [row["epoch"] for row in table(tmp_path / "long" / "0" / "metrics.csv")] == [str(n) for n in range(1, 401)]
+    assert [row["epoch"] for row in table(tmp_path / "long" / "0" / "metrics.csv")] == [
+        str(n) for n in range(1, 401)
+    ]

@@ -74,7 +74,9 @@ def steps(
     body = backbone(3, 16)
     modules = [body, mlp(body.width, 8, 2, 5), loss]
     if device is None:
-        data.pretrain = replace(data.pretrain, images=OnDevice(data.pretrain.images), labels=OnDevice(data.pretrain.labels))
+        data.pretrain = replace(
+            data.pretrain, images=OnDevice(data.pretrain.images), labels=OnDevice(data.pretrain.labels)
+        )
         data.mean, data.std = OnDevice(data.mean), OnDevice(data.std)
     for module in modules:
         moved(module) if device is None else module.to(device)
@@ -122,7 +124,9 @@ def pairs(tmp_path: Path) -> str:
 @pytest.mark.parametrize("of", RELATIONS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_no_loss_or_relation_makes_the_host_wait(loss: str, of: str, pairs: str) -> None:
-    views = POLICIES[([*LOSSES].index(loss) + [*RELATIONS].index(of)) % len(POLICIES)]  # every one with every loss and relation
+    views = POLICIES[
+        ([*LOSSES].index(loss) + [*RELATIONS].index(of)) % len(POLICIES)
+    ]  # every one with every loss and relation
     steps(LOSSES[loss](), RELATIONS[of](pairs), policy(views))
 
 
@@ -132,7 +136,9 @@ def test_no_views_or_optimizer_make_the_host_wait(algorithm: str, views: str) ->
     steps(VICReg(), Views(), policy(views), OPTIMIZERS[algorithm])
 
 
-@pytest.mark.parametrize("algorithm", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)], ids=["adamw", "sgd"])
+@pytest.mark.parametrize(
+    "algorithm", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)], ids=["adamw", "sgd"]
+)
 def test_the_scaler_of_fp16_does_not_make_the_host_wait(algorithm: Callable) -> None:
     """A fused optimiser looks itself whether the gradients overflowed; for another one the scaler does, and waits."""
     steps(VICReg(), Views(), Augment({"all": {}}), algorithm, precision="fp16")
@@ -141,7 +147,9 @@ def test_the_scaler_of_fp16_does_not_make_the_host_wait(algorithm: Callable) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", [vit_tiny, partial(resnet, name="resnet18")], ids=["vit_tiny", "resnet18"])
+@pytest.mark.parametrize(
+    "backbone", [vit_tiny, partial(resnet, name="resnet18")], ids=["vit_tiny", "resnet18"]
+)
 def test_no_backbone_makes_the_host_wait(backbone: Callable) -> None:
     steps(SimCLR(), Views(), policy("digits"), backbone=backbone, rounds=1)
 
@@ -165,7 +173,14 @@ def test_no_step_on_cuda_makes_the_host_wait(loss: str, of: str, precision: str,
     views, algorithm = POLICIES[turn % len(POLICIES)], [*OPTIMIZERS.values()][turn % len(OPTIMIZERS)]
     if precision == "fp16":
         algorithm = torch.optim.AdamW
-    steps(LOSSES[loss](), RELATIONS[of](pairs), policy(views), algorithm, device=torch.device("cuda", 0), precision=precision)
+    steps(
+        LOSSES[loss](),
+        RELATIONS[of](pairs),
+        policy(views),
+        algorithm,
+        device=torch.device("cuda", 0),
+        precision=precision,
+    )
 
 
 # --- the tests above can fail -------------------------------------------------------------------------------------------------
@@ -225,7 +240,9 @@ def test_what_waits_in_a_loss_is_caught(spoil: Callable[[Tensor], object]) -> No
         steps(spoilt(spoil), Views(), Augment({"all": {}}), rounds=1)
 
 
-@pytest.mark.parametrize("make", [lambda Z: torch.tensor([1.0], device=Z.device), lambda Z: Z + Z.new_tensor([1.0])])
+@pytest.mark.parametrize(
+    "make", [lambda Z: torch.tensor([1.0], device=Z.device), lambda Z: Z + Z.new_tensor([1.0])]
+)
 def test_a_tensor_made_of_numbers_on_the_device_is_caught(make: Callable[[Tensor], object]) -> None:
     """torch.tensor copies and waits; it asks for CUDA itself, before any of our code sees it."""
     with pytest.raises((Waits, RuntimeError)):

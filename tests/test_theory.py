@@ -10,7 +10,17 @@ from torch.testing import assert_close
 
 from ssl_runner import spectrum, theory
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SquaredSimCLR, VICReg
-from ssl_runner.relation import Edges, Labels, Nearest, Normalized, Originals, Relation, Supported, Views, noisy
+from ssl_runner.relation import (
+    Edges,
+    Labels,
+    Nearest,
+    Normalized,
+    Originals,
+    Relation,
+    Supported,
+    Views,
+    noisy,
+)
 from ssl_runner.theory import EXACT, LOWER, UPPER, optimum
 
 
@@ -60,18 +70,30 @@ def matrix(G: Relation, which: str, center: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("dense_rows", [2000, 0])
-@pytest.mark.parametrize("which", ["laplacian", "adjacency", "adjacency centred", "normalized", "normalized centred"])
+@pytest.mark.parametrize(
+    "which", ["laplacian", "adjacency", "adjacency centred", "normalized", "normalized centred"]
+)
 @pytest.mark.parametrize("G", (RELATIONS | CROWDED).values(), ids=RELATIONS | CROWDED)
-def test_eigenspaces_are_those_of_the_dense_matrix(G: Relation, which: str, dense_rows: int, monkeypatch) -> None:
+def test_eigenspaces_are_those_of_the_dense_matrix(
+    G: Relation, which: str, dense_rows: int, monkeypatch
+) -> None:
     """Values, whole dimensions, projectors and bases; by structure, by the dense solver and by Lanczos."""
     monkeypatch.setattr(spectrum, "DENSE", dense_rows)
     which, _, center = which.partition(" ")
     centred = bool(center) or which == "laplacian"
     k, N = 5, G.num_rows
     A = matrix(G, which, bool(center))
-    out = torch.ones(N, 1, dtype=torch.float64) if which != "normalized" else G.dense(torch.float64).sum(1).sqrt()[:, None]
+    out = (
+        torch.ones(N, 1, dtype=torch.float64)
+        if which != "normalized"
+        else G.dense(torch.float64).sum(1).sqrt()[:, None]
+    )
     sign = -1 if which == "laplacian" else 1
-    P = torch.eye(N, dtype=torch.float64) - out @ out.T / out.square().sum() if centred else torch.eye(N, dtype=torch.float64)
+    P = (
+        torch.eye(N, dtype=torch.float64) - out @ out.T / out.square().sum()
+        if centred
+        else torch.eye(N, dtype=torch.float64)
+    )
     if which == "normalized":
         P = P * (G.degrees > 0)[:, None] * (G.degrees > 0)
     expected = torch.linalg.eigvalsh(P @ (sign * A + 20 * torch.eye(N)) @ P).flip(0) - 20
@@ -98,7 +120,12 @@ def descend(loss: Loss, G: Relation, K: int, seed: int) -> float:
     scale = 10.0 ** torch.empty(1).uniform_(-1.5, 0.7, generator=generator).item()
     Z = (scale * torch.randn(G.num_rows, K, generator=generator, dtype=torch.float64)).requires_grad_()
     solver = torch.optim.LBFGS(
-        [Z], max_iter=3000, history_size=50, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+        [Z],
+        max_iter=3000,
+        history_size=50,
+        tolerance_grad=1e-12,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
     )
 
     def objective() -> Tensor:
@@ -114,7 +141,15 @@ def descend(loss: Loss, G: Relation, K: int, seed: int) -> float:
 EXACTS = [
     (VICReg(2.0, 2.0, gamma, variance="squared"), name, K)
     for gamma in (0.1, 1.0)
-    for name in ("views V=2", "labels", "labels normalized", "edges", "edges apart", "neighbors", "neighbors normalized")
+    for name in (
+        "views V=2",
+        "labels",
+        "labels normalized",
+        "edges",
+        "edges apart",
+        "neighbors",
+        "neighbors normalized",
+    )
     for K in (3, 14)
 ]
 EXACTS += [(VICReg(2.0, 5.0, 0.5, variance="squared"), name, 4) for name in ("labels", "edges")]
@@ -163,7 +198,12 @@ def test_an_exact_value_or_an_upper_bound_is_attained_by_the_embedding(loss: Los
     singular_values = torch.linalg.svdvals(best.Z)
     assert_close(singular_values, best.singular_values[: len(singular_values)], rtol=1e-7, atol=1e-7)
     assert_close(torch.linalg.svdvals(best.seen(best.Z)), singular_values, rtol=1e-6, atol=1e-6)
-    assert_close(theory.alignment(best.Z, best), 1.0 if best.spaces and singular_values.any() else 0.0, rtol=0, atol=1e-9)
+    assert_close(
+        theory.alignment(best.Z, best),
+        1.0 if best.spaces and singular_values.any() else 0.0,
+        rtol=0,
+        atol=1e-9,
+    )
     assert best.rank == int(torch.linalg.matrix_rank(best.Z))
 
 
@@ -181,7 +221,9 @@ def test_descent_does_better_than_an_upper_bound_or_as_well(name: str) -> None:
     for loss in (VICReg(2.0, 1.0, 2.0), BarlowTwins(1.0)):
         best = optimum(loss, G, 5)
         assert best.kind == UPPER
-        assert best.value / 1.5 < min(descend(loss, G, 5, seed) for seed in range(3)) <= best.value * (1 + 1e-6)
+        assert (
+            best.value / 1.5 < min(descend(loss, G, 5, seed) for seed in range(3)) <= best.value * (1 + 1e-6)
+        )
 
 
 @pytest.mark.parametrize("alpha", [0.005, 0.02, 1.0])
@@ -202,7 +244,9 @@ def test_the_hinges_scales_minimise_each_decorrelated_column(eps: float, name: s
     G, loss, K = RELATIONS[name], VICReg(2.0, 1.0, 2.0, eps=eps), 8
     values = torch.linalg.eigvalsh(matrix(G, "laplacian", False))[1 : K + 1]
     s = torch.linspace(0, 1, 200_001, dtype=torch.float64)
-    costs = [2 * (1 - (s**2 + eps).sqrt()).relu() + 2 * 2 * 11 / 12 * value * s**2 for value in values.clamp(min=0)]
+    costs = [
+        2 * (1 - (s**2 + eps).sqrt()).relu() + 2 * 2 * 11 / 12 * value * s**2 for value in values.clamp(min=0)
+    ]
     best = optimum(loss, G, K)
     assert_close(best.value, float(sum(cost.min() for cost in costs)), rtol=1e-7, atol=1e-7)
     at = torch.stack([s[cost.argmin()] for cost in costs])
@@ -258,13 +302,17 @@ def test_eigenvalues_of_zero_add_nothing_to_the_rank(seed: int, center: bool) ->
 )
 def test_any_choice_among_tied_eigenvectors_is_aligned(loss: Loss, G: Relation) -> None:
     """The last ones of the matrix's own dense decomposition, in place of those that `optimum` chose."""
-    which = {"VICReg": "laplacian", "SquaredSimCLR": "adjacency", "BarlowTwins": "normalized"}[type(loss).__name__]
+    which = {"VICReg": "laplacian", "SquaredSimCLR": "adjacency", "BarlowTwins": "normalized"}[
+        type(loss).__name__
+    ]
     center = getattr(loss, "center", True)
     best = optimum(loss, G, 5)
     scale = best.Z.norm(dim=0)
     chosen = []
     for space, q in theory.leading(spectrum.spectrum(G, which, 5, center), 5):
-        chosen.append(space.basis(space.dim) @ torch.linalg.qr(torch.randn(space.dim, q, dtype=torch.float64))[0])
+        chosen.append(
+            space.basis(space.dim) @ torch.linalg.qr(torch.randn(space.dim, q, dtype=torch.float64))[0]
+        )
     other = torch.cat(chosen, 1)
     if which == "normalized":
         d = G.dense(torch.float64).sum(1)
@@ -291,7 +339,9 @@ def test_alignment_sees_what_the_loss_sees() -> None:
 def test_laplacian_eigenmaps_are_sklearns_spectral_embedding() -> None:
     """sklearn's embedding is D^-1/2 times the eigenvectors of the normalised Laplacian: CCA's form here."""
     G = random_pairs(60, 200)
-    theirs = SpectralEmbedding(4, affinity="precomputed", random_state=0).fit_transform(G.dense(torch.float64).numpy())
+    theirs = SpectralEmbedding(4, affinity="precomputed", random_state=0).fit_transform(
+        G.dense(torch.float64).numpy()
+    )
     ours = optimum(BarlowTwins(center=True), G, 4).Z
     theirs = torch.from_numpy(theirs)
     theirs = theirs / theirs.square().sum(0).sqrt()
@@ -308,7 +358,12 @@ def test_structure_spares_the_eigenproblem_of_a_large_relation() -> None:
         assert optimum(loss, labels, 16).rank >= 9
     uneven = Labels(torch.arange(200_000).sqrt().long() % 50, normalized=True)
     d, n = uneven.degrees.double(), torch.bincount(uneven.y)[uneven.y].double()
-    assert_close(optimum(SimCLR(reduction="sum"), uneven, 16).value, float((d * (n - 1).log()).sum()), rtol=1e-9, atol=0)
+    assert_close(
+        optimum(SimCLR(reduction="sum"), uneven, 16).value,
+        float((d * (n - 1).log()).sum()),
+        rtol=1e-9,
+        atol=0,
+    )
     sevenths = Labels(torch.arange(200_000) % 7)
     n = torch.bincount(sevenths.y).double()
     best = optimum(SquaredSimCLR("sum"), sevenths, 16)

@@ -86,7 +86,12 @@ def test_the_loss_falls_and_the_row_says_so(loss: Loss, relation: BatchRelation,
     assert [row["images_seen"] for row in table] == list(range(60, 481, 60))
     assert table[-1]["loss"] < table[0]["loss"]
     for row in table:
-        assert_close(row["loss"], sum(weight * row[name] for name, weight in loss.weights.items()), rtol=1e-4, atol=1e-4)
+        assert_close(
+            row["loss"],
+            sum(weight * row[name] for name, weight in loss.weights.items()),
+            rtol=1e-4,
+            atol=1e-4,
+        )
 
 
 def test_the_same_seed_gives_the_same_run() -> None:
@@ -136,7 +141,10 @@ def test_images_copied_ahead_train_the_same_network() -> None:
 def test_half_precision_computes_the_same_loss_and_learns(loss: Loss, precision: str) -> None:
     """Without learning the loss is float32's to a few roundings (bf16 keeps 8 bits); with it, it falls."""
     seen = []
-    still, full = pretraining(loss, precision=precision, lr=1e-9, epochs=1), pretraining(loss, lr=1e-9, epochs=1)
+    still, full = (
+        pretraining(loss, precision=precision, lr=1e-9, epochs=1),
+        pretraining(loss, lr=1e-9, epochs=1),
+    )
     still.projector.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     assert_close(rows(still)[0]["loss"], rows(full)[0]["loss"], rtol=0.02, atol=0)
     assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float16}
@@ -223,7 +231,11 @@ def test_the_device_is_chosen_or_refused() -> None:
 def test_the_precision_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda, mps = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
     assert choose_precision("auto", mps) == "fp32"
-    for capabilities, expected in (({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx512_f": True}, "fp32")):
+    for capabilities, expected in (
+        ({"avx512_bf16": True}, "bf16"),
+        ({"amx_bf16": True}, "bf16"),
+        ({"avx512_f": True}, "fp32"),
+    ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
         assert choose_precision("auto", cpu) == expected
     assert choose_precision("bf16", cpu) == "bf16"
@@ -241,4 +253,6 @@ def test_the_precision_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_images_copied_ahead_to_cuda_train_the_same_network() -> None:
     cuda = torch.device("cuda")
-    assert_close(rows(pretraining(location="host", device=cuda)), rows(pretraining(device=cuda)), rtol=1e-3, atol=1e-3)
+    assert_close(
+        rows(pretraining(location="host", device=cuda)), rows(pretraining(device=cuda)), rtol=1e-3, atol=1e-3
+    )

@@ -62,24 +62,35 @@ def test_solarize() -> None:
 @pytest.mark.parametrize("kernel", [3, 9])
 def test_blur(kernel: int) -> None:
     x, sigma = images(), draw().uniform(0.1, 2)
-    assert_close(geometry.gaussian_blur(x, sigma, kernel), one_by_one(lambda i, s: TF.gaussian_blur(i, kernel, s), x, sigma))
+    assert_close(
+        geometry.gaussian_blur(x, sigma, kernel),
+        one_by_one(lambda i, s: TF.gaussian_blur(i, kernel, s), x, sigma),
+    )
 
 
 @pytest.mark.parametrize("size", [(20, 24), (32, 32), (7, 5)])
 def test_resized_crop_and_flip(size: tuple[int, int]) -> None:
     x, flip = images(size=size), draw(seed=1).coin(0.5)
     boxes = geometry.random_boxes(draw(), *size, scale=(0.08, 1.0))
-    expected = one_by_one(lambda image, box: TF.resized_crop(image, *map(int, box), size, antialias=True), x, boxes)
+    expected = one_by_one(
+        lambda image, box: TF.resized_crop(image, *map(int, box), size, antialias=True), x, boxes
+    )
     expected[flip] = expected[flip].flip(-1)
     assert_close(geometry.resample(x, boxes, flip), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("own", "size"), [((20, 24), (20, 24)), ((20, 24), (9, 8)), ((32, 32), (16, 16)), ((12, 12), (17, 30))])
-def test_a_crop_to_any_size_is_torchvisions_with_antialias(own: tuple[int, int], size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("own", "size"), [((20, 24), (20, 24)), ((20, 24), (9, 8)), ((32, 32), (16, 16)), ((12, 12), (17, 30))]
+)
+def test_a_crop_to_any_size_is_torchvisions_with_antialias(
+    own: tuple[int, int], size: tuple[int, int]
+) -> None:
     """Boxes that shrink to the size, and boxes that grow."""
     x, flip = images(size=own), draw(seed=1).coin(0.5)
     boxes = geometry.random_boxes(draw(), *own, scale=(0.02, 1.0))
-    expected = one_by_one(lambda image, box: TF.resized_crop(image, *map(int, box), size, antialias=True), x, boxes)
+    expected = one_by_one(
+        lambda image, box: TF.resized_crop(image, *map(int, box), size, antialias=True), x, boxes
+    )
     expected[flip] = expected[flip].flip(-1)
     assert_close(geometry.resample(x, boxes, flip, size=size), expected, atol=1e-5, rtol=0)
     whole = TF.resize(x, list(size), antialias=True)
@@ -95,7 +106,10 @@ def test_affine() -> None:
         x, angle, right, down, scale, shear,
     )  # fmt: skip
     assert_close(
-        geometry.resample(x, matrices=geometry.affine_matrices(angle, right, down, scale, shear)), expected, atol=2e-5, rtol=0
+        geometry.resample(x, matrices=geometry.affine_matrices(angle, right, down, scale, shear)),
+        expected,
+        atol=2e-5,
+        rtol=0,
     )
 
 
@@ -160,7 +174,9 @@ def test_jitter_leaves_the_rows_that_it_does_not_pick() -> None:
 
 def augment(settings: dict, originals: Tensor, V: int, seed: int = 0) -> Tensor:
     C = originals.shape[1]
-    return Augment({"all": settings})(originals, V, torch.zeros(C), torch.ones(C), torch.Generator().manual_seed(seed))
+    return Augment({"all": settings})(
+        originals, V, torch.zeros(C), torch.ones(C), torch.Generator().manual_seed(seed)
+    )
 
 
 def test_no_operation_is_the_image_itself_view_major() -> None:
@@ -209,7 +225,9 @@ def test_coins_fall_as_often_as_told_and_independently() -> None:
     """Of 8,000 rows each choice takes its share, within 4.5 deviations; so do both of two choices, of an image's two views, of
     neighbouring rows, and every place of the hue among those that are jittered."""
     n, p = 4000, {"jitter": 0.8, "grayscale": 0.2, "blur": 0.5, "solarize": 0.1}
-    chosen = Policy(**FULL | {"solarize": {"p": 0.1, "threshold": 0.5}}).draw(draw(2 * n), (8, 8), (8, 8)).choices
+    chosen = (
+        Policy(**FULL | {"solarize": {"p": 0.1, "threshold": 0.5}}).draw(draw(2 * n), (8, 8), (8, 8)).choices
+    )
     place = chosen.pop("place")
     falls = {"jitter": place < 4, **chosen}
     shares = [(falls[a], p[a]) for a in p]
@@ -250,7 +268,9 @@ SIZES = [  # the images' own, the views'
 @pytest.mark.parametrize(("own", "size"), SIZES, ids=str)
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("settings", WAYS.values(), ids=WAYS)
-def test_row_by_row_and_all_at_once_make_the_same(settings: dict, channels: int, size: tuple, own: tuple) -> None:
+def test_row_by_row_and_all_at_once_make_the_same(
+    settings: dict, channels: int, size: tuple, own: tuple
+) -> None:
     """What a CPU does beside what a GPU does, run here, with the same random numbers."""
     rows = 70
     policy, images = Policy(**settings), torch.randint(0, 256, (9, channels, *own), dtype=torch.uint8)
@@ -269,7 +289,9 @@ def test_no_row_reads_or_writes_beside_its_arrays(tmp_path: Path) -> None:
     checked = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
     test = f"{__file__}::test_row_by_row_and_all_at_once_make_the_same"
     ended = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test], env=checked, capture_output=True
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
+        env=checked,
+        capture_output=True,
     )
     assert ended.returncode == 0, ended.stdout.decode()
 
@@ -315,7 +337,9 @@ def test_threads_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("size", [8, 16, 24])
-@pytest.mark.parametrize("settings", [FULL, {}, {"flip": 0.5}, {"affine": AFFINE}, {"affine": AFFINE} | FULL], ids=str)
+@pytest.mark.parametrize(
+    "settings", [FULL, {}, {"flip": 0.5}, {"affine": AFFINE}, {"affine": AFFINE} | FULL], ids=str
+)
 def test_views_of_another_size_are_those_of_the_own_size_made_smaller(settings: dict, size: int) -> None:
     """Smooth images: what is made small at once is nearly what is shrunk afterwards, with the same random numbers."""
     coarse = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -331,7 +355,9 @@ def test_views_of_another_size_are_those_of_the_own_size_made_smaller(settings: 
 def test_a_size_without_crop_resizes_as_torchvision() -> None:
     originals = torch.randint(0, 256, (5, 3, 20, 20), dtype=torch.uint8)
     X = Augment({"all": {}})(originals, 2, torch.zeros(3), torch.ones(3), torch.Generator(), size=12)
-    assert_close(X, TF.resize(originals / 255, [12, 12], antialias=True).repeat(2, 1, 1, 1), atol=1e-5, rtol=0)
+    assert_close(
+        X, TF.resize(originals / 255, [12, 12], antialias=True).repeat(2, 1, 1, 1), atol=1e-5, rtol=0
+    )
 
 
 def test_the_generator_alone_decides() -> None:

@@ -55,7 +55,12 @@ class _Correlation(torch.autograd.Function):
     def forward(ctx: Any, Z: Tensor, G: Relation, eps: float) -> tuple[Tensor, Tensor]:
         d, GZ = G.degrees.to(Z), G @ Z
         n = summed(d @ Z.square()).clamp(min=torch.finfo(Z.dtype).tiny).sqrt()
-        M, diagonal, squares, pull = Symmetric(Z, GZ, G), torch.empty_like(n), Z.new_zeros(()), torch.zeros_like(n)
+        M, diagonal, squares, pull = (
+            Symmetric(Z, GZ, G),
+            torch.empty_like(n),
+            Z.new_zeros(()),
+            torch.zeros_like(n),
+        )
         for k, m, stripe in M.stripes():
             nn = torch.outer(n[k], n[m]).add_(eps)
             C = stripe / nn

@@ -36,7 +36,9 @@ class Loss(nn.Module, ABC):
         """Z (N, K), G -> the unweighted terms, scalars. Half precision is promoted and autocast is off: fp16 Gram matrices
         overflow and small covariances vanish. float64 stays float64."""
         if Z.ndim != 2 or len(Z) != G.num_rows:
-            raise ValueError(f"G relates {G.num_rows} rows and needs Z of shape ({G.num_rows}, K), not {tuple(Z.shape)}")
+            raise ValueError(
+                f"G relates {G.num_rows} rows and needs Z of shape ({G.num_rows}, K), not {tuple(Z.shape)}"
+            )
         with torch.autocast(Z.device.type, enabled=False):
             return self._terms(Z.float() if Z.dtype in (torch.float16, torch.bfloat16) else Z, G)
 

@@ -13,7 +13,9 @@ from ssl_runner.loss.base import Loss
 from ssl_runner.loss.products import column_products, first_derivative
 from ssl_runner.relation import Relation
 
-BLOCK_ELEMENTS = 2**22  # similarities held at a time: 16 MiB in float32, and four times that on a GPU, to keep it busy
+BLOCK_ELEMENTS = (
+    2**22
+)  # similarities held at a time: 16 MiB in float32, and four times that on a GPU, to keep it busy
 SIDE = 512  # rows and columns of a tile of them, 1 MiB, which a CPU's cache holds
 KEPT_ELEMENTS = 2**23  # similarities kept from one pass to the next: 32 MiB
 
@@ -43,7 +45,9 @@ class SimCLR(Loss):
         with torch.no_grad():
             GZ = G @ Z
         positives = total(d.sum()).clamp(min=1) if self.reduction == "mean" else 1
-        exp_is_safe = 1 / self.tau < 0.4 * math.log(torch.finfo(Z.dtype).max)  # so are sums of exp(s), with |s| <= 1 / tau
+        exp_is_safe = 1 / self.tau < 0.4 * math.log(
+            torch.finfo(Z.dtype).max
+        )  # so are sums of exp(s), with |s| <= 1 / tau
         repulsion = _SymmetricLogSumExp if size() == 1 and exp_is_safe else _WeightedLogSumExp
         return {
             "repulsion": repulsion.apply(Z, d, self.tau) / positives,

@@ -25,16 +25,22 @@ class SquaredSimCLR(Loss):
         super().__init__()
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction={reduction} is not one of: mean, sum")
-        self.weights = {"repulsion": 1.0, "attraction": 1.0} | ({"constant": 1.0} if reduction == "sum" else {})
+        self.weights = {"repulsion": 1.0, "attraction": 1.0} | (
+            {"constant": 1.0} if reduction == "sum" else {}
+        )
         self.reduction, self.center = reduction, center
 
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
         if self.center:
             Z = Z - pooled(Z.mean(0)) / size()
         ZZ, ZGZ = total(Z.T @ Z), total(Z.T @ (G @ Z))
-        return self.of_products(ZZ, ZGZ, size() * len(Z), total(G.degrees.to(Z).sum()), total(G.square_norm.to(Z)))
+        return self.of_products(
+            ZZ, ZGZ, size() * len(Z), total(G.degrees.to(Z).sum()), total(G.square_norm.to(Z))
+        )
 
-    def of_products(self, ZZ: Tensor, ZGZ: Tensor, N: int, total: Tensor, square_norm: Tensor) -> dict[str, Tensor]:
+    def of_products(
+        self, ZZ: Tensor, ZGZ: Tensor, N: int, total: Tensor, square_norm: Tensor
+    ) -> dict[str, Tensor]:
         """The terms from Z'Z and Z'GZ (K, K), total = sum_ij G_ij and square_norm = sum_ij G_ij^2."""
         if self.reduction == "sum":
             return {"repulsion": ZZ.square().sum(), "attraction": -2 * ZGZ.trace(), "constant": square_norm}

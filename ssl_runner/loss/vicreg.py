@@ -27,7 +27,12 @@ class VICReg(Loss):
     reduces = True
 
     def __init__(
-        self, alpha: float = 25.0, beta: float = 1.0, gamma: float = 25.0, variance: str = "hinge", eps: float = 1e-4
+        self,
+        alpha: float = 25.0,
+        beta: float = 1.0,
+        gamma: float = 25.0,
+        variance: str = "hinge",
+        eps: float = 1e-4,
     ) -> None:
         super().__init__()
         if variance not in ("hinge", "squared"):
@@ -43,7 +48,9 @@ class VICReg(Loss):
         with torch.no_grad():
             LZ = d * centred - G @ centred
         variances, covariance = _Covariance.apply(centred)
-        std = (variances + self.eps).clamp(min=torch.finfo(Z.dtype).tiny).sqrt()  # a dead column has gradient 0, not nan
+        std = (
+            (variances + self.eps).clamp(min=torch.finfo(Z.dtype).tiny).sqrt()
+        )  # a dead column has gradient 0, not nan
         variance = (1 - std).relu() if self.variance == "hinge" else (1 - variances).square()
         return {
             "variance": variance.sum(),

@@ -58,7 +58,9 @@ def golden_loss(case: dict) -> Loss:
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"{case['loss']}-{case['relation']['kind']}-{case['value']:.6g}")
+@pytest.mark.parametrize(
+    "case", GOLDEN, ids=lambda case: f"{case['loss']}-{case['relation']['kind']}-{case['value']:.6g}"
+)
 def test_golden_values(case: dict, dtype: torch.dtype, rtol: float) -> None:
     relation = golden_relation(case["relation"])
     value = golden_loss(case)(golden_embeddings(case, dtype), relation)
@@ -94,7 +96,9 @@ def test_squared_simclr_is_the_distance_of_the_gram_matrix_from_g(G: Relation) -
     assert_close(SquaredSimCLR("sum")(Z, G), (Z @ Z.T - dense).square().sum())
     Zc = Z - Z.mean(0)
     assert_close(SquaredSimCLR("sum", center=True)(Z, G), (Zc @ Zc.T - dense).square().sum())
-    means = (Z @ Z.T).square().mean() - 2 * (dense * (Z @ Z.T)).sum() / dense.sum()  # HaoChen et al. 2021, eq. 6
+    means = (Z @ Z.T).square().mean() - 2 * (
+        dense * (Z @ Z.T)
+    ).sum() / dense.sum()  # HaoChen et al. 2021, eq. 6
     assert_close(SquaredSimCLR()(Z, G), means)
 
 
@@ -140,13 +144,18 @@ def test_the_authors_barlow_twins() -> None:
     c = normalized[0].T @ normalized[1] / n
     on_diagonal = (c.diagonal() - 1).square().sum()
     off_diagonal = (c - c.diagonal().diag()).square().sum()
-    assert_close(BarlowTwins(lambd, center=True, eps=0)(torch.cat([a, b]), Views(n, 2)), on_diagonal + lambd * off_diagonal)
+    assert_close(
+        BarlowTwins(lambd, center=True, eps=0)(torch.cat([a, b]), Views(n, 2)),
+        on_diagonal + lambd * off_diagonal,
+    )
 
 
 @pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_gradients(loss: Loss, G: Relation, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simclr, "BLOCK_ELEMENTS", 30)  # tiles of five rows, or blocks of three, the last of one
+    monkeypatch.setattr(
+        simclr, "BLOCK_ELEMENTS", 30
+    )  # tiles of five rows, or blocks of three, the last of one
     monkeypatch.setitem(products.STRIPE, "cpu", 2)  # stripes of two rows of C, the last of one
     Z = torch.randn(10, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda Z: loss(Z, G), (Z,))
@@ -221,7 +230,12 @@ def test_simclr_is_exact_for_any_temperature(tau: float, dtype: torch.dtype) -> 
     value, expected = SimCLR(tau)(Z, G), sum(plain_simclr(SimCLR(tau), exact, G).values())
     (gradient,), (expected_gradient,) = torch.autograd.grad(value, Z), torch.autograd.grad(expected, exact)
     assert_close(value.double(), expected, rtol=1e-5, atol=0)
-    assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-4 * math.sqrt(expected_gradient.square().sum()))
+    assert_close(
+        gradient.double(),
+        expected_gradient,
+        rtol=1e-4,
+        atol=1e-4 * math.sqrt(expected_gradient.square().sum()),
+    )
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -236,12 +250,16 @@ def test_a_second_derivative_is_refused_not_wrong(loss: Loss) -> None:
 
 @pytest.mark.parametrize("G", [Views(5, 2), Views(2, 5), None], ids=["pairs", "views", "gram"])
 @pytest.mark.parametrize("step", [1, 3, 100])
-def test_stripes_make_up_the_whole_product(G: Relation | None, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stripes_make_up_the_whole_product(
+    G: Relation | None, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(products.STRIPE, "cpu", step)
     Z = torch.randn(10, 7, dtype=torch.float64)
     GZ = Z if G is None else G @ Z
     product = products.Symmetric(Z, GZ, G)
-    assert_close(sum(products.square_sum(stripe) for *_, stripe in product.stripes()), (Z.T @ GZ).square().sum())
+    assert_close(
+        sum(products.square_sum(stripe) for *_, stripe in product.stripes()), (Z.T @ GZ).square().sum()
+    )
     assert_close(product.matrix, Z.T @ GZ)
 
 
@@ -261,18 +279,27 @@ def test_the_order_of_rows_does_not_matter(loss: Loss) -> None:
 
 def test_what_each_loss_does_not_see() -> None:
     Z, G = torch.randn(10, 3, dtype=torch.float64), RELATIONS["labels"]
-    shift, columns, rows = torch.randn(3).double(), torch.rand(3).double() + 0.5, torch.rand(10, 1).double() + 0.5
+    shift, columns, rows = (
+        torch.randn(3).double(),
+        torch.rand(3).double() + 0.5,
+        torch.rand(10, 1).double() + 0.5,
+    )
     rotation, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))
     assert_close(VICReg()(Z + shift, G), VICReg()(Z, G))
     assert_close(SimCLR()(rows * Z @ rotation, G), SimCLR()(Z, G))
     assert_close(BarlowTwins(eps=0)(columns * Z, G), BarlowTwins(eps=0)(Z, G))
-    assert_close(BarlowTwins(center=True, eps=0)(columns * Z + shift, G), BarlowTwins(center=True, eps=0)(Z, G))
+    assert_close(
+        BarlowTwins(center=True, eps=0)(columns * Z + shift, G), BarlowTwins(center=True, eps=0)(Z, G)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_half_precision_is_computed_in_float32(loss: Loss, dtype: torch.dtype) -> None:
-    Z, G = (200 * torch.randn(10, 3)).to(dtype).requires_grad_(), RELATIONS["labels"]  # 200^2 x 10 overflows in fp16
+    Z, G = (
+        (200 * torch.randn(10, 3)).to(dtype).requires_grad_(),
+        RELATIONS["labels"],
+    )  # 200^2 x 10 overflows in fp16
     exact = Z.detach().float().requires_grad_()
     with torch.autocast("cpu", dtype):
         value = loss(Z, G)
@@ -301,7 +328,12 @@ def test_simclr_never_holds_n_by_n(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            self.elements = max([self.elements, *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t))])
+            self.elements = max(
+                [
+                    self.elements,
+                    *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t)),
+                ]
+            )
             return out
 
     monkeypatch.setattr(simclr, "BLOCK_ELEMENTS", 2**14)
