@@ -1,4 +1,4 @@
-"""`python -m ssl_runner`: the same as `ssl-run`."""
+"""`python -m ssl_runner` is the same as `ssl-run`."""
 
 from ssl_runner.cli import main
 

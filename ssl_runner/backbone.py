@@ -1,4 +1,4 @@
-"""Backbones: images (B, C, H, W) -> features (B, width). Each is a module with a `width`; the probe reads these features."""
+"""Backbones: images (B, C, H, W) -> features (B, width). Probes are fitted on these features."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -9,11 +9,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-SMALL_IMAGE = 64  # pixels a side: at most this, ResNets take the CIFAR stem
+SMALL_IMAGE = 64  # pixels per side: up to this size ResNets use the CIFAR stem
 
 
 class Backbone(nn.Module):
-    """A body and the width of the features that it makes: forward (B, C, H, W) -> (B, width)."""
+    """A network together with its feature width: images (B, C, H, W) -> features (B, width)."""
 
     width: int
 
@@ -27,7 +27,7 @@ class Backbone(nn.Module):
 
 @contextmanager
 def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """Within it the networks are in eval mode; at its end every module's own mode is put back."""
+    """Context manager that sets the networks to eval mode and restores the mode of every module on exit."""
     modes = {module: module.training for network in networks for module in network.modules()}
     for network in networks:
         network.eval()
@@ -39,9 +39,17 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
 
 
 def convnet(channels: int, image_size: int, widths: Sequence[int] = (32, 64, 128, 256)) -> Backbone:
-    """Small and quick on a CPU: per width a 3x3 convolution, batch norm and ReLU; all but the last halve the side by stride 2."""
+    """Small convolutional network, fast on a CPU.
+
+    One 3x3 convolution with batch norm and ReLU per entry of `widths`. All but the last have stride 2, which
+    halves the image side. Global average pooling follows.
+
+    Raises ValueError if `widths` is not a non-empty list of integers >= 1.
+    """
     if not widths or not all(isinstance(width, int) and width >= 1 for width in widths):
-        raise ValueError(f"backbone.widths={widths} is not a list of integers >= 1")
+        raise ValueError(
+            f"backbone.widths={widths}: expected a list of integers >= 1, such as [32,64,128,256]"
+        )
     layers: list[nn.Module] = []
     for depth, width in enumerate(widths):
         stride = 2 if depth < len(widths) - 1 else 1
@@ -55,7 +63,11 @@ def convnet(channels: int, image_size: int, widths: Sequence[int] = (32, 64, 128
 
 
 def resnet(channels: int, image_size: int, name: str, weights: str | None = None) -> Backbone:
-    """A torchvision ResNet. Up to 64 pixels a side with the CIFAR stem (3x3, stride 1, no pooling), above with ImageNet's."""
+    """A torchvision ResNet, optionally with pretrained weights.
+
+    Images of up to 64 pixels per side get the CIFAR stem (3x3 convolution, stride 1, no pooling).
+    Larger images get the ImageNet stem.
+    """
     body = torchvision.models.get_model(name, weights=weights)
     width = body.fc.in_features
     body.fc = nn.Identity()
@@ -68,14 +80,17 @@ def resnet(channels: int, image_size: int, name: str, weights: str | None = None
 
 
 def from_timm(channels: int, image_size: int, name: str, **settings: Any) -> Backbone:
-    """Any timm model by name, without its classifier; `settings` go to timm.create_model. ValueError for an unknown name."""
-    import timm  # all its models, a second that no other backbone needs
+    """A timm model without its classifier. `settings` are passed to timm.create_model.
+
+    Raises ValueError for an unknown name.
+    """
+    import timm  # takes about a second and is not needed by other backbones
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(
-            f"backbone.name={name} is not a timm model{hint} (timm.list_models() names them all)"
+            f"backbone.name={name}: expected a timm model; {hint}timm.list_models() returns all names"
         )
     body = timm.create_model(name, num_classes=0, in_chans=channels, **settings)
     with torch.no_grad():
@@ -84,15 +99,21 @@ def from_timm(channels: int, image_size: int, name: str, **settings: Any) -> Bac
 
 
 def vit_tiny(channels: int, image_size: int) -> Backbone:
-    """timm's ViT-Ti at the image's size. Its patches divide the side and are as near as can be to an eighth of it, up to 64
-    pixels, or to 16 pixels above."""
+    """timm's ViT-Ti for images of image_size x image_size pixels.
+
+    The patch size is a divisor of image_size: the one closest to image_size / 8 for images of up to 64 pixels
+    per side, the one closest to 16 pixels for larger images.
+    """
     wanted = image_size / 8 if image_size <= SMALL_IMAGE else 16
     patch = min((p for p in range(1, image_size + 1) if image_size % p == 0), key=lambda p: abs(p - wanted))
     return from_timm(channels, image_size, "vit_tiny_patch16_224", img_size=image_size, patch_size=patch)
 
 
 class LinearBackbone(Backbone):
-    """features = W'x + b of the flattened pixels: the regime in which every loss has a closed form."""
+    """Linear map of the flattened pixels, x -> W'x + b, with b initialised to 0.
+
+    For this backbone every loss has a closed-form optimum.
+    """
 
     def __init__(self, pixels: int, width: int):
         matrix = nn.Linear(pixels, width)
@@ -101,5 +122,5 @@ class LinearBackbone(Backbone):
 
 
 def linear(channels: int, image_size: int, width: int = 256) -> Backbone:
-    """One linear layer on the flattened pixels."""
+    """One linear layer on the flattened pixels. See LinearBackbone."""
     return LinearBackbone(channels * image_size**2, width)

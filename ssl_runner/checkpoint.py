@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or passed over, and that load without running code."""
+"""Checkpoints with a checksum, which are loaded without executing pickled code, and exported weights."""
 
 import hashlib
 import json
@@ -14,11 +14,12 @@ from torch import nn
 from ssl_runner.errors import Refused
 
 NAME, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
-SEAL = b"\nsha256 "  # stands behind torch.save's archive, whose readers pass over it, and before the archive's digest
+# Written after the archive of torch.save, followed by its SHA-256 in hex. torch.load ignores both.
+SEAL = b"\nsha256 "
 
 
 class Sealing:
-    """A file that keeps the SHA-256 of what is written to it."""
+    """File wrapper that computes the SHA-256 of all bytes written to it."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.sha256 = file, hashlib.sha256()
@@ -32,8 +33,10 @@ class Sealing:
 
 
 def save(state: dict[str, Any], folder: Path) -> None:
-    """Writes `state` to checkpoint.pt, sealed by its digest; the last one becomes checkpoint-before.pt. A crash at any moment
-    leaves a whole one."""
+    """Write `state` and its SHA-256 to checkpoint.pt; the previous checkpoint becomes checkpoint-before.pt.
+
+    A crash at any time leaves at least one intact checkpoint.
+    """
     partial = folder / f"{NAME}.partial"
     with open(partial, "wb") as file:
         sealing: Any = Sealing(file)
@@ -47,41 +50,49 @@ def save(state: dict[str, Any], folder: Path) -> None:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that is as it was written, None where there is none at all. Says on standard error which damaged one
-    it passes over, and puts that aside, lest it take the other's place. Refused where all are damaged."""
-    there = [path for path in (folder / NAME, folder / BEFORE) if path.exists()]
-    for path in there:
+    """Return the path of the newest intact checkpoint, or None if there is no checkpoint at all.
+
+    A damaged checkpoint.pt is reported on stderr. It is renamed to checkpoint-damaged.pt, so that the next
+    `save` does not overwrite the intact checkpoint-before.pt with it. Raises UsageError if all checkpoints
+    are damaged.
+    """
+    existing = [path for path in (folder / NAME, folder / BEFORE) if path.exists()]
+    for path in existing:
         if whole(path):
-            if path != there[0]:
-                os.replace(there[0], folder / "checkpoint-damaged.pt")
+            if path != existing[0]:
+                os.replace(existing[0], folder / "checkpoint-damaged.pt")
             return path
-        print(f"{path} is damaged, not as it was written: passed over", file=sys.stderr, flush=True)
-    if there:
-        names = " and ".join(path.name for path in there)
+        print(f"{path} is damaged (SHA-256 mismatch): skipped", file=sys.stderr, flush=True)
+    if existing:
+        names = " and ".join(path.name for path in existing)
         raise Refused(
-            f"{folder} has no whole checkpoint to go on from: remove {names} to train from the beginning"
+            f"{folder} has no intact checkpoint to resume from: remove {names} to train from the beginning"
         )
     return None
 
 
 def whole(path: Path) -> bool:
-    """Whether the file ends with the digest of all that stands before it."""
-    left = path.stat().st_size - len(SEAL) - 64
+    """Return whether the file ends with the SHA-256 of the preceding bytes."""
+    remaining = path.stat().st_size - len(SEAL) - 64
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:
-        while left > 0 and (block := file.read(min(left, 2**24))):
+        while remaining > 0 and (block := file.read(min(remaining, 2**24))):
             sha256.update(block)
-            left -= len(block)
+            remaining -= len(block)
         return file.read() == SEAL + sha256.hexdigest().encode()
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state that `save` wrote, on the CPU, read without unpickling code."""
+    """Load the state that `save` wrote, onto the CPU, without executing pickled code."""
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def export(backbone: nn.Module, path: Path, metadata: dict[str, Any]) -> None:
-    """The backbone's weights as safetensors, with what is needed to rebuild and feed it as JSON in the header."""
+    """Write the weights of the backbone to a safetensors file.
+
+    `metadata`, the information needed to rebuild the backbone and preprocess its input, is stored in the
+    header as JSON.
+    """
     state = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in backbone.state_dict().items()
@@ -92,14 +103,18 @@ def export(backbone: nn.Module, path: Path, metadata: dict[str, Any]) -> None:
 
 
 def restore(backbone: nn.Module, path: Path) -> None:
-    """Loads the weights that `export` wrote into a backbone of the same shape. Refused for any other file."""
+    """Load weights written by `export` into a backbone of the same architecture.
+
+    Raises UsageError if the file does not exist, is not a safetensors file, or does not match the backbone.
+    """
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is not a file"
-        raise Refused(f"weights={path} {what}: give the backbone.safetensors of a finished run")
+        accepted = "a file, not a folder" if path.is_dir() else "an existing file"
+        raise Refused(f"weights={path}: expected {accepted}; give the backbone.safetensors of a finished run")
     try:
         backbone.load_state_dict(safetensors.torch.load_file(path))
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise Refused(
-            f"weights={path} does not fit this backbone or is not a safetensors file ({reason[:200]})"
+            f"weights={path}: expected safetensors weights of this backbone; use the backbone options"
+            f" of the run that wrote the file ({reason[:200]})"
         ) from error

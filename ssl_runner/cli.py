@@ -1,5 +1,8 @@
-"""`ssl-run`: from the command line to run(cfg), with refusals that a person can read. Imports torch only when a job runs, and
-where it is one of several processes, of which the first one alone reads the command line."""
+"""`ssl-run`: validate the command line, then call run(cfg) for every job.
+
+torch is imported only when a job runs, or in distributed runs. In a distributed run only rank 0 reads the
+command line.
+"""
 
 import os
 import re
@@ -22,12 +25,15 @@ from ssl_runner.errors import Refused
 from ssl_runner.metrics import read_json
 from ssl_runner.preemption import Preempted, Preemption
 
-FAILED: list[str] = []  # the jobs of this process's sweep that failed
+FAILED: list[str] = []  # failed jobs of the sweep in this process
 
 
 def main() -> None:
-    """The console script. Exits with 0 when every run is done, 1 when one was refused or failed, 75 when it was preempted and can
-    go on, 130 when interrupted."""
+    """Entry point of `ssl-run`.
+
+    Exit codes: 0 if all runs are done, 1 if the input is invalid or a run failed, 75 if the run was preempted
+    and can be resumed, 130 if interrupted by Ctrl-C.
+    """
     with Preemption():
         if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
             from ssl_runner import distributed
@@ -37,27 +43,26 @@ def main() -> None:
                 follow()
                 return
             lead(distributed.size())
-            distributed.dismiss()  # nothing was to be run, as with --help
+            distributed.dismiss()  # no run to share, as with --help
         else:
             lead()
 
 
 def lead(processes: int = 1) -> None:
-    """What a process by itself does, and the first one of several."""
+    """Run the command line: the part of a single process, or of rank 0 of `processes`."""
     config.register_resolvers()
     config.prefer_our_presets()
     FAILED.clear()
     before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = (
-        "1"  # Hydra then raises what went wrong instead of printing a traceback and leaving
-    )
+    # makes Hydra raise exceptions instead of printing a traceback and exiting
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         prepare(processes)
         hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")(job)()
     except KeyboardInterrupt:
-        print("interrupted; resume=<the run's folder> goes on from its last checkpoint", file=sys.stderr)
+        print("interrupted; resume=<folder of the run> resumes from its last checkpoint", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has left, as in `ssl-run --help | head`
+    except BrokenPipeError:  # the reader of stdout closed it, as in `ssl-run --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
@@ -68,16 +73,19 @@ def lead(processes: int = 1) -> None:
     finally:
         os.environ["HYDRA_FULL_ERROR"] = before or "0"
     if FAILED:
-        print(f"failed: {len(FAILED)} of the sweep's jobs, {'; '.join(FAILED)}", file=sys.stderr)
+        print(f"failed sweep jobs ({len(FAILED)}): {'; '.join(FAILED)}", file=sys.stderr)
         sys.exit(1)
 
 
 def prepare(processes: int = 1) -> None:
-    """Refuses, before Hydra writes anything, a command line of which some job cannot run; completes that of a resumed run."""
+    """Validate the command line before Hydra writes anything, and complete it for resume=<folder>.
+
+    `processes` is the number of processes of a distributed run. Raises UsageError if any job cannot run.
+    """
     parser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:
-        raise Refused(f"{message}; `ssl-run --help` shows what there is")
+        raise Refused(f"{message}; list the options with ssl-run --help")
 
     parser.error = refuse  # type: ignore[method-assign]
     args = parser.parse_args()
@@ -88,24 +96,24 @@ def prepare(processes: int = 1) -> None:
     auto = "resume" in given and given["resume"].value() == "auto"
     if (args.multirun or "hydra.mode" in given) and processes > 1:
         raise Refused(
-            f"a sweep starts many runs, and these {processes} processes train one: start it without torchrun or srun"
+            f"a sweep cannot run in {processes} processes, which together train one run;"
+            " start it without torchrun or srun"
         )
     if "resume" in given and given["resume"].value() is not None and not auto:
         if args.multirun:
             raise Refused(
-                f"{given['resume'].input_line} continues one run: leave out -m, or give resume=auto"
+                f"{given['resume'].input_line}: expected a single run; leave out -m, or use resume=auto"
             )
         folder = Path(str(given["resume"].value())).resolve()
         place = sys.argv.index(str(given["resume"].input_line)) + 1
-        sys.argv[place:place] = resumed(folder, given)  # beside it: argparse wants all overrides in one place
+        sys.argv[place:place] = resumed(folder, given)  # argparse requires all overrides to be adjacent
         if args.config_dir is None:
             sys.argv += config_dir_of(folder)
         else:
             sys.argv += ["--config-dir", str(Path(args.config_dir).resolve())]
         args = parser.parse_args()
-        os.chdir(
-            read_json(folder / "run.json")["cwd"]
-        )  # relative paths mean what they meant when the run was started
+        # relative paths are resolved against the directory in which the run was started
+        os.chdir(read_json(folder / "run.json")["cwd"])
     else:
         for key in ("hydra.run.dir", "hydra.sweep.dir"):
             if key in given and not args.cfg and not auto:
@@ -122,19 +130,22 @@ def prepare(processes: int = 1) -> None:
 
 
 def not_taken(folder: Path) -> None:
-    """Refuses a folder in which, or one level below which, a run lies."""
+    """Raise UsageError if the folder, or a direct subfolder, already contains a run."""
     for taken in (folder, *folder.glob("*")):
         if (taken / "run.json").exists():
             raise Refused(
-                f"{taken} already holds a run: choose another folder, or go on with it by resume={taken}"
+                f"{taken} already contains a run: choose another folder, or resume it with resume={taken}"
             )
 
 
 def job(cfg: DictConfig) -> float | None:
-    """One run, in the folder that Hydra made for it or that `folder_of` finds; returns the validation accuracy, which a sweeper
-    may maximise, None for a job of a sweep that failed. Of several processes the first one decides, and the others follow.
+    """Execute one run, in the folder created by Hydra or in the one that `folder_of` returns.
 
-    A failure is told in one line at once. A single run ends there; in a sweep the other jobs go on.
+    Returns the validation accuracy, which a sweeper may maximise, or None for a failed job of a sweep. In a
+    distributed run, rank 0 makes all decisions and the other ranks execute `follow`.
+
+    A failure is reported at once, on one line. A single run then exits; a sweep continues with its other
+    jobs.
     """
     from ssl_runner import distributed
 
@@ -153,7 +164,7 @@ def job(cfg: DictConfig) -> float | None:
             record = read_json(folder / "run.json") if (folder / "run.json").exists() else None
             if record is not None and record["status"] == "done" and cfg.resume in (None, "auto"):
                 distributed.dismiss()
-                print(f"done already, at {record['started']} from commit {record['git_commit']}", flush=True)
+                print(f"already done: started {record['started']}, commit {record['git_commit']}", flush=True)
                 result = record
             else:
                 if record is None:
@@ -174,7 +185,7 @@ def job(cfg: DictConfig) -> float | None:
         more = (
             ""
             if isinstance(error, Refused) or not (folder / "run.json").exists()
-            else f" (more in {folder}/run.json)"
+            else f" (traceback in {folder}/run.json)"
         )
         if hydra_config.mode == RunMode.RUN:
             print(said(error) + more, file=sys.stderr)
@@ -182,7 +193,7 @@ def job(cfg: DictConfig) -> float | None:
         name = f"#{hydra_config.job.num} ({hydra_config.job.override_dirname})"
         print(f"job {name}: {said(error)}{more}", file=sys.stderr, flush=True)
         if not hydra_config.launcher._target_.endswith("BasicLauncher"):
-            raise  # another process's launcher learns of it only so
+            raise  # a launcher in another process detects the failure only by this exception
         FAILED.append(name)
         return None
     distributed.finish()
@@ -191,7 +202,10 @@ def job(cfg: DictConfig) -> float | None:
 
 
 def follow() -> float | None:
-    """The part of every process but the first in one run: what that one has read and decided is done here, too."""
+    """Execute the run that rank 0 broadcasts. Entry point of all other ranks.
+
+    Returns the validation accuracy, or None if there was nothing to run.
+    """
     from ssl_runner import distributed
     from ssl_runner.run import run
 
@@ -199,45 +213,48 @@ def follow() -> float | None:
         result = {}
         if (task := distributed.share(None)) is not None:
             cfg, folder, cwd = task
-            os.chdir(cwd)  # where relative paths mean what they meant to the first process
+            os.chdir(cwd)  # relative paths must resolve as on rank 0
             result = run(OmegaConf.create(cfg), Path(folder))
         distributed.finish()
-    except (Exception, KeyboardInterrupt) as error:  # the first process tells the user
+    except (Exception, KeyboardInterrupt) as error:  # rank 0 prints the message
         sys.exit(distributed.failed(error)[0])
     return result.get("val_top1")
 
 
 def folder_of(cfg: DictConfig, made: Path) -> Path:
-    """The folder of a run for which Hydra has made one: that one, but with resume=auto the one in which a run of the same
-    identity was begun or is done. Refused where it holds another run."""
+    """Return the folder in which to execute a run, given the folder `made` by Hydra.
+
+    With resume=auto this is the folder of the unfinished or finished run with the same identity, if there is
+    one; otherwise it is `made`. Raises UsageError if the folder contains another run.
+    """
     if cfg.resume is not None and cfg.resume != "auto":
         return made
-    mine = config.identity(cfg)
-    taken = read_json(made / "run.json") if (made / "run.json").exists() else None
+    identity = config.identity(cfg)
+    record = read_json(made / "run.json") if (made / "run.json").exists() else None
     if cfg.resume == "auto":
-        same = [path.parent for path in runs_beside(made) if identity_of(path) == mine]
-        if same:
+        matches = [path.parent for path in runs_beside(made) if identity_of(path) == identity]
+        if matches:
             return max(
-                same,
+                matches,
                 key=lambda folder: (
                     read_json(folder / "run.json")["status"] == "done",
                     folder.stat().st_mtime,
                 ),
             )
-        if taken is not None and HydraConfig.get().mode == RunMode.MULTIRUN:
-            return made.with_name(f"{made.name}-{mine[:8]}")  # a job of an earlier sweep had this number
+        if record is not None and HydraConfig.get().mode == RunMode.MULTIRUN:
+            return made.with_name(f"{made.name}-{identity[:8]}")  # an earlier sweep used this job number
     elif (
-        taken is not None
-        and taken.get("identity") == mine
-        and taken.get("slurm_job") == os.environ.get("SLURM_JOB_ID", "")
+        record is not None
+        and record.get("identity") == identity
+        and record.get("slurm_job") == os.environ.get("SLURM_JOB_ID", "")
     ):
-        return made  # Slurm has requeued this very job
+        return made  # this job was requeued by Slurm
     not_taken(made)
     return made
 
 
 def identity_of(path: Path) -> str | None:
-    """The identity in a run.json; None where it cannot be read, as after a power cut."""
+    """Return the identity in a run.json, or None if the file is corrupt, for example after a power cut."""
     try:
         return read_json(path).get("identity")
     except ValueError:
@@ -245,8 +262,11 @@ def identity_of(path: Path) -> str | None:
 
 
 def runs_beside(made: Path) -> list[Path]:
-    """The run.json of all runs among which resume=auto seeks: those of the same data set and loss, those of all sweeps, or where
-    the command line names the folder of the run or the sweep, those in it."""
+    """Return the run.json paths of all runs that resume=auto considers.
+
+    For a single run, these are the runs with the same data set and loss; for a sweep, the runs of all sweeps.
+    If the command line sets hydra.run.dir or hydra.sweep.dir, only runs in that folder are considered.
+    """
     hydra_config = HydraConfig.get()
     named = any(
         str(line).startswith(("hydra.run.dir=", "hydra.sweep.dir=")) for line in hydra_config.overrides.hydra
@@ -264,7 +284,7 @@ def runs_beside(made: Path) -> list[Path]:
 
 
 def claimed(folder: Path) -> AcquireReturnProxy:
-    """A lock on the folder, for as long as the run lives. Refused when another process has it."""
+    """Lock the folder for the lifetime of the run. Raises UsageError if another process holds the lock."""
     try:
         return FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
@@ -274,7 +294,7 @@ def claimed(folder: Path) -> AcquireReturnProxy:
 
 
 def describe(cfg: DictConfig, folder: Path) -> None:
-    """Writes .hydra/: the resolved configuration, the overrides, and Hydra's own settings."""
+    """Write .hydra/: the resolved configuration, the overrides, and Hydra's own configuration."""
     hydra_config = HydraConfig.get()
     (folder / ".hydra").mkdir(exist_ok=True)
     OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
@@ -285,30 +305,42 @@ def describe(cfg: DictConfig, folder: Path) -> None:
 
 
 def said(error: Exception) -> str:
-    """What to tell of an error, on one line: the message where it was written for the user, else also its type."""
-    if type(error).__name__ == "UncompletedJobError":  # submitit's, with a whole log in it
-        lost = re.search(r"Job (\S+)", str(error))
+    """Format an error on one line.
+
+    The exception type is prepended, unless ssl_runner defines the exception.
+    """
+    if type(error).__name__ == "UncompletedJobError":  # raised by submitit; its message contains a whole log
+        match = re.search(r"Job (\S+)", str(error))
         return (
-            f"job {lost[1] if lost else ''} of the sweep ended without a result, killed or cancelled: its log is in .submitit/ of"
-            " the sweep's folder; jobs that still run go on, and the same command with resume=auto does what is missing then"
+            f"sweep job {match[1] if match else ''} ended without a result (killed or cancelled): see its log"
+            " in .submitit/ in the sweep folder. Other jobs keep running; when they have ended, rerun the"
+            " command with resume=auto to run only the missing jobs"
         )
     from_us = isinstance(error, Refused) or type(error).__module__.startswith("ssl_runner")
     return config.one_line(error) if from_us else f"{type(error).__name__}: {config.one_line(error)}"
 
 
 def resumed(folder: Path, given: dict[str, Override]) -> list[str]:
-    """The overrides to add for resume=<folder>: those that the run was started with (those on the command line win), and its
-    folder. Refused when there is no run to go on with."""
+    """Return the overrides to add for resume=<folder>.
+
+    These are the overrides that the run was started with, without those in `given` on the command line, and
+    the folder of the run as hydra.run.dir. Raises UsageError if the folder has no run that can be resumed.
+    """
     if not (folder / "run.json").is_file() or not (folder / ".hydra" / "overrides.yaml").is_file():
-        raise Refused(f"resume={folder} is not the folder of a run: give one that holds run.json and .hydra")
+        raise Refused(
+            f"resume={folder}: expected the folder of a run; give one that contains run.json and .hydra"
+        )
     record = read_json(folder / "run.json")
     not_done(folder)
     if not Path(record["cwd"]).is_dir():
         raise Refused(
-            f"resume={folder}: the run was started in {record['cwd']}, which is gone; make it again, or start a new run"
+            f"resume={folder}: the working directory of the run, {record['cwd']}, no longer exists;"
+            " recreate it, or start a new run"
         )
     if record["status"] == "running" and alive(record):
-        raise Refused(f"resume={folder}: this run is still running, as process {record['pid']}")
+        raise Refused(
+            f"resume={folder}: this run is still running as process {record['pid']}; wait for it to end"
+        )
     first = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
     added = [
         str(o.input_line) for o in config.parse([str(line) for line in first]) if o.key_or_group not in given
@@ -318,31 +350,31 @@ def resumed(folder: Path, given: dict[str, Override]) -> list[str]:
 
 
 def not_done(folder: Path) -> None:
-    """Refuses to go on with a run that is done."""
+    """Raise UsageError if the run is done."""
     if read_json(folder / "run.json")["status"] == "done":
-        raise Refused(f"resume={folder}: this run is done; start a new one to train differently")
+        raise Refused(f"resume={folder}: this run is done; start a new run to change options")
 
 
 def config_dir_of(folder: Path) -> list[str]:
-    """The --config-dir that a run was started with, as arguments."""
+    """Return the --config-dir that a run was started with, as command-line arguments."""
     sources = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.config_sources
     paths = [str(source.path) for source in sources if source.provider == "command-line"]
     return ["--config-dir", paths[0]] if paths else []
 
 
 def alive(record: dict) -> bool:
-    """Whether the process that wrote run.json still lives, as far as this host can tell."""
+    """Return whether the process that wrote run.json is still running. Always False for another host."""
     if record["host"] != socket.gethostname() or not psutil.pid_exists(record["pid"]):
         return False
     return abs(psutil.Process(record["pid"]).create_time() - record["process_started"]) < 1
 
 
 def unchanged(cfg: DictConfig, folder: Path) -> None:
-    """Refuses to go on with a run under another configuration than its own."""
+    """Raise UsageError if `cfg` differs from the saved configuration of the run, apart from `resume`."""
     saved = OmegaConf.load(folder / ".hydra" / "config.yaml")
     assert isinstance(saved, DictConfig)
     for key in dict.fromkeys([*config.dotted_keys(saved), *config.dotted_keys(cfg)]):
         then, now = OmegaConf.select(saved, key), OmegaConf.select(cfg, key)
         if then != now and key != "resume":
-            was = f"{key} was {config.shown(then)}, not {config.shown(now)}"
-            raise Refused(f"resume={cfg.resume} goes on with the run as it was, and {was}: leave it out")
+            change = f"{key} ({config.shown(then)} -> {config.shown(now)})"
+            raise Refused(f"Cannot change {change} when resuming: leave it out, or start a new run")

@@ -1,6 +1,7 @@
-"""Colour: x (B, C, H, W) in [0, 1] and one parameter a row -> the same shape in [0, 1], as torchvision's on one image.
+"""Colour augmentations on batches x (B, C, H, W) in [0, 1], with one parameter per row.
 
-C is 3, or 1 where saturation, hue and the loss of colour leave an image as it is.
+Shape and range are preserved, and each function equals torchvision's per image. C is 3 or 1; saturation, hue
+and grayscale do not apply to one-channel images.
 """
 
 from itertools import pairwise
@@ -12,12 +13,12 @@ GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision
 
 
 def column(v: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1), to act on images."""
+    """Reshape v (B,) to (B, 1, 1, 1), to broadcast over images."""
     return v.view(-1, 1, 1, 1)
 
 
 def luma(x: Tensor) -> Tensor:
-    """x (B, 3, H, W) -> (B, 1, H, W); one-channel images are their own luma."""
+    """Return the luma (B, 1, H, W) of x (B, 3, H, W). One-channel images are returned unchanged."""
     if x.shape[1] == 1:
         return x
     r, g, b = x.split(1, dim=1)
@@ -25,70 +26,90 @@ def luma(x: Tensor) -> Tensor:
 
 
 def blend(x: Tensor, reference: Tensor, factor: Tensor) -> Tensor:
-    """factor x + (1 - factor) reference, clamped to [0, 1]; reference (B, 1, H, W), factor (B,)."""
+    """Return factor x + (1 - factor) reference, clamped to [0, 1].
+
+    reference (B, 1, H, W) or (B, 1, 1, 1); factor (B,).
+    """
     return torch.lerp(reference, x, column(factor)).clamp_(0, 1)
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
+    """Scale the brightness by factor (B,): blend with black."""
     return blend(x, torch.zeros_like(x[:, :1]), factor)
 
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Scale the contrast by factor (B,): blend with the mean luma of the image."""
     return blend(x, luma(x).mean((1, 2, 3), keepdim=True), factor)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
+    """Scale the saturation by factor (B,): blend with the luma."""
     return blend(x, luma(x), factor)
 
 
 def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """x (B, 3, H, W), turns (B,) in [-0.5, 0.5] of the colour circle: greatest and least value of a pixel stay, its hue turns."""
+    """Shift the hue of x (B, 3, H, W) by turns (B,), fractions of the colour circle in [-0.5, 0.5].
+
+    The largest and the smallest channel value of every pixel are preserved.
+    """
     return mix_channels(x, hue_weights(turns))
 
 
 def hue_weights(turns: Tensor) -> Tensor:
-    """turns (B,) -> weights (B, 4, 3) with which `mix_channels` turns the hue, without ever computing it.
+    """Return weights (B, 4, 3) with which `mix_channels` shifts the hue by turns (B,), without computing it.
 
-    A third of a turn is a change of places of the channels. For what is left, t sixths with |t| <= 1, let v and m be a pixel's
-    greatest and least value; red becomes, and the others likewise around the circle,
+    A shift by a third of the circle is a cyclic permutation of the channels. For the remainder, t sixths of
+    the circle with |t| <= 1, let v and m be the largest and the smallest channel of a pixel. Red becomes
 
         r' = clamp(r - min(1, 1 + 2t) g - min(1, 1 - 2t) b + (1 - |t|) (v + m), m, v)
 
-    which holds on each sixth of the circle, where one channel is v, one is m, and the third moves between them.
+    and green and blue follow by cyclic permutation. The formula holds on every sixth of the circle, on which
+    one channel equals v, one equals m, and the third varies between them.
     """
     thirds = (3 * turns).round()
     t = 6 * turns - 2 * thirds
     weights = torch.stack([torch.ones_like(t), -(1 + 2 * t).clamp(max=1), -(1 - 2 * t).clamp(max=1)], 1)
     channel = torch.arange(3, device=turns.device)
-    places = (
-        channel[:, None] - channel + thirds[:, None, None].long()
-    ) % 3  # of (B, input, output) among the weights
-    return torch.cat([weights.gather(1, places.flatten(1)), (1 - t.abs())[:, None].expand(-1, 3)], 1).view(
-        -1, 4, 3
-    )
+    index = (channel[:, None] - channel + thirds[:, None, None].long()) % 3  # (B, input, output) -> weight
+    mixing = weights.gather(1, index.flatten(1))
+    return torch.cat([mixing, (1 - t.abs())[:, None].expand(-1, 3)], 1).view(-1, 4, 3)
 
 
 def mix_channels(x: Tensor, weights: Tensor) -> Tensor:
-    """x (B, 3, H, W), weights (B, 4, 3) -> weighted sums of a pixel's channels and of its greatest plus its least value, clamped
-    between these two."""
-    (r, g, b), (of_r, of_g, of_b, of_sum) = x.split(1, 1), weights[:, :, :, None, None].unbind(1)
-    value, least = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
-    y = (of_sum * (value + least)).addcmul_(of_r, r).addcmul_(of_g, g).addcmul_(of_b, b)
-    return y.clamp_(least, value)
+    """Return weighted sums of the channels of each pixel, clamped to the range of its channels.
+
+    x (B, 3, H, W); weights (B, 4, 3) of red, green, blue and of the sum of the largest and the smallest
+    channel, for each of the three output channels.
+    """
+    r, g, b = x.split(1, 1)
+    weights_r, weights_g, weights_b, weights_sum = weights[:, :, :, None, None].unbind(1)
+    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    y = (weights_sum * (high + low)).addcmul_(weights_r, r).addcmul_(weights_g, g).addcmul_(weights_b, b)
+    return y.clamp_(low, high)
 
 
 def blend_weights(factors: Tensor, order: Tensor) -> Tensor:
-    """factors (B, 3) of brightness, contrast and saturation, and the order (B, 3) of these three -> for each step what
-    `color_jitter` needs of it, (B, 3, 3): the factor, and 1 in the next place for contrast, in the last for saturation."""
+    """Encode brightness, contrast and saturation as the three blend steps of `color_jitter`.
+
+    factors  (B, 3) of brightness, contrast and saturation
+    order    (B, 3) permutation of 0, 1, 2: the operation of each step
+    returns  (B, 3, 3), for each step: the factor, 1 if it is contrast else 0, 1 if it is saturation else 0
+    """
     return torch.stack([factors.gather(1, order), (order == 1).float(), (order == 2).float()], 2)
 
 
 def color_jitter(x: Tensor, blends: Tensor, hues: Tensor | None, place: Tensor) -> Tensor:
-    """Brightness, contrast, saturation and hue in a row's own order; changes x in place and returns it.
+    """Apply brightness, contrast, saturation and hue to x (B, C, H, W) in place, in a separate order per row.
 
-    blends (B, 3, 3) of `blend_weights`, hues (B, 4, 3) of `hue_weights`, and place (B,) on the host, ascending: how many of the
-    other three come before the hue, or 4 for a row that stays as it is. The three are one blend with a row's own reference, so
-    that all rows take them together, whatever their order.
+    blends   (B, 3, 3) from `blend_weights`
+    hues     (B, 4, 3) from `hue_weights`, or None to leave the hue unchanged
+    place    (B,) int64 on the host, ascending: the number of other operations that precede the hue, or 4 for
+             rows that stay unchanged
+    returns  x
+
+    Brightness, contrast and saturation are all a blend with a reference image, so each of the three steps is
+    one batched blend even if the rows apply different operations in it.
     """
     *starts, end = torch.searchsorted(place, torch.arange(5)).tolist()
     jittered, steps = x[:end], blends[:end, :, :, None, None, None].unbind(1)
@@ -104,8 +125,7 @@ def color_jitter(x: Tensor, blends: Tensor, hues: Tensor | None, place: Tensor) 
 
 
 def solarize(x: Tensor, threshold: float) -> Tensor:
-    """Values at or above the threshold are inverted."""
-    inverted = torch.ge(
-        x, threshold, out=torch.empty_like(x)
-    )  # 0 or 1: on a CPU far faster than a bool and torch.where
+    """Replace values x at or above the threshold by 1 - x."""
+    # a float mask of 0 and 1 with lerp is much faster on a CPU than a bool mask with torch.where
+    inverted = torch.ge(x, threshold, out=torch.empty_like(x))
     return torch.lerp(x, 1 - x, inverted)

@@ -1,4 +1,7 @@
-"""Checks a command line before any work starts, every job of a sweep, without importing torch: unknown keys, types, ranges."""
+"""Validate the command line before any run starts: options, types and ranges, for every job of a sweep.
+
+This module does not import torch, so that `--help` and `--cfg job` stay fast.
+"""
 
 import argparse
 import difflib
@@ -32,12 +35,15 @@ from ssl_runner.errors import Refused
 PACKAGE = Path(__file__).parent
 CONF = (
     PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
-)  # in a wheel, in a checkout
+)  # installed from a wheel, or a checkout
 
 
 @dataclass
 class Rule:
-    """What a setting accepts: a kind of value, within bounds, or one of some choices; null if `optional`."""
+    """Accepted values of an option: a type with bounds or a set of choices, and null if `optional`.
+
+    `low` and `high` are inclusive; `open_low` excludes `low`. An int is accepted where a float is expected.
+    """
 
     kind: type[int] | type[float] | type[bool] | type[str]
     low: float = -math.inf
@@ -66,7 +72,10 @@ class Rule:
         else:
             text = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[self.kind]
             if self.high < math.inf:
-                text += f" {'above' if self.open_low else 'from'} {self.low} {'and up to' if self.open_low else 'to'} {self.high}"
+                bounds = (
+                    f"> {self.low} and <= {self.high}" if self.open_low else f"from {self.low} to {self.high}"
+                )
+                text += f" {bounds}"
             elif self.low > -math.inf:
                 text += f" {'>' if self.open_low else '>='} {self.low}"
         return text + (" or null" if self.optional else "")
@@ -117,7 +126,8 @@ RULES = {
     "diagnostics.images": Rule(int, low=2),
     "diagnostics.moments": Rule(int, low=0),
 }
-LOSS_RULES = {  # of the settings of our own losses; another's are checked by their type, and by the loss itself
+# For the losses in ssl_runner.loss. Options of a custom loss are checked by type, and by the loss itself.
+LOSS_RULES = {
     "alpha": Rule(float, low=0),
     "beta": Rule(float, low=0),
     "gamma": Rule(float, low=0),
@@ -125,7 +135,7 @@ LOSS_RULES = {  # of the settings of our own losses; another's are checked by th
     "tau": _positive(float),
     "reduction": Rule(str, choices=("mean", "sum")),
 }
-PLUGINS = {  # of Hydra, and the extra that installs them
+PLUGINS = {  # override -> Hydra plugin, and the extra of this package that installs it
     "hydra/launcher=slurm": ("submitit_launcher", "slurm"),
     "hydra/launcher=joblib": ("joblib_launcher", "sweep"),
     "hydra/sweeper=optuna": ("optuna_sweeper", "sweep"),
@@ -136,39 +146,45 @@ FEATURES = ("backbone", "projector", "random_init", "pixels", "pca", "lda")
 
 
 def register_resolvers() -> None:
-    """`${unique:}`: eight random hex digits, the same wherever one run or one sweep asks for them."""
+    """Register `${unique:}`: eight random hex digits, constant within a run or sweep."""
     OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(4), use_cache=True, replace=True)
 
 
 def prefer_our_presets() -> None:
-    """Takes out of Hydra's store what its plugins have put there under the names of our own choices in conf/hydra: Hydra would
-    check ours against theirs, and refuse."""
-    Plugins.instance()  # imports them
+    """Remove plugin configs from Hydra's ConfigStore if conf/hydra has a config of the same name.
+
+    Otherwise Hydra would validate the files in conf/hydra against the plugins' schemas and fail.
+    """
+    Plugins.instance()  # imports the plugins, which fill the ConfigStore
     for file in (CONF / "hydra").glob("*/*.yaml"):
         ConfigStore.instance().repo.get("hydra", {}).get(file.parent.name, {}).pop(file.name, None)
 
 
 def check_plugins(overrides: Iterable[Override]) -> None:
-    """Refuses a launcher or a sweeper whose plugin is not installed."""
+    """Raise UsageError if the plugin of the chosen launcher or sweeper is not installed."""
     for override in overrides:
         plugin, extra = PLUGINS.get(str(override.input_line), ("", ""))
         if plugin and find_spec(f"hydra_plugins.hydra_{plugin}") is None:
             raise Refused(
-                f"{override.input_line} needs hydra-{plugin.replace('_', '-')}: pip install 'ssl_runner[{extra}]'"
+                f"{override.input_line}: expected hydra-{plugin.replace('_', '-')} to be installed;"
+                f" run pip install 'ssl_runner[{extra}]'"
             )
 
 
 def check(args: argparse.Namespace) -> list[tuple[str, DictConfig]]:
-    """Composes every job that the command line asks for: its overrides as written, and its configuration. Raises Refused, with
-    one line, for the first that cannot run."""
+    """Compose and validate every job of the command line.
+
+    Returns one pair per job: its overrides as written, and its configuration. Raises UsageError, with a
+    one-line message, for the first job that cannot run.
+    """
     for folder in (args.config_dir, args.config_path):
         if folder is not None and not Path(folder).is_dir():
             raise Refused(
-                f"{folder} is not a folder: --config-dir takes one that holds <group>/<choice>.yaml"
+                f"{folder} is not a folder: --config-dir expects a folder that contains <group>/<name>.yaml"
             )
     search_path = create_config_search_path(str(Path(args.config_path or CONF).resolve()))
     if args.config_dir:
-        query = SearchPathQuery(provider="schema")  # where Hydra itself puts it: after our own
+        query = SearchPathQuery(provider="schema")  # the position that Hydra gives it
         search_path.prepend("command-line", f"file://{Path(args.config_dir).resolve()}", anchor=query)
     Hydra.create_main_hydra2(task_name="check", config_search_path=search_path)
     try:
@@ -183,40 +199,41 @@ def check(args: argparse.Namespace) -> list[tuple[str, DictConfig]]:
 
 
 def jobs(lines: list[str], multirun: bool) -> list[list[Override]]:
-    """The overrides of each job: one list, or in a sweep one for every combination. Ranges that a search strategy samples from
-    (interval and the like) have no combinations: they are left out here and checked when their job starts."""
+    """Return the overrides of each job: one list for a single run, one per combination for a sweep.
+
+    Continuous ranges that a search algorithm samples from (such as `interval`) cannot be enumerated. They are
+    omitted here and checked when their job starts.
+    """
     overrides = parse(lines)
     swept = [override for override in overrides if override.is_sweep_override()]
     if swept and not (multirun or "hydra.mode=MULTIRUN" in lines):
         raise Refused(
-            f"{swept[0].input_line} is a sweep: add -m for a run of every value, or write a list as [a,b]"
+            f"{swept[0].input_line} is a sweep: add -m for one run per value, or write a list as [a,b]"
         )
     finite = [
         override for override in overrides if not override.is_sweep_override() or override.is_discrete_sweep()
     ]
     batches = BasicSweeper.split_arguments(finite, max_batch_size=None)
     if not batches or not batches[0]:
-        raise Refused(f"{swept[0].input_line} is a sweep over nothing: give it at least one value")
+        raise Refused(f"{swept[0].input_line} is an empty sweep: give at least one value")
     return [parse(list(job)) for job in batches[0]]
 
 
 def parse(lines: list[str]) -> list[Override]:
-    """Hydra's reading of the overrides. Refused when one is not group=choice or key=value."""
+    """Parse overrides with Hydra. Raises UsageError if one is not <group>=<name> or <key>=<value>."""
     try:
         overrides = OverridesParser.create().parse_overrides(lines)
     except HydraException as error:
         message = one_line(error).split(" See https")[0]
-        raise Refused(f"{message}: settings are written group=choice or key=value") from error
+        raise Refused(f"{message}: expected <group>=<name> or <key>=<value>") from error
     for override in overrides:
         if not override.key_or_group:
-            raise Refused(
-                f"{override.input_line} names no setting: settings are written group=choice or key=value"
-            )
+            raise Refused(f"{override.input_line} has no key: expected <group>=<name> or <key>=<value>")
     return overrides
 
 
 class Composer:
-    """Composes configurations from one set of folders and says what is wrong with them."""
+    """Compose and validate configurations from one Hydra search path."""
 
     def __init__(self, config_name: str):
         self.config_name = config_name
@@ -224,9 +241,12 @@ class Composer:
         self.composed: dict[tuple[str, ...], tuple[DictConfig, DictConfig]] = {}
 
     def compose(self, lines: Iterable[str]) -> tuple[DictConfig, DictConfig]:
-        """The composed configuration and which choice each group has. Refused when Hydra cannot compose it."""
+        """Return the composed configuration, and the chosen config of each group.
+
+        Raises UsageError if Hydra cannot compose it.
+        """
         key = tuple(lines)
-        if key in self.composed:  # the jobs of a sweep share most of what is composed here
+        if key in self.composed:  # most jobs of a sweep differ only in values, not in groups
             return self.composed[key]
         try:
             config = compose(self.config_name, overrides=list(key), return_hydra_config=True)
@@ -235,13 +255,9 @@ class Composer:
             if not group:
                 raise Refused(one_line(error)) from error
             options = self.repository.get_group_options(group)
-            accepted = (
-                f"{group} is one of {', '.join(options)}"
-                if options
-                else f"{group} has none; --config-dir can add some"
-            )
+            available = ", ".join(options) or "none (add some with --config-dir)"
             raise Refused(
-                f"{group}={choice} is not a choice{nearest(choice, options)}; {accepted}"
+                f"Unknown {group} '{choice}'.{nearest(choice, options)} Available: {available}"
             ) from error
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise Refused(one_line(error.__cause__ or error)) from error
@@ -249,25 +265,28 @@ class Composer:
         return self.composed.setdefault(key, (own, config.hydra.runtime.choices))
 
     def check(self, overrides: list[Override]) -> DictConfig:
-        """The configuration of the job of these overrides. Raises Refused when it cannot run."""
-        mine = [
+        """Return the configuration of the job with these overrides. Raises UsageError if it cannot run."""
+        task_overrides = [
             override for override in overrides if not override.key_or_group.startswith(("hydra.", "hydra/"))
         ]
-        groups = [override for override in mine if self.repository.group_exists(override.key_or_group)]
+        groups = [
+            override for override in task_overrides if self.repository.group_exists(override.key_or_group)
+        ]
         for override in groups:
             self.check_choice(override)
         _, chosen = self.compose(str(override.input_line) for override in groups)
         reference = self.reference(
             chosen, {override.key_or_group for override in groups if override.is_add()}
         )
-        for override in mine:
+        for override in task_overrides:
             if override not in groups:
                 self.check_key(override, reference, chosen)
-        config, _ = self.compose(str(override.input_line) for override in mine)
+        config, _ = self.compose(str(override.input_line) for override in task_overrides)
         for key in map(str, config):
             if key == "experiment":
                 raise Refused(
-                    f"experiment={chosen.experiment}: its file must begin with the line # @package _global_"
+                    f"experiment={chosen.experiment}: expected '# @package _global_' as the first line of"
+                    " its file; add it"
                 )
             if key not in reference:
                 raise Refused(self.unknown(key, reference, chosen))
@@ -275,40 +294,48 @@ class Composer:
         check_values(config)
         if config.solver.name != reference.solver.name:
             raise Refused(
-                f"solver.name={config.solver.name} is not a setting: choose it by solver={config.solver.name}"
+                f"solver.name={config.solver.name}: this option cannot be set;"
+                f" write solver={config.solver.name}"
             )
         if config.solver.name == "closed_form" and config.backbone._target_ == "ssl_runner.backbone.linear":
-            self.check_only_matrix(config, mine)
+            self.check_only_matrix(config, task_overrides)
         if config.resume not in (None, "auto") and not any(
-            override.key_or_group == "resume" for override in mine
+            override.key_or_group == "resume" for override in task_overrides
         ):
-            raise Refused(f"resume={config.resume} stands in a file: give it on the command line")
+            raise Refused(
+                f"resume={config.resume} is set in a config file: expected on the command line; move it there"
+            )
         return config
 
     def check_only_matrix(self, config: DictConfig, overrides: list[Override]) -> None:
-        """Refuses what says something of a projector or of weights where the linear backbone itself is what is solved for."""
-        solved = "solver=closed_form backbone=linear solves for the backbone itself"
+        """Raise UsageError for projector options or initial weights if the solver fits the backbone."""
+        solved = "solver=closed_form backbone=linear fits the backbone itself"
         for override in overrides:
             if override.key_or_group.startswith("projector") and not config.projector._target_.endswith(
                 ".identity"
             ):
                 raise Refused(
-                    f"{override.input_line}: {solved}, without a projector: leave it out; K is backbone.width"
+                    f"{override.input_line}: {solved} and has no projector; leave it out and set K with"
+                    " backbone.width"
                 )
         if config.weights is not None:
-            raise Refused(f"weights={config.weights}: {solved} and starts from no weights: leave it out")
+            raise Refused(f"weights={config.weights}: {solved} and uses no initial weights; leave it out")
 
     def check_choice(self, override: Override) -> None:
-        """Refuses a group override that does not name one choice."""
+        """Raise UsageError if an override of a group does not name exactly one of its configs."""
         group, options = override.key_or_group, self.repository.get_group_options(override.key_or_group)
         one_choice = isinstance(override.value(), str) and not override.is_delete()
         if not one_choice and not (group == "experiment" and override.value() is None):
-            raise Refused(f"{override.input_line}: {group} is one of {', '.join(options) or '(none yet)'}")
+            available = ", ".join(options) or "(none yet)"
+            raise Refused(f"{override.input_line}: expected {group}=<name>; use one of {available}")
         if override.is_add() and group == "experiment":
-            raise Refused(f"{override.input_line}: write experiment={override.value()}")
+            raise Refused(f"{override.input_line}: expected no +; write experiment={override.value()}")
 
     def reference(self, chosen: DictConfig, added: set[str]) -> DictConfig:
-        """The configuration of the chosen groups alone, without an experiment or single values: it says which keys there are."""
+        """Compose the chosen groups alone, without experiment and single values.
+
+        The result has every option that exists, with its default.
+        """
         lines = tuple(
             f"{'+' if group in added else ''}{group}={choice}"
             for group, choice in ((str(group), choice) for group, choice in chosen.items())
@@ -317,7 +344,10 @@ class Composer:
         return self.compose(lines)[0]
 
     def check_key(self, override: Override, reference: DictConfig, chosen: DictConfig) -> None:
-        """Refuses a key that the chosen groups do not have. Arguments may be added (`+`) below whatever has a `_target_`."""
+        """Raise UsageError for a key that the chosen groups do not have.
+
+        New arguments may be added with `+` at any level below a `_target_`.
+        """
         key = override.key_or_group
         node: Any = reference
         known, open_ended = True, False
@@ -334,15 +364,16 @@ class Composer:
             and name in reference
         ):
             raise Refused(
-                f"{override.input_line}: set it at the root, {name}={override.get_value_element_as_str()}"
+                f"{override.input_line}: options of a loss are set at the top level; write"
+                f" {name}={override.get_value_element_as_str()}"
             )
         if override.is_add() and known:
             raise Refused(
-                f"{override.input_line}: {key} is there already; write {str(override.input_line).lstrip('+')}"
+                f"{override.input_line}: {key} exists already; write {str(override.input_line).lstrip('+')}"
             )
         if override.is_delete() and known:
             raise Refused(
-                f"{override.input_line}: {key} cannot be removed; set it, to null where it accepts that"
+                f"{override.input_line}: {key} cannot be removed; set another value, or null if allowed"
             )
         if not known and not (override.is_add() and open_ended):
             raise Refused(
@@ -352,9 +383,13 @@ class Composer:
     def unknown(
         self, key: str, reference: DictConfig, chosen: DictConfig, argument: str | None = None
     ) -> str:
-        """What to say of a key that is not there: whose setting it is, the nearest that is, how to add it as an argument."""
+        """Return the error message for an unknown key.
+
+        It names the configs that have this option, or the closest existing option. `argument` is the override
+        as written if the key could be added as a new argument.
+        """
         group, _, name = key.rpartition(".")
-        group = group or "loss"  # whose settings stand at the root
+        group = group or "loss"  # options of a loss are at the top level
         if self.repository.group_exists(group):
             settings = {
                 choice: self.settings(group, choice) for choice in self.repository.get_group_options(group)
@@ -364,35 +399,40 @@ class Composer:
                 choice = chosen[group]
                 own = ", ".join(settings.get(choice, [])) or "none"
                 return (
-                    f"{key} is a setting of {' and '.join(owners)}, not of {group}={choice} (settings: {own})"
+                    f"{key} is an option of {' and '.join(owners)}, not of {group}={choice} (options: {own})"
                 )
         keys = [*dotted_keys(reference), *map(str, reference)]
-        add = f", and +{argument} adds an argument" if argument else ""
-        return f"{key} is not a setting{nearest(key, keys)}; `ssl-run --cfg job` shows all{add}"
+        add = f". Add it as a new argument: +{argument}" if argument else ""
+        return f"Unknown option '{key}'.{nearest(key, keys)} List all: ssl-run --cfg job{add}"
 
     def settings(self, group: str, choice: str) -> list[str]:
-        """The keys of a choice's yaml that a user may set: a loss's at the root, another group's in its own node."""
+        """Return the options in the yaml of a config: top-level keys for a loss, else those of its group."""
         content = self.repository.load_config(f"{group}/{choice}").config
         node = content if group == "loss" else content.get(group, content)
         return [key for key in map(str, node) if key not in ("loss", "defaults", "_target_", "name")]
 
 
 def check_tree(config: DictConfig, reference: DictConfig, path: str = "", open_ended: bool = False) -> None:
-    """Refuses keys that the reference lacks (but for arguments below a `_target_`) and values of another type than its own."""
+    """Raise UsageError for unknown keys, and for values whose type differs from that of the default.
+
+    `reference` holds the defaults. Unknown keys are allowed below a `_target_`, as arguments.
+    """
     open_ended = open_ended or "_target_" in reference
     for name in map(str, config):
         key = f"{path}{name}"
         if name not in reference:
             if path and not open_ended:
                 raise Refused(
-                    f"{key} is not a setting{nearest(str(name), map(str, reference))}; `ssl-run --cfg job` shows all"
+                    f"Unknown option '{key}'.{nearest(name, map(str, reference), path)}"
+                    " List all: ssl-run --cfg job"
                 )
             continue
         value, default = config[name], reference[name]
         if isinstance(default, DictConfig):
             if not isinstance(value, DictConfig):
                 raise Refused(
-                    f"{key}={value}: {key} is a group of settings ({', '.join(map(str, default))}); set one of them"
+                    f"{key}={value}: expected a group of options ({', '.join(map(str, default))});"
+                    " set these instead"
                 )
             if value.get("_target_") == default.get("_target_"):
                 check_tree(value, default, f"{key}.", open_ended)
@@ -406,18 +446,21 @@ def check_tree(config: DictConfig, reference: DictConfig, path: str = "", open_e
             if (rule and not rule.accepts(value)) or (
                 isinstance(default, ListConfig) and not isinstance(value, ListConfig)
             ):
-                raise Refused(f"{key}={shown(value)}: {key} is {rule or 'a list'}")
+                raise Refused(f"{key}={shown(value)}: expected {rule or 'a list'}")
 
 
 def check_values(config: DictConfig) -> None:
-    """Refuses values that are out of range. Needs no reference, so that a configuration made in Python can be checked too."""
+    """Raise UsageError for values that are not accepted.
+
+    Needs no reference configuration, so it can also check a configuration built in Python.
+    """
     ours = str(config.loss.get("_target_")).startswith("ssl_runner.loss.")
     for key, rule in (RULES | LOSS_RULES if ours else RULES).items():
         value = OmegaConf.select(config, key, default=MISSING)
         if value is not MISSING and not rule.accepts(value):
-            raise Refused(f"{key}={shown(value)}: {key} is {rule}")
+            raise Refused(f"{key}={shown(value)}: expected {rule}")
     if not DEVICES.fullmatch(str(config.device)):
-        raise Refused(f"device={config.device}: device is one of auto, cpu, cuda, cuda:<number>, mps")
+        raise Refused(f"device={config.device}: expected one of auto, cpu, cuda, cuda:<number>, mps")
     for key, accepted in (("probe.probes", PROBES), ("probe.features", FEATURES)):
         values = OmegaConf.select(config, key)
         if (
@@ -427,26 +470,32 @@ def check_values(config: DictConfig) -> None:
             or len(set(values)) < len(values)
         ):
             raise Refused(
-                f"{key}={shown(values)}: {key} is a list of different ones of {', '.join(accepted)}"
+                f"{key}={shown(values)}: expected a non-empty list of {', '.join(accepted)} without repeats"
             )
     sizes = config.views.sizes
     if sizes is not None and not (
         isinstance(sizes, ListConfig) and sizes and all(Rule(int, low=4).accepts(size) for size in sizes)
     ):
         raise Refused(
-            f"views.sizes={shown(sizes)}: views.sizes is a list of integers >= 4, such as [16,24,32], or null"
+            f"views.sizes={shown(sizes)}: expected a list of integers >= 4, such as [16,24,32], or null"
         )
     if "backbone" not in config.probe.features:
         raise Refused(
-            f"probe.features={shown(config.probe.features)} lacks backbone, whose accuracy is the run's result: add it"
+            f"probe.features={shown(config.probe.features)}: expected a list that includes backbone; add it,"
+            " because the result of a run is the accuracy of its backbone features"
         )
     if config.optimizer.warmup_epochs > config.epochs:
         given = f"optimizer.warmup_epochs={config.optimizer.warmup_epochs}"
-        raise Refused(f"{given} is more than epochs={config.epochs}: warm up for at most all of them")
+        raise Refused(
+            f"{given}: expected at most epochs={config.epochs}; use a shorter warmup or more epochs"
+        )
 
 
 def identity(config: DictConfig) -> str:
-    """What a run is: the SHA-256 of its resolved configuration, seed included; how it was resumed is none of it, and 7 is 7.0."""
+    """Return the SHA-256 of the resolved configuration without `resume`, which identifies a run.
+
+    The seed is included. Ints and floats compare equal, so 7 and 7.0 give the same digest.
+    """
     content: Any = OmegaConf.to_container(config, resolve=True)
     del content["resume"]
     numbers = json.loads(json.dumps(content), parse_int=float)
@@ -457,7 +506,7 @@ MISSING = object()
 
 
 def shown(value: Any) -> str:
-    """A value as one would write it on the command line; text that could pass for something else in quotes."""
+    """Format a value as on the command line, with quotes around strings such as "3", "true" and "null"."""
     if isinstance(value, ListConfig):
         return f"[{','.join(map(shown, value))}]"
     if isinstance(value, str):
@@ -466,7 +515,7 @@ def shown(value: Any) -> str:
 
 
 def dotted_keys(config: DictConfig, path: str = "") -> Iterator[str]:
-    """The full names of all values below a node."""
+    """Yield the dotted names of all values below a node."""
     for name in map(str, config):
         value = None if OmegaConf.is_missing(config, name) else config[name]
         if isinstance(value, DictConfig):
@@ -475,14 +524,14 @@ def dotted_keys(config: DictConfig, path: str = "") -> Iterator[str]:
             yield f"{path}{name}"
 
 
-def nearest(given: str, accepted: Iterable[str]) -> str:
-    """ "; did you mean ...?", or nothing when no accepted name is near."""
+def nearest(given: str, accepted: Iterable[str], prefix: str = "") -> str:
+    """Return " Did you mean '...'?" with the closest accepted name after `prefix`, or "" if none is close."""
     accepted = list(accepted)
-    tails = [name for name in accepted if name.rpartition(".")[2] == given]  # lr is meant as optimizer.lr
+    tails = [name for name in accepted if name.rpartition(".")[2] == given]  # lr stands for optimizer.lr
     near = tails or difflib.get_close_matches(given, accepted, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f" Did you mean '{prefix}{near[0]}'?" if near else ""
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an exception on one line."""
+    """Return the message of an exception on one line, or its type name if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Data sets as two tensors, images (n, C, H, W) uint8 and labels (n,) int64, and the seeded splits of their rows."""
+"""Data sets as two tensors, images (n, C, H, W) uint8 and labels (n,) int64, and seeded splits of them."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,14 +15,15 @@ from ssl_runner import memory
 from ssl_runner.errors import Refused
 from ssl_runner.relation import copied
 
-MEMORY_SHARE = 0.5  # of the free memory that the images may take before they stay on the host
+MEMORY_SHARE = 0.5  # location="auto": largest fraction of the free device memory that images may use
 
 
 @dataclass
 class Source:
-    """What a data set's loader returns: all its images once, and which rows are what.
+    """All images of a data set, and the indices of each split, as returned by its reader.
 
-    images (n, C, H, W) uint8; labels (n,) int64, -1 where there is none; train, test, unlabeled: row numbers.
+    images (n, C, H, W) uint8; labels (n,) int64, -1 if unlabelled; classes: class names; train, test and
+    unlabeled: indices of images.
     """
 
     images: Tensor
@@ -31,13 +32,17 @@ class Source:
     train: np.ndarray
     test: np.ndarray
     unlabeled: np.ndarray
-    mapped: bool = False  # the images are a file, of which pages are read when they are touched
+    mapped: bool = False  # True if `images` is a memory-mapped file, read page by page on access
 
 
 @dataclass
 class Images:
-    """Some rows of a data set, without a copy: `images` and `labels` hold every row, `rows` (n,) says which belong.
-    `resident` says that the images are in the device's own memory; else they are on the host or in a mapped file."""
+    """A subset of a data set, without a copy of it.
+
+    images (N, C, H, W) uint8 and labels (N,) int64 hold the whole data set; rows (n,) int64 are the indices
+    of the subset. `resident` is True if the images are in device memory, False if they are in host memory or
+    in a memory-mapped file.
+    """
 
     images: Tensor
     labels: Tensor
@@ -49,15 +54,16 @@ class Images:
 
     @property
     def y(self) -> Tensor:
-        """The labels (n,) of these rows, on the device of the labels."""
+        """Labels (n,) of this subset, on the device of `labels`."""
         return self.labels[self.rows.to(self.labels.device)]
 
     def batches(
         self, order: Tensor, batch_size: int, device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of `order` (m,), positions among these rows: images (b, C, H, W) uint8 and labels (b,), on the device.
+        """Yield batches of images (b, C, H, W) uint8 and labels (b,) on `device`.
 
-        Images that are not resident are gathered and copied by a thread, one batch ahead of the step that needs them.
+        order (m,) int64 holds positions within this subset, in the order in which they are read. A thread
+        prefetches images that are not resident: it gathers and copies one batch ahead of the current step.
         """
         if self.resident:
             for rows in copied(self.rows[order], device).split(batch_size):
@@ -75,13 +81,17 @@ class Images:
 
 
 class Copier:
-    """Copies batches from the host to a device; on CUDA through pinned memory and a stream of its own, beside the compute."""
+    """Copies batches from the host to a device.
+
+    On CUDA the copy uses pinned memory and a separate stream, so that it overlaps with compute.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def fetch(self, images: Images, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Start the copy of the images and labels with the indices rows (b,), and return the copies."""
         batch = images.images[rows]
         if self.stream is None:
             return batch.to(self.device), images.labels[rows.to(self.device)]
@@ -90,7 +100,7 @@ class Copier:
             return batch, images.labels[rows]
 
     def ready(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Makes the compute stream wait for the copy; the host does not wait."""
+        """Make the compute stream wait for the copy of `batch`, without a host-device sync."""
         if self.stream is not None:
             compute = torch.cuda.current_stream(self.device)
             compute.wait_stream(self.stream)
@@ -101,9 +111,15 @@ class Copier:
 
 @dataclass
 class DataSet:
-    """The splits of one data set. `pretrain` is `train` and whatever is unlabelled; `val` comes out of the training set and
-    is never trained on before it has selected what is selectable; `test` is scored once. mean, std (C,) in [0, 1] are those of
-    the pretraining images."""
+    """The splits of one data set.
+
+    pretrain   `train` and all unlabelled images
+    train      labelled training images without `val`
+    val        held out from the training images; selects hyperparameters and joins the training set only for
+               the final probe fit
+    test       evaluated once
+    mean, std  (C,) per-channel statistics of the pretraining images, with pixels in [0, 1]
+    """
 
     name: str
     classes: list[str]
@@ -132,16 +148,24 @@ def load(
     location: str,
     device: torch.device,
 ) -> DataSet:
-    """Reads a source, takes a class-balanced subset of its training images, splits off the validation share and puts the images
-    on the device if `location` says so ("auto": if they take at most half of its free memory)."""
+    """Read a source, subsample its training images, hold out the validation set and place the images.
+
+    val        fraction of the training images to hold out, stratified by class
+    subset     number of training images to keep, class-balanced, or None for all; also the largest number of
+               unlabelled images to keep
+    location   "device", "host" or "auto": on the device if the images use at most half of its free memory
+
+    Raises UsageError if `subset` is out of range, if a class would have no training or no validation image,
+    or if `location` is "device" and the images do not fit.
+    """
     data = source()
     train, unlabeled = data.train, data.unlabeled
     labels = data.labels.numpy()
     if subset is not None:
         if not len(data.classes) <= subset <= len(train):
             raise Refused(
-                f"dataset.subset={subset}: {name} has {len(train)} training images in {len(data.classes)} classes;"
-                f" give a number from {len(data.classes)} to {len(train)}, or null for all"
+                f"dataset.subset={subset}: expected an integer from {len(data.classes)} to {len(train)}, the"
+                f" numbers of classes and training images of {name}; use null for all images"
             )
         train = train[balanced_order(labels[train], split_seed)[:subset]]
         unlabeled = np.random.default_rng(split_seed).permutation(unlabeled)[:subset]
@@ -149,8 +173,9 @@ def load(
     held_out = round(val * len(train))
     if counts.min() < 2 or not len(data.classes) <= held_out <= len(train) - len(data.classes):
         raise Refused(
-            f"dataset.val={val} of {len(train)} training images leaves a class without an image to train or to validate on:"
-            f" every class needs two or more (the smallest is {data.classes[counts.argmin()]}); give more images or another share"
+            f"dataset.val={val}: expected at least one training and one validation image per class, from"
+            f" {len(train)} training images in {len(data.classes)} classes (the smallest,"
+            f" {data.classes[counts.argmin()]}, has {counts.min()}); use more images or another fraction"
         )
     train, val_rows = train_test_split(
         train, test_size=held_out, stratify=labels[train], random_state=split_seed
@@ -159,54 +184,65 @@ def load(
     images, resident = place(data, location, device)
     label_tensor = data.labels.to(device)
 
-    def rows(which: np.ndarray) -> Images:
-        return Images(images, label_tensor, torch.from_numpy(np.sort(which)), resident)
+    def split(indices: np.ndarray) -> Images:
+        return Images(images, label_tensor, torch.from_numpy(np.sort(indices)), resident)
 
-    pretrain = rows(np.concatenate([train, unlabeled]))
+    pretrain = split(np.concatenate([train, unlabeled]))
     mean, std = channel_statistics(pretrain)
     return DataSet(
         name=name,
         classes=data.classes,
         pretrain=pretrain,
-        train=rows(train),
-        val=rows(val_rows),
-        test=rows(data.test),
+        train=split(train),
+        val=split(val_rows),
+        test=split(data.test),
         mean=mean.to(device),
         std=std.to(device),
     )
 
 
 def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
-    """A random order of the rows (n,) in which the classes take turns, so that any first part is as balanced as it can be."""
+    """Return a random permutation (n,) that cycles through the classes of labels (n,).
+
+    Every prefix of it is as class-balanced as possible.
+    """
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     turn = pd.Series(labels[shuffled]).groupby(labels[shuffled]).cumcount().to_numpy()
     return shuffled[np.argsort(turn, kind="stable")]
 
 
 def place(data: Source, location: str, device: torch.device) -> tuple[Tensor, bool]:
-    """The images, and whether they are resident: in the device's memory, or left as they are (host memory or a mapped file)."""
+    """Move the images to device memory, or leave them in host memory or in their memory-mapped file.
+
+    Returns the images and whether they are resident, that is, in device memory. Raises UsageError if
+    `location` is "device" and the images do not fit.
+    """
     if location == "host":
         return data.images, False
     if device.type == "cpu" and not data.mapped:
         return data.images, True
     give_back = torch.cuda.empty_cache if device.type == "cuda" else memory.give_back
-    give_back()  # what earlier runs of this process have left counts as free
+    give_back()  # count memory cached by earlier runs of this process as free
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     needed = data.images.numel()
     if location == "auto" and needed > MEMORY_SHARE * free:
         return data.images, False
     if needed > free:
         raise Refused(
-            f"dataset.location=device: the images take {needed:,} bytes and {device} has {free:,} free; use auto or host"
+            f"dataset.location=device: expected {needed:,} bytes of free memory for the images on {device},"
+            f" found {free:,}; use auto or host"
         )
     return (data.images.clone() if device.type == "cpu" else data.images.to(device)), True
 
 
 def channel_statistics(images: Images, most: int = 10_000) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) in [0, 1] over at most `most` images, evenly spaced."""
-    some = images.rows[:: max(1, len(images) // most)]
+    """Mean and standard deviation (C,) per channel, with pixels in [0, 1].
+
+    Computed over every k-th image, with k = max(1, n // most). A standard deviation of 0 is replaced by 1.
+    """
+    sample = images.rows[:: max(1, len(images) // most)]
     count, total, square = 0, torch.zeros(()), torch.zeros(())
-    for rows in some.split(1000):
+    for rows in sample.split(1000):
         x = images.images[rows.to(images.images.device)].cpu().double() / 255
         count += x.numel() // x.shape[1]
         total, square = total + x.sum((0, 2, 3)), square + x.square().sum((0, 2, 3))

@@ -1,8 +1,11 @@
-"""Several processes that train one network: who they are, sums and gathers with gradients; in one process, the identity.
+"""Data-parallel training on W ranks: process group, failure handling, collectives with and without gradients.
 
-Each process holds an equal part of the rows of a batch and computes the same loss, that of all rows. Gradients are averaged over
-the processes, as DistributedDataParallel does; so the gradient that a process computes is W times its own part of the loss's.
-(An in-place all_reduce would give 1/W of it: autograd does not see that the other processes' rows are in the sum.)
+Without a process group (W = 1) every collective is the identity.
+
+Each rank holds an equal shard of the rows of a batch, and all ranks compute the same loss, that of the global
+batch. DistributedDataParallel averages gradients over ranks, so each rank must compute W times the gradient
+contributed by its shard. The differentiable collectives below include this factor. A plain in-place
+`dist.all_reduce` yields 1/W of this gradient: autograd does not record that the sum depends on all ranks.
 """
 
 import os
@@ -21,11 +24,11 @@ from torch import Tensor
 
 from ssl_runner.preemption import EXIT, Preempted
 
-TIMEOUT = timedelta(hours=1)  # a process that waits so long for the others gives up
-LOOK = 1.0  # seconds between looks at whether another process has failed
-GRACE = 10.0  # seconds that a process then has to end by itself
+TIMEOUT = timedelta(hours=1)  # of rendezvous and collectives
+LOOK = 1.0  # seconds between two checks of whether another rank has failed
+GRACE = 10.0  # seconds that a rank has to exit by itself after another rank has failed
 
-# torch 2.14 gives these two another name, and warns of the old one
+# torch 2.14 renames these two functions and deprecates the old names
 ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 REDUCE_SCATTER = (
     "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
@@ -36,7 +39,7 @@ _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 @dataclass(frozen=True)
 class Place:
-    """This process among those of one training run: its number, how many there are, and its number on its machine."""
+    """Rank, world size and local rank (rank within its node) of this process."""
 
     rank: int
     size: int
@@ -44,11 +47,14 @@ class Place:
 
 
 def place() -> Place | None:
-    """Where torchrun, or srun with several tasks, has put this process; None for a process that trains by itself."""
+    """Return rank, world size and local rank as set by torchrun or srun.
+
+    Returns None if neither launched this process, or if the world size is 1.
+    """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         found = Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
-    elif "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:  # a batch script itself has no step
+    elif "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:  # unset in the batch script itself
         found = Place(
             int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0))
         )
@@ -58,7 +64,11 @@ def place() -> Place | None:
 
 
 def address_from_slurm() -> None:
-    """MASTER_ADDR and MASTER_PORT of a job step, where they are not given: its first machine, and a port of its own."""
+    """Set MASTER_ADDR and MASTER_PORT for a Slurm job step, unless they are set.
+
+    The address is the first node of the step. The port is derived from the job and step ids, so that jobs on
+    one node use different ports.
+    """
     env = os.environ
     if "MASTER_ADDR" not in env:
         command = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
@@ -70,7 +80,7 @@ def address_from_slurm() -> None:
 
 
 class _Group:
-    """What a process that is one of several keeps: the store, a gloo group for what is no tensor, and the thread that watches."""
+    """Per-process state: rendezvous store, gloo group for Python objects, failure-watching thread."""
 
     def __init__(self, here: Place):
         if "RANK" not in os.environ:
@@ -87,12 +97,15 @@ class _Group:
         self.watcher.start()
 
     def watch(self) -> None:
-        """Ends this process, should it not end by itself, once another has failed: a collective would wait for that one."""
+        """Exit this process if another rank has failed and this one is still running after the grace period.
+
+        Runs in a thread, since the main thread may block in a collective that the failed rank never joins.
+        """
         while not self.ended.wait(LOOK):
             try:
                 failure = self.store.get("failure").decode() if self.store.check(["failure"]) else None
-            except RuntimeError:  # the store has gone, and so has the process that kept it
-                failure = "1 process 0 is gone"
+            except RuntimeError:  # rank 0, which hosts the store, has exited
+                failure = "1 rank 0 has exited, and with it the rendezvous store"
             if failure is not None:
                 code, _, message = failure.partition(" ")
                 if not self.ended.wait(self.grace):
@@ -105,7 +118,7 @@ _group: _Group | None = None
 
 
 def start() -> None:
-    """Joins the other processes; does nothing in a process by itself, or a second time."""
+    """Initialise the process group. Does nothing if W = 1 or if the group is already initialised."""
     global _group
     here = place()
     if here is not None and _group is None:
@@ -113,32 +126,40 @@ def start() -> None:
 
 
 def finish() -> None:
-    """Leaves the others, once all have come so far."""
+    """Wait for all ranks (barrier), then destroy the process group."""
     global _group
     if _group is not None:
         dist.barrier(_group.control)
         _group.ended.set()
-        _group.watcher.join(LOOK)  # it must not look into a store that is gone
+        _group.watcher.join(LOOK)  # it must not access the store after its destruction
         dist.destroy_process_group()
         _group = None
 
 
 def dismiss() -> None:
-    """Tells the other processes, who wait for process 0 to share a task, that there is none; and leaves them."""
+    """Release the ranks that wait in `share` for a task, by broadcasting None, then leave the group.
+
+    Called on rank 0.
+    """
     if _group is not None:
         share(None)
         finish()
 
 
 class Lost(RuntimeError):
-    """Another process has failed, and so this one cannot go on."""
+    """Raised on a rank when another rank has failed."""
 
 
 @contextmanager
 def together(say: Callable[[int, str], None]) -> Iterator[None]:
-    """A context that all processes end in the same way: once one has raised something, it raises Lost with the first one's words,
-    or Preempted, in the others. `say` is called with the exit code and these words where a process can only be ended from
-    outside."""
+    """Context manager that propagates failures: an exception on one rank ends the context on all ranks.
+
+    Ranks that fail as a consequence raise Lost with the message of the first failure, or Preempted if the
+    first rank was preempted. Other exceptions of this package are re-raised unchanged.
+
+    If this process is still running GRACE seconds after the failure, the watching thread calls
+    say(exit code, message) and exits the process.
+    """
     if _group is None:
         yield
         return
@@ -148,7 +169,7 @@ def together(say: Callable[[int, str], None]) -> Iterator[None]:
     except BaseException as error:
         code, cause = failed(error)
         if code == EXIT:
-            _group.ended.set()  # what is left to do, such as a requeue, may take its time
+            _group.ended.set()  # stop the watching thread: shutdown, such as a requeue, may take longer
         ours = type(error).__module__.startswith("ssl_runner") and not isinstance(error, Preempted)
         if ours or cause == words(error):
             raise
@@ -156,27 +177,34 @@ def together(say: Callable[[int, str], None]) -> Iterator[None]:
 
 
 def failed(error: BaseException) -> tuple[int, str]:
-    """Tells the other processes of an error; returns the exit code and the words of the first one that was told."""
+    """Report an error to the other ranks through the store.
+
+    Returns exit code and message of the first error reported by any rank. Without a process group: 1 and the
+    message of this error.
+    """
     if _group is None:
         return 1, str(error)
     first = mine = f"{EXIT if isinstance(error, Preempted) else 1} {words(error)}"
-    with suppress(RuntimeError):  # the store may have gone
+    with suppress(RuntimeError):  # raised if rank 0, which hosts the store, has exited
         first = _group.store.compare_set("failure", "", mine).decode()
     code, _, cause = first.partition(" ")
     return int(code), cause
 
 
 def words(error: BaseException) -> str:
-    """What to tell the other processes of an error."""
+    """Return the one-line message with which an error is reported to the other ranks."""
     if isinstance(error, Preempted):
         return str(error)
     kind = "" if type(error).__module__.startswith("ssl_runner") else f"{type(error).__name__}: "
-    return f"process {dist.get_rank()} of {dist.get_world_size()}: {kind}{' '.join(str(error).split())}"
+    return f"rank {dist.get_rank()} of {dist.get_world_size()}: {kind}{' '.join(str(error).split())}"
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within it this process computes by itself, on rows that all processes have."""
+    """Context manager that turns collectives off: `size()` is 1 and `rank()` is 0.
+
+    For computations on rows that every rank already holds.
+    """
     token = _alone.set(True)
     try:
         yield
@@ -185,27 +213,27 @@ def alone() -> Iterator[None]:
 
 
 def size() -> int:
-    """The number of processes, W."""
+    """Return the world size W, or 1 without a process group and within `alone()`."""
     return (
         1 if _alone.get() or not dist.is_available() or not dist.is_initialized() else dist.get_world_size()
     )
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Return the rank of this process, or 0 without a process group and within `alone()`."""
     return dist.get_rank() if size() > 1 else 0
 
 
 def leads() -> bool:
-    """Whether this is the process that writes files and speaks to the user."""
+    """Return whether this is the main process (rank 0), which writes files and prints. Ignores `alone()`."""
     return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
 
 
-# --- what is no tensor --------------------------------------------------------------------------------------------------------
+# --- Python objects ---
 
 
 def share(thing: Any) -> Any:
-    """Process 0's thing, in every process."""
+    """Broadcast a picklable object from rank 0; return it on every rank."""
     if size() == 1:
         return thing
     things = [thing]
@@ -214,7 +242,7 @@ def share(thing: Any) -> Any:
 
 
 def collect(thing: Any) -> list[Any]:
-    """Every process's thing, in every process."""
+    """All-gather picklable objects: return the objects of all ranks, in rank order, on every rank."""
     if size() == 1:
         return [thing]
     things: list[Any] = [None] * size()
@@ -224,8 +252,11 @@ def collect(thing: Any) -> list[Any]:
 
 @contextmanager
 def in_turn() -> Iterator[None]:
-    """Process 0 goes first, then the first process of every other machine, then the rest: what one has downloaded or decoded,
-    the next ones find."""
+    """Context manager that runs its body in three phases, separated by barriers.
+
+    The phases are: rank 0, then the first rank of every other node, then all remaining ranks.
+    Later ranks can reuse files that earlier ranks have downloaded or decoded.
+    """
     here = place()
     if size() == 1 or here is None:
         yield
@@ -239,8 +270,12 @@ def in_turn() -> Iterator[None]:
 
 
 class Vote:
-    """The most that any process asks for, from 0. All get the same answer at the same call, and none waits: with several
-    processes the answer is that to the call before, whose exchange has run meanwhile."""
+    """Asynchronous maximum over ranks of an integer >= 0.
+
+    Each call returns the same value on all ranks. For W > 1, a call starts an asynchronous all-reduce and
+    returns the result of the one started by the previous call (0 on the first call). The all-reduce overlaps
+    with the computation between the two calls. For W = 1, a call returns its argument.
+    """
 
     def __init__(self) -> None:
         self.flying: tuple[Any, Tensor] | None = None
@@ -262,11 +297,11 @@ def _control() -> Any:
     return _group.control if _group is not None else None
 
 
-# --- sums and gathers ---------------------------------------------------------------------------------------------------------
+# --- tensors ---
 
 
 def summed(x: Tensor) -> Tensor:
-    """x -> its sum over the processes, a constant."""
+    """All-reduce (sum) without gradient. Returns a new tensor of the shape of x; x itself if W = 1."""
     if size() > 1:
         x = x.detach().clone()
         dist.all_reduce(x)
@@ -274,24 +309,32 @@ def summed(x: Tensor) -> Tensor:
 
 
 def total(x: Tensor) -> Tensor:
-    """x -> its sum over the processes, for what every process then computes alike, such as the loss. Its gradient is the same
-    everywhere, so going back takes no exchange."""
+    """All-reduce (sum) whose result enters the same computation on every rank, such as a loss.
+
+    The incoming gradient is then identical on all ranks. Backward multiplies it by W, without communication.
+    """
     return _Total.apply(x) if size() > 1 else x
 
 
 def pooled(x: Tensor) -> Tensor:
-    """x -> its sum over the processes, for what each process then combines with rows of its own. Going back, the gradients are
-    summed, too."""
+    """All-reduce (sum) whose result each rank combines with its own rows, as in batch norm.
+
+    The incoming gradients differ between ranks, so backward all-reduces them as well.
+    """
     return _Pooled.apply(x) if size() > 1 else x
 
 
 def gather(x: Tensor) -> Tensor:
-    """x (n, ...) -> those of all processes, (W n, ...), for what every process then computes alike."""
+    """All-gather x (n, ...) -> (W n, ...) whose result enters the same computation on every rank.
+
+    The rows are in rank order. Backward returns W times the gradient of this rank's n rows, without
+    communication.
+    """
     return _Gather.apply(x) if size() > 1 else x
 
 
 def gathered(x: Tensor) -> Tensor:
-    """x (n, ...) -> those of all processes, (W n, ...), constants."""
+    """All-gather x (n, ...) -> (W n, ...), in rank order, without gradient."""
     if size() == 1:
         return x
     out = x.new_empty(size() * len(x), *x.shape[1:])
@@ -300,7 +343,7 @@ def gathered(x: Tensor) -> Tensor:
 
 
 def scattered(x: Tensor) -> Tensor:
-    """x (W n, ...) -> the sum over the processes of their own n rows, constants."""
+    """Reduce-scatter x (W n, ...) -> (n, ...), this rank's chunk of the sum over ranks, without gradient."""
     if size() == 1:
         return x
     out = x.new_empty(len(x) // size(), *x.shape[1:])
@@ -309,20 +352,27 @@ def scattered(x: Tensor) -> Tensor:
 
 
 def dealt(n: int, block: int) -> list[Tensor]:
-    """Which of n rows each process is to compute: blocks of them in turn."""
+    """Shard the indices 0 .. n - 1: deal blocks of `block` indices to the ranks round-robin.
+
+    Returns one index tensor per rank, empty if there are fewer blocks than ranks.
+    """
     blocks = torch.arange(n).split(block)
     return [torch.cat([torch.arange(0), *blocks[r :: size()]]) for r in range(size())]
 
 
 def assembled(x: Tensor, rows: list[Tensor]) -> Tensor:
-    """x (n_r, d), what process r has computed for rows[r] (n_r,) of n -> the result for all (n, d), in every process."""
+    """All-gather results of uneven shards and restore the order of the rows.
+
+    On rank r, x (n_r, d) holds the results for the indices rows[r] (n_r,), which `dealt` returned. Every rank
+    returns the results for all n indices, (n, d).
+    """
     if size() == 1:
         return x
     longest = max(map(len, rows))
     padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
     whole = x.new_empty(sum(map(len, rows)), *x.shape[1:])
-    for part, places in zip(gathered(padded).split(longest), rows, strict=True):
-        whole[places.to(x.device)] = part[: len(places)]
+    for part, indices in zip(gathered(padded).split(longest), rows, strict=True):
+        whole[indices.to(x.device)] = part[: len(indices)]
     return whole
 
 

@@ -1,5 +1,8 @@
-"""The one exception whose message is written for the user: what was given, what is accepted, what to do."""
+"""The exception for invalid user input."""
 
 
 class Refused(ValueError):
-    """Bad input, found where its cause is known. The command line prints the message as one line and exits with 1."""
+    """Invalid input. The message has one line: what was given, what is accepted, what to do.
+
+    The command line prints only this message, without a traceback, and exits with code 1.
+    """

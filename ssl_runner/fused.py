@@ -1,8 +1,9 @@
-"""Views on a CPU: each row is made in one go, from its bytes to the normalised view, while it lies in a core's cache.
+"""Fused CPU kernels for views: all operations on one row at a time, so that the row stays in a core's cache.
 
-What `Policy.__call__` does to all rows, operation by operation, is done here to one row after the other in loops that numba
-compiles, on all of torch's threads, with the same random numbers and to the same values (but for rounding). An image is
-(C, h, w) with C 3 or 1; r, g and b are its channels or stretches of them, all three the same array where there is one.
+The kernels are compiled by numba and run on all of torch's threads. They compute the same as
+`Policy.__call__`, which applies the operations one by one to the whole batch: with the same random parameters
+the results are equal up to rounding. An image is (C, h, w) with C 3 or 1. r, g and b are its channels, or
+tiles of them; if C is 1, all three are the same array.
 """
 
 import math
@@ -19,40 +20,39 @@ from torch import Tensor
 
 from ssl_runner.color import GRAY
 
-RED, GREEN, BLUE = (
-    np.float32(weight) for weight in GRAY
-)  # what is kept on disk does not notice when these change
+# numba's on-disk cache tracks changes of this file only: clear it if GRAY in color.py changes
+RED, GREEN, BLUE = (np.float32(weight) for weight in GRAY)
 ZERO, HALF, ONE, TWO, UNIT = (np.float32(number) for number in (0, 0.5, 1, 2, 1 / 255))
 BYTE = np.int32(255)
-LEAST, SHARES = 16, 4  # a thread takes so many rows at least, and comes back so often: others may be slower
-STRETCH = (
-    1024  # pixels whose colours are changed at a time: three channels of them stay in the first-level cache
-)
+MIN_ROWS, CHUNKS_PER_THREAD = 16, 4  # load balancing: threads differ in speed
+STRETCH = 1024  # pixels per tile of the colour operations: three channels of it fit in the L1 cache
 
 
 class Rows(NamedTuple):
-    """Some rows, as arrays: where each comes from and goes to, and what was drawn for all rows of the policy (an operation that
-    the policy lacks has arrays of length 0). `draws` are the rows' positions among these."""
+    """Arguments of the kernels as arrays: inputs and outputs of B views, parameters of R sampled rows.
+
+    Parameters of operations that the policy does not have are arrays of length 0.
+    """
 
     images: Any  # (n, C, H, W) uint8
-    which: Any  # (B,) image of each row
-    X: Any  # (N, C, h, w) float32
-    where: Any  # (B,) its row of X
-    draws: Any  # (B,)
+    which: Any  # (B,) index into images of each view
+    X: Any  # (N, C, h, w) float32, output
+    where: Any  # (B,) row of X of each view
+    draws: Any  # (B,) index into the R sampled rows of each view
     mean: Any  # (C,)
     std: Any  # (C,)
-    boxes: Any  # (R, 4), with flip (R,)
-    flip: Any
+    boxes: Any  # (R, 4) top, left, height, width
+    flip: Any  # (R,) bool
     matrices: Any  # (R, 2, 3)
-    blends: Any  # (R, 3, 3), with hues (R, 4, 3) and place (R,): the jitter
-    hues: Any
-    place: Any
+    blends: Any  # (R, 3, 3), see `color.blend_weights`
+    hues: Any  # (R, 4, 3), see `color.hue_weights`
+    place: Any  # (R,) position of the hue among the jitter operations, or 4 without jitter
     grayscale: Any  # (R,) bool
-    blur: Any  # (R,) bool, with sigma (R,) and the kernel's side
-    sigma: Any
-    kernel: int
+    blur: Any  # (R,) bool
+    sigma: Any  # (R,) in pixels of the view
+    kernel: int  # side of the blur kernel in pixels of the view, 1 without blur
     solarize: Any  # (R,) bool
-    threshold: Any
+    threshold: Any  # of solarize
 
 
 FIELDS = {
@@ -74,9 +74,20 @@ def make(
     kernel: int,
     threshold: float,
 ) -> None:
-    """Writes into the rows `where` (B,) of X (N, C, h, w) views of the images `which` (B,) of (n, C, H, W) uint8, each with what
-    was drawn at its position in `draws` (B,): `drawn` holds a policy's numbers and choices, as FIELDS lists them. mean and std
-    are (C,), `kernel` the blur's side in pixels, less than twice the view's, 1 without a blur. No index is checked."""
+    """Compute B views and write them into X.
+
+    images     (n, C, H, W) uint8
+    which      (B,) index into `images` of each view
+    X          (N, C, h, w) float32, written in place
+    where      (B,) row of X of each view
+    draws      (B,) index into the sampled rows of each view
+    drawn      sampled numbers and choices of a policy by name; FIELDS lists names, types and dimensions
+    mean, std  (C,) per-channel statistics in [0, 1]
+    kernel     side of the blur kernel in pixels of the view: less than twice that of the view, 1 without blur
+    threshold  of solarize, in [0, 1]
+
+    Indices are not checked.
+    """
     arrays = {
         name: drawn[name].contiguous().numpy() if name in drawn else np.empty((0,) * dimensions, kind)
         for name, (kind, dimensions) in FIELDS.items()
@@ -97,30 +108,35 @@ def make(
     if number == 1:
         make_rows(rows, 0, len(which))
     else:
-        starts = range(0, len(which), max(LEAST, math.ceil(len(which) / (SHARES * number))))
+        starts = range(0, len(which), max(MIN_ROWS, math.ceil(len(which) / (CHUNKS_PER_THREAD * number))))
         for _ in threads(number).map(partial(make_rows, rows), starts, [*starts[1:], len(which)]):
             pass
 
 
 @cache
 def threads(number: int) -> ThreadPoolExecutor:
+    """Return the thread pool of this process with `number` threads. It is created at the first call."""
     return ThreadPoolExecutor(number, "views")
 
 
-os.register_at_fork(after_in_child=threads.cache_clear)  # a fork has no threads but its own
+os.register_at_fork(after_in_child=threads.cache_clear)  # threads do not survive a fork
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compiled at the first call (some seconds for all of these), and kept on disk where there is a place for it."""
+    """Compile a function with numba, lazily at its first call, and cache the result on disk if possible.
+
+    Compiling all kernels takes some seconds.
+    """
     jit = partial(numba.njit, nogil=True, fastmath=True, error_model="numpy")
     try:
         return jit(cache=True)(function)
-    except RuntimeError:  # neither the module's folder nor the user's cache can be written to
+    except RuntimeError:  # neither the package folder nor the user cache is writable
         return jit()(function)
 
 
 @compiled
 def convert(image, x):  # type: ignore[no-untyped-def]
+    """Convert image (C, h, w) uint8 to x (C, h, w) float32 in [0, 1]."""
     C, h, w = x.shape
     for c in range(C):
         for i in range(h):
@@ -130,8 +146,11 @@ def convert(image, x):  # type: ignore[no-untyped-def]
 
 @compiled
 def hats(first, length, out, flip, total, pixels, weights):  # type: ignore[no-untyped-def]
-    """`geometry.hats` for one row, with weights that sum to `total`; pixels and weights are (K, out). Returns how many of the K
-    count."""
+    """Compute `geometry.hats` for one row, with weights that sum to `total`.
+
+    Writes indices into pixels and weights into weights, both (K, out). Returns the number of entries along K
+    that are used.
+    """
     step = length / np.float32(out)
     reach = max(step, ONE)
     K = min(len(pixels), max(2, math.ceil(TWO * step)))
@@ -154,13 +173,19 @@ def hats(first, length, out, flip, total, pixels, weights):  # type: ignore[no-u
 
 @compiled
 def resample(image, box, flip, rows, row_weights, columns, column_weights, line, taken, strip, x):  # type: ignore[no-untyped-def]
-    """Sums of columns, for those rows of the image that are in the box, then sums of these rows. A pixel's channels lie in one
-    number, so that they are looked up together. rows (K, h) and columns (K, w) are unsigned, since a sign would have to be looked
-    at: negative indices count from the end."""
+    """Resize the box of image (C, H, W) uint8 into x (C, h, w) float32 in [0, 1], flipped if `flip`.
+
+    Weighted sums of columns are computed first, for the rows of the image that are in the box, then weighted
+    sums of these rows. The channels of a pixel are packed into one int32, so that one lookup reads them all.
+
+    Work arrays: rows, row_weights (K, h); columns, column_weights, taken (K', w); line (W,); strip (C, H, w).
+    rows and columns are unsigned because numba must check the sign of signed indices: negative ones count
+    from the end.
+    """
     (C, _, W), (_, h, w) = image.shape, x.shape
     top, left, height, width = box
-    of_rows = hats(top, height, h, False, ONE, rows, row_weights)
-    of_columns = hats(left, width, w, flip, UNIT, columns, column_weights)
+    row_taps = hats(top, height, h, False, ONE, rows, row_weights)
+    column_taps = hats(left, width, w, flip, UNIT, columns, column_weights)
     for i in range(int(height)):
         r = np.uint64(top) + np.uint64(i)
         for j in range(W):
@@ -169,7 +194,7 @@ def resample(image, box, flip, rows, row_weights, columns, column_weights, line,
             shift = np.int32(8 * c)
             for j in range(W):
                 line[j] |= np.int32(image[c, r, j]) << shift
-        for k in range(of_columns):
+        for k in range(column_taps):
             for j in range(w):
                 taken[k, j] = line[columns[k, j]]
         for c in range(C):
@@ -180,23 +205,27 @@ def resample(image, box, flip, rows, row_weights, columns, column_weights, line,
                     np.float32((taken[1, j] >> shift) & BYTE),
                 )
                 strip[c, r, j] = column_weights[0, j] * first + column_weights[1, j] * second
-            for k in range(2, of_columns):
+            for k in range(2, column_taps):
                 for j in range(w):
                     strip[c, r, j] += column_weights[k, j] * np.float32((taken[k, j] >> shift) & BYTE)
     for c in range(C):
         for i in range(h):
-            a, b, of_a, of_b = rows[0, i], rows[1, i], row_weights[0, i], row_weights[1, i]
+            a, b, weight_a, weight_b = rows[0, i], rows[1, i], row_weights[0, i], row_weights[1, i]
             for j in range(w):
-                x[c, i, j] = of_a * strip[c, a, j] + of_b * strip[c, b, j]
-            for k in range(2, of_rows):
-                a, of_a = rows[k, i], row_weights[k, i]
+                x[c, i, j] = weight_a * strip[c, a, j] + weight_b * strip[c, b, j]
+            for k in range(2, row_taps):
+                a, weight_a = rows[k, i], row_weights[k, i]
                 for j in range(w):
-                    x[c, i, j] += of_a * strip[c, a, j]
+                    x[c, i, j] += weight_a * strip[c, a, j]
 
 
 @compiled
 def look_up(small, H, W, box, flip, matrix, x):  # type: ignore[no-untyped-def]
-    """An affine map of a crop: `geometry.resample`, from an image that was (H, W) and has the size of x already."""
+    """Apply crop, flip and affine map, as `geometry.resample` does, with bilinear interpolation.
+
+    small (C, h, w) is an image of size (H, W), resized to the size of the output x (C, h, w). box and matrix
+    are in pixels of the image before that resize.
+    """
     C, h, w = x.shape
     top, left, height, width = box
     for i in range(h):
@@ -231,6 +260,7 @@ def luma(r, g, b):  # type: ignore[no-untyped-def]
 
 @compiled
 def total_luma(r, g, b, channels):  # type: ignore[no-untyped-def]
+    """Return the sum of the luma over all pixels."""
     total = ZERO
     for p in range(len(r)):
         total += luma(r[p], g[p], b[p]) if channels == 3 else r[p]
@@ -239,8 +269,11 @@ def total_luma(r, g, b, channels):  # type: ignore[no-untyped-def]
 
 @compiled
 def blend(r, g, b, channels, factor, saturation, mean):  # type: ignore[no-untyped-def]
-    """factor x + (1 - factor) (saturation luma(x) + mean), in [0, 1]: brightness, contrast or saturation, which leaves a single
-    channel as it is."""
+    """Replace x by factor x + (1 - factor) (saturation luma(x) + mean), clamped to [0, 1].
+
+    This is brightness (saturation and mean 0), contrast (saturation 0) or saturation (mean 0, saturation 1).
+    Saturation leaves one-channel images unchanged.
+    """
     rest = ONE - factor
     if channels == 3:
         for p in range(len(r)):
@@ -255,20 +288,30 @@ def blend(r, g, b, channels, factor, saturation, mean):  # type: ignore[no-untyp
 
 @compiled
 def mix_channels(red, green, blue, weights):  # type: ignore[no-untyped-def]
-    of_r, of_g, of_b, of_sum = weights
+    """Compute `color.mix_channels` in place."""
+    weights_r, weights_g, weights_b, weights_sum = weights
     for p in range(len(red)):
         r, g, b = red[p], green[p], blue[p]
         high, low = max(max(r, g), b), min(min(r, g), b)
         both = high + low
-        red[p] = clamp(of_r[0] * r + of_g[0] * g + of_b[0] * b + of_sum[0] * both, low, high)
-        green[p] = clamp(of_r[1] * r + of_g[1] * g + of_b[1] * b + of_sum[1] * both, low, high)
-        blue[p] = clamp(of_r[2] * r + of_g[2] * g + of_b[2] * b + of_sum[2] * both, low, high)
+        red[p] = clamp(
+            weights_r[0] * r + weights_g[0] * g + weights_b[0] * b + weights_sum[0] * both, low, high
+        )
+        green[p] = clamp(
+            weights_r[1] * r + weights_g[1] * g + weights_b[1] * b + weights_sum[1] * both, low, high
+        )
+        blue[p] = clamp(
+            weights_r[2] * r + weights_g[2] * g + weights_b[2] * b + weights_sum[2] * both, low, high
+        )
 
 
 @compiled
 def jitter(r, g, b, channels, every, n, mean, first, last):  # type: ignore[no-untyped-def]
-    """Steps first to last - 1 of a row's seven: three blends, and a place for the hue before, between and after them. `mean` is
-    that of the luma, for contrast, where this is among them."""
+    """Apply jitter steps first to last - 1 of sampled row n, in place.
+
+    The odd ones of the seven steps 0 to 6 are the three blends, the even ones the four possible positions of
+    the hue. `mean` is the mean luma for contrast; it is unused if contrast is not among the steps.
+    """
     for step in range(first, last):
         k = step // 2
         if step % 2:
@@ -280,6 +323,7 @@ def jitter(r, g, b, channels, every, n, mean, first, last):  # type: ignore[no-u
 
 @compiled
 def lose_color(r, g, b):  # type: ignore[no-untyped-def]
+    """Convert to grayscale in place."""
     for p in range(len(r)):
         gray = luma(r[p], g[p], b[p])
         r[p] = gray
@@ -289,7 +333,7 @@ def lose_color(r, g, b):  # type: ignore[no-untyped-def]
 
 @compiled
 def finish(x, invert, threshold, mean, std):  # type: ignore[no-untyped-def]
-    """Solarisation, where a row has it, and normalisation of one channel."""
+    """Solarize one channel x if `invert`, then normalise it, in place."""
     scale = ONE / std
     if invert:
         for p in range(len(x)):
@@ -306,25 +350,31 @@ def copy(source, to):  # type: ignore[no-untyped-def]
 
 @compiled
 def convolve(x, weights, step, out):  # type: ignore[no-untyped-def]
-    """out_p = sum over t, from -half to half, of weights_|t| x_(p + half step + t step), two pairs of taps at a time."""
-    half = len(weights) - 2  # the last weight is 0, for a pair that is not there
-    many = len(x) - 2 * half * step
+    """Compute out_p = sum_t weights_|t| x_(p + (half + t) step), with t from -half to half.
+
+    Each pass over the pixels adds two pairs of taps, +-t and +-(t + 1).
+    """
+    half = len(weights) - 2  # the last weight is 0: it pads an odd number of pairs
+    length = len(x) - 2 * half * step
     for t in range(1, half + 1, 2):
         s = min(t + 1, half)
-        a, b, of_ab = x[(half - t) * step :], x[(half + t) * step :], weights[t]
-        c, d, of_cd = x[(half - s) * step :], x[(half + s) * step :], weights[t + 1]
+        a, b, weight_ab = x[(half - t) * step :], x[(half + t) * step :], weights[t]
+        c, d, weight_cd = x[(half - s) * step :], x[(half + s) * step :], weights[t + 1]
         if t == 1:
-            centre, of_centre = x[half * step :], weights[0]
-            for p in range(many):
-                out[p] = of_centre * centre[p] + of_ab * (a[p] + b[p]) + of_cd * (c[p] + d[p])
+            centre, weight_centre = x[half * step :], weights[0]
+            for p in range(length):
+                out[p] = weight_centre * centre[p] + weight_ab * (a[p] + b[p]) + weight_cd * (c[p] + d[p])
         else:
-            for p in range(many):
-                out[p] += of_ab * (a[p] + b[p]) + of_cd * (c[p] + d[p])
+            for p in range(length):
+                out[p] += weight_ab * (a[p] + b[p]) + weight_cd * (c[p] + d[p])
 
 
 @compiled
 def blur(x, sigma, kernel, padded, buffer):  # type: ignore[no-untyped-def]
-    """Mirrored edges; padded and buffer hold an image with them."""
+    """Apply a Gaussian blur with mirrored edges to x (C, h, w) in place.
+
+    padded and buffer are flat work arrays for one channel with its mirrored edges.
+    """
     C, h, w = x.shape
     half = kernel // 2
     side = w + 2 * half
@@ -352,14 +402,17 @@ def blur(x, sigma, kernel, padded, buffer):  # type: ignore[no-untyped-def]
 
 @compiled
 def stretch(flat, p):  # type: ignore[no-untyped-def]
-    """r, g and b from pixel p on."""
+    """Return the tile of r, g and b that starts at pixel p."""
     C, stop = len(flat), p + STRETCH
     return flat[0][p:stop], flat[C // 2][p:stop], flat[C - 1][p:stop]
 
 
 @compiled
 def complete(x, every, n, padded, buffer):  # type: ignore[no-untyped-def]
-    """All that follows a row's resampling."""
+    """Apply all operations after the resampling to x (C, h, w) in place.
+
+    n is the index of the sampled parameters; padded and buffer are the work arrays of `blur`.
+    """
     C, h, w = x.shape
     flat, pixels, mean, before, steps = x.reshape(C, h * w), h * w, ZERO, 0, 0
     gray, blurred = (
@@ -367,7 +420,7 @@ def complete(x, every, n, padded, buffer):  # type: ignore[no-untyped-def]
         every.kernel > 1 and every.blur[n],
     )
     invert = len(every.solarize) > 0 and every.solarize[n]
-    if len(every.place) and every.place[n] < 4:  # contrast needs the mean of all that comes before it
+    if len(every.place) and every.place[n] < 4:  # contrast needs the mean luma after the steps before it
         before, steps = 1 + 2 * np.argmax(every.blends[n, :, 1]), 7
         for p in range(0, pixels, STRETCH):
             r, g, b = stretch(flat, p)
@@ -390,10 +443,11 @@ def complete(x, every, n, padded, buffer):  # type: ignore[no-untyped-def]
 
 @compiled
 def make_rows(every, start, stop):  # type: ignore[no-untyped-def]
+    """Compute the views start to stop - 1."""
     C, H, W = every.images.shape[1:]
     h, w = every.X.shape[2:]
     whole = np.array([0, 0, H, W], np.float32)
-    across, down = max(2, math.ceil(2 * W / w)), max(2, math.ceil(2 * H / h))  # taps, at most
+    across, down = max(2, math.ceil(2 * W / w)), max(2, math.ceil(2 * H / h))  # maximum numbers of taps
     columns, column_weights = np.empty((across, w), np.uint32), np.empty((across, w), np.float32)
     rows, row_weights = np.empty((down, h), np.uint32), np.empty((down, h), np.float32)
     line, taken = np.empty(W, np.int32), np.empty((across, w), np.int32)

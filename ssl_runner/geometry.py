@@ -1,6 +1,7 @@
-"""What moves pixels and what mixes neighbours: crops, flips, affine maps, changes of size, blur. As torchvision's on one image.
+"""Geometric augmentations and blur on batches; each equals torchvision's on one image.
 
-All but the affine maps are sums of few rows, then of few columns: a crop reads two (more where it shrinks), a blur its kernel's.
+All but affine maps are separable weighted sums of a few rows, then of a few columns. A crop reads 2 rows per
+output row (more if it downscales), a blur as many as the side of its kernel.
 """
 
 import math
@@ -17,8 +18,10 @@ from ssl_runner.relation import copied
 def random_boxes(
     draw: Draw, height: int, width: int, scale: Sequence[float], ratio: Sequence[float] = (3 / 4, 4 / 3)
 ) -> Tensor:
-    """Boxes (B, 4) of whole pixels: top, left, height, width, drawn as torchvision's RandomResizedCrop draws them: a share of
-    the area uniform in `scale`, width to height log-uniform in `ratio`; of ten tries the first that fits, else the whole image.
+    """Sample crop boxes (B, 4) as torchvision's RandomResizedCrop does: top, left, height, width, integers.
+
+    The fraction of the image area is uniform in `scale`, the aspect ratio width / height is log-uniform in
+    `ratio`. The first of ten tries that fits into the image is used, or the whole image if none fits.
     """
     tries = 10
 
@@ -38,7 +41,7 @@ def random_boxes(
 
 
 def whole(rows: int, height: int, width: int, device: torch.device) -> Tensor:
-    """The box of an uncropped image, for each of some rows: (rows, 4)."""
+    """Return the box of the whole image, repeated for every row: (rows, 4)."""
     return copied(torch.tensor([0.0, 0.0, height, width]), device).expand(rows, 4)
 
 
@@ -51,8 +54,11 @@ def random_affines(
     scale: Sequence[float] = (1.0, 1.0),
     shear: float = 0.0,
 ) -> Tensor:
-    """Inverse affine matrices (B, 2, 3): an angle in +-`degrees`, a shift by whole pixels of up to the share `translate` of the
-    side, a factor in `scale`, a shear along x in +-`shear` degrees."""
+    """Sample inverse affine matrices (B, 2, 3), with all parameters uniform.
+
+    The angle is in [-degrees, degrees], the shift in [-translate, translate] times the side of the image and
+    rounded to whole pixels, the zoom factor in `scale`, the shear along x in [-shear, shear] degrees.
+    """
     return affine_matrices(
         draw.uniform(-degrees, degrees),
         (draw.uniform(-translate, translate) * width).round(),
@@ -63,16 +69,16 @@ def random_affines(
 
 
 def affine_matrices(angle: Tensor, right: Tensor, down: Tensor, scale: Tensor, shear: Tensor) -> Tensor:
-    """Angle and x-shear in degrees, shift in pixels, scale, each (B,) -> (B, 2, 3): output to input pixel, about the centre.
+    """Return matrices (B, 2, 3) that map output pixels to input pixels, relative to the image centre.
 
-    The inverse of torchvision's RSS: x -> shift + scale R(angle) Shear(shear) x.
+    angle and shear (along x) in degrees, right and down in pixels, scale, each (B,). The result is the
+    inverse of torchvision's map x -> shift + scale R(angle) Shear(shear) x.
     """
     angle, shear = angle.deg2rad(), shear.deg2rad()
     a, b = angle.cos(), -(angle.cos() * shear.tan() + angle.sin())
     c, d = angle.sin(), -(angle.sin() * shear.tan() - angle.cos())
-    inverse = (
-        torch.stack([d, -b, -c, a], 1).view(-1, 2, 2) / scale[:, None, None]
-    )  # the determinant of a, b, c, d is 1
+    # the matrix [[a, b], [c, d]] has determinant 1
+    inverse = torch.stack([d, -b, -c, a], 1).view(-1, 2, 2) / scale[:, None, None]
     shift = -inverse @ torch.stack([right, down], 1)[:, :, None]
     return torch.cat([inverse, shift], 2)
 
@@ -84,11 +90,19 @@ def resample(
     matrices: Tensor | None = None,
     size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """One look-up for crop, flip, affine and size: output pixel -> flipped -> inside the box -> through the matrix -> input.
+    """Apply crop, flip, affine map and resize in a single resampling.
 
-    x (B, C, H, W); boxes (B, 4) top, left, height, width; flip (B,) bool; matrices (B, 2, 3) about the image's centre; size of
-    the result, by default (H, W). A crop is torchvision's resized_crop with antialias, and reads nothing outside its box. An
-    affine reads black outside the image, and where the size changes looks up in the image at that size.
+    Output pixels are mapped to input pixels: flipped, then scaled into the box, then mapped by the matrix.
+
+    x         (B, C, H, W)
+    boxes     (B, 4) top, left, height, width in pixels of x, by default the whole image
+    flip      (B,) bool, True for a horizontal flip
+    matrices  (B, 2, 3) as from `affine_matrices`
+    size      (height, width) of the result, by default (H, W)
+    returns   (B, C, height, width)
+
+    Without matrices the result equals torchvision's resized_crop with antialias, and pixels outside the box
+    are not read. With matrices, pixels outside the image are black, and x is first resized to `size`.
     """
     B, _, H, W = x.shape
     size = size or (H, W)
@@ -97,9 +111,8 @@ def resample(
     if matrices is None:
         return sum_both(x, *box_sums(boxes, flip, (H, W), size))
     small = x if size == (H, W) else resample(x, size=size)
-    down = (
-        torch.arange(0.5, size[0], device=x.device).mul(H / size[0]).expand(B, -1)
-    )  # pixel centres, in pixels of x
+    # centres of the output pixels, in pixels of x
+    down = torch.arange(0.5, size[0], device=x.device).mul(H / size[0]).expand(B, -1)
     right = torch.arange(0.5, size[1], device=x.device).mul(W / size[1]).expand(B, -1)
     if flip is not None:
         right = torch.where(flip[:, None], W - right, right)
@@ -116,8 +129,13 @@ def resample(
 def box_sums(
     boxes: Tensor, flip: Tensor | None, own: tuple[int, int], size: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Which rows of an image of size `own` each row of its resized box consists of, with what weights, and which columns each
-    column: boxes (B, 4), flip (B,) -> (B, height, K), (B, height, K), (B, width, K'), (B, width, K')."""
+    """Return the indices and weights of the separable resampling from boxes to `size`.
+
+    boxes    (B, 4) within images of (height, width) `own`
+    flip     (B,) bool, or None
+    returns  input rows of each output row and their weights, both (B, height, K), then input columns of each
+             output column and their weights, both (B, width, K')
+    """
     top, left, h, w = boxes.unbind(1)
     return *hats(top, h, own[0], size[0]), *hats(left, w, own[1], size[1], flip)
 
@@ -125,9 +143,16 @@ def box_sums(
 def hats(
     first: Tensor, length: Tensor, side: int, out: int, flip: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`box_sums` along one axis: a hat of half-width one input pixel, or one output pixel if that is more, cut off at the box."""
+    """Compute `box_sums` along one axis, with a triangle filter truncated at the box.
+
+    first, length (B,) are the start and length of the box on an axis of `side` pixels, resized to `out`. The
+    half-width of the filter is one input pixel or one output pixel, whichever is larger. Returns int64
+    indices and weights, both (B, out, K).
+    """
     step = (length / out)[:, None]
-    centre = step * torch.arange(0.5, out, device=first.device)  # of the output pixels, in the box
+    centre = step * torch.arange(
+        0.5, out, device=first.device
+    )  # centres of the output pixels, in pixels from `first`
     if flip is not None:
         centre = torch.where(flip[:, None], length[:, None] - centre, centre)
     reach, centre, last = step.clamp(min=1)[:, :, None], centre[:, :, None], length[:, None, None] - 1
@@ -140,12 +165,15 @@ def hats(
 
 
 def sum_both(x: Tensor, rows: Tensor, row_weights: Tensor, columns: Tensor, column_weights: Tensor) -> Tensor:
-    """x (B, C, H, W) -> weighted sums of its rows, (B, h, K), and of their columns, (B, w, K'): (B, C, h, w)."""
+    """Return weighted sums of rows of x (B, C, H, W), then of columns of the result: (B, C, h, w).
+
+    rows and row_weights (B, h, K); columns and column_weights (B, w, K').
+    """
     return sum_rows(sum_rows(x, rows, row_weights).mT, columns, column_weights).mT.contiguous()
 
 
 def sum_rows(x: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """x (B, C, H, W), rows of it and their weights (B, h, K) -> sum_k weights_ik x[rows_ik]: (B, C, h, W)."""
+    """Return sum_k weights_ik x[rows_ik], (B, C, h, W), for x (B, C, H, W), rows and weights (B, h, K)."""
     B, C, H, W = x.shape
     h, K = rows.shape[1:]
     starts = torch.arange(0, B * C * H, H, device=x.device).view(B, C, 1, 1)
@@ -154,13 +182,16 @@ def sum_rows(x: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
-    """x (B, C, H, W), sigma (B,) in pixels, an odd kernel side of less than twice the image's; mirrored edges."""
+    """Blur x (B, C, H, W) with a Gaussian of standard deviation sigma (B,) in pixels. Edges are mirrored.
+
+    `kernel` is the side of the kernel: odd, and less than twice the side of the image.
+    """
     offsets = torch.arange(kernel, device=x.device) - kernel // 2
     weights = (-(offsets**2) / (2 * sigma[:, None] ** 2)).exp()
     weights = (weights / weights.sum(1, keepdim=True))[:, None]
     sums = []
     for side in x.shape[-2:]:
         pixels = torch.arange(side, device=x.device)[:, None] + offsets
-        pixels = side - 1 - (side - 1 - pixels.abs()).abs()  # mirrored at both ends
+        pixels = side - 1 - (side - 1 - pixels.abs()).abs()  # mirror at both ends
         sums += [pixels.expand(len(x), side, kernel), weights.expand(len(x), side, kernel)]
     return sum_both(x, *sums)

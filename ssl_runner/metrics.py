@@ -1,4 +1,4 @@
-"""The files that a run writes as it goes: CSV tables that survive a crash and a resume, and run.json."""
+"""Crash-safe files of a run: append-only CSV tables, and JSON."""
 
 import csv
 import json
@@ -9,13 +9,16 @@ from typing import Any
 
 
 class Table:
-    """A CSV file whose columns are those of its first row. Each row is on disk when `append` returns. Without a path the table is
-    kept nowhere: of several processes one writes."""
+    """CSV file to which rows are appended. The first row determines the columns.
+
+    With path=None nothing is written, as needed on all ranks but 0.
+    """
 
     def __init__(self, path: Path | None):
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
+        """Append a row. It is on disk (fsync) when this method returns."""
         if self.path is None:
             return
         new = not self.path.exists() or self.path.stat().st_size == 0
@@ -28,7 +31,10 @@ class Table:
             os.fsync(file.fileno())
 
     def keep(self, epoch: int) -> None:
-        """Drops the rows after `epoch`, and a torn last line: what a crash left behind that a resumed run will write again."""
+        """Drop all rows after `epoch`, and an incomplete last line left by a crash.
+
+        A resumed run writes these rows again.
+        """
         if self.path is None or not self.path.exists():
             return
         text = self.path.read_text()
@@ -42,12 +48,12 @@ class Table:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON atomically."""
+    """Write JSON atomically."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(partial, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote."""
+    """Read a file written by `write_json`."""
     return json.loads(path.read_text())

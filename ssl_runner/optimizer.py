@@ -1,4 +1,4 @@
-"""The optimiser's parameter groups and its learning-rate schedule."""
+"""Optimiser with parameter groups, and the learning-rate schedule."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -11,27 +11,30 @@ from torch.optim import Optimizer
 from ssl_runner.errors import Refused
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
-CHOSEN = {"fused", "foreach", "differentiable"}  # settings that choose another form
+CHOSEN = {"fused", "foreach", "differentiable"}  # keywords that select an implementation
 
 
 def build(
     modules: Iterable[nn.Module], algorithm: Callable[..., Optimizer], lr: float, weight_decay: float
 ) -> Optimizer:
-    """An optimiser over all parameters; 1-d ones (biases, norms) are neither decayed nor, under LARS, adapted. Refused for
-    settings that the algorithm does not take.
+    """Return an optimiser over all trainable parameters of the modules.
 
-    `always_adapt` is read by timm's LARS alone, which would else leave out whatever is not decayed.
+    1-d parameters (biases, norm layers) get no weight decay and, under LARS, no layer-wise adaptation.
+    `always_adapt` affects only timm's LARS, which by default does not adapt parameters without weight decay.
 
-    Adam, AdamW and SGD take their fused form, one kernel for many parameters, where the settings say nothing else: it is the
-    quickest, and the only one for which fp16's scaler does not make the host wait.
+    Adam, AdamW and SGD use their fused implementation (one kernel for many parameters) unless a keyword of
+    `algorithm` selects another one. The fused implementation is the fastest, and the only one for which the
+    fp16 gradient scaler needs no host-device sync.
+
+    Raises UsageError if the algorithm rejects its arguments.
     """
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay, "always_adapt": True},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "always_adapt": False},
     ]
-    kind, settings = getattr(algorithm, "func", algorithm), getattr(algorithm, "keywords", {})
-    fused = {"fused": True} if kind in FUSED and not CHOSEN & settings.keys() else {}
+    kind, keywords = getattr(algorithm, "func", algorithm), getattr(algorithm, "keywords", {})
+    fused = {"fused": True} if kind in FUSED and not CHOSEN & keywords.keys() else {}
     try:
         return algorithm([group for group in groups if group["params"]], lr=lr, **fused)
     except (TypeError, ValueError) as error:
@@ -39,7 +42,10 @@ def build(
 
 
 def cosine(step: int, steps: int, warmup: int, lr: float, final: float) -> float:
-    """The learning rate of step 0 .. steps - 1: linear over the first `warmup` steps, then a half cosine down to final * lr."""
+    """Return the learning rate of a step in 0 .. steps - 1.
+
+    Linear warm-up to lr over the first `warmup` steps, then half a cosine down to final * lr.
+    """
     if step < warmup:
         return lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)

@@ -1,4 +1,4 @@
-"""Signals that end a run before its time: a cluster's warning, or a request to stop. The run can go on later."""
+"""Preemption: signals that stop a run early, from a scheduler or a user, so that it can be resumed later."""
 
 import signal
 import threading
@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-EXIT = 75  # EX_TEMPFAIL of sysexits.h: not an error; start it again
-PATIENCE = (
-    120.0  # seconds that a task of submitit's waits for the first one to put the job back into the queue
-)
+EXIT = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, run the command again
+PATIENCE = 120.0  # seconds for which the other submitit tasks wait until task 0 has requeued the job
 
 
 class Preempted(SystemExit):
-    """The run was asked to end and can go on later. Not an error: it passes through `except Exception` and ends the process."""
+    """Raised when the run is preempted and can be resumed later. The exit code of the process is 75.
+
+    A subclass of SystemExit, so `except Exception` does not catch it.
+    """
 
     def __init__(self, message: str):
         super().__init__(EXIT)
@@ -26,12 +27,14 @@ class Preempted(SystemExit):
 
 
 class Preemption:
-    """A context in which SIGTERM and SIGUSR1 raise Preempted: at once, but within `held()` only where the training loop says so,
-    after a whole step and with a checkpoint on disk.
+    """Context manager in which SIGTERM and SIGUSR1 raise Preempted.
 
-    Under submitit its signal, SIGUSR2, does so instead. submitit's own handler, which puts the job back into the queue and ends
-    the process, is called when the context is left. SIGTERM, of which Slurm sends one with every SIGUSR2, stays submitit's, which
-    passes over it.
+    The exception is raised at once. Within `held()` it is deferred until the training loop has finished its
+    step and written a checkpoint.
+
+    Under submitit, SIGUSR2 raises Preempted instead. The original handler of submitit, which requeues the job
+    and exits the process, is called on exit from the context. SIGTERM keeps submitit's handler, which ignores
+    it: Slurm sends a SIGTERM with every SIGUSR2.
     """
 
     def __init__(self) -> None:
@@ -55,16 +58,15 @@ class Preemption:
     ) -> None:
         try:
             if isinstance(error, Preempted) and self.requeue is not None:
-                self.requeue()  # does not return in the first task
-                time.sleep(
-                    PATIENCE
-                )  # the end of another task could end the first one before it has requeued the job
+                self.requeue()  # exits the process in task 0, returns in the others
+                # if another task exited first, Slurm could kill task 0 before it has requeued the job
+                time.sleep(PATIENCE)
         finally:
             for which, handler in self.before.items():
                 signal.signal(which, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """The handler of the signals. The first one counts: another must not interrupt what closes the run."""
+        """Signal handler. Signals after the first are ignored: they must not interrupt the shutdown."""
         if self.asked is not None:
             return
         self.asked = signal.Signals(number)
@@ -72,20 +74,27 @@ class Preemption:
         if of_submitit(handler):
             self.requeue = lambda: handler(number, frame)
         if not self.holding:
-            raise Preempted(f"preempted by {self.asked.name}; the run can go on from its last checkpoint")
+            raise Preempted(
+                f"preempted by {self.asked.name}; the run can be resumed from its last checkpoint"
+            )
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Within it a signal only leaves its name in `asked`; at its end that is raised."""
+        """Defer preemption in this context: a signal is stored in `asked`, and Preempted is raised on exit.
+
+        The training loop checks `asked` after each step.
+        """
         self.holding = True
         try:
             yield
         finally:
             self.holding = False
         if self.asked is not None:
-            raise Preempted(f"preempted by {self.asked.name}; the run can go on from its last checkpoint")
+            raise Preempted(
+                f"preempted by {self.asked.name}; the run can be resumed from its last checkpoint"
+            )
 
 
 def of_submitit(handler: Any) -> bool:
-    """Whether a signal's handler is one of submitit's, in a job that submitit runs."""
+    """Return whether a signal handler was installed by submitit, as in a job that submitit runs."""
     return getattr(handler, "__module__", "").startswith("submitit.")

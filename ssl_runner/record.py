@@ -1,4 +1,4 @@
-"""run.json: what a run is, on what it runs, and how it ended."""
+"""run.json: the command, environment and status of a run."""
 
 import os
 import platform
@@ -23,10 +23,12 @@ LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "hydra-cor
 
 
 class Record:
-    """A context that keeps run.json: `running` on entry, `done` at the end, `preempted` when the run was asked to end, `failed`
-    with the error on any other exception. Of several processes the first one writes it.
+    """Context manager that maintains run.json. Only rank 0 writes the file.
 
-    A run that goes on adds its wall seconds to those of before, and one to its starts.
+    `status` is `running` on entry and `done` on exit. It is `preempted` after a Preempted exception, and
+    `failed`, with error and traceback, after any other exception.
+
+    When a run resumes, `wall_seconds` (s) continues from its previous value and `starts` increases by one.
     """
 
     def __init__(self, folder: Path, identity: str):
@@ -57,14 +59,14 @@ class Record:
         }
 
     def note(self, **facts: Any) -> None:
-        """Adds facts and writes the file."""
+        """Add or update fields, then write the file."""
         self.content |= facts
         self.content["wall_seconds"] = round(self.seconds_before + time.time() - self.start, 3)
         if distributed.leads():
             write_json(self.path, self.content)
 
     def lost(self, code: int, message: str) -> None:
-        """Closes the record of a run that another process ends: its exit code, and what it said."""
+        """Record that another rank ended the run, given its exit code and error message."""
         if code == EXIT:
             self.note(status="preempted")
         else:
@@ -90,8 +92,10 @@ class Record:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, "-dirty" behind it if it is changed; None outside a checkout or
-    without git."""
+    """Return the git commit of this package, with the suffix "-dirty" if there are uncommitted changes.
+
+    Returns None if the package does not run from a checkout or git is not installed.
+    """
     checkout = Path(__file__).parent.parent
     if not (checkout / ".git").exists() or shutil.which("git") is None:
         return None

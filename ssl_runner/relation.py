@@ -1,4 +1,7 @@
-"""The relation G between the N rows of X, as an operator: a loss needs `G @ Z` and the degrees, never an N x N matrix."""
+"""The relation G over the N rows of X, as a linear operator.
+
+Losses use only `G @ Z` and the degrees, so a training step never builds an N x N matrix.
+"""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -11,28 +14,27 @@ from ssl_runner.distributed import collect, pooled, summed
 
 
 def copied(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device; the host does not wait for the copy."""
+    """Copy a CPU tensor to `device` without a host-device sync."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class Relation(ABC):
-    """G (N, N): symmetric, zero diagonal, G_ij > 0 iff rows i and j are positives of each other.
+    """Graph of positive pairs: G (N, N), symmetric, zero diagonal, G_ij > 0 iff (i, j) is a positive pair.
 
-    `degrees` (N,) holds d_i = sum_j G_ij. A *normalized* relation divides G_ij by sqrt(d_i d_j), so that sum_ij G_ij no
-    longer grows with the number of views or of positives; where related rows have one degree, each row then sums to 1.
+    `degrees` (N,) holds d_i = sum_j G_ij. A *normalized* relation divides G_ij by sqrt(d_i d_j), so that
+    sum_ij G_ij does not grow with the number of views or positives. If positives have equal degrees, each
+    nonzero row sums to 1.
     """
 
     num_rows: int
     degrees: Tensor
-    support: Tensor | None = (
-        None  # rows (m, K) that G relates beside those of the batch: constants that Z ends with
-    )
+    support: Tensor | None = None  # (m, K) constant embeddings appended to Z (NNCLR support set), or None
 
     def __matmul__(self, Z: Tensor) -> Tensor:
-        """Z (N, K) -> G @ Z (N, K), differentiable in Z. Raises ValueError when Z has another number of rows."""
+        """Z (N, K) -> G @ Z (N, K), differentiable in Z. Raises ValueError unless Z has shape (N, K)."""
         if Z.ndim != 2 or len(Z) != self.num_rows:
             raise ValueError(
-                f"G relates {self.num_rows} rows and needs Z of shape ({self.num_rows}, K), not {tuple(Z.shape)}"
+                f"Z.shape={tuple(Z.shape)}: expected ({self.num_rows}, K); give one embedding per row of G"
             )
         return self._product(Z)
 
@@ -42,33 +44,36 @@ class Relation(ABC):
 
     @abstractmethod
     def edges(self) -> Tensor:
-        """The ordered pairs (i, j) with G_ij > 0, in both directions, sorted: (2, E) int64."""
+        """Ordered pairs (i, j) with G_ij > 0, both directions, sorted: (2, E) int64."""
 
     def weights(self) -> Tensor:
-        """G_ij of the pairs that `edges` lists: (E,) float64, on the host."""
+        """G_ij of the pairs in `edges`: (E,) float64, on the CPU."""
         return torch.ones(self.edges().shape[1], dtype=torch.float64)
 
     @property
     def square_norm(self) -> Tensor:
-        """sum_ij G_ij^2, a scalar."""
+        """sum_ij G_ij^2, a scalar tensor."""
         return double(self.degrees).sum()  # entries are 0 or 1
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """G as an (N, N) matrix, for theory, tests and pictures; a training step never needs it."""
+        """G as an (N, N) matrix, for theory, tests and plots. Training does not use it."""
         return self @ torch.eye(
             self.num_rows, dtype=dtype or torch.get_default_dtype(), device=self.degrees.device
         )
 
 
 class Views(Relation):
-    """Rows i != j are positives iff they are views of one original: G = (11' - I)_V (x) I_n, rows view-major.
+    """Rows i != j are positives iff they are views of one image: G = (11' - I)_V (x) I_n, rows view-major.
 
-    n originals, V >= 2 views each, N = V n; row v n + k is view v of original k. `G @ Z` costs O(N K) whatever V is.
+    n images with V >= 2 views each, N = V n; row v n + k is view v of image k. `G @ Z` takes O(N K),
+    independent of V. Raises ValueError for n < 1 or V < 2.
     """
 
     def __init__(self, n: int, V: int, normalized: bool = False, device: torch.device | str | None = None):
         if n < 1 or V < 2:
-            raise ValueError(f"Views needs n >= 1 originals and V >= 2 views, not n={n}, V={V}")
+            raise ValueError(
+                f"n={n}, V={V}: expected n >= 1 and V >= 2; give at least two views of at least one image"
+            )
         self.n, self.V, self.num_rows = n, V, n * V
         self.weight = 1 / (V - 1) if normalized else 1.0
         self.degrees = torch.full(
@@ -97,20 +102,26 @@ class Views(Relation):
 class Labels(Relation):
     """Rows i != j are positives iff they have the same label (supervised SSL). y (N,) integers >= 0.
 
-    `G @ Z` is the class sum minus the row itself: O(N K); CUDA takes the sums in any order, so its last bits vary there. Where
-    `num_classes` is known, giving it saves a host-device sync. Of several processes each has its own rows, whose positives lie
-    in all of them: what is exchanged are the class sums, and `edges` and `dense` show this process's rows only.
+    `G @ Z` is the class sum minus the row itself, in O(N K). On CUDA the order of summation is not
+    deterministic, so the last bits may vary. Passing `num_classes` avoids a host-device sync.
+
+    In distributed training y holds the labels of this rank's rows, and their positives may lie on any rank.
+    The class sums are all-reduced; `edges` and `dense` cover the rows of this rank only.
+
+    Raises ValueError if y is empty or not a vector of integers, or, without `num_classes`, if a label is
+    negative.
     """
 
     def __init__(self, y: Tensor, num_classes: int | None = None, normalized: bool = False):
         if y.ndim != 1 or y.is_floating_point() or y.numel() == 0:
             raise ValueError(
-                f"Labels needs a non-empty vector of integers, not shape {tuple(y.shape)} of {y.dtype}"
+                f"y of shape {tuple(y.shape)} and {y.dtype}: expected a non-empty vector of integers;"
+                " give one label per row"
             )
         if num_classes is None:
             if y.min() < 0:
                 raise ValueError(
-                    f"Labels needs labels >= 0, and the smallest is {y.min()}: leave out rows without a label"
+                    f"y.min()={y.min()}: expected labels >= 0; leave out the rows that have no label"
                 )
             num_classes = max(collect(int(y.max()) + 1))
         self.y, self.num_rows, self.num_classes, self.normalized = y.long(), len(y), num_classes, normalized
@@ -140,29 +151,33 @@ class Labels(Relation):
 
 
 class Edges(Relation):
-    """Any relation given by its pairs: i, j (E,) integers in 0 .. num_rows - 1, in either or both directions.
+    """Arbitrary relation given by a list of pairs: i, j (E,) integers in 0 .. num_rows - 1.
 
-    Pairs are made symmetric and count once each; i = j is refused. `G @ Z` is a sparse product in O(E K).
+    A pair may be listed in one or both directions; it is symmetrised, and repeats are ignored. `G @ Z` is a
+    sparse product in O(E K). Raises ValueError for i and j of different shapes, non-integers, indices out of
+    range and i = j.
     """
 
     def __init__(self, i: Tensor, j: Tensor, num_rows: int):
         i, j = torch.as_tensor(i), torch.as_tensor(j)
         if len(i) and (i.is_floating_point() or j.is_floating_point()):
-            raise ValueError(f"Edges needs integers, not {i.dtype} and {j.dtype}")
+            raise ValueError(f"i, j of {i.dtype} and {j.dtype}: expected integers; give row indices")
         i, j = i.long(), j.long()
         if i.shape != j.shape or i.ndim != 1:
             raise ValueError(
-                f"Edges needs two vectors of one length, not shapes {tuple(i.shape)} and {tuple(j.shape)}"
+                f"i, j of shapes {tuple(i.shape)} and {tuple(j.shape)}: expected two vectors of equal length;"
+                " give one entry per pair in each"
             )
         if len(i):
             low, high = min(i.min(), j.min()), max(i.max(), j.max())
             if low < 0 or high >= num_rows:
                 raise ValueError(
-                    f"Edges of {num_rows} rows needs indices from 0 to {num_rows - 1}, not {low} to {high}"
+                    f"i, j from {low} to {high}: expected indices from 0 to {num_rows - 1};"
+                    " number the rows from 0 and leave out pairs of other rows"
                 )
         if (i == j).any():
             raise ValueError(
-                f"Edges: row {i[i == j][0]} is paired with itself; a row is never its own positive"
+                f"i=j={i[i == j][0]}: expected pairs of different rows; leave out pairs of a row with itself"
             )
         self.num_rows = num_rows
         codes = torch.unique(torch.cat([i * num_rows + j, j * num_rows + i]))
@@ -181,14 +196,17 @@ class Edges(Relation):
         return self.pairs
 
     def to(self, device: torch.device) -> "Edges":
-        """The same relation on a device; the host does not wait for the copy."""
+        """Move this relation to `device`, in place and without a host-device sync."""
         self.pairs, self.degrees = copied(self.pairs, device), copied(self.degrees, device)
         return self
 
 
 class _SymmetricProduct(torch.autograd.Function):
-    """A symmetric sparse G, a constant, times Z. torch.sparse.mm would go back through G', which it sorts first, and on CUDA
-    the host waits for that. But G' is G."""
+    """G @ Z for a constant symmetric sparse G.
+
+    The backward of torch.sparse.mm multiplies by G', which it sorts first; on CUDA that is a host-device
+    sync. Since G' = G, this backward uses G itself.
+    """
 
     @staticmethod
     def forward(ctx: Any, G: Tensor, Z: Tensor) -> Tensor:
@@ -201,23 +219,25 @@ class _SymmetricProduct(torch.autograd.Function):
 
 
 class Nearest(Relation):
-    """Rows are positives iff one of them is among the other's k nearest: neighbors (n, k), row i's nearest rows, none of them i
-    and none twice. `G @ Z` is O(n k K) and, unlike a sparse matrix that is made symmetric, makes the device wait for nothing."""
+    """Rows are positives iff at least one of them is among the k nearest neighbours of the other.
+
+    neighbors (n, k): the indices of the k nearest rows of each row i, distinct and different from i. `G @ Z`
+    takes O(n k K) and needs no host-device sync, which symmetrising a sparse matrix would.
+    """
 
     def __init__(self, neighbors: Tensor):
         self.num_rows, self.k = neighbors.shape
         self.neighbors = neighbors
         own = torch.arange(self.num_rows, device=neighbors.device)[:, None, None]
-        self.one_sided = 1 - (neighbors[neighbors] == own).any(2).to(
-            torch.float32
-        )  # (n, k): 0 where the other has i as well
+        # (n, k): 0 where the neighbour lists row i as well, so that a mutual pair counts once
+        self.one_sided = 1 - (neighbors[neighbors] == own).any(2).to(torch.float32)
         self.degrees = self._product(torch.ones(self.num_rows, 1, device=neighbors.device))[:, 0]
 
     def _product(self, Z: Tensor) -> Tensor:
         one_sided = self.one_sided[..., None].to(Z.dtype)
-        there = Z[self.neighbors].sum(1)
-        back = (one_sided * Z[:, None]).flatten(0, 1)
-        return there + torch.zeros_like(Z).index_add(0, self.neighbors.flatten(), back)
+        forward = Z[self.neighbors].sum(1)
+        reverse = (one_sided * Z[:, None]).flatten(0, 1)
+        return forward + torch.zeros_like(Z).index_add(0, self.neighbors.flatten(), reverse)
 
     def edges(self) -> Tensor:
         own = torch.arange(self.num_rows, device=self.neighbors.device).repeat_interleave(self.k)
@@ -225,8 +245,11 @@ class Nearest(Relation):
 
 
 class Originals(Relation):
-    """A relation A (n, n) between originals, carried to V views of each: rows i != j are positives iff they are views of one
-    original or A relates their originals. G = (11' - I)_V (x) I_n + 11'_V (x) A, rows view-major."""
+    """A relation A (n, n) over images, extended to V views of each: G = (11' - I)_V (x) I_n + 11'_V (x) A.
+
+    Rows are view-major. Rows i != j are positives iff they are views of the same image or of two images that
+    are a positive pair in A.
+    """
 
     def __init__(self, A: Relation, V: int):
         self.A, self.V, self.n, self.num_rows = A, V, A.num_rows, A.num_rows * V
@@ -246,8 +269,11 @@ class Originals(Relation):
 
 
 class Supported(Relation):
-    """Views of n originals, each of which is also a positive of k support rows of its own: the last n k rows of Z, which are
-    constants (NNCLR's nearest neighbours in a queue, Dwibedi et al. 2021). Row V n + i k + a supports original i."""
+    """Views of n images, and k support rows per image as further positives (NNCLR, Dwibedi et al. 2021).
+
+    support (n k, K): constant embeddings, for NNCLR the nearest neighbours in a queue. They are the last n k
+    rows of Z: row V n + i k + a is support row a of image i, a positive of every view of image i.
+    """
 
     def __init__(self, n: int, V: int, support: Tensor):
         self.views, self.n, self.V, self.support = Views(n, V, device=support.device), n, V, support
@@ -257,8 +283,8 @@ class Supported(Relation):
     def _product(self, Z: Tensor) -> Tensor:
         Z, support = Z[: self.views.num_rows], Z[self.views.num_rows :]
         sums = Z.reshape(self.V, self.n, -1).sum(0)
-        supporting = support.reshape(self.n, self.k, -1).sum(1).repeat(self.V, 1)
-        return torch.cat([self.views @ Z + supporting, sums.repeat_interleave(self.k, 0)])
+        support_sums = support.reshape(self.n, self.k, -1).sum(1).repeat(self.V, 1)
+        return torch.cat([self.views @ Z + support_sums, sums.repeat_interleave(self.k, 0)])
 
     def edges(self) -> Tensor:
         rows = torch.arange(self.views.num_rows, device=self.degrees.device)
@@ -272,14 +298,13 @@ class Supported(Relation):
 
 
 class Normalized(Relation):
-    """D^-1/2 G D^-1/2 of a relation whose entries are 0 or 1; rows without a positive stay zero."""
+    """D^-1/2 G D^-1/2 of a relation G with entries 0 or 1. Rows without positives stay zero."""
 
     def __init__(self, G: Relation):
         self.G, self.num_rows, self.support = G, G.num_rows, G.support
         degrees = double(G.degrees)
-        self.scale = (degrees > 0) * degrees.clamp(
-            min=1
-        ).rsqrt()  # torch.where with a 0 would make the host wait on CUDA
+        # a product, because torch.where with the scalar 0 causes a host-device sync on CUDA
+        self.scale = (degrees > 0) * degrees.clamp(min=1).rsqrt()
         self.degrees = self._product(torch.ones_like(self.scale)[:, None])[:, 0]
 
     def _product(self, Z: Tensor) -> Tensor:
@@ -300,30 +325,31 @@ class Normalized(Relation):
 
 
 def double(x: Tensor) -> Tensor:
-    """In float64, or float32 on MPS, which has no other."""
+    """Convert x to float64, or to float32 on MPS, which does not support float64."""
     return x.float() if x.device.type == "mps" else x.double()
 
 
 def noisy(G: Relation, p: float, generator: torch.Generator) -> Edges:
-    """A misspecified G of as many pairs: a share p of them, rounded to whole pairs, is replaced by pairs drawn uniformly without
-    repetition among all that are not kept. At p = 1 that is a random graph, independent of G. On the host.
+    """Rewire a fraction p of the pairs of G at random, to get a misspecified G with the same number of pairs.
 
-    Raises ValueError unless p is in [0, 1]. Pair i < j has the number j (j - 1) / 2 + i, so that no pair needs to be listed.
+    The number of rewired pairs is p times the number of pairs, rounded. The new pairs are drawn uniformly
+    without replacement from all pairs that are not kept. At p = 1 the result is a random graph, independent
+    of G. Runs on the CPU. Raises ValueError unless 0 <= p <= 1.
+
+    Pair i < j has the number j (j - 1) / 2 + i, so that drawing needs no list of all pairs.
     """
     if not 0 <= p <= 1:
-        raise ValueError(f"p={p} is not a share of the pairs: give a number from 0 to 1")
+        raise ValueError(f"p={p}: expected a number from 0 to 1; give the fraction of pairs to rewire")
     N = G.num_rows
     i, j = G.edges().cpu()
     pairs = (j * (j - 1) // 2 + i)[i < j]
-    moved = round(p * len(pairs))
-    kept = pairs[torch.randperm(len(pairs), generator=generator)[moved:]].sort().values
-    numbers = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-    drawn = torch.from_numpy(
-        numbers.choice(N * (N - 1) // 2 - len(kept), moved, replace=False, shuffle=False)
-    )
-    skipped = torch.searchsorted(
-        kept - torch.arange(len(kept)), drawn, right=True
-    )  # what is drawn counts only pairs not kept
+    num_new = round(p * len(pairs))
+    kept = pairs[torch.randperm(len(pairs), generator=generator)[num_new:]].sort().values
+    rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    candidates = N * (N - 1) // 2 - len(kept)
+    drawn = torch.from_numpy(rng.choice(candidates, num_new, replace=False, shuffle=False))
+    # `drawn` indexes the pairs that are not kept: add the number of kept pairs before each of them
+    skipped = torch.searchsorted(kept - torch.arange(len(kept)), drawn, right=True)
     pairs = torch.cat([kept, drawn + skipped])
     j = ((1 + (1 + 8 * pairs).double().sqrt()) / 2).long()
     return Edges(pairs - j * (j - 1) // 2, j, N)

@@ -1,4 +1,4 @@
-"""The network in each of several processes: batch norm over the rows of all, gradients averaged over all."""
+"""Data-parallel replicas of a network: batch norm synchronised over ranks, gradients averaged over ranks."""
 
 from inspect import signature
 from typing import Any
@@ -11,15 +11,20 @@ from ssl_runner.distributed import pooled, size
 
 
 class SyncBatchNorm(_BatchNorm):
-    """Batch norm over the rows of all processes, as many in each. torch.nn.SyncBatchNorm leaves out CPUs, and on CUDA makes the
-    host wait for the numbers of rows. `after` is what the layer that it takes the place of does with its result: timm's have an
-    activation in them."""
+    """Batch norm with statistics over the rows of all ranks. All ranks must have the same number of rows.
+
+    torch.nn.SyncBatchNorm does not support CPU tensors, and on CUDA it needs a host-device sync to read the
+    number of rows of each rank.
+
+    `after` holds modules that are applied to the output: timm's batch norm layers contain dropout and an
+    activation.
+    """
 
     after: tuple[nn.Module, ...] = ()
 
     @classmethod
     def like(cls, layer: _BatchNorm) -> "SyncBatchNorm":
-        """A layer with the parameters and buffers of another one: the same ones, under the same names."""
+        """Return a layer that shares parameters, buffers and their names with `layer`."""
         new = cls(layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
         new.__dict__ = {
             **new.__dict__,
@@ -33,32 +38,37 @@ class SyncBatchNorm(_BatchNorm):
         return new
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Takes any number of dimensions, the second one of features."""
+        """Accept any number of dimensions; dimension 1 holds the features."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """input (B, features, ...) -> the same shape."""
+        """input (B, features, ...) -> output of the same shape."""
         x = super().forward(input) if size() == 1 or not self.training else self.normalized(input)
         for part in self.after:
             x = part(x)
         return x
 
     def normalized(self, input: Tensor) -> Tensor:
+        """Normalise by the mean and variance over all ranks, and update the running statistics.
+
+        input (B, features, ...) -> output of the same shape.
+        """
         dims = [dim for dim in range(input.ndim) if dim != 1]
         shape = [-1 if dim == 1 else 1 for dim in range(input.ndim)]
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-        variance, mean = torch.var_mean(x, dims, correction=0)  # of this process's rows
-        near = torch.zeros_like(mean) if self.running_mean is None else self.running_mean.to(x)
-        mean = mean - near  # a small number, the square of which takes no digits from the variance
+        variance, mean = torch.var_mean(x, dims, correction=0)  # of the rows of this rank
+        # relative to the running mean: squaring a large mean would cost the variance digits (cancellation)
+        shift = torch.zeros_like(mean) if self.running_mean is None else self.running_mean.to(x)
+        mean = mean - shift
         mean, square = (pooled(torch.cat([mean, variance + mean.square()])) / size()).chunk(2)
-        variance, mean = square - mean.square(), mean + near
+        variance, mean = square - mean.square(), mean + shift
         if self.track_running_stats and self.num_batches_tracked is not None:
             assert self.running_mean is not None
             assert self.running_var is not None
             self.num_batches_tracked.add_(1)
-            share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
             rows = size() * input.numel() // input.shape[1]
-            self.running_mean.lerp_(mean.detach().to(self.running_mean), share)
-            self.running_var.lerp_((variance.detach() * rows / (rows - 1)).to(self.running_var), share)
+            self.running_mean.lerp_(mean.detach().to(self.running_mean), momentum)
+            self.running_var.lerp_((variance.detach() * rows / (rows - 1)).to(self.running_var), momentum)
         x = (x - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
             x = x * self.weight.view(shape) + self.bias.view(shape)
@@ -66,7 +76,10 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def synchronized(module: Any) -> Any:
-    """The module with all its batch norms taken over the rows of all processes; parameters and their names stay."""
+    """Replace every batch norm of the module by a SyncBatchNorm with the same parameters and names.
+
+    Replaces layers in place and returns the module. Returns it unchanged if W = 1.
+    """
     if size() == 1:
         return module
     if isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm | nn.SyncBatchNorm):
@@ -77,13 +90,15 @@ def synchronized(module: Any) -> Any:
 
 
 def averaging(network: nn.Module) -> nn.Module:
-    """The network, whose gradients are then averaged over the processes while they are computed."""
+    """Wrap the network in DistributedDataParallel, which averages gradients over ranks during backward.
+
+    Returns the network itself if W = 1 or if it has no trainable parameters.
+    """
     if size() == 1 or not any(parameter.requires_grad for parameter in network.parameters()):
         return network
-    parameters = signature(
-        nn.parallel.DistributedDataParallel
-    ).parameters  # buffers are alike: batch norm has seen the same rows
-    without: Any = {
+    # buffers need no broadcast: synchronised batch norm keeps them equal on all ranks
+    parameters = signature(nn.parallel.DistributedDataParallel).parameters
+    no_broadcast: Any = {
         "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers": False
     }
-    return nn.parallel.DistributedDataParallel(network, **without)
+    return nn.parallel.DistributedDataParallel(network, **no_broadcast)

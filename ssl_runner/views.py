@@ -1,8 +1,9 @@
-"""Batched augmentation: uint8 originals (n, C, H, W) -> X (V n, C, H, W), view-major, with fresh randomness for every row.
+"""Batched augmentation: uint8 images (n, C, H, W) -> views X (V n, C, H, W), with random parameters per row.
 
-First all random numbers are drawn, for all rows; then the rows are made: on a CPU one by one (`fused`), elsewhere all at once,
-by pure tensor functions that take one parameter a row (`geometry`, `color`). Both agree with torchvision.transforms.functional
-on one image with the same parameters. Images are float in [0, 1] until normalised, last.
+X is view-major. The random parameters of all rows are drawn first. The views are then computed row by row on
+a CPU (`fused`), and for the whole batch on other devices, by pure tensor functions with one parameter per row
+(`geometry`, `color`). Both agree with torchvision.transforms.functional on one image with equal parameters.
+Images are float in [0, 1]; normalisation is the last step.
 """
 
 import math
@@ -23,18 +24,25 @@ from ssl_runner.relation import copied
 
 
 class Augment:
-    """`policies` names the ways in which a view is made, each the settings of a `Policy`; view v is made by the policy number
-    v mod len(policies), so one policy serves any V. Raises ValueError for settings that make no sense."""
+    """Computes V augmented views of every image of a batch.
+
+    `policies` maps names to the arguments of a `Policy`. View v uses policy number v mod len(policies), so a
+    single policy works for any V. Raises ValueError if there is no policy or an argument is invalid.
+    """
 
     def __init__(self, policies: Mapping[str, Mapping[str, Any]]):
         if not policies:
-            raise ValueError("views.policies is empty: name at least one policy, such as {all: {flip: 0.5}}")
+            raise ValueError(
+                "views.policies={}: expected at least one policy; add one, such as {all: {flip: 0.5}}"
+            )
         self.policies = []
         for name, settings in policies.items():
             try:
                 self.policies.append(Policy(**settings))
-            except (TypeError, ValueError) as error:
+            except TypeError as error:
                 raise ValueError(f"views.policies.{name}: {error}") from error
+            except ValueError as error:
+                raise ValueError(f"views.policies.{name}.{error}") from error
 
     def __call__(
         self,
@@ -47,11 +55,16 @@ class Augment:
         parts: int = 1,
         size: int | None = None,
     ) -> Tensor:
-        """images (n, C, H, W) uint8 -> V views of each, normalised: (V n, C, H, W) float32, row v n + k a view of image k; or
-        views of `size` x `size` pixels.
+        """Return V normalised views of every image.
 
-        Where the images are one of several equal parts of a batch, their views are those that they have in the whole batch: all
-        random numbers are drawn for all rows, and the images' own are used.
+        images     (n, C, H, W) uint8
+        mean, std  (C,) per-channel statistics in [0, 1]
+        size       side of the views in pixels, by default that of the images
+        returns    (V n, C, H, W) float32, or (V n, C, size, size); row v n + k is view v of image k
+
+        If the images are shard `part` of a batch that is split into `parts` equal shards, their views equal
+        those that they have in the whole batch: parameters are drawn for all rows of the batch, and those of
+        the shard are selected.
         """
         n, C, H, W = images.shape
         height, width = (size, size) if size else (H, W)
@@ -76,9 +89,16 @@ def row_by_row(
     mean: Tensor,
     std: Tensor,
 ) -> None:
-    """Writes views of the images `which` (B,), of (n, C, H, W) uint8, into the rows `where` (B,) of X (N, C, h, w), with what was
-    drawn at the positions `own` (B,), on a CPU."""
-    from ssl_runner import fused  # numba is for CPUs only
+    """Compute B views on a CPU, one row at a time, and write them into X.
+
+    drawn   sampled parameters of R rows
+    own     (B,) index into `drawn` of each view
+    images  (n, C, H, W) uint8
+    which   (B,) index into `images` of each view
+    X       (N, C, h, w) float32, written in place
+    where   (B,) row of X of each view
+    """
+    from ssl_runner import fused  # imported here because numba is needed on CPUs only
 
     sizes = (images.shape[2], images.shape[3]), (X.shape[2], X.shape[3])
     threshold = policy.solarize["threshold"] if policy.solarize else 0.0
@@ -107,8 +127,8 @@ def all_at_once(
     mean: Tensor,
     std: Tensor,
 ) -> None:
-    """The same on any device, by operations on all rows."""
-    if policy.jitter:  # rows that treat the hue alike stand together
+    """Compute B views on any device with batched operations. Arguments as in `row_by_row`."""
+    if policy.jitter:  # sort by hue position so that each group is one contiguous slice
         order = drawn.choices["place"][own].argsort(stable=True)
         own, which, where = own[order], which[order], where[order]
     x = to_unit(images.index_select(0, copied(which, images.device)))
@@ -117,18 +137,21 @@ def all_at_once(
 
 
 class Policy:
-    """How one view is made; an operation that is not named is left out.
+    """The random operations that produce one view, applied in this order. Those not given are skipped.
 
-    crop      settings of `random_boxes`: a box, resized to the view's size
-    affine    settings of `random_affines`, black outside the image
-    flip      probability of a left-right flip
-    jitter    p, and the strengths of brightness, contrast, saturation and hue: factors are uniform in
-              [max(0, 1 - strength), 1 + strength], the hue turns by up to +-strength; all four in a random order
-    grayscale probability of losing colour
-    blur      p, sigma: [low, high] and kernel: side, odd, by default a tenth of the image's, both in pixels of the image
-    solarize  p, threshold in [0, 1]
+    crop       arguments of `random_boxes`; the box is resized to the size of the view
+    affine     arguments of `random_affines`; pixels outside the image are black
+    flip       probability of a horizontal flip
+    jitter     p, brightness, contrast, saturation, hue: probability and strengths; factors are uniform in
+               [max(0, 1 - strength), 1 + strength], the hue shift is uniform in [-hue, hue] (fractions of the
+               colour circle), and the four operations are applied in random order
+    grayscale  probability of conversion to grayscale
+    blur       p, sigma: [low, high], kernel: odd side, by default a tenth of the image side; sigma and kernel
+               are in pixels of the image
+    solarize   p, threshold in [0, 1]
 
-    Crop, affine and flip are one resampling. Images of one channel have no saturation, hue or colour to lose.
+    Crop, affine and flip are a single resampling. Saturation, hue and grayscale leave one-channel images
+    unchanged. Raises ValueError if an argument is out of range.
     """
 
     def __init__(
@@ -155,14 +178,15 @@ class Policy:
             required={"p", "sigma"},
         )
         check_settings("solarize", solarize, {"p": (0, 1), "threshold": (0, 1)}, required={"p", "threshold"})
-        check_settings(
-            "policy", {"flip": flip, "grayscale": grayscale}, {"flip": (0, 1), "grayscale": (0, 1)}
-        )
+        check_settings("", {"flip": flip, "grayscale": grayscale}, {"flip": (0, 1), "grayscale": (0, 1)})
         if blur and blur.get("kernel", 1) % 2 != 1:
-            raise ValueError(f"blur.kernel={blur['kernel']} is not an odd number of pixels")
+            raise ValueError(f"blur.kernel={blur['kernel']}: expected an odd number of pixels, such as 5")
 
     def draw(self, draw: Draw, own: tuple[int, int], size: tuple[int, int]) -> Drawn:
-        """Everything random about some views of the given size of images of size `own`."""
+        """Sample all random parameters of `draw.rows` views.
+
+        `own` and `size` are (height, width) of the images and of the views.
+        """
         numbers: dict[str, Tensor] = {}
         choices: dict[str, Tensor] = {}
         boxes = random_boxes(draw, *own, **self.crop) if self.crop else whole(draw.rows, *own, draw.device)
@@ -191,7 +215,11 @@ class Policy:
         return Drawn(numbers, choices)
 
     def kernel(self, own: tuple[int, int], size: tuple[int, int]) -> int:
-        """The side of the blur's kernel in pixels of the view, 1 without a blur. ValueError where it reaches over the view."""
+        """Return the side of the blur kernel in pixels of the view, or 1 without a blur.
+
+        `own` and `size` are (height, width) of the images and of the views. Raises ValueError if the side is
+        at least twice that of the view, because edges are mirrored only once.
+        """
         if not self.blur:
             return 1
         side = (
@@ -201,13 +229,20 @@ class Policy:
         )
         if side // 2 >= min(size):
             raise ValueError(
-                f"blur.kernel={side} reaches over views of {size[1]} x {size[0]} pixels: give a smaller one"
+                f"blur.kernel={side}: expected at most {2 * min(size) - 1} for views of {size[1]} x {size[0]}"
+                " pixels (kernel in pixels of the view); use a smaller kernel"
             )
         return side
 
     def __call__(self, x: Tensor, drawn: Drawn, size: tuple[int, int]) -> Tensor:
-        """x (B, C, H, W) float in [0, 1], changed in place, and what was drawn for it, `place` ascending -> one view of each, of
-        the given size, float in [0, 1]."""
+        """Apply the operations with the given parameters to a batch, on any device.
+
+        x        (B, C, H, W) float in [0, 1], modified in place
+        drawn    sampled parameters of the B rows, sorted by `place` (the position of the hue among the jitter
+                 operations)
+        size     (height, width) of the views
+        returns  (B, C, height, width) float in [0, 1]
+        """
         C, *own = x.shape[1:]
         numbers, choices = drawn.numbers, drawn.choices
         if "boxes" in numbers or (own[0], own[1]) != size:
@@ -226,12 +261,16 @@ class Policy:
 
 
 def odd(pixels: float) -> int:
-    """A number of pixels as the side of a kernel with a middle: 4 and 5.9 -> 5, 6 -> 7."""
+    """Round a number of pixels to the side of a centred kernel, an odd integer: 4 and 5.9 -> 5, 6 -> 7."""
     return int(pixels / 2) * 2 + 1
 
 
 def where(chosen: Tensor, x: Tensor, operation: Callable[..., Tensor], *numbers: Tensor) -> Tensor:
-    """x with the operation on the chosen rows, (B,) bool on the host, and their numbers (B,); changes x in place."""
+    """Apply an operation to the chosen rows of x, and return the result.
+
+    chosen (B,) bool on the host; x (B, C, H, W), modified in place unless all rows are chosen; numbers
+    (B,): parameters of the operation.
+    """
     if chosen.all():
         return operation(x, *numbers)
     rows = copied(chosen.nonzero()[:, 0], x.device)
@@ -245,23 +284,33 @@ def where(chosen: Tensor, x: Tensor, operation: Callable[..., Tensor], *numbers:
 def check_settings(
     operation: str, settings: Any, bounds: Mapping[str, tuple[float, float]], required: Set[str] = frozenset()
 ) -> None:
-    """Raises ValueError unless `settings` maps some of the names in `bounds`, the required ones among them, to numbers within
-    their bounds; scale, ratio and sigma are pairs [low, high] above the lower bound."""
+    """Raise ValueError if the settings of an operation are invalid. None is valid.
+
+    `settings` must be a mapping from names in `bounds`, including all `required` ones, to numbers within
+    their bounds. scale, ratio and sigma are pairs [low, high] whose values exceed the lower bound.
+    `operation` is the prefix of keys in error messages, empty for options of the policy itself.
+    """
     if settings is None:
         return
     if not isinstance(settings, Mapping) or not required <= settings.keys() <= bounds.keys():
-        raise ValueError(f"{operation}={settings} does not consist of: {', '.join(bounds)}")
+        advice = f"include {', '.join(sorted(required))}" if required else "remove other keys"
+        raise ValueError(
+            f"{operation}={settings}: expected a mapping with keys {', '.join(bounds)}; {advice}"
+        )
     for name, value in settings.items():
         low, high = bounds[name]
         if name in ("scale", "ratio", "sigma"):
             pair = [*value] if isinstance(value, Sequence) and not isinstance(value, str) else []
             good = len(pair) == 2 and all(map(is_number, pair)) and low < pair[0] <= pair[1] <= high
-            accepted = f"a pair [low, high] above {low}" + (f" and up to {high}" if high < math.inf else "")
+            accepted = f"a pair [low, high] with {low} < low <= high" + (
+                f" <= {high}" if high < math.inf else ""
+            )
         else:
             good = is_number(value) and low <= value <= high
             accepted = f"a number from {low} to {high}" if high < math.inf else f"a number >= {low}"
         if not good:
-            raise ValueError(f"{operation}.{name}={value} is not {accepted}")
+            key = f"{operation}.{name}" if operation else name
+            raise ValueError(f"{key}={value}: expected {accepted}")
 
 
 def is_number(value: Any) -> bool:
@@ -269,21 +318,24 @@ def is_number(value: Any) -> bool:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [0, 1]."""
+    """Convert uint8 images to float32 in [0, 1]."""
     return images.float().mul_(1 / 255)
 
 
 def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """x (B, C, H, W) in [0, 1], mean and std (C,) -> (x - mean) / std, the same in training and evaluation."""
+    """Return (x - mean) / std for x (B, C, H, W) in [0, 1], mean and std (C,). Also used in evaluation."""
     return (x - mean[:, None, None]).mul_(1 / std[:, None, None])
 
 
 def preview(augment: Augment, data: DataSet, V: int, seed: int, path: Path, images: int = 8) -> None:
-    """Writes a picture with a row for each of a few pretraining images: the image itself, then V views of it."""
+    """Write a picture with one row per pretraining image: the image, then V views of it.
+
+    `images` is the number of images, drawn at random with `seed`; `path` is the file to write.
+    """
     order = torch.randperm(len(data.pretrain), generator=torch.Generator().manual_seed(seed))[:images]
-    originals, _ = next(data.pretrain.batches(order, images, data.mean.device))
-    X = augment(originals, V, data.mean, data.std, torch.Generator(data.mean.device).manual_seed(seed))
+    batch, _ = next(data.pretrain.batches(order, images, data.mean.device))
+    X = augment(batch, V, data.mean, data.std, torch.Generator(data.mean.device).manual_seed(seed))
     X = X * data.std[:, None, None] + data.mean[:, None, None]
-    rows = torch.cat([to_unit(originals)[None], X.unflatten(0, (V, -1))]).transpose(0, 1)
+    rows = torch.cat([to_unit(batch)[None], X.unflatten(0, (V, -1))]).transpose(0, 1)
     rows = F.interpolate(rows.flatten(0, 1), scale_factor=max(1, 96 // data.image_size), mode="nearest")
     torchvision.utils.save_image(rows.clamp(0, 1), path, nrow=V + 1, pad_value=1.0)

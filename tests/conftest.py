@@ -1,4 +1,4 @@
-"""What the tests share: a tiny run, and refusals as a user sees them."""
+"""Shared fixtures and helpers: a tiny run configuration and the command line as a user calls it."""
 
 import os
 import shlex
@@ -20,13 +20,13 @@ TINY = (
 )
 
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each, in what they start too
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: one thread each, subprocesses included
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def one_seed() -> None:
+def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
@@ -34,7 +34,10 @@ def one_seed() -> None:
 def ssl_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Callable]:
-    """ssl_run("loss=simclr epochs=1") -> (exit code, standard output, standard error), in an empty working directory."""
+    """Return a function that runs `ssl-run` in-process, with an empty working directory.
+
+    ssl_run("loss=simclr epochs=1") -> (exit code, standard output, standard error)
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SSL_RUNNER_DATA", str(tmp_path / "data"))
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
@@ -56,12 +59,15 @@ def ssl_run(
 
 
 def run_folder(out: str) -> Path:
-    """The run folder that the last line of standard output names."""
+    """Return the run folder given by `run=` in the last line of standard output."""
     return Path(out.strip().splitlines()[-1].partition("run=")[2])
 
 
 def make_pictures(root: Path, train: int, test: int, side: int) -> None:
-    """root/train and root/test of the classes dark and light: noise of two brightnesses, side x side."""
+    """Write side x side noise images of two brightnesses to root/{train,test}/{dark,light}.
+
+    `train` and `test` are the numbers of images per class.
+    """
     generator = torch.Generator().manual_seed(0)
     for part, n in (("train", train), ("test", test)):
         for c, name in enumerate(("dark", "light")):

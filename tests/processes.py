@@ -1,4 +1,4 @@
-"""Runs a function in several gloo processes and returns what each of them returned."""
+"""Run a function in several gloo processes and collect the return values."""
 
 import multiprocessing
 import os
@@ -12,15 +12,15 @@ import torch
 
 from ssl_runner import distributed
 
-PATIENCE = 60  # seconds
+PATIENCE = 60  # timeout in seconds
 
 
 def in_processes(W: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """function(*arguments) in W processes that have found each other as torchrun's do: its results by rank."""
+    """Run function(*arguments) in W ranks, initialised as by torchrun. Returns the results in rank order."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")  # torch is imported once
+    context = multiprocessing.get_context("fork")  # torch is imported only once
     queue = context.Queue()
     children = [
         context.Process(target=_child, args=(rank, W, port, queue, function, arguments)) for rank in range(W)
@@ -43,7 +43,7 @@ def _child(rank: int, W: int, port: int, queue: Any, function: Callable[..., Any
         distributed.start()
         result = function(*arguments)
         queue.put(pickle.dumps((rank, (True, result))))
-        if not distributed._group.ended.is_set():  # by a process that plays one that fails
+        if not distributed._group.ended.is_set():  # set if the function simulates a failing rank
             distributed.finish()
     except BaseException:
         queue.put(pickle.dumps((rank, (False, f"process {rank}: {traceback.format_exc()}"))))

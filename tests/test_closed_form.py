@@ -74,7 +74,7 @@ def test_weights_of_another_run_are_the_starting_point(ssl_run) -> None:
     ] == expected
     code, _, err = ssl_run(f"solver=closed_form backbone.widths=[8,8] weights={weights} {SMALL}")
     assert code == 1
-    assert "does not fit this backbone" in err
+    assert "expected safetensors weights of this backbone" in err
     assert err.count("\n") == 1
 
 

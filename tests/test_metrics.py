@@ -1,4 +1,4 @@
-"""What a crash may leave behind, and what a resumed run finds."""
+"""CSV tables, JSON and checkpoints survive crashes."""
 
 from pathlib import Path
 
@@ -10,14 +10,14 @@ from ssl_runner.errors import Refused
 from ssl_runner.metrics import Table, read_json, write_json
 
 
-def test_rows_are_appended_under_one_header(tmp_path: Path) -> None:
+def test_table_appends_rows_under_one_header(tmp_path: Path) -> None:
     for row in ({"epoch": 1, "loss": 0.1 + 0.2}, {"epoch": 2, "loss": None}):
         Table(tmp_path / "t.csv").append(row)
     assert (tmp_path / "t.csv").read_text() == "epoch,loss\n1,0.30000000000000004\n2,\n"
 
 
 @pytest.mark.parametrize(
-    ("left", "kept"),
+    ("content", "expected"),
     [
         ("epoch,loss\n1,0.5\n2,0.4\n3,0.3\n", "epoch,loss\n1,0.5\n2,0.4\n"),
         ("epoch,loss\n1,0.5\n2,0.4\n3,0.", "epoch,loss\n1,0.5\n2,0.4\n"),
@@ -26,16 +26,18 @@ def test_rows_are_appended_under_one_header(tmp_path: Path) -> None:
         ("", ""),
     ],
 )
-def test_rows_after_the_checkpoint_and_torn_lines_are_dropped(left: str, kept: str, tmp_path: Path) -> None:
+def test_table_keep_drops_later_rows_and_incomplete_lines(
+    content: str, expected: str, tmp_path: Path
+) -> None:
     path = tmp_path / "t.csv"
-    path.write_text(left)
+    path.write_text(content)
     Table(path).keep(2)
-    assert path.read_text() == kept
+    assert path.read_text() == expected
     Table(path).append({"epoch": 3, "loss": 0.3})
-    assert path.read_text() == (kept or "epoch,loss\n") + "3,0.3\n"
+    assert path.read_text() == (expected or "epoch,loss\n") + "3,0.3\n"
 
 
-def test_a_checkpoint_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crash_during_save_keeps_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert checkpoint.newest(tmp_path) is None
     checkpoint.save({"epoch": 1, "weights": torch.ones(3)}, tmp_path)
 
@@ -49,40 +51,40 @@ def test_a_checkpoint_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytes
     assert checkpoint.load(checkpoint.newest(tmp_path))["epoch"] == 1
 
 
-@pytest.mark.parametrize("harm", ["cut", "one bit", "emptied", "sealed anew by nobody"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
-    harm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "empty", "checksum missing"])
+def test_newest_skips_damaged_checkpoint(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for epoch in (1, 2, 3):
         checkpoint.save({"epoch": epoch, "weights": torch.ones(300)}, tmp_path)
     path = tmp_path / "checkpoint.pt"
-    assert torch.load(path, weights_only=True)["epoch"] == 3  # a plain archive to everybody else
+    assert torch.load(path, weights_only=True)["epoch"] == 3  # torch.load ignores the checksum
     assert checkpoint.newest(tmp_path) == path
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     damaged = {
-        "cut": content[:-200],
-        "one bit": content,
-        "emptied": b"",
-        "sealed anew by nobody": content[:-72],
+        "truncated": content[:-200],
+        "bit flipped": content,
+        "empty": b"",
+        "checksum missing": content[:-72],
     }
-    path.write_bytes(damaged[harm])
+    path.write_bytes(damaged[damage])
     before = checkpoint.newest(tmp_path)
     assert checkpoint.load(before)["epoch"] == 2
     assert f"{path} is damaged" in capsys.readouterr().err
 
     before.write_bytes(b"PK")
-    with pytest.raises(Refused, match="no whole checkpoint to go on from: remove checkpoint-before"):
+    with pytest.raises(Refused, match="no intact checkpoint to resume from: remove checkpoint-before"):
         checkpoint.newest(tmp_path)
 
 
-def test_a_crash_between_two_renames_leaves_the_one_before(tmp_path: Path) -> None:
+def test_crash_between_renames_keeps_previous_checkpoint(tmp_path: Path) -> None:
     checkpoint.save({"epoch": 1}, tmp_path)
     (tmp_path / "checkpoint.pt").rename(tmp_path / "checkpoint-before.pt")
     assert checkpoint.load(checkpoint.newest(tmp_path))["epoch"] == 1
 
 
-def test_a_checkpoint_that_carries_code_is_not_run(tmp_path: Path) -> None:
+def test_load_does_not_execute_pickled_code(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "ran",))
@@ -93,7 +95,7 @@ def test_a_checkpoint_that_carries_code_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_json(tmp_path: Path) -> None:
+def test_json_round_trip_leaves_no_partial_file(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"a": [1, None]})
     assert read_json(tmp_path / "a.json") == {"a": [1, None]}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

@@ -1,4 +1,4 @@
-"""Parameter groups, LARS against its formula, and the learning-rate schedule."""
+"""Parameter groups, LARS compared with its formula, fused implementations, learning-rate schedule."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
 
 
-def test_one_dimensional_parameters_are_not_decayed() -> None:
+def test_weight_decay_skips_1d_parameters() -> None:
     net = model()
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -30,8 +30,8 @@ def test_one_dimensional_parameters_are_not_decayed() -> None:
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_lars(weight_decay: float) -> None:
-    """You et al. 2017: matrices move by lr * trust * |w| / (|g| + wd |w|) * (g + wd w), vectors by lr * g."""
+def test_lars_step_matches_formula(weight_decay: float) -> None:
+    """You et al. 2017: the step is lr * trust * |w| / (|g| + wd |w|) * (g + wd w), and lr * g for vectors."""
     net, lr, trust = model(), 0.3, 0.01
     net(torch.randn(8, 3)).square().sum().backward()
     before = [(parameter.detach().clone(), parameter.grad.clone()) for parameter in net.parameters()]
@@ -46,7 +46,7 @@ def test_lars(weight_decay: float) -> None:
 @pytest.mark.parametrize(
     "kind", [torch.optim.Adam, torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)]
 )
-def test_the_fused_form_is_taken_and_is_the_same(kind: Callable) -> None:
+def test_fused_implementation_is_default_and_matches_plain_one(kind: Callable) -> None:
     fused, plain = model(), model()
     algorithms = [
         optimizer.build([fused], kind, 0.1, 0.5),
@@ -62,7 +62,7 @@ def test_the_fused_form_is_taken_and_is_the_same(kind: Callable) -> None:
         assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_warm_up_and_cosine() -> None:
+def test_schedule_is_linear_warmup_then_cosine() -> None:
     rates = [optimizer.cosine(step, steps=100, warmup=10, lr=2.0, final=0.1) for step in range(100)]
     assert_close(rates[:10], [0.2 * (step + 1) for step in range(10)])
     assert rates[10] == 2.0

@@ -1,4 +1,4 @@
-"""A wheel and an editable install each find conf/, in fresh environments that borrow only this one's dependencies."""
+"""A wheel and an editable install find conf/, in fresh environments that share only the dependencies."""
 
 import subprocess
 import sys
@@ -19,22 +19,25 @@ def call(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture
 def fresh(tmp_path: Path) -> Path:
-    """The bin folder of a new environment. A .pth file adds this one's packages without its .pth files, so that an ssl_runner
-    installed here in editable mode is not seen there."""
+    """Create a virtual environment and return its bin folder.
+
+    A .pth file adds the site-packages of the current environment but not its own .pth files, so an editable
+    install of ssl_runner is not importable in the new environment.
+    """
     venv.create(tmp_path / "venv", with_pip=True)
     paths = sysconfig.get_paths(vars={"base": str(tmp_path / "venv"), "platbase": str(tmp_path / "venv")})
     (Path(paths["purelib"]) / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     bin_folder = tmp_path / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
-    missing = subprocess.run(
+    import_attempt = subprocess.run(
         [bin_folder / "python", "-c", "import ssl_runner.cli"], cwd=tmp_path, capture_output=True, text=True
     )
-    assert "ModuleNotFoundError" in missing.stderr
+    assert "ModuleNotFoundError" in import_attempt.stderr
     return bin_folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
-def test_an_installed_package_finds_its_configuration(kind: str, fresh: Path, tmp_path: Path) -> None:
+def test_installed_package_finds_conf(kind: str, fresh: Path, tmp_path: Path) -> None:
     options = ["--no-deps", "--no-build-isolation", "--quiet", "--disable-pip-version-check"]
     if kind == "wheel":
         call(fresh / "python", "-m", "pip", "wheel", *options, "--wheel-dir", tmp_path, ROOT, cwd=tmp_path)

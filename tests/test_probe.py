@@ -1,4 +1,4 @@
-"""The probes against scikit-learn, and what they may not do to the network or see of the data."""
+"""Probes compared with scikit-learn, their side effects on the network, and the data splits they use."""
 
 import gc
 import weakref
@@ -18,7 +18,7 @@ from tests.test_dataset import load, toy
 
 
 def blobs(n: int = 300, d: int = 6, classes: int = 3) -> tuple[Tensor, Tensor]:
-    """Overlapping classes whose features have very different scales and correlations."""
+    """Overlapping classes. The features are correlated and have very different scales."""
     y = torch.arange(n) % classes
     X = torch.randn(n, d) + torch.randn(classes, d)[y]
     return (X @ torch.randn(d, d)) * torch.logspace(-3, 3, d) + 5, y
@@ -29,7 +29,7 @@ def standardised(X: Tensor) -> Tensor:
 
 
 def logistic(l2: float, X: Tensor, y: Tensor) -> LogisticRegression:
-    """scikit-learn's optimum of the linear probe's objective."""
+    """Minimise the objective of the linear probe with scikit-learn."""
     return LogisticRegression(C=1 / (l2 * len(X)), tol=1e-10, max_iter=10_000).fit(
         standardised(X).numpy(), y.numpy()
     )
@@ -44,7 +44,7 @@ def objective(X: Tensor, y: Tensor, W: Tensor, b: Tensor, l2: float) -> Tensor:
 
 @pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
 @pytest.mark.parametrize("block", [64, 4096])
-def test_the_linear_probe_is_scikit_learns_optimum(l2: float, block: int, monkeypatch) -> None:
+def test_linear_probe_matches_scikit_learn(l2: float, block: int, monkeypatch) -> None:
     monkeypatch.setattr(module, "BLOCK_ON_CPU", block)
     X, y = blobs()
     ours, theirs = LinearProbe(X, y, 3), logistic(l2, X, y)
@@ -55,8 +55,8 @@ def test_the_linear_probe_is_scikit_learns_optimum(l2: float, block: int, monkey
     assert agreement.mean() > 0.995
 
 
-def test_the_path_that_selects_is_near_scikit_learns_optimum() -> None:
-    """Correlated, rectified features, a path of warm starts: each fit within 1e-3 nats of the minimum, the last one 1e-5."""
+def test_linear_path_is_close_to_scikit_learn() -> None:
+    """Correlated, rectified features: path fits within 1e-3 nats of the minimum, final fit within 1e-5."""
     y = torch.arange(2000) % 5
     X = (torch.randn(2000, 30) + 0.2 * torch.randn(5, 30)[y]) @ torch.randn(30, 60)
     X = X.relu()
@@ -69,7 +69,7 @@ def test_the_path_that_selects_is_near_scikit_learns_optimum() -> None:
     assert_close(objective(X, y, ours.W, ours.b, l2), best, rtol=0, atol=1e-5)
 
 
-def test_a_constant_feature_changes_nothing() -> None:
+def test_constant_feature_does_not_change_scores() -> None:
     X, y = blobs()
     with_constant = torch.cat([X, torch.full((len(X), 1), 1000.1)], 1)
     for Probe, atol in ((LinearProbe, 1e-2), (RidgeProbe, 1e-5)):
@@ -77,8 +77,8 @@ def test_a_constant_feature_changes_nothing() -> None:
         assert_close(scores, Probe(X, y, 3).scores(0.01, X), atol=atol, rtol=0)
 
 
-def test_a_fit_leaves_nothing_behind() -> None:
-    """Recorded operations would keep the features as long as the process lives."""
+def test_linear_probe_frees_its_features() -> None:
+    """An autograd graph that outlives the probe would keep the features in memory."""
     ours = LinearProbe(*blobs(), 3)
     ours.fit(0.01)
     features = weakref.ref(ours.X)
@@ -87,7 +87,7 @@ def test_a_fit_leaves_nothing_behind() -> None:
     assert features() is None
 
 
-def test_more_features_than_rows() -> None:
+def test_linear_and_ridge_probe_fit_more_features_than_rows() -> None:
     X, y = torch.randn(30, 100), torch.arange(30) % 3
     ours = LinearProbe(X, y, 3)
     for l2 in module.STRENGTHS:
@@ -98,7 +98,7 @@ def test_more_features_than_rows() -> None:
 
 
 @pytest.mark.parametrize("Probe", [LinearProbe, NeighborProbe, RidgeProbe])
-def test_a_class_without_rows_is_never_the_first(Probe: type) -> None:
+def test_class_without_rows_is_never_predicted(Probe: type) -> None:
     X, y = blobs()
     for _, scores in Probe(X, y, 4).path(X):
         assert scores.shape == (len(X), 4)
@@ -107,13 +107,13 @@ def test_a_class_without_rows_is_never_the_first(Probe: type) -> None:
 
 
 @pytest.mark.parametrize("Probe", [LinearProbe, NeighborProbe, RidgeProbe])
-def test_features_that_never_vary_give_finite_scores(Probe: type) -> None:
+def test_constant_features_give_finite_scores(Probe: type) -> None:
     X, y = torch.ones(30, 4), torch.arange(30) % 3
     assert all(scores.isfinite().all() for _, scores in Probe(X, y, 3).path(X))
 
 
 @pytest.mark.parametrize("Probe", [LinearProbe, NeighborProbe, RidgeProbe])
-def test_a_probe_repeats_bit_for_bit(Probe: type) -> None:
+def test_probe_is_bitwise_reproducible(Probe: type) -> None:
     X, y = blobs()
     for (_, one), (_, other) in zip(Probe(X, y, 3).path(X), Probe(X, y, 3).path(X), strict=True):
         assert one.equal(other)
@@ -121,7 +121,7 @@ def test_a_probe_repeats_bit_for_bit(Probe: type) -> None:
 
 @pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
 @pytest.mark.parametrize("block", [64, 4096])
-def test_the_ridge_probe_is_scikit_learns(l2: float, block: int) -> None:
+def test_ridge_probe_matches_scikit_learn(l2: float, block: int) -> None:
     X, y = blobs()
     Xs = (X.double() - X.double().mean(0)) / X.double().std(0, correction=0)
     theirs = Ridge(l2 * len(X), solver="svd").fit(Xs.numpy(), F.one_hot(y, 3).double().numpy())
@@ -131,7 +131,7 @@ def test_the_ridge_probe_is_scikit_learns(l2: float, block: int) -> None:
     assert_close(ours.scores(l2, X).double(), torch.from_numpy(theirs.predict(Xs.numpy())), rtol=0, atol=1e-4)
 
 
-def test_the_path_of_ridges_is_each_penalty_alone() -> None:
+def test_ridge_path_matches_separate_fits() -> None:
     X, y = blobs()
     ours = RidgeProbe(X, y, 3)
     for l2, scores in ours.path(X):
@@ -139,7 +139,7 @@ def test_the_path_of_ridges_is_each_penalty_alone() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])
-def test_the_neighbour_probe_is_scikit_learns(k: int) -> None:
+def test_knn_probe_matches_scikit_learn(k: int) -> None:
     X, y, X_eval = torch.randn(300, 6), torch.arange(300) % 3, torch.randn(100, 6)
 
     def weights(distances: np.ndarray) -> np.ndarray:
@@ -157,7 +157,7 @@ def test_the_neighbour_probe_is_scikit_learns(k: int) -> None:
     )
 
 
-def test_the_path_of_neighbours_is_each_k_alone() -> None:
+def test_knn_path_matches_separate_votes() -> None:
     X, y = blobs(60)
     X_eval, _ = blobs(20)
     settings = []
@@ -167,28 +167,28 @@ def test_the_path_of_neighbours_is_each_k_alone() -> None:
     assert settings == [1, 5, 10, 20, 50]
 
 
-def test_accuracies() -> None:
+def test_accuracies_top1_and_top5() -> None:
     scores = torch.tensor([[6.0, 5, 4, 3, 2, 1], [1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1], [6, 5, 4, 3, 2, 1]])
     assert accuracies(scores, torch.tensor([0, 0, 4, 5])) == {"top1": 0.25, "top5": 0.5}
     assert accuracies(scores[:, :5], torch.tensor([0, 4, 4, 3])) == {"top1": 0.5, "top5": None}
 
 
-def test_best_of_stops_when_it_gets_no_better() -> None:
-    y, seen = torch.tensor([0, 1, 0, 1]), []
+def test_best_of_stops_without_improvement() -> None:
+    y, visited = torch.tensor([0, 1, 0, 1]), []
 
     def path():
         for setting, right in enumerate([1, 3, 3, 2, 4]):
-            seen.append(setting)
+            visited.append(setting)
             yield setting, F.one_hot(torch.where(torch.arange(4) < right, y, 1 - y), 2).float()
 
     chosen, scores = best_of(path(), y)
     assert chosen == 1
     assert (scores.argmax(1) == y).sum() == 3
-    assert seen == [0, 1, 2, 3]
+    assert visited == [0, 1, 2, 3]
 
 
 class Spy(nn.Module):
-    """Remembers the mode it was called in and whether it ever saw a test image."""
+    """Records whether it is in training or eval mode at each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class Spy(nn.Module):
         return self.norm(x).flatten(1)
 
 
-def test_features_are_read_in_eval_mode_and_the_mode_is_put_back() -> None:
+def test_extract_uses_eval_mode_and_restores_training_mode() -> None:
     data, spy = load(toy()), Spy().train()
     before = {name: value.clone() for name, value in spy.state_dict().items()}
     features = extract(spy, data.train, data.mean, data.std, batch_size=7)
@@ -210,7 +210,7 @@ def test_features_are_read_in_eval_mode_and_the_mode_is_put_back() -> None:
     assert all(torch.equal(value, before[name]) for name, value in spy.state_dict().items())
 
 
-def test_rows_and_splits() -> None:
+def test_probe_rows_list_splits_and_training_sizes() -> None:
     data = load(toy())
     rows = list(probe("pixels", nn.Flatten(), data, ["linear", "knn", "ridge"], score_test=True))
     assert [(row["probe"], row["train_split"], row["eval_split"], row["n_train"]) for row in rows] == [
@@ -224,15 +224,15 @@ def test_rows_and_splits() -> None:
     assert all(row["selection"].endswith("(val)") and row["features"] == "pixels" for row in rows)
 
 
-def test_while_training_the_test_split_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_without_score_test_does_not_read_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
     data = load(toy())
     data.test = None
     rows = list(probe("backbone", nn.Flatten(), data, ["linear"], score_test=False))
     assert [row["eval_split"] for row in rows] == ["val"]
 
 
-def test_the_selection_does_not_see_the_test_split() -> None:
-    """Test labels that are all wrong must leave the chosen settings as they are."""
+def test_selection_is_independent_of_test_labels() -> None:
+    """Replacing all test labels by wrong ones does not change the selected hyperparameters."""
     first, second = load(toy()), load(toy())
     second.test.labels = second.test.labels.clone()
     second.test.labels[second.test.rows] = (second.test.y + 1) % 4

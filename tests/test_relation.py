@@ -1,4 +1,4 @@
-"""Relations against their definition, entry by entry."""
+"""Relations, compared with their definition entry by entry."""
 
 import pytest
 import torch
@@ -35,9 +35,8 @@ def edges_by_loop() -> torch.Tensor:
     return G
 
 
-NEAREST = torch.tensor(
-    [[1, 3], [0, 2], [1, 0], [4, 0], [3, 1]]
-)  # 0-1, 1-2 and 3-4 choose each other, the rest one side
+# 0-1, 1-2 and 3-4 are mutual neighbours, all other pairs one-sided
+NEAREST = torch.tensor([[1, 3], [0, 2], [1, 0], [4, 0], [3, 1]])
 
 
 def nearest_by_loop() -> torch.Tensor:
@@ -45,12 +44,9 @@ def nearest_by_loop() -> torch.Tensor:
 
 
 def originals_by_loop(A: torch.Tensor, V: int) -> torch.Tensor:
-    n = len(A)
+    n, rows = len(A), range(len(A) * V)
     return torch.tensor(
-        [
-            [float(i != j and (i % n == j % n or A[i % n, j % n] > 0)) for j in range(n * V)]
-            for i in range(n * V)
-        ]
+        [[float(i != j and (i % n == j % n or A[i % n, j % n] > 0)) for j in rows] for i in rows]
     )
 
 
@@ -73,7 +69,7 @@ CASES += [(Supported(3, 2, torch.zeros(3 * k, 1)), supported_by_loop(3, 2, k)) f
 
 
 @pytest.mark.parametrize(("G", "dense"), CASES)
-def test_a_relation_is_its_definition(G: Relation, dense: torch.Tensor) -> None:
+def test_relation_matches_definition(G: Relation, dense: torch.Tensor) -> None:
     Z = torch.randn(len(dense), 3, dtype=torch.float64)
     assert G.num_rows == len(dense)
     assert_close(G.dense(), dense)
@@ -83,29 +79,29 @@ def test_a_relation_is_its_definition(G: Relation, dense: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(("G", "dense"), CASES)
-def test_the_product_is_differentiable(G: Relation, dense: torch.Tensor) -> None:
+def test_product_passes_gradcheck(G: Relation, dense: torch.Tensor) -> None:
     Z = torch.randn(len(dense), 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda Z: G @ Z, (Z,))
 
 
-def test_the_product_with_edges_goes_back_through_the_same_sparse_matrix() -> None:
-    """Transposing it, as torch.sparse.mm would, makes a matrix that has to be sorted: nothing may be coalesced."""
+def test_edges_backward_does_not_transpose_sparse_matrix() -> None:
+    """The backward of torch.sparse.mm transposes G and then has to sort (coalesce) it."""
     G, dense = Edges(LEFT, RIGHT, 7), edges_by_loop()
     Z, weight = torch.randn(7, 3, requires_grad=True), torch.randn(7, 3)
     with torch.profiler.profile() as profile:
         ((G @ Z) * weight).sum().backward()
     assert_close(Z.grad, dense @ weight)
-    assert not [
-        event.key for event in profile.key_averages() if "coalesce" in event.key or "transpose" in event.key
-    ]
+    operators = [event.key for event in profile.key_averages()]
+    assert not [name for name in operators if "coalesce" in name or "transpose" in name]
     assert torch.autograd.gradgradcheck(lambda Z: G @ Z.square(), (Z.detach().double().requires_grad_(),))
 
 
 @pytest.mark.parametrize(
-    ("G", "other"), [(Views(4, 5, normalized=True), Views(4, 5)), (Labels(Y, normalized=True), Labels(Y))]
+    ("G", "unnormalized"),
+    [(Views(4, 5, normalized=True), Views(4, 5)), (Labels(Y, normalized=True), Labels(Y))],
 )
-def test_the_rows_of_a_normalized_relation_sum_to_one(G: Relation, other: Relation) -> None:
-    dense = other.dense()
+def test_normalized_views_and_labels_rows_sum_to_one(G: Relation, unnormalized: Relation) -> None:
+    dense = unnormalized.dense()
     expected = dense / dense.sum(1, keepdim=True).clamp(min=1)
     Z = torch.randn(G.num_rows, 3)
     assert_close(G.dense(), expected)
@@ -114,14 +110,14 @@ def test_the_rows_of_a_normalized_relation_sum_to_one(G: Relation, other: Relati
     assert_close(G.dense(), G.dense().T)
 
 
-def test_views_has_the_spectrum_of_the_theory() -> None:
+def test_views_spectrum_matches_theory() -> None:
     n, V = 6, 4
     values = torch.linalg.eigvalsh(Views(n, V).dense(torch.float64))
     assert_close(values, torch.tensor([-1.0] * (n * (V - 1)) + [V - 1.0] * n, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("G", "dense"), CASES)
-def test_a_normalized_relation_has_the_symmetric_normalization(G: Relation, dense: torch.Tensor) -> None:
+def test_normalized_relation_matches_symmetric_normalization(G: Relation, dense: torch.Tensor) -> None:
     scale = dense.sum(1).clamp(min=1).rsqrt()
     expected = scale[:, None] * dense * scale
     normalized = Normalized(G)
@@ -132,12 +128,16 @@ def test_a_normalized_relation_has_the_symmetric_normalization(G: Relation, dens
     assert_close(normalized.edges(), dense.nonzero().T)
 
 
-EVERY = [G for G, _ in CASES] + [Normalized(G) for G, _ in CASES]
-EVERY += [Views(4, 5, normalized=True), Labels(Y, normalized=True), Labels(torch.arange(3), normalized=True)]
+ALL_RELATIONS = [G for G, _ in CASES] + [Normalized(G) for G, _ in CASES]
+ALL_RELATIONS += [
+    Views(4, 5, normalized=True),
+    Labels(Y, normalized=True),
+    Labels(torch.arange(3), normalized=True),
+]
 
 
-@pytest.mark.parametrize("G", EVERY)
-def test_pairs_and_weights_are_the_entries(G: Relation) -> None:
+@pytest.mark.parametrize("G", ALL_RELATIONS)
+def test_edges_and_weights_match_dense_entries(G: Relation) -> None:
     dense = G.dense()
     assert_close(G.weights(), dense[tuple(G.edges())].double())
     assert_close(G.square_norm.float(), dense.square().sum())
@@ -147,8 +147,8 @@ def test_pairs_and_weights_are_the_entries(G: Relation) -> None:
 @pytest.mark.parametrize(
     "G", [Labels(torch.arange(60) % 4), Views(30, 2), Labels(torch.zeros(40, dtype=torch.long)), Views(1, 2)]
 )
-def test_a_noisy_relation_has_as_many_pairs_and_keeps_its_share(G: Relation, p: float) -> None:
-    """Also a complete graph, whose pairs can only be replaced by each other."""
+def test_noisy_keeps_number_of_pairs_and_rewires_fraction_p(G: Relation, p: float) -> None:
+    """Includes complete graphs, in which removed pairs can only be replaced by removed pairs."""
     rewired = noisy(G, p, torch.Generator().manual_seed(3))
     before, after = G.dense() > 0, rewired.dense() > 0
     pairs = int(before.sum()) // 2
@@ -162,18 +162,25 @@ def test_a_noisy_relation_has_as_many_pairs_and_keeps_its_share(G: Relation, p: 
 
 
 @pytest.mark.parametrize(
-    ("p", "related", "unrelated"), [(0.5, 0.5 + 0.5 * 6 / 30, 6 / 30), (1.0, 12 / 36, 12 / 36)]
+    ("p", "positive", "negative"), [(0.5, 0.5 + 0.5 * 6 / 30, 6 / 30), (1.0, 12 / 36, 12 / 36)]
 )
-def test_new_pairs_fall_anywhere_but_on_the_kept_ones(p: float, related: float, unrelated: float) -> None:
-    """12 pairs of 36. At p = 0.5 the 6 new ones are among the 30 not kept, so that a related pair stays or comes back; at p = 1 a
-    pair of G is as likely as any other. Over 2,000 seeds the standard deviation of each share is at most 0.011."""
+def test_noisy_draws_new_pairs_uniformly_from_pairs_not_kept(
+    p: float, positive: float, negative: float
+) -> None:
+    """`positive` and `negative`: probability that a positive or negative pair of G is a pair of the result.
+
+    G has 12 of 36 pairs. At p = 0.5, the 6 new pairs are drawn from the 30 pairs that are not kept, so a pair
+    of G is kept or may be drawn again. At p = 1, all pairs are equally likely. Over 2,000 seeds the standard
+    deviation of each frequency is at most 0.011.
+    """
     G = Labels(torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2]))
-    shares = sum(noisy(G, p, torch.Generator().manual_seed(seed)).dense() for seed in range(2000)) / 2000
-    assert (shares[G.dense() > 0] - related).abs().max() < 0.05
-    assert (shares[G.dense() + torch.eye(9) == 0] - unrelated).abs().max() < 0.05
+    frequency = sum(noisy(G, p, torch.Generator().manual_seed(seed)).dense() for seed in range(2000)) / 2000
+    assert (frequency[G.dense() > 0] - positive).abs().max() < 0.05
+    assert (frequency[G.dense() + torch.eye(9) == 0] - negative).abs().max() < 0.05
 
 
-def test_a_random_graph_of_many_rows_is_drawn_without_listing_its_pairs() -> None:
+def test_noisy_scales_to_many_rows() -> None:
+    # a list of all 2e10 pairs would not fit into memory
     rewired = noisy(Views(100_000, 2), 1.0, torch.Generator().manual_seed(0))
     i, j = rewired.edges()
     assert rewired.num_rows == 200_000
@@ -189,13 +196,13 @@ def test_a_random_graph_of_many_rows_is_drawn_without_listing_its_pairs() -> Non
         (lambda: Labels(torch.tensor([0, -1])), "labels >= 0"),
         (lambda: Labels(torch.tensor([0.5])), "integers"),
         (lambda: Labels(torch.empty(0, dtype=torch.long)), "non-empty"),
-        (lambda: Edges(torch.tensor([1]), torch.tensor([1]), 3), "paired with itself"),
-        (lambda: Edges(torch.tensor([0]), torch.tensor([3]), 3), "from 0 to 2"),
-        (lambda: Edges(torch.tensor([0, 1]), torch.tensor([2]), 3), "one length"),
-        (lambda: noisy(Views(4, 2), 1.5, torch.Generator()), "p=1.5 is not a share"),
-        (lambda: Views(4, 2) @ torch.zeros(7, 3), "relates 8 rows"),
+        (lambda: Edges(torch.tensor([1]), torch.tensor([1]), 3), "pairs of different rows"),
+        (lambda: Edges(torch.tensor([0]), torch.tensor([3]), 3), "indices from 0 to 2"),
+        (lambda: Edges(torch.tensor([0, 1]), torch.tensor([2]), 3), "equal length"),
+        (lambda: noisy(Views(4, 2), 1.5, torch.Generator()), "p=1.5: expected a number from 0 to 1"),
+        (lambda: Views(4, 2) @ torch.zeros(7, 3), r"expected \(8, K\)"),
     ],
 )
-def test_what_a_relation_refuses(make, message: str) -> None:
+def test_relation_rejects_invalid_input(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

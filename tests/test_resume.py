@@ -1,4 +1,4 @@
-"""Nothing is lost: runs that are asked to end, killed, or started twice; the sweeps that they belong to."""
+"""Preemption, crashes and resuming, of single runs and of sweeps."""
 
 import json
 import os
@@ -29,11 +29,11 @@ def status(folder: Path) -> str:
     return json.loads((folder / "run.json").read_text())["status"]
 
 
-# --- the loop -----------------------------------------------------------------------------------------------------------------
+# --- training loop ----------------------------------------------------------------------------------------
 
 
 class AskedAfter(Preemption):
-    """Asks the run to end after some steps."""
+    """Request preemption after a given number of steps."""
 
     def __init__(self, training: Pretraining, step: int):
         super().__init__()
@@ -50,29 +50,32 @@ class AskedAfter(Preemption):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("step", range(1, 10))
-def test_a_run_that_ends_after_any_step_goes_on_exactly(step: int, precision: str, tmp_path: Path) -> None:
-    """Three epochs of three steps: within an epoch, at its end, after the last one; with a queue, dropout, a gradient scaler."""
+def test_preempted_training_resumes_exactly(step: int, precision: str, tmp_path: Path) -> None:
+    """Three epochs of three steps, with queue, dropout and gradient scaler.
+
+    The steps cover the middle of an epoch, the end of an epoch and the end of training.
+    """
 
     def fresh() -> Pretraining:
         return pretraining(VICReg(), Neighbors(2, queue=50), dropout=0.3, precision=precision)
 
-    whole = fresh()
-    expected = rows(whole)
+    uninterrupted = fresh()
+    expected = rows(uninterrupted)
     first = fresh()
     first.save = lambda state: checkpoint.save(state, tmp_path)
     first.preemption = AskedAfter(first, step)
-    begun: list[dict] = []
+    completed: list[dict] = []
     with pytest.raises(Preempted, match=f"preempted after step {step}"):
-        begun.extend(first.epochs())
+        completed.extend(first.epochs())
     second = fresh()
     second.load_state_dict(checkpoint.load(checkpoint.newest(tmp_path)))
-    assert (second.step, second.epoch) == (step, (step - 1) // 3) == (first.step, len(begun))
-    assert rows(second) == expected[len(begun) :]
-    for name, value in weights(whole).items():
+    assert (second.step, second.epoch) == (step, (step - 1) // 3) == (first.step, len(completed))
+    assert rows(second) == expected[len(completed) :]
+    for name, value in weights(uninterrupted).items():
         assert torch.equal(value, weights(second)[name])
 
 
-def test_a_checkpoint_within_an_epoch_changes_nothing(
+def test_checkpoint_within_epoch_does_not_change_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ssl_runner.train.SAVE_AFTER", -1.0)
@@ -83,24 +86,24 @@ def test_a_checkpoint_within_an_epoch_changes_nothing(
     assert [step for _, step in saved] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9]
 
 
-def test_a_signal_is_raised_at_once_or_where_the_loop_says_so() -> None:
+def test_signal_raises_at_once_or_at_end_of_held() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     with Preemption() as preemption:
         with preemption.held():
             pass
-        later = []
+        events = []
         with pytest.raises(Preempted, match="SIGUSR1"), preemption.held():
-            later += [signal.raise_signal(signal.SIGUSR1), preemption.asked]
-        assert later == [None, signal.SIGUSR1]
-        signal.raise_signal(signal.SIGTERM)  # while the run is being closed
+            events += [signal.raise_signal(signal.SIGUSR1), preemption.asked]
+        assert events == [None, signal.SIGUSR1]
+        signal.raise_signal(signal.SIGTERM)  # ignored during shutdown
     with Preemption(), pytest.raises(Preempted, match="SIGTERM") as raised:
         signal.raise_signal(signal.SIGTERM)
     assert raised.value.code == EXIT == 75
     assert signal.getsignal(signal.SIGUSR1) is before
 
 
-def test_submitit_requeues_once_the_run_is_closed() -> None:
-    """Its handler is called when the context is left; a second signal reaches it neither before nor meanwhile."""
+def test_submitit_handler_runs_once_on_exit() -> None:
+    """It runs when the context exits. Another signal calls it neither before nor during this."""
     called = []
 
     def requeues(number: int, frame: object) -> None:
@@ -110,7 +113,7 @@ def test_submitit_requeues_once_the_run_is_closed() -> None:
 
     def run() -> None:
         with Preemption() as preemption, preemption.held():
-            assert signal.getsignal(signal.SIGTERM) is term  # stays submitit's, which passes over it
+            assert signal.getsignal(signal.SIGTERM) is term  # submitit keeps SIGTERM, which it ignores
             signal.raise_signal(signal.SIGUSR2)
             signal.raise_signal(signal.SIGUSR2)
             assert called == []
@@ -126,11 +129,11 @@ def test_submitit_requeues_once_the_run_is_closed() -> None:
     assert called == [signal.SIGUSR2]
 
 
-# --- a run --------------------------------------------------------------------------------------------------------------------
+# --- single runs ------------------------------------------------------------------------------------------
 
 
 def until(folder: Path, epochs: int, process: subprocess.Popen) -> None:
-    """Waits until a run has written some rows."""
+    """Wait until a run has written `epochs` rows, or has ended."""
     while process.poll() is None and not (
         (folder / "metrics.csv").exists() and len(table(folder / "metrics.csv")) >= epochs
     ):
@@ -139,7 +142,7 @@ def until(folder: Path, epochs: int, process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_run_that_is_asked_to_end_saves_itself_and_goes_on(
+def test_run_stopped_by_signal_saves_checkpoint_and_resumes(
     which: signal.Signals, ssl_run, tmp_path: Path
 ) -> None:
     command = f"{TINY} epochs=80 probe.every=20 resume=auto hydra.run.dir="
@@ -164,8 +167,10 @@ def test_a_run_that_is_asked_to_end_saves_itself_and_goes_on(
 
 
 def killed_and_restarted(command: str, cwd: Path, kills: list[float]) -> None:
-    """The command, killed after so many seconds each time and started again, until it ends by itself. Each is a fork of this
-    process, which has imported everything already."""
+    """Start a command, kill it after kills[0] seconds, restart it, and so on, until it ends by itself.
+
+    Each child is forked from this process, so it needs no imports.
+    """
     for seconds in [*kills, None]:
         child = os.fork()
         if child == 0:
@@ -186,39 +191,44 @@ def killed_and_restarted(command: str, cwd: Path, kills: list[float]) -> None:
         if seconds is not None:
             time.sleep(seconds)
             os.kill(child, signal.SIGKILL)
-        _, ended = os.waitpid(child, 0)
-        if os.waitstatus_to_exitcode(ended) != -signal.SIGKILL:
-            assert os.waitstatus_to_exitcode(ended) == 0, (cwd / "output").read_text()
+        _, wait_status = os.waitpid(child, 0)
+        if os.waitstatus_to_exitcode(wait_status) != -signal.SIGKILL:
+            assert os.waitstatus_to_exitcode(wait_status) == 0, (cwd / "output").read_text()
             return
 
 
 @pytest.mark.slow
-def test_twenty_runs_killed_at_random_end_as_the_one_that_was_not(tmp_path: Path, ssl_run) -> None:
-    """Each is killed up to three times, at any moment from its start to its end, and started again with the same command. Weights
-    are bit-identical, and so are the CSVs but for their timings."""
-    command = f"{TINY} epochs=60 probe.every=10 diagnostics.every=10 diagnostics.images=40 resume=auto hydra.run.dir=run"
-    moments, killed, took = random.Random(0), 0, 0.0
+def test_runs_killed_at_random_times_match_uninterrupted_run(tmp_path: Path, ssl_run) -> None:
+    """Twenty runs are each killed one to three times, at random, and restarted with the same command.
+
+    Weights are bit-identical, and so are the CSVs apart from timings.
+    """
+    command = (
+        f"{TINY} epochs=60 probe.every=10 diagnostics.every=10 diagnostics.images=40 resume=auto"
+        " hydra.run.dir=run"
+    )
+    rng, restarts, duration = random.Random(0), 0, 0.0
     for number in range(21):
         (tmp_path / str(number)).mkdir()
         began = time.monotonic()
-        kills = [moments.uniform(0.02, 0.9 * took) for _ in range(moments.randint(1, 3))] if number else []
+        kills = [rng.uniform(0.02, 0.9 * duration) for _ in range(rng.randint(1, 3))] if number else []
         killed_and_restarted(command, tmp_path / str(number), kills)
-        took = took or time.monotonic() - began
+        duration = duration or time.monotonic() - began
     whole = tmp_path / "0" / "run"
     for number in range(1, 21):
         folder = tmp_path / str(number) / "run"
         assert status(folder) == "done"
-        killed += json.loads((folder / "run.json").read_text())["starts"] - 1
+        restarts += json.loads((folder / "run.json").read_text())["starts"] - 1
         for name in ("metrics.csv", "probe.csv", "spectrum.csv"):
             assert table(folder / name) == table(whole / name), (number, name)
         assert (folder / "backbone.safetensors").read_bytes() == (whole / "backbone.safetensors").read_bytes()
         ours, theirs = (checkpoint.load(checkpoint.newest(path)) for path in (folder, whole))
         for part in ("backbone", "projector"):
             assert all(torch.equal(value, theirs[part][name]) for name, value in ours[part].items())
-    assert killed >= 20, "hardly any run was killed after it had begun"
+    assert restarts >= 20, "too few runs were killed after they had started training"
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_goes_on(ssl_run, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_reported_and_run_resumes_from_previous(ssl_run, tmp_path: Path) -> None:
     command = f"{TINY} epochs=4 resume=auto hydra.run.dir="
     whole = run_folder(ssl_run(f"{command}whole")[1])
     folder = run_folder(ssl_run(f"{command}mine")[1])
@@ -227,12 +237,12 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_goes_on(ssl_run, tmp_pa
         file.truncate(1000)
     code, _, err = ssl_run(f"{command}mine")
     assert code == 0
-    assert err == f"{folder / 'checkpoint.pt'} is damaged, not as it was written: passed over\n"
+    assert err == f"{folder / 'checkpoint.pt'} is damaged (SHA-256 mismatch): skipped\n"
     for name in ("metrics.csv", "probe.csv", "spectrum.csv"):
         assert table(folder / name) == table(whole / name)
     assert all(
         checkpoint.whole(folder / name) for name in ("checkpoint.pt", "checkpoint-before.pt")
-    )  # the damaged one is neither
+    )  # neither is the damaged one
 
     unfinished(folder)
     for name in ("checkpoint.pt", "checkpoint-before.pt"):
@@ -240,7 +250,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_goes_on(ssl_run, tmp_pa
     before = (folder / "metrics.csv").read_bytes()
     code, _out, err = ssl_run(f"{command}mine")
     assert code == 1
-    assert "no whole checkpoint to go on from: remove checkpoint.pt and checkpoint-before.pt" in err
+    assert "no intact checkpoint to resume from: remove checkpoint.pt and checkpoint-before.pt" in err
     assert (folder / "metrics.csv").read_bytes() == before
 
     for name in ("checkpoint.pt", "checkpoint-before.pt"):
@@ -254,9 +264,11 @@ def unfinished(folder: Path, as_: str = "failed") -> None:
     (folder / "run.json").write_text(json.dumps(record | {"status": as_}))
 
 
-def test_auto_takes_up_its_own_run_and_no_others(ssl_run, tmp_path: Path) -> None:
-    """Runs that differ in the seed, in a loss's setting or in a default are others; a finished one is neither trained again nor
-    touched; what is not there is begun."""
+def test_resume_auto_finds_run_with_same_configuration(ssl_run, tmp_path: Path) -> None:
+    """A different seed, loss option or default makes a different run.
+
+    A finished run is not trained again and its files do not change. A missing run is started.
+    """
     command = f"{TINY} resume=auto"
     folders = {}
     for settings in ("", "seed=1", "gamma=7", "optimizer.weight_decay=0.5"):
@@ -270,7 +282,7 @@ def test_auto_takes_up_its_own_run_and_no_others(ssl_run, tmp_path: Path) -> Non
         code, out, err = ssl_run(f"{command} {settings}")
         assert (code, err) == (0, "")
         assert run_folder(out) == folders[settings.replace("7.0", "7")]
-        assert out.startswith("done already")
+        assert out.startswith("already done")
     assert before == {path: path.read_bytes() for path in (tmp_path / "outputs").rglob("*") if path.is_file()}
     code, out, err = ssl_run(f"{command} seed=1")
     assert (code, err) == (0, "")
@@ -280,10 +292,10 @@ def test_auto_takes_up_its_own_run_and_no_others(ssl_run, tmp_path: Path) -> Non
 
     code, out, err = ssl_run(f"{command} seed=2 hydra.run.dir={folders['']}")
     assert code == 1
-    assert "already holds a run" in err
+    assert "already contains a run" in err
 
 
-def test_the_identity_of_a_run_is_its_whole_configuration() -> None:
+def test_identity_depends_on_whole_configuration_except_resume() -> None:
     one = OmegaConf.create({"a": 1, "b": {"c": "${a}", "d": [1, 2]}, "resume": None})
     same = OmegaConf.create({"b": {"d": [1, 2], "c": 1}, "resume": "auto", "a": 1})
     assert config.identity(one) == config.identity(same)
@@ -291,31 +303,30 @@ def test_the_identity_of_a_run_is_its_whole_configuration() -> None:
         assert config.identity(OmegaConf.merge(one, other)) != config.identity(one)
 
 
-def test_a_job_that_slurm_puts_back_is_recognised_in_its_folder(
-    ssl_run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same job, same folder, without resume=auto: it goes on, and a finished one is not trained again."""
+def test_folder_with_run_is_rejected_within_slurm_jobs(ssl_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without resume=auto, a command that names the folder of a run fails, in the same job and in another."""
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     command = f"{TINY} hydra.run.dir=mine"
     folder = run_folder(ssl_run(command)[1])
     unfinished(folder, "preempted")
-    assert (
-        "already holds a run" in ssl_run(command)[2]
-    )  # a person who gives the same folder twice, in that job's shell
+    assert "already contains a run" in ssl_run(command)[2]  # an interactive command in the shell of the job
     sweep = f"-m {TINY} hydra.sweep.dir=swept"
     assert ssl_run(sweep)[0] == 0
     monkeypatch.setenv("SLURM_JOB_ID", "18")
-    assert "already holds a run" in ssl_run(sweep)[2]
+    assert "already contains a run" in ssl_run(sweep)[2]
 
 
-# --- sweeps -------------------------------------------------------------------------------------------------------------------
+# --- sweeps -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "launcher", ["", pytest.param("hydra/launcher=joblib hydra.launcher.n_jobs=2", marks=pytest.mark.slow)]
 )
-def test_the_same_sweep_again_does_what_is_missing_or_failed(launcher: str, ssl_run, tmp_path: Path) -> None:
-    command = f"-m {launcher} resume=auto optimizer.lr=0.001,1e30,0.002 {TINY} optimizer=sgd optimizer.warmup_epochs=0"
+def test_repeated_sweep_runs_only_missing_or_failed_jobs(launcher: str, ssl_run, tmp_path: Path) -> None:
+    command = (
+        f"-m {launcher} resume=auto optimizer.lr=0.001,1e30,0.002 {TINY} optimizer=sgd"
+        " optimizer.warmup_epochs=0"
+    )
     code, _, _ = ssl_run(command)
     assert code == 1
     folders = sorted((path.parent for path in tmp_path.rglob("run.json")), key=lambda path: path.name)
@@ -334,23 +345,23 @@ def test_the_same_sweep_again_does_what_is_missing_or_failed(launcher: str, ssl_
     assert {status(folder) for folder in again - {folders[1]}} == {"done"}
 
 
-def test_a_sweep_that_has_grown_keeps_the_runs_that_it_has(ssl_run, tmp_path: Path) -> None:
-    """In a folder of its own, where the jobs' numbers now mean other settings."""
+def test_extended_sweep_keeps_existing_runs(ssl_run, tmp_path: Path) -> None:
+    """The sweep folder is the same, but its job numbers now refer to other configurations."""
     command = f"-m resume=auto {TINY} hydra.sweep.dir=swept seed="
     assert ssl_run(f"{command}5,6")[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "swept").rglob("run.json")}
     code, out, err = ssl_run(f"{command}4,5,6,7")
     assert (code, err) == (0, "")
-    assert out.count("done already") == 2
+    assert out.count("already done") == 2
     after = {path: path.read_bytes() for path in (tmp_path / "swept").rglob("run.json")}
     assert len(after) == 4
     assert before.items() <= after.items()
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # Optuna 2's own
-def test_optuna_maximises_the_validation_accuracy(ssl_run, tmp_path: Path) -> None:
-    """Its best value is the highest val_top1 among the trials; one that fails leaves the others."""
+@pytest.mark.filterwarnings("default")  # warnings of Optuna 2
+def test_optuna_maximises_validation_accuracy(ssl_run, tmp_path: Path) -> None:
+    """The best value is the highest val_top1 of all trials. A failed trial does not affect the others."""
     search = "hydra/sweeper=optuna hydra.sweeper.n_trials=4 optimizer=sgd optimizer.warmup_epochs=0"
     code, _out, _err = ssl_run(
         f"-m {search} optimizer.lr=choice(1e30,0.0001,0.05) seed=range(0,9) hydra.sweep.dir=swept {TINY}"

@@ -1,4 +1,7 @@
-"""On a real Slurm: sweeps as job arrays, several processes, and what a cluster does to jobs. Other jobs may run beside these."""
+"""Tests on a Slurm cluster: job arrays, several processes, preemption and time limits.
+
+Other jobs may run on the cluster at the same time.
+"""
 
 import os
 import subprocess
@@ -17,11 +20,12 @@ from tests.test_distributed import written
 from tests.test_end_to_end import table
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "slurm" / "train.sbatch"
-SLOW = f"{TINY} epochs=20 dataset.subset=2000 batch_size=400 V=4 gamma=25 optimizer.lr=0.0001"  # few steps: small roundings
+# few steps, so that rounding errors stay small
+SLOW = f"{TINY} epochs=20 dataset.subset=2000 batch_size=400 V=4 gamma=25 optimizer.lr=0.0001"
 
 
 def no_slurm() -> str:
-    """Why these tests cannot run here; empty where they can."""
+    """Return why Slurm cannot be used here, or an empty string if it can."""
     if "SLURM_CONF" not in os.environ:
         return "SLURM_CONF is not set"
     try:
@@ -36,7 +40,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.skipif(bool(reaso
 
 
 class Cluster:
-    """Starts commands whose jobs are all called `name`, in a folder of their own."""
+    """Start commands in the folder `cwd`; their Slurm jobs all have the name `name`."""
 
     def __init__(self, cwd: Path):
         self.cwd, self.name, self.processes = cwd, f"test-{uuid.uuid4().hex[:8]}", list[subprocess.Popen]()
@@ -52,7 +56,7 @@ class Cluster:
         }
 
     def start(self, command: str) -> subprocess.Popen:
-        """ssl-run with this command line; what it prints goes to the file `printed`."""
+        """Start ssl-run with a command line. Its output goes to the file `printed`."""
         words = [sys.executable, "-m", "ssl_runner", *command.split()]
         with open(self.cwd / "printed", "a") as printed:
             process = subprocess.Popen(
@@ -62,7 +66,7 @@ class Cluster:
         return process
 
     def sweep(self, command: str) -> subprocess.Popen:
-        """Its jobs are Slurm's, of one CPU a process."""
+        """Start a sweep as a Slurm job array with one CPU per process."""
         launcher = f"hydra/launcher=slurm hydra.launcher.name={self.name} hydra.launcher.cpus_per_task=1"
         return self.start(f"-m {launcher} {command}")
 
@@ -72,37 +76,41 @@ class Cluster:
         ).stdout
 
     def alive(self) -> bool:
-        """Whether a job waits, runs or ends."""
+        """Return whether any job is pending, running or completing."""
         return bool(self.slurm("squeue", "--noheader", f"--name={self.name}"))
 
     def signal(self, which: str, folders: list[Path], rows: int = 10) -> None:
-        """Signals the processes that train in each folder once they have written some rows. To their step: scancel of a job may
-        repeat the signal half a minute on, when the job has started again."""
-        left = list(folders)
+        """Send a signal to the training processes of each folder once it has `rows` rows in metrics.csv.
+
+        The signal goes to the job step. If it were sent to the job, scancel might repeat it half a minute
+        later, when the job has already restarted.
+        """
+        remaining = list(folders)
 
         def sent() -> bool:
-            for folder in [folder for folder in left if len(written(folder / "metrics.csv")) >= rows]:
+            for folder in [folder for folder in remaining if len(written(folder / "metrics.csv")) >= rows]:
                 self.slurm("scancel", f"--signal={which}", read_json(folder / "run.json")["slurm_job"] + ".0")
-                left.remove(folder)
-            return not left
+                remaining.remove(folder)
+            return not remaining
 
         self.until(sent)
 
     def until(self, what: Callable[[], bool], seconds: float = 200) -> None:
-        """Waits until something is so; fails with all that has been printed when it takes too long."""
+        """Wait until what() is true. After `seconds`, fail and show all output and logs."""
         end = time.monotonic() + seconds
         while not what():
             if time.monotonic() > end:
                 logs = [*self.cwd.glob("printed"), *self.cwd.rglob("*.out")]
-                pytest.fail("\n".join(["took too long", *(f"{log}:\n{log.read_text()}" for log in logs)]))
+                pytest.fail("\n".join(["timeout", *(f"{log}:\n{log.read_text()}" for log in logs)]))
             time.sleep(0.2)
 
     def ended(self, process: subprocess.Popen) -> int:
+        """Wait for a process and return its exit code."""
         self.until(lambda: process.poll() is not None)
         return process.returncode
 
     def alone(self, command: str) -> None:
-        """The same in one process, without Slurm."""
+        """Run a command in one process, without Slurm."""
         assert self.ended(self.start(command)) == 0, (self.cwd / "printed").read_text()
 
     def close(self) -> None:
@@ -132,7 +140,7 @@ def ends(folder: Path) -> bool:
 
 
 def same_curve(ours: Path, theirs: Path) -> None:
-    """A row an epoch, and the same loss but for rounding, which was up to 0.00006 of it."""
+    """Assert one row per epoch and equal losses up to rounding (measured: relative error up to 0.00006)."""
     curves = [
         pd.read_csv(folder / "metrics.csv")[["epoch", "step", "images_seen", "lr", "loss"]]
         for folder in (ours, theirs)
@@ -140,8 +148,8 @@ def same_curve(ours: Path, theirs: Path) -> None:
     pd.testing.assert_frame_equal(*curves, rtol=1e-3)
 
 
-def test_a_sweep_of_which_one_job_fails_and_two_are_preempted(cluster: Cluster, tmp_path: Path) -> None:
-    """Five results and one clear failure; the same again does what has failed, and nothing else."""
+def test_sweep_with_failed_and_preempted_jobs(cluster: Cluster, tmp_path: Path) -> None:
+    """Five jobs are done and one fails. The same command with resume=auto reruns only the failed job."""
     settings = f"{TINY} epochs=250 optimizer=sgd optimizer.warmup_epochs=0 optimizer.lr="
     command = f"{settings}0.0001,0.0002,0.0003,1e30,0.0004,0.0005 hydra.sweep.dir=swept"
     process = cluster.sweep(command)
@@ -168,11 +176,12 @@ def test_a_sweep_of_which_one_job_fails_and_two_are_preempted(cluster: Cluster, 
     assert len(list(tmp_path.glob("swept/*/run.json"))) == 6
 
 
-def test_two_processes_of_a_batch_job_are_preempted_and_end_as_one_process_does(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def test_preempted_batch_job_with_two_processes_matches_one_process(cluster: Cluster, tmp_path: Path) -> None:
     command = f"{SLOW} hydra.run.dir="
-    flags = f"--job-name={cluster.name} --nodes=1 --ntasks-per-node=2 --gpus-per-node=0 --cpus-per-task=1 --time=10"
+    flags = (
+        f"--job-name={cluster.name} --nodes=1 --ntasks-per-node=2"
+        " --gpus-per-node=0 --cpus-per-task=1 --time=10"
+    )
     job = cluster.slurm("sbatch", "--parsable", *flags.split(), str(SCRIPT), *f"{command}two".split()).strip()
     folder = tmp_path / "two"
     cluster.signal("USR1", [folder], rows=3)
@@ -190,7 +199,7 @@ def test_two_processes_of_a_batch_job_are_preempted_and_end_as_one_process_does(
     same_curve(folder, tmp_path / "one")
 
 
-def test_two_processes_of_a_sweeps_job_end_as_one_process_does(cluster: Cluster, tmp_path: Path) -> None:
+def test_sweep_job_with_two_processes_matches_one_process(cluster: Cluster, tmp_path: Path) -> None:
     command = f"{SLOW} epochs=6 seed=3 hydra.sweep.dir="
     assert cluster.ended(cluster.sweep(f"{command}two hydra.launcher.tasks_per_node=2")) == 0
     cluster.alone(f"-m {command}one")
@@ -199,8 +208,8 @@ def test_two_processes_of_a_sweeps_job_end_as_one_process_does(cluster: Cluster,
     same_curve(tmp_path / "two" / "0", tmp_path / "one" / "0")
 
 
-def test_a_job_whose_time_is_over_comes_back_and_ends(cluster: Cluster, tmp_path: Path) -> None:
-    """Slurm gives notice some 15 seconds after the start; 400 epochs of three steps take 24 on the fastest machine."""
+def test_job_at_time_limit_is_requeued_and_finishes(cluster: Cluster, tmp_path: Path) -> None:
+    """Slurm sends the signal after about 15 s; 400 epochs of three steps take at least 24 s."""
     (tmp_path / "slowly.py").write_text(
         "import time\n"
         "from ssl_runner.backbone import convnet\n"

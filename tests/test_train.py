@@ -1,4 +1,4 @@
-"""The loop: determinism, exact resume, precisions, what stops it, and what it may not do."""
+"""Training loop: determinism, exact resume, precision, clipping, non-finite losses, device choice."""
 
 import copy
 import itertools
@@ -78,7 +78,7 @@ def weights(training: Pretraining) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("loss", [VICReg(), SimCLR(), BarlowTwins()], ids=["vicreg", "simclr", "barlow"])
 @pytest.mark.parametrize("relation", [Views(), Labels()])
 @pytest.mark.parametrize("V", [2, 3])
-def test_the_loss_falls_and_the_row_says_so(loss: Loss, relation: BatchRelation, V: int) -> None:
+def test_training_lowers_loss_and_logs_each_epoch(loss: Loss, relation: BatchRelation, V: int) -> None:
     training = pretraining(loss, relation, epochs=8, V=V)
     table = rows(training)
     assert [row["epoch"] for row in table] == list(range(1, 9))
@@ -94,7 +94,7 @@ def test_the_loss_falls_and_the_row_says_so(loss: Loss, relation: BatchRelation,
         )
 
 
-def test_the_same_seed_gives_the_same_run() -> None:
+def test_training_is_deterministic_given_seed() -> None:
     first = pretraining(dropout=0.3)
     table = rows(first)
     second = pretraining(dropout=0.3)
@@ -111,43 +111,46 @@ def test_the_same_seed_gives_the_same_run() -> None:
     ids=["views", "queue", "noisy", "noisy neighbors"],
 )
 def test_resume_is_exact(relation: Callable[[], BatchRelation], stop: int, precision: str, tmp_path) -> None:
-    """Weights, optimiser, gradient scaler, data order, views, relation and dropout go on as if nothing had happened."""
+    """Resume restores weights, optimiser, gradient scaler, data order, views, relation and dropout state."""
 
     def fresh() -> Pretraining:
         training = pretraining(relation=relation(), dropout=0.3, precision=precision)
         training.relation.bind(training.data.pretrain.labels)
         return training
 
-    whole = fresh()
-    expected = rows(whole)
+    uninterrupted = fresh()
+    expected = rows(uninterrupted)
     first = fresh()
-    begun = list(itertools.islice(first.epochs(), stop))
+    before_stop = list(itertools.islice(first.epochs(), stop))
     checkpoint.save(first.state_dict(), tmp_path)
     second = fresh()
-    torch.rand(7)  # whatever was drawn in between is forgotten
+    torch.rand(7)  # advance the global generator: resume must restore its state
     second.load_state_dict(checkpoint.load(checkpoint.newest(tmp_path)))
-    begun = [{name: value for name, value in row.items() if name not in TIMINGS} for row in begun]
-    assert begun + rows(second) == expected
-    for name, value in weights(whole).items():
+    before_stop = [{name: value for name, value in row.items() if name not in TIMINGS} for row in before_stop]
+    assert before_stop + rows(second) == expected
+    for name, value in weights(uninterrupted).items():
         assert torch.equal(value, weights(second)[name])
 
 
-def test_images_copied_ahead_train_the_same_network() -> None:
+def test_prefetched_images_give_same_training() -> None:
     assert rows(pretraining(location="host")) == rows(pretraining())
 
 
 @pytest.mark.parametrize("loss", [VICReg(), SimCLR(), BarlowTwins()], ids=["vicreg", "simclr", "barlow"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_computes_the_same_loss_and_learns(loss: Loss, precision: str) -> None:
-    """Without learning the loss is float32's to a few roundings (bf16 keeps 8 bits); with it, it falls."""
-    seen = []
-    still, full = (
+def test_half_precision_matches_float32_loss_and_learns(loss: Loss, precision: str) -> None:
+    """At lr=1e-9 the loss equals that of float32 up to rounding (bf16 has 8 significant bits).
+
+    At the default learning rate it decreases.
+    """
+    dtypes = []
+    half, full = (
         pretraining(loss, precision=precision, lr=1e-9, epochs=1),
         pretraining(loss, lr=1e-9, epochs=1),
     )
-    still.projector.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    assert_close(rows(still)[0]["loss"], rows(full)[0]["loss"], rtol=0.02, atol=0)
-    assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float16}
+    half.projector.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+    assert_close(rows(half)[0]["loss"], rows(full)[0]["loss"], rtol=0.02, atol=0)
+    assert set(dtypes) == {torch.bfloat16 if precision == "bf16" else torch.float16}
     training = small_scale(pretraining(loss, precision=precision, epochs=16))
     assert training.scaler.is_enabled() == (precision == "fp16")
     table = rows(training)
@@ -156,21 +159,21 @@ def test_half_precision_computes_the_same_loss_and_learns(loss: Loss, precision:
 
 
 def small_scale(training: Pretraining) -> Pretraining:
-    """Starts the gradient scaler at a scale that does not overflow: it would else skip the first steps, as it should."""
+    """Set an initial loss scale that does not overflow, so that the gradient scaler skips no steps."""
     if training.scaler.is_enabled():
         training.scaler = torch.amp.GradScaler("cpu", init_scale=128)
     return training
 
 
 class Quiet:
-    """Watches nothing."""
+    """Stand-in for the non-finite check that does nothing."""
 
     def put(self, step: int, values: dict) -> None:
         pass
 
 
 class Breaks(VICReg):
-    """Its covariance becomes `value` at the fifth step."""
+    """VICReg whose covariance term becomes `value` at the fifth step."""
 
     def __init__(self, value: float) -> None:
         super().__init__()
@@ -183,7 +186,7 @@ class Breaks(VICReg):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_the_run_at_once(value: float) -> None:
+def test_non_finite_loss_stops_training_immediately(value: float) -> None:
     training = pretraining(Breaks(value))
     epochs = training.epochs()
     next(epochs)
@@ -193,8 +196,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_once(value: float) -> None:
     assert all(parameter.isfinite().all() for parameter in training.backbone.parameters())
 
 
-def test_clipping_bounds_the_gradient() -> None:
-    """SGD at rate 1 moves by the gradient itself."""
+def test_clipping_bounds_gradient_norm() -> None:
+    """An SGD step with lr=1 equals the negative gradient, so its norm is the clipped norm."""
     for precision in ("fp32", "fp16"):
         training = small_scale(pretraining(clip=0.5, precision=precision, epochs=1))
         parameters = [*training.backbone.parameters(), *training.projector.parameters()]
@@ -208,7 +211,7 @@ def test_clipping_bounds_the_gradient() -> None:
         assert_close(moved, torch.tensor(0.5), rtol=1e-3, atol=0)
 
 
-def test_views_forwarded_separately_have_their_own_batch_statistics() -> None:
+def test_separate_forward_runs_one_pass_per_view() -> None:
     calls = []
     training = pretraining(separate=True, V=3)
     training.backbone.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
@@ -216,7 +219,7 @@ def test_views_forwarded_separately_have_their_own_batch_statistics() -> None:
     assert calls == [20] * 9
 
 
-def test_the_device_is_chosen_or_refused() -> None:
+def test_choose_device_returns_available_device_or_raises() -> None:
     assert choose_device("cpu") == torch.device("cpu")
     if not torch.cuda.is_available():
         assert choose_device("auto").type in ("cpu", "mps")
@@ -228,7 +231,7 @@ def test_the_device_is_chosen_or_refused() -> None:
             choose_device("mps")
 
 
-def test_the_precision_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_precision_returns_supported_precision_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda, mps = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
     assert choose_precision("auto", mps) == "fp32"
     for capabilities, expected in (
@@ -251,7 +254,7 @@ def test_the_precision_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_images_copied_ahead_to_cuda_train_the_same_network() -> None:
+def test_prefetched_images_give_same_training_on_cuda() -> None:
     cuda = torch.device("cuda")
     assert_close(
         rows(pretraining(location="host", device=cuda)), rows(pretraining(device=cuda)), rtol=1e-3, atol=1e-3

@@ -1,4 +1,4 @@
-"""Each operation against torchvision's on one image; then what a whole view must and must not do."""
+"""Each operation agrees with torchvision's on one image; properties of whole views and of policies."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def draw(rows: int = B, seed: int = 0) -> Draw:
     return Draw(rows, torch.device("cpu"), torch.Generator().manual_seed(seed))
 
 
-def images(channels: int = 3, size: tuple[int, int] = (20, 24)) -> Tensor:
+def random_images(channels: int = 3, size: tuple[int, int] = (20, 24)) -> Tensor:
     return torch.rand(B, channels, *size)
 
 
@@ -40,28 +40,28 @@ def one_by_one(operation, x: Tensor, *parameters: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_brightness_and_contrast(channels: int) -> None:
-    x, factor = images(channels), draw().uniform(0, 2)
+def test_brightness_and_contrast_match_torchvision(channels: int) -> None:
+    x, factor = random_images(channels), draw().uniform(0, 2)
     assert_close(color.adjust_brightness(x, factor), one_by_one(TF.adjust_brightness, x, factor))
     assert_close(color.adjust_contrast(x, factor), one_by_one(TF.adjust_contrast, x, factor))
 
 
-def test_saturation_hue_and_grayscale() -> None:
-    x, factor, turns = images(), draw().uniform(0, 2), draw().uniform(-0.5, 0.5)
+def test_saturation_hue_and_grayscale_match_torchvision() -> None:
+    x, factor, turns = random_images(), draw().uniform(0, 2), draw().uniform(-0.5, 0.5)
     x[0], x[1, 0] = 0.3, x[1, 1]  # a gray image, and one with two equal channels
     assert_close(color.adjust_saturation(x, factor), one_by_one(TF.adjust_saturation, x, factor))
     assert_close(color.adjust_hue(x, turns), one_by_one(TF.adjust_hue, x, turns), atol=1e-5, rtol=0)
     assert_close(color.luma(x), TF.rgb_to_grayscale(x))
 
 
-def test_solarize() -> None:
-    x = images()
+def test_solarize_matches_torchvision() -> None:
+    x = random_images()
     assert_close(color.solarize(x, 0.4), TF.solarize(x, 0.4))
 
 
 @pytest.mark.parametrize("kernel", [3, 9])
-def test_blur(kernel: int) -> None:
-    x, sigma = images(), draw().uniform(0.1, 2)
+def test_blur_matches_torchvision(kernel: int) -> None:
+    x, sigma = random_images(), draw().uniform(0.1, 2)
     assert_close(
         geometry.gaussian_blur(x, sigma, kernel),
         one_by_one(lambda i, s: TF.gaussian_blur(i, kernel, s), x, sigma),
@@ -69,8 +69,8 @@ def test_blur(kernel: int) -> None:
 
 
 @pytest.mark.parametrize("size", [(20, 24), (32, 32), (7, 5)])
-def test_resized_crop_and_flip(size: tuple[int, int]) -> None:
-    x, flip = images(size=size), draw(seed=1).coin(0.5)
+def test_resized_crop_and_flip_match_torchvision(size: tuple[int, int]) -> None:
+    x, flip = random_images(size=size), draw(seed=1).coin(0.5)
     boxes = geometry.random_boxes(draw(), *size, scale=(0.08, 1.0))
     expected = one_by_one(
         lambda image, box: TF.resized_crop(image, *map(int, box), size, antialias=True), x, boxes
@@ -82,11 +82,11 @@ def test_resized_crop_and_flip(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("own", "size"), [((20, 24), (20, 24)), ((20, 24), (9, 8)), ((32, 32), (16, 16)), ((12, 12), (17, 30))]
 )
-def test_a_crop_to_any_size_is_torchvisions_with_antialias(
+def test_crop_to_other_size_matches_torchvision_with_antialias(
     own: tuple[int, int], size: tuple[int, int]
 ) -> None:
-    """Boxes that shrink to the size, and boxes that grow."""
-    x, flip = images(size=own), draw(seed=1).coin(0.5)
+    """The boxes include larger and smaller ones than the output."""
+    x, flip = random_images(size=own), draw(seed=1).coin(0.5)
     boxes = geometry.random_boxes(draw(), *own, scale=(0.02, 1.0))
     expected = one_by_one(
         lambda image, box: TF.resized_crop(image, *map(int, box), size, antialias=True), x, boxes
@@ -97,8 +97,8 @@ def test_a_crop_to_any_size_is_torchvisions_with_antialias(
     assert_close(geometry.resample(x, size=size), whole, atol=1e-5, rtol=0)
 
 
-def test_affine() -> None:
-    x, d = images(), draw()
+def test_affine_matches_torchvision() -> None:
+    x, d = random_images(), draw()
     angle, scale, shear = d.uniform(-60, 60), d.uniform(0.6, 1.5), d.uniform(-25, 25)
     right, down = d.uniform(-6, 6).round(), d.uniform(-6, 6).round()
     expected = one_by_one(
@@ -113,8 +113,8 @@ def test_affine() -> None:
     )
 
 
-def test_boxes_are_drawn_as_torchvision_draws_them() -> None:
-    """Mean, deviation and extremes of 20,000 boxes beside as many of RandomResizedCrop.get_params."""
+def test_random_boxes_have_distribution_of_torchvision() -> None:
+    """Compare mean, standard deviation and minimum of 20,000 boxes with RandomResizedCrop.get_params."""
     import torchvision
 
     n, scale, ratio = 20_000, (0.08, 1.0), (3 / 4, 4 / 3)
@@ -129,8 +129,11 @@ def test_boxes_are_drawn_as_torchvision_draws_them() -> None:
     assert ((top >= 0) & (left >= 0) & (top + h <= 32) & (left + w <= 32)).all()
 
 
-def test_jitter_takes_every_order_and_each_agrees_with_torchvision() -> None:
-    """Every row equals torchvision's four functions in one of their 24 orders, and over many rows all 24 occur."""
+def test_jitter_uses_all_orders_and_matches_torchvision() -> None:
+    """Every row equals the four operations in one of their 24 orders, and all 24 orders occur.
+
+    The operations are compared with torchvision's above.
+    """
     import itertools
 
     rows = 400
@@ -144,7 +147,7 @@ def test_jitter_takes_every_order_and_each_agrees_with_torchvision() -> None:
         (color.adjust_brightness, brightness), (color.adjust_contrast, contrast),
         (color.adjust_saturation, saturation), (color.adjust_hue, hue),
     ]  # fmt: skip
-    taken = torch.zeros(rows, dtype=torch.bool)
+    matched = torch.zeros(rows, dtype=torch.bool)
     orders = 0
     for order in itertools.permutations(functions):
         y = x
@@ -152,94 +155,96 @@ def test_jitter_takes_every_order_and_each_agrees_with_torchvision() -> None:
             y = function(y, parameter)
         same = (y - ours).flatten(1).abs().amax(1) < 1e-5
         orders += bool(same.any())
-        taken |= same
-    assert taken.all()
+        matched |= same
+    assert matched.all()
     assert orders == 24
 
 
-def test_hue_all_around_the_circle() -> None:
-    """The corners, edges and grays of the colour cube, at turns where the channels change places and between."""
+def test_hue_matches_torchvision_for_all_shifts() -> None:
+    """The colours include corners, edges and grays of the colour cube, the shifts thirds of the circle."""
     colors = torch.cartesian_prod(*3 * [torch.tensor([0.0, 0.2, 0.5, 1.0])]).T.view(3, 8, 8)
     turns = torch.linspace(-0.5, 0.5, 61)
     x = colors.expand(61, -1, -1, -1)
     assert_close(color.adjust_hue(x, turns), one_by_one(TF.adjust_hue, x, turns), atol=1e-5, rtol=0)
 
 
-def test_jitter_leaves_the_rows_that_it_does_not_pick() -> None:
-    originals = torch.randint(0, 256, (1000, 3, 2, 2), dtype=torch.uint8)
+def test_jitter_leaves_unselected_rows_unchanged() -> None:
+    images = torch.randint(0, 256, (1000, 3, 2, 2), dtype=torch.uint8)
     settings = {"p": 0.3, "brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.1}
-    same = (augment({"jitter": settings}, originals, 1) - originals / 255).flatten(1).abs().amax(1) < 1e-5
+    same = (augment({"jitter": settings}, images, 1) - images / 255).flatten(1).abs().amax(1) < 1e-5
     assert 0.65 < same.float().mean() < 0.75
 
 
-def augment(settings: dict, originals: Tensor, V: int, seed: int = 0) -> Tensor:
-    C = originals.shape[1]
+def augment(settings: dict, images: Tensor, V: int, seed: int = 0) -> Tensor:
+    C = images.shape[1]
     return Augment({"all": settings})(
-        originals, V, torch.zeros(C), torch.ones(C), torch.Generator().manual_seed(seed)
+        images, V, torch.zeros(C), torch.ones(C), torch.Generator().manual_seed(seed)
     )
 
 
-def test_no_operation_is_the_image_itself_view_major() -> None:
-    originals = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
-    assert_close(augment({}, originals, 3), (originals.float() / 255).repeat(3, 1, 1, 1))
+def test_empty_policy_returns_images_view_major() -> None:
+    images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+    assert_close(augment({}, images, 3), (images.float() / 255).repeat(3, 1, 1, 1))
 
 
-def test_normalisation_comes_last() -> None:
-    originals = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+def test_normalisation_is_the_last_operation() -> None:
+    images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
-    X = Augment({"all": FULL})(originals, 2, mean, std, torch.Generator().manual_seed(0))
-    plain = augment(FULL, originals, 2)
+    X = Augment({"all": FULL})(images, 2, mean, std, torch.Generator().manual_seed(0))
+    plain = augment(FULL, images, 2)
     assert_close(X, (plain - mean[:, None, None]) / std[:, None, None])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_views_stay_in_range(channels: int) -> None:
-    originals = torch.randint(0, 256, (64, channels, 16, 16), dtype=torch.uint8)
-    X = augment({**FULL, "affine": {"degrees": 20, "shear": 10}}, originals, 2)
+def test_views_are_between_0_and_1(channels: int) -> None:
+    images = torch.randint(0, 256, (64, channels, 16, 16), dtype=torch.uint8)
+    X = augment({**FULL, "affine": {"degrees": 20, "shear": 10}}, images, 2)
     assert X.shape == (128, channels, 16, 16)
     assert X.min() >= 0
     assert X.max() <= 1
 
 
 @pytest.mark.parametrize("operation", [*FULL, "affine"])
-def test_every_row_has_its_own_randomness(operation: str) -> None:
-    """The same image in every row: one draw for a batch, or for all views of an image, would make equal rows."""
+def test_operation_draws_parameters_per_row(operation: str) -> None:
+    """All rows are the same image, so views that share their parameters would be equal."""
     affine = {"degrees": 30, "translate": 0.1, "scale": [0.8, 1.2], "shear": 10}
     settings = {**FULL, "affine": affine}[operation]
     settings = 0.5 if isinstance(settings, float) else settings | ({"p": 0.5} if "p" in settings else {})
-    originals = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8).expand(200, -1, -1, -1)
-    X = augment({operation: settings}, originals, 2)
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8).expand(200, -1, -1, -1)
+    X = augment({operation: settings}, images, 2)
     distinct = len(torch.unique(X.flatten(1), dim=0))
     if operation in ("flip", "grayscale", "solarize"):
         assert distinct == 2
-        outcome = (
-            (X[0] == X).flatten(1).all(1).float()
-        )  # a coin a row: even, and the two views of an image disagree half the time
+        # fair coins per row: half of the rows differ, and so do half of the pairs of views of an image
+        outcome = (X[0] == X).flatten(1).all(1).float()
         assert 0.4 < outcome.mean() < 0.6
         assert 0.4 < (outcome[:200] != outcome[200:]).float().mean() < 0.6
     else:
         assert distinct > (150 if operation in ("blur", "jitter") else 350)
 
 
-def test_coins_fall_as_often_as_told_and_independently() -> None:
-    """Of 8,000 rows each choice takes its share, within 4.5 deviations; so do both of two choices, of an image's two views, of
-    neighbouring rows, and every place of the hue among those that are jittered."""
+def test_choices_have_given_probabilities_and_are_independent() -> None:
+    """Frequencies over 8,000 rows are within 4.5 standard deviations of the probabilities.
+
+    Checked for single choices, pairs of choices, the two views of an image, adjacent rows, and every position
+    of the hue.
+    """
     n, p = 4000, {"jitter": 0.8, "grayscale": 0.2, "blur": 0.5, "solarize": 0.1}
     chosen = (
         Policy(**FULL | {"solarize": {"p": 0.1, "threshold": 0.5}}).draw(draw(2 * n), (8, 8), (8, 8)).choices
     )
     place = chosen.pop("place")
-    falls = {"jitter": place < 4, **chosen}
-    shares = [(falls[a], p[a]) for a in p]
-    shares += [(falls[a] & falls[b], p[a] * p[b]) for a in p for b in p if a < b]
-    shares += [(falls[a][:n] & falls[a][n:], p[a] ** 2) for a in p]
-    shares += [(falls[a][1::2] & falls[a][::2], p[a] ** 2) for a in p]
-    shares += [(place == k, p["jitter"] / 4) for k in range(4)]
-    for fell, share in shares:
-        assert abs(fell.float().mean() - share) < 4.5 * (share * (1 - share) / len(fell)) ** 0.5
+    events = {"jitter": place < 4, **chosen}
+    expected = [(events[a], p[a]) for a in p]
+    expected += [(events[a] & events[b], p[a] * p[b]) for a in p for b in p if a < b]
+    expected += [(events[a][:n] & events[a][n:], p[a] ** 2) for a in p]
+    expected += [(events[a][1::2] & events[a][::2], p[a] ** 2) for a in p]
+    expected += [(place == k, p["jitter"] / 4) for k in range(4)]
+    for event, q in expected:
+        assert abs(event.float().mean() - q) < 4.5 * (q * (1 - q) / len(event)) ** 0.5
 
 
-def test_no_two_rows_share_any_number() -> None:
+def test_numbers_differ_between_rows() -> None:
     numbers = Policy(**FULL).draw(draw(500), (32, 32), (32, 32)).numbers
     for name in ("boxes", "blends", "hues", "sigma"):
         assert len(torch.unique(numbers[name].reshape(500, -1), dim=0)) > 480, name
@@ -248,7 +253,7 @@ def test_no_two_rows_share_any_number() -> None:
 AFFINE = {"degrees": 15, "translate": 0.1, "scale": [0.85, 1.15], "shear": 10}
 
 
-WAYS = {
+POLICIES = {
     "all but affine": FULL,
     "nothing": {},
     "flip": {"flip": 0.5},
@@ -259,7 +264,7 @@ WAYS = {
     "a blur of one pixel": FULL | {"blur": {"p": 0.5, "sigma": [0.3, 2], "kernel": 1}},
     "tiny crops": FULL | {"crop": {"scale": [0.001, 0.1], "ratio": [0.2, 5]}},
 }
-SIZES = [  # the images' own, the views'
+SIZES = [  # (height, width) of the images, and of the views
     ((20, 24), (20, 24)), ((20, 24), (9, 8)), ((31, 17), (40, 27)), ((42, 21), (28, 14)), ((30, 36), (10, 12)),
     ((4, 5), (4, 5)), ((4, 4), (2, 2)), ((60, 40), (50, 44)),
 ]  # fmt: skip
@@ -267,11 +272,9 @@ SIZES = [  # the images' own, the views'
 
 @pytest.mark.parametrize(("own", "size"), SIZES, ids=str)
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("settings", WAYS.values(), ids=WAYS)
-def test_row_by_row_and_all_at_once_make_the_same(
-    settings: dict, channels: int, size: tuple, own: tuple
-) -> None:
-    """What a CPU does beside what a GPU does, run here, with the same random numbers."""
+@pytest.mark.parametrize("settings", POLICIES.values(), ids=POLICIES)
+def test_row_by_row_matches_all_at_once(settings: dict, channels: int, size: tuple, own: tuple) -> None:
+    """The CPU kernels agree with the batched operations used on GPUs, here both run on a CPU."""
     rows = 70
     policy, images = Policy(**settings), torch.randint(0, 256, (9, channels, *own), dtype=torch.uint8)
     drawn = policy.draw(draw(rows), own, size)
@@ -284,25 +287,25 @@ def test_row_by_row_and_all_at_once_make_the_same(
 
 
 @pytest.mark.slow
-def test_no_row_reads_or_writes_beside_its_arrays(tmp_path: Path) -> None:
-    """Compiled with numba's checks of every index."""
-    checked = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
-    test = f"{__file__}::test_row_by_row_and_all_at_once_make_the_same"
-    ended = subprocess.run(
+def test_fused_kernels_stay_within_array_bounds(tmp_path: Path) -> None:
+    """Rerun `test_row_by_row_matches_all_at_once` with the bounds checks of numba."""
+    environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    test = f"{__file__}::test_row_by_row_matches_all_at_once"
+    process = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
-        env=checked,
+        env=environment,
         capture_output=True,
     )
-    assert ended.returncode == 0, ended.stdout.decode()
+    assert process.returncode == 0, process.stdout.decode()
 
 
-def test_a_blur_that_reaches_over_the_view_is_refused() -> None:
-    originals = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
+def test_blur_kernel_of_twice_the_view_raises_value_error() -> None:
+    images = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
     policy = {"blur": {"p": 1, "sigma": [0.1, 2], "kernel": 55}}
-    assert augment(policy, originals, 1).isfinite().all()
+    assert augment(policy, images, 1).isfinite().all()
     policy["blur"]["kernel"] = 57
-    with pytest.raises(ValueError, match="kernel=57 reaches over views of 28 x 28"):
-        augment(policy, originals, 1)
+    with pytest.raises(ValueError, match="kernel=57: expected at most 55 for views of 28 x 28"):
+        augment(policy, images, 1)
 
 
 FORK = """
@@ -318,18 +321,18 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
 
 
-def test_a_fork_has_threads_of_its_own() -> None:
-    """With its parent's, which it does not have, it would wait for ever."""
+def test_forked_process_creates_its_own_threads() -> None:
+    """The threads of the parent do not exist after a fork, so using their pool would block forever."""
     subprocess.run([sys.executable, "-c", FORK], check=True, timeout=60, cwd=Path(__file__).parents[1])
 
 
-def test_threads_change_nothing() -> None:
-    originals, threads = torch.randint(0, 256, (150, 3, 16, 16), dtype=torch.uint8), torch.get_num_threads()
+def test_views_do_not_depend_on_number_of_threads() -> None:
+    images, threads = torch.randint(0, 256, (150, 3, 16, 16), dtype=torch.uint8), torch.get_num_threads()
     made = []
     try:
         for number in (1, 2, 5):
             torch.set_num_threads(number)
-            made.append(augment(FULL, originals, 2))
+            made.append(augment(FULL, images, 2))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(made[0], made[1])
@@ -340,41 +343,39 @@ def test_threads_change_nothing() -> None:
 @pytest.mark.parametrize(
     "settings", [FULL, {}, {"flip": 0.5}, {"affine": AFFINE}, {"affine": AFFINE} | FULL], ids=str
 )
-def test_views_of_another_size_are_those_of_the_own_size_made_smaller(settings: dict, size: int) -> None:
-    """Smooth images: what is made small at once is nearly what is shrunk afterwards, with the same random numbers."""
+def test_views_of_other_size_match_resized_views(settings: dict, size: int) -> None:
+    """For smooth images and equal parameters, resizing before or after augmentation hardly differs."""
     coarse = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    originals = (F.interpolate(coarse, size=32, mode="bicubic").clamp(0, 1) * 255).byte()
+    images = (F.interpolate(coarse, size=32, mode="bicubic").clamp(0, 1) * 255).byte()
     smooth = {name: value for name, value in settings.items() if name != "solarize"}
     policy, mean, std = Augment({"all": smooth}), torch.zeros(3), torch.ones(3)
-    small = policy(originals, 2, mean, std, torch.Generator().manual_seed(3), size=size)
-    large = policy(originals, 2, mean, std, torch.Generator().manual_seed(3))
+    small = policy(images, 2, mean, std, torch.Generator().manual_seed(3), size=size)
+    large = policy(images, 2, mean, std, torch.Generator().manual_seed(3))
     assert small.shape == (12, 3, size, size)
     assert (small - TF.resize(large, [size, size], antialias=True)).abs().mean() < 0.03
 
 
-def test_a_size_without_crop_resizes_as_torchvision() -> None:
-    originals = torch.randint(0, 256, (5, 3, 20, 20), dtype=torch.uint8)
-    X = Augment({"all": {}})(originals, 2, torch.zeros(3), torch.ones(3), torch.Generator(), size=12)
-    assert_close(
-        X, TF.resize(originals / 255, [12, 12], antialias=True).repeat(2, 1, 1, 1), atol=1e-5, rtol=0
-    )
+def test_size_without_crop_matches_torchvision_resize() -> None:
+    images = torch.randint(0, 256, (5, 3, 20, 20), dtype=torch.uint8)
+    X = Augment({"all": {}})(images, 2, torch.zeros(3), torch.ones(3), torch.Generator(), size=12)
+    assert_close(X, TF.resize(images / 255, [12, 12], antialias=True).repeat(2, 1, 1, 1), atol=1e-5, rtol=0)
 
 
-def test_the_generator_alone_decides() -> None:
-    originals = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8)
-    first = augment(FULL, originals, 2, seed=1)
+def test_views_depend_only_on_generator() -> None:
+    images = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8)
+    first = augment(FULL, images, 2, seed=1)
     torch.rand(5)
-    assert torch.equal(first, augment(FULL, originals, 2, seed=1))
-    assert not torch.equal(first, augment(FULL, originals, 2, seed=2))
+    assert torch.equal(first, augment(FULL, images, 2, seed=1))
+    assert not torch.equal(first, augment(FULL, images, 2, seed=2))
 
 
 @pytest.mark.parametrize("V", [2, 3, 5])
-def test_policies_take_turns(V: int) -> None:
-    """The first policy leaves the image, the second inverts it: view v shows policy v mod 2."""
-    originals = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+def test_policies_alternate_over_views(V: int) -> None:
+    """View v uses policy v mod 2. The first policy leaves the image unchanged, the second inverts it."""
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     both = Augment({"first": {}, "second": {"solarize": {"p": 1.0, "threshold": 0.0}}})
-    X = both(originals, V, torch.zeros(3), torch.ones(3), torch.Generator()).unflatten(0, (V, 4))
-    plain = originals.float() / 255
+    X = both(images, V, torch.zeros(3), torch.ones(3), torch.Generator()).unflatten(0, (V, 4))
+    plain = images.float() / 255
     for v in range(V):
         assert_close(X[v], 1 - plain if v % 2 else plain)
 
@@ -398,12 +399,12 @@ def test_policies_take_turns(V: int) -> None:
     ],
     ids=str,
 )
-def test_a_policy_that_makes_no_sense_is_refused(settings: dict) -> None:
+def test_invalid_policy_raises_value_error(settings: dict) -> None:
     with pytest.raises((ValueError, TypeError), match="views"):
         Augment({"all": settings})
 
 
-def test_preview(ssl_run, tmp_path: Path) -> None:
+def test_preview_writes_grid_of_images_and_views(ssl_run, tmp_path: Path) -> None:
     from PIL import Image
 
     from tests.conftest import TINY, run_folder

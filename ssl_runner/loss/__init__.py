@@ -1,4 +1,4 @@
-"""The losses, each a function of the embeddings Z (N, K) and a relation G over their rows."""
+"""Losses. Each is a function of the embeddings Z (N, K) and a relation G over the N rows."""
 
 from ssl_runner.loss.barlow import BarlowTwins
 from ssl_runner.loss.base import Loss

@@ -12,14 +12,14 @@ from ssl_runner.relation import Relation
 
 
 class BarlowTwins(Loss):
-    """diagonal + alpha * off_diagonal of the cross-correlation C (K, K) of the columns of Z over all ordered positive pairs:
+    """diagonal + alpha * off_diagonal, with C (K, K) the cross-correlation over all ordered positive pairs:
 
         C_kl = (Z'GZ)_kl / (n_k n_l + eps),  n_k = sqrt(sum_i d_i z_ik^2)
-        diagonal      sum_k (C_kk - 1)^2       related rows agree in every direction
-        off_diagonal  sum_{k != l} C_kl^2      no two directions say the same
+        diagonal      sum_k (C_kk - 1)^2       make positives agree in every dimension
+        off_diagonal  sum_{k != l} C_kl^2      decorrelate dimensions
 
-    `center=True` first takes the degree-weighted mean off every column: at V = 2 C is then the mean of the authors'
-    batch-normalised cross-correlation and its transpose, where the two views' statistics are equal.
+    `center=True` first subtracts the degree-weighted mean from every column. For V = 2 views with equal
+    statistics, C is then the mean of the authors' batch-normalised cross-correlation and its transpose.
     """
 
     reduces = True
@@ -32,35 +32,33 @@ class BarlowTwins(Loss):
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
         if self.center:
             d = G.degrees.to(Z)
-            with torch.no_grad():  # the mean has no part in the gradient: d'Z = 0
+            with torch.no_grad():  # the gradient through the mean is 0, because d'Z = 0 after centring
                 mean = summed(d @ Z) / summed(d.sum()).clamp(min=1)
             Z = Z - mean
         diagonal, squares = _Correlation.apply(Z, G, self.eps)
         return {"diagonal": (diagonal - 1).square().sum(), "off_diagonal": squares}
 
     def of_correlations(self, C: Tensor) -> dict[str, Tensor]:
-        """The terms from C (K, K)."""
+        """Compute the terms from the cross-correlation C (K, K)."""
         return {"diagonal": (C.diagonal() - 1).square().sum(), "off_diagonal": off_diagonal(C).square().sum()}
 
 
 class _Correlation(torch.autograd.Function):
-    """Z (N, K) -> C_kk (K,) and sum_{k != l} C_kl^2, with M = Z'GZ, n_k^2 = sum_i d_i z_ik^2 and C_kl = M_kl / (n_k n_l + eps).
+    """Z (N, K) -> C_kk (K,) and sum_{k != l} C_kl^2, with C_kl = M_kl / (n_k n_l + eps) and M = Z'GZ.
 
-    M and dM are symmetric, so dZ = 2 GZ dM + 2 diag(d) Z diag(dn / 2n). With D_kl = C_kl / (n_k n_l + eps), the squares have
-    dM_kl = 2 D_kl and dn_k = -4 sum_{l != k} C_kl D_kl n_l, and C_kk has dM_kk = 1 / (n_k^2 + eps) and
-    dn_k = -2 C_kk n_k / (n_k^2 + eps).
+    n_k^2 = sum_i d_i z_ik^2. M and dM are symmetric, so dZ = 2 GZ dM + 2 diag(d) Z diag(dn / 2n).
+    Contributions, with D_kl = C_kl / (n_k n_l + eps):
+
+        C_kk                   dM_kk = 1 / (n_k^2 + eps),  dn_k = -2 C_kk n_k / (n_k^2 + eps)
+        sum_{k != l} C_kl^2    dM_kl = 2 D_kl,             dn_k = -4 sum_{l != k} C_kl D_kl n_l
     """
 
     @staticmethod
     def forward(ctx: Any, Z: Tensor, G: Relation, eps: float) -> tuple[Tensor, Tensor]:
         d, GZ = G.degrees.to(Z), G @ Z
         n = summed(d @ Z.square()).clamp(min=torch.finfo(Z.dtype).tiny).sqrt()
-        M, diagonal, squares, pull = (
-            Symmetric(Z, GZ, G),
-            torch.empty_like(n),
-            Z.new_zeros(()),
-            torch.zeros_like(n),
-        )
+        M, diagonal, squares = Symmetric(Z, GZ, G), torch.empty_like(n), Z.new_zeros(())
+        CDn = torch.zeros_like(n)  # sum_{l != k} C_kl D_kl n_l
         for k, m, stripe in M.stripes():
             nn = torch.outer(n[k], n[m]).add_(eps)
             C = stripe / nn
@@ -69,19 +67,19 @@ class _Correlation(torch.autograd.Function):
             squares += square_sum(C)
             D = torch.div(C, nn, out=stripe)
             C *= D
-            pull[k] += C @ n[m]
-            pull[k.stop :] += n[k] @ C[:, len(C) :]
-        ctx.save_for_backward(Z, d, GZ, n, M.matrix, diagonal, pull)
+            CDn[k] += C @ n[m]
+            CDn[k.stop :] += n[k] @ C[:, len(C) :]
+        ctx.save_for_backward(Z, d, GZ, n, M.matrix, diagonal, CDn)
         ctx.size, ctx.eps = size(), eps
         return diagonal, squares
 
     @staticmethod
     @first_derivative
     def backward(ctx: Any, d_diagonal: Tensor, d_squares: Tensor) -> tuple[Tensor, None, None]:
-        Z, d, GZ, n, D, diagonal, pull = ctx.saved_tensors
+        Z, d, GZ, n, D, diagonal, CDn = ctx.saved_tensors
         d_diagonal = d_diagonal / (n.square() + ctx.eps)
         dM = 4 * ctx.size * d_squares * D
         dM.diagonal().copy_(2 * ctx.size * d_diagonal)
-        dn = -4 * d_squares * pull - 2 * d_diagonal * diagonal * n
-        alive = n.square() > torch.finfo(n.dtype).tiny  # a dead column has gradient 0, not nan
-        return (Z * torch.where(alive, ctx.size * dn / n, 0)).mul_(d[:, None]).addmm_(GZ, dM), None, None
+        dn = -4 * d_squares * CDn - 2 * d_diagonal * diagonal * n
+        nonzero = n.square() > torch.finfo(n.dtype).tiny  # a zero column has gradient 0, not nan
+        return (Z * torch.where(nonzero, ctx.size * dn / n, 0)).mul_(d[:, None]).addmm_(GZ, dM), None, None

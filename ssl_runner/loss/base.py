@@ -1,4 +1,4 @@
-"""What every loss shares: a weighted sum of named terms, in float32 or better."""
+"""Base class of the losses: a weighted sum of named terms, computed in float32 or float64."""
 
 from abc import ABC, abstractmethod
 
@@ -9,35 +9,44 @@ from ssl_runner.relation import Relation
 
 
 class Loss(nn.Module, ABC):
-    """L(Z, G) = sum of weights[name] * term. A new loss states its `weights` and computes its terms in `_terms`.
+    """L(Z, G) = sum over the terms of weights[name] * term.
 
-    Of several processes each calls a loss with its own rows, as many as the others, and gets the loss of all rows if it
-    `reduces`: its sums over rows are then `total` and `pooled` ones (distributed.py). Training gathers all rows for any other.
+    A subclass sets `weights` and computes its terms in `_terms`.
+
+    In distributed training every rank has the same number of rows. If `reduces` is True, each rank calls the
+    loss with its own rows and gets the loss of all rows: `_terms` must all-reduce its sums over rows with
+    `total` or `pooled` (distributed.py). If it is False, training gathers all rows before it calls the loss.
     """
 
     weights: dict[str, float]
     reduces: bool = False
 
     def __init_subclass__(cls) -> None:
-        """Terms of its own make no claim that another class has made for others."""
+        """Reset `reduces`: a subclass that overrides `_terms` must set it again; it is not inherited."""
         super().__init_subclass__()
         if "_terms" in cls.__dict__ and "reduces" not in cls.__dict__:
             cls.reduces = False
 
     def forward(self, Z: Tensor, G: Relation) -> Tensor:
-        """Z (N, K) embeddings, G a relation over its N rows -> the loss, a scalar. Raises ValueError when the shapes disagree."""
+        """Z (N, K) embeddings, G a relation over its N rows -> the loss, a scalar.
+
+        Raises ValueError if Z does not have the shape that G expects.
+        """
         return self.total(self.terms(Z, G))
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
-        """The weighted sum of what `terms` returned, a scalar."""
+        """Weighted sum of the dict that `terms` returns, a scalar."""
         return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
 
     def terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
-        """Z (N, K), G -> the unweighted terms, scalars. Half precision is promoted and autocast is off: fp16 Gram matrices
-        overflow and small covariances vanish. float64 stays float64."""
+        """Z (N, K), G -> the unweighted terms, scalars. Raises ValueError as `forward` does.
+
+        Half precision is converted to float32 and autocast is disabled, because fp16 Gram matrices overflow
+        and small covariances underflow. float64 stays float64.
+        """
         if Z.ndim != 2 or len(Z) != G.num_rows:
             raise ValueError(
-                f"G relates {G.num_rows} rows and needs Z of shape ({G.num_rows}, K), not {tuple(Z.shape)}"
+                f"Z.shape={tuple(Z.shape)}: expected ({G.num_rows}, K); give one embedding per row of G"
             )
         with torch.autocast(Z.device.type, enabled=False):
             return self._terms(Z.float() if Z.dtype in (torch.float16, torch.bfloat16) else Z, G)
@@ -48,5 +57,9 @@ class Loss(nn.Module, ABC):
 
 
 def off_diagonal(C: Tensor) -> Tensor:
-    """C (K, K) with its diagonal set to zero (not subtracted from a sum, where small entries would be lost)."""
+    """C (K, K) with its diagonal set to zero.
+
+    Subtracting the diagonal from a sum over all entries instead would lose small off-diagonal entries to
+    rounding.
+    """
     return C - C.diagonal().diag()

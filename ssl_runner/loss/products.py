@@ -1,4 +1,4 @@
-"""Products of Z with itself whose symmetry the losses use: half of Z'GZ is computed, and one matrix product goes back."""
+"""Symmetric products Z'GZ for the losses: half the matrix is computed, and backward is one product."""
 
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -10,26 +10,35 @@ from torch import Tensor
 from ssl_runner.distributed import summed
 from ssl_runner.relation import Relation, Views
 
-STRIPE = {"cpu": 128}  # rows of a K x K matrix taken at a time: on a CPU few, so that its caches hold them
-STRIPE_ELSEWHERE = 2048  # a GPU wants large products
+# A stripe is a block of rows of a K x K matrix, from the diagonal to the last column.
+STRIPE = {"cpu": 128}  # rows per stripe: small on a CPU, to fit into its caches
+STRIPE_ELSEWHERE = 2048  # large products are faster on a GPU
 
 
 def column_products(Z: Tensor, GZ: Tensor) -> Tensor:
-    """Z (N, K) and GZ, a constant, with G symmetric -> sum_i z_ik (GZ)_ik for every k, (K,). Back goes 2 GZ."""
+    """Z (N, K) and constant GZ (N, K), for a symmetric G -> sum_i z_ik (GZ)_ik for each k, (K,).
+
+    The gradient with respect to Z is 2 GZ.
+    """
     return _ColumnProducts.apply(Z, GZ)
 
 
 def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward that is not itself differentiable and refuses `create_graph=True`. torch's once_differentiable does so only
-    where what comes from upstream has a gradient; elsewhere the second derivative would lack a part."""
+    """Decorator for a backward that is not differentiable: with `create_graph=True` it raises RuntimeError.
+
+    torch's once_differentiable raises only if the upstream gradient requires a gradient. Otherwise a second
+    derivative would silently omit the contribution of this function.
+    """
 
     @wraps(backward)
-    def refusing(ctx: Any, *upstream: Tensor) -> Any:
+    def checked(ctx: Any, *upstream: Tensor) -> Any:
         if torch.is_grad_enabled():
-            raise RuntimeError("the losses have no second derivative: leave out create_graph=True")
+            raise RuntimeError(
+                "create_graph=True: expected False; leave it out, as the losses have no second derivative"
+            )
         return backward(ctx, *upstream)
 
-    return refusing
+    return checked
 
 
 class _ColumnProducts(torch.autograd.Function):
@@ -46,19 +55,25 @@ class _ColumnProducts(torch.autograd.Function):
 
 
 class Symmetric:
-    """Z'GZ (K, K) over the rows of all processes, a stripe of its upper half at a time: what the reader makes of the stripes
-    is mirrored into `matrix`. Without G it is Z'Z."""
+    """Z'GZ (K, K) over the rows of all ranks, computed in stripes of its upper half. For Z'Z, pass GZ = Z.
+
+    The caller may modify a stripe in place before it takes the next one. Each stripe, as modified, is copied
+    and mirrored into `matrix` (K, K), which is complete at the end of the iteration.
+    """
 
     def __init__(self, Z: Tensor, GZ: Tensor, G: Relation | None = None):
         self.Z, self.GZ, self.K = Z, GZ, Z.shape[1]
         self.matrix = Z.new_empty(self.K, self.K)
-        self.pairs = type(G) is Views and G.V == 2  # a subclass may have a product of its own
+        self.pairs = type(G) is Views and G.V == 2  # not isinstance: a subclass may override the product
 
     def stripes(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Rows k and columns m of the matrix, and what is there: a square block on the diagonal and all that is right of it."""
+        """Yield rows k, columns m and the stripe (b, K - k.start) of their entries.
+
+        A stripe is a square block on the diagonal, b x b, followed by all columns to the right of it.
+        """
         step = STRIPE.get(self.Z.device.type, STRIPE_ELSEWHERE)
         n = len(self.Z) // 2
-        AB = self.Z[:n].T @ self.GZ[:n] if self.pairs else None  # Z'GZ = A'B + B'A, of two views A and B
+        AB = self.Z[:n].T @ self.GZ[:n] if self.pairs else None  # Z'GZ = A'B + B'A for the two views A and B
         for start in range(0, self.K, step):
             k, m = slice(start, min(start + step, self.K)), slice(start, self.K)
             stripe = self.Z[:, k].T @ self.GZ[:, m] if AB is None else AB[k, m] + AB[m, k].T
@@ -69,6 +84,6 @@ class Symmetric:
 
 
 def square_sum(stripe: Tensor) -> Tensor:
-    """The sum of the squares that a stripe stands for: its square block once, what is right of it also for what is below."""
+    """Sum of squares of a stripe and its mirror image: entries outside the diagonal block count twice."""
     b = len(stripe)
     return stripe[:, :b].square().sum() + 2 * stripe[:, b:].square().sum()

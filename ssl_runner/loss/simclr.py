@@ -13,20 +13,20 @@ from ssl_runner.loss.base import Loss
 from ssl_runner.loss.products import column_products, first_derivative
 from ssl_runner.relation import Relation
 
-BLOCK_ELEMENTS = (
-    2**22
-)  # similarities held at a time: 16 MiB in float32, and four times that on a GPU, to keep it busy
-SIDE = 512  # rows and columns of a tile of them, 1 MiB, which a CPU's cache holds
-KEPT_ELEMENTS = 2**23  # similarities kept from one pass to the next: 32 MiB
+# Memory is that of float32.
+BLOCK_ELEMENTS = 2**22  # similarities held at a time: 16 MiB; four times that on a GPU, for utilisation
+SIDE = 512  # rows and columns of a CPU tile: 1 MiB, to fit into the cache
+KEPT_ELEMENTS = 2**23  # similarities kept from the first pass for the second: 32 MiB
 
 
 class SimCLR(Loss):
     """-sum_ij G_ij log Ghat_ij = repulsion + attraction, with s_ij = <z_i, z_j> / (|z_i| |z_j| tau):
 
-        repulsion   sum_i d_i log sum_{k != i} exp(s_ik)     rows spread over the sphere
-        attraction  -sum_ij G_ij s_ij                        related rows meet
+        repulsion   sum_i d_i log sum_{k != i} exp(s_ik)     spread the rows over the sphere
+        attraction  -sum_ij G_ij s_ij                        pull positives together
 
-    `reduction="mean"` divides both by sum_ij G_ij, which at V = 2 is the usual NT-Xent; `"sum"` does not.
+    `reduction="mean"` divides both terms by sum_ij G_ij, which at V = 2 is the usual NT-Xent; `"sum"` does
+    not divide. Raises ValueError for tau <= 0 and for an unknown `reduction`.
     """
 
     reduces = True
@@ -34,9 +34,9 @@ class SimCLR(Loss):
     def __init__(self, tau: float = 0.5, reduction: str = "mean") -> None:
         super().__init__()
         if not tau > 0:
-            raise ValueError(f"tau={tau} is not a temperature: give a number > 0")
+            raise ValueError(f"tau={tau}: expected a number > 0; typical temperatures are 0.1 to 0.5")
         if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction={reduction} is not one of: mean, sum")
+            raise ValueError(f"reduction={reduction}: expected one of mean, sum")
         self.weights = {"repulsion": 1.0, "attraction": 1.0}
         self.tau, self.reduction = tau, reduction
 
@@ -45,9 +45,8 @@ class SimCLR(Loss):
         with torch.no_grad():
             GZ = G @ Z
         positives = total(d.sum()).clamp(min=1) if self.reduction == "mean" else 1
-        exp_is_safe = 1 / self.tau < 0.4 * math.log(
-            torch.finfo(Z.dtype).max
-        )  # so are sums of exp(s), with |s| <= 1 / tau
+        # |s| <= 1 / tau, so exp(s) and its sums stay in range
+        exp_is_safe = 1 / self.tau < 0.4 * math.log(torch.finfo(Z.dtype).max)
         repulsion = _SymmetricLogSumExp if size() == 1 and exp_is_safe else _WeightedLogSumExp
         return {
             "repulsion": repulsion.apply(Z, d, self.tau) / positives,
@@ -56,16 +55,19 @@ class SimCLR(Loss):
 
 
 def block_elements(device: torch.device) -> int:
-    """How many similarities to hold at a time."""
+    """Number of similarities to hold in memory at a time."""
     return BLOCK_ELEMENTS * (1 if device.type == "cpu" else 4)
 
 
 class _SymmetricLogSumExp(torch.autograd.Function):
-    """Z (N, K) with rows of length 1, d (N,) -> sum_i d_i log r_i, r_i = sum_{k != i} exp(s_ik), over tiles of S = ZZ' / tau.
+    """Z (N, K) with unit rows, d (N,) -> sum_i d_i log r_i, r_i = sum_{k != i} exp(s_ik), S = ZZ' / tau.
 
-    E = exp(S) is symmetric: a tile serves the rows and the columns that it lies in, and those below the diagonal are not
-    computed. So is A_ik = E_ik (d_i / r_i + d_k / r_k), with which the gradient is A Z / tau. It needs all r, so a second pass
-    over the tiles makes it, at once: of what is N x N, a few tiles are kept for it, and nothing for backward.
+    S is computed in square tiles. E = exp(S) is symmetric: each tile on or above the diagonal contributes to
+    the sums of its rows and of its columns, and tiles below the diagonal are not computed.
+
+    The gradient is A Z / tau, with the symmetric A_ik = E_ik (d_i / r_i + d_k / r_k). It needs all r, so the
+    forward computes it in a second pass over the tiles. A few tiles are kept from the first pass; backward
+    keeps no N x N data.
     """
 
     @staticmethod
@@ -75,7 +77,7 @@ class _SymmetricLogSumExp(torch.autograd.Function):
         blocks = [slice(start, min(start + side, N)) for start in range(0, N, side)]
         tiles = list(combinations_with_replacement(blocks, 2))
         kept: dict[int, Tensor] = {}
-        spare = KEPT_ELEMENTS // side**2
+        max_kept = KEPT_ELEMENTS // side**2
 
         def exponentials(rows: slice, columns: slice) -> Tensor:
             E = (Z[rows] @ Z[columns].T).exp_()
@@ -87,7 +89,7 @@ class _SymmetricLogSumExp(torch.autograd.Function):
             r[rows] += E.sum(1)
             if rows != columns:
                 r[columns] += E.sum(0)
-            if number < spare:
+            if number < max_kept:
                 kept[number] = E
         if ctx.needs_input_grad[0]:
             w, gradient = d / r, torch.zeros_like(Z)
@@ -108,32 +110,35 @@ class _SymmetricLogSumExp(torch.autograd.Function):
 
 
 class _WeightedLogSumExp(torch.autograd.Function):
-    """Z (N, K), d (N,) -> sum_i d_i log sum_{k != i} exp(<z_i, z_k> / tau), taken over blocks of rows: for
-    several processes, and for a tau so small that exp needs a maximum to be taken off.
+    """Z (N, K), d (N,) -> sum_i d_i log sum_{k != i} exp(<z_i, z_k> / tau), computed in blocks of rows.
 
-    A block of rows sees all N columns, so its softmax P is final when the block is done, and its part of the gradient,
-    (diag(d) P + P' diag(d)) Z / tau, is added up at once: nothing of size N x N is kept for backward or computed twice.
+    Used in distributed training, and for a tau so small that exp overflows unless the maximum is subtracted.
 
-    Of several processes each compares its own N / W rows with all N: P Z is the gradient of its own rows, P' Z that of all,
-    of which each process gets the sum for its own ones.
+    A block of rows covers all N columns, so its softmax P is final and its contribution to the gradient,
+    (diag(d) P + P' diag(d)) Z / tau, is added in the forward pass. No N x N matrix is kept for backward, and
+    none is computed twice.
+
+    Each of W ranks compares its own N / W rows with all N rows, so its P is (N / W, N). The part diag(d) P Z
+    is the gradient of its own rows. The part P' diag(d) Z adds to the gradient of all rows: a reduce-scatter
+    sums it over the ranks and returns the rows of each rank.
     """
 
     @staticmethod
     def forward(ctx: Any, Z: Tensor, d: Tensor, tau: float) -> Tensor:
-        columns, first = gathered(Z), rank() * len(Z)
-        value, own, of_all = Z.new_zeros(()), torch.zeros_like(Z), torch.zeros_like(columns)
+        columns, offset = gathered(Z), rank() * len(Z)
+        value, row_gradient, column_gradient = Z.new_zeros(()), torch.zeros_like(Z), torch.zeros_like(columns)
         block = max(1, block_elements(Z.device) // len(columns))
         for start in range(0, len(Z), block):
             rows = slice(start, start + block)
             S = Z[rows] @ columns.T / tau
-            S.diagonal(first + start).fill_(-torch.inf)
+            S.diagonal(offset + start).fill_(-torch.inf)
             lse = S.logsumexp(1, keepdim=True)
             value += (d[rows] * lse[:, 0]).sum()
             if ctx.needs_input_grad[0]:
                 P = S.sub_(lse).exp_().mul_(d[rows, None])
-                own[rows] += P @ columns
-                of_all.addmm_(P.T, Z[rows])
-        ctx.save_for_backward(own.add_(scattered(of_all)).mul_(size() / tau))
+                row_gradient[rows] += P @ columns
+                column_gradient.addmm_(P.T, Z[rows])
+        ctx.save_for_backward(row_gradient.add_(scattered(column_gradient)).mul_(size() / tau))
         return summed(value)
 
     @staticmethod

@@ -12,16 +12,18 @@ from ssl_runner.relation import Relation
 
 
 class VICReg(Loss):
-    """alpha * variance + beta * covariance + gamma * invariance, with C (K, K) the covariance of the N rows of Z:
+    """alpha * variance + beta * covariance + gamma * invariance, with C (K, K) the covariance of Z:
 
-        variance    sum_k max(0, 1 - sqrt(C_kk + eps))    every direction is used ("hinge")
-                    sum_k (1 - C_kk)^2                    the form whose optimum is closed ("squared")
-        covariance  sum_{j != k} C_jk^2                   no two directions say the same
-        invariance  1/N sum_ij G_ij |z_i - z_j|^2         related rows meet
+        variance    sum_k max(0, 1 - sqrt(C_kk + eps))    keep the std of each dimension above 1 ("hinge")
+                    sum_k (1 - C_kk)^2                    has a closed-form optimum ("squared")
+        covariance  sum_{j != k} C_jk^2                   decorrelate dimensions
+        invariance  1/N sum_ij G_ij |z_i - z_j|^2         pull positives together
 
-    Sums over k, not means, and one covariance over all N rows. The authors' code (means over K, one covariance a view,
-    weights 25, 25, 1 for invariance, variance, covariance) is (alpha, beta, gamma) = (25, 2, 25) / K here at V = 2, where the
-    two views' statistics are equal; solo-learn's 25/25/1 is the authors' 25/50/1.
+    Terms are sums over k, not means, and C is one covariance over all N rows. The authors' code takes means
+    over K and one covariance per view. Its weights 25, 25, 1 for invariance, variance and covariance
+    correspond to (alpha, beta, gamma) = (25, 2, 25) / K here, for V = 2 views with equal statistics. The
+    weights 25, 25, 1 of solo-learn correspond to 25, 50, 1 in the authors' code. Raises ValueError for an
+    unknown `variance`.
     """
 
     reduces = True
@@ -36,21 +38,20 @@ class VICReg(Loss):
     ) -> None:
         super().__init__()
         if variance not in ("hinge", "squared"):
-            raise ValueError(f"variance={variance} is not one of: hinge, squared")
+            raise ValueError(f"variance={variance}: expected one of hinge, squared")
         self.weights = {"variance": alpha, "covariance": beta, "invariance": gamma}
         self.variance, self.eps = variance, eps
 
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
         N, d = size() * len(Z), G.degrees.to(Z)[:, None]
-        with torch.no_grad():  # the mean has no part in the gradient: centred'1 = 0 and L1 = 0
+        with torch.no_grad():  # the gradient through the mean is 0, because centred'1 = 0 and L1 = 0
             mean = summed(Z.mean(0)) / size()
         centred = Z - mean
         with torch.no_grad():
             LZ = d * centred - G @ centred
         variances, covariance = _Covariance.apply(centred)
-        std = (
-            (variances + self.eps).clamp(min=torch.finfo(Z.dtype).tiny).sqrt()
-        )  # a dead column has gradient 0, not nan
+        # clamp: a constant column has gradient 0, not nan
+        std = (variances + self.eps).clamp(min=torch.finfo(Z.dtype).tiny).sqrt()
         variance = (1 - std).relu() if self.variance == "hinge" else (1 - variances).square()
         return {
             "variance": variance.sum(),
@@ -60,7 +61,10 @@ class VICReg(Loss):
 
 
 class _Covariance(torch.autograd.Function):
-    """Centred Z (N, K) -> C_kk (K,) and sum_{j != k} C_jk^2, with C = Z'Z / (N - 1). dC is symmetric: dZ = 2 Z dC / (N - 1)."""
+    """Centred Z (N, K) -> C_kk (K,) and sum_{j != k} C_jk^2, with C = Z'Z / (N - 1).
+
+    dC is symmetric, so dZ = 2 Z dC / (N - 1).
+    """
 
     @staticmethod
     def forward(ctx: Any, Z: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +72,7 @@ class _Covariance(torch.autograd.Function):
         for k, _, stripe in C.stripes():
             stripe /= size() * len(Z) - 1
             variances[k] = stripe.diagonal()
-            stripe.fill_diagonal_(0)  # not subtracted from a sum, where small entries would be lost
+            stripe.fill_diagonal_(0)  # before the sum: subtracting it later would lose small entries
             squares += square_sum(stripe)
         ctx.save_for_backward(Z, C.matrix)
         ctx.size = size()

@@ -1,4 +1,4 @@
-"""The losses against golden values, double loops, the authors' formulas, and what they must not depend on."""
+"""Losses, compared with golden values, double sums and the authors' formulas, and their invariances."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def golden_loss(case: dict) -> Loss:
 @pytest.mark.parametrize(
     "case", GOLDEN, ids=lambda case: f"{case['loss']}-{case['relation']['kind']}-{case['value']:.6g}"
 )
-def test_golden_values(case: dict, dtype: torch.dtype, rtol: float) -> None:
+def test_loss_matches_golden_value(case: dict, dtype: torch.dtype, rtol: float) -> None:
     relation = golden_relation(case["relation"])
     value = golden_loss(case)(golden_embeddings(case, dtype), relation)
     assert value.dtype == dtype
@@ -69,7 +69,7 @@ def test_golden_values(case: dict, dtype: torch.dtype, rtol: float) -> None:
 
 
 @pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
-def test_vicreg_is_its_double_sum(G: Relation) -> None:
+def test_vicreg_matches_double_sum(G: Relation) -> None:
     Z = torch.randn(10, 4, dtype=torch.float64)
     distances = torch.cdist(Z, Z).square()
     assert_close(VICReg(0, 0, 1)(Z, G), (G.dense(torch.float64) * distances).sum() / 10)
@@ -81,7 +81,7 @@ def test_vicreg_is_its_double_sum(G: Relation) -> None:
 
 
 @pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
-def test_simclr_is_the_cross_entropy_between_g_and_the_softmax(G: Relation) -> None:
+def test_simclr_matches_cross_entropy_of_g_and_softmax(G: Relation) -> None:
     Z = torch.randn(10, 4, dtype=torch.float64)
     S = F.cosine_similarity(Z[:, None], Z, dim=2) / 0.3
     log_softmax = S.masked_fill(torch.eye(10, dtype=torch.bool), -torch.inf).log_softmax(1).fill_diagonal_(0)
@@ -91,19 +91,18 @@ def test_simclr_is_the_cross_entropy_between_g_and_the_softmax(G: Relation) -> N
 
 
 @pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
-def test_squared_simclr_is_the_distance_of_the_gram_matrix_from_g(G: Relation) -> None:
+def test_squared_simclr_matches_squared_distance_of_gram_matrix_and_g(G: Relation) -> None:
     Z, dense = torch.randn(10, 4, dtype=torch.float64), G.dense(torch.float64)
     assert_close(SquaredSimCLR("sum")(Z, G), (Z @ Z.T - dense).square().sum())
     Zc = Z - Z.mean(0)
     assert_close(SquaredSimCLR("sum", center=True)(Z, G), (Zc @ Zc.T - dense).square().sum())
-    means = (Z @ Z.T).square().mean() - 2 * (
-        dense * (Z @ Z.T)
-    ).sum() / dense.sum()  # HaoChen et al. 2021, eq. 6
-    assert_close(SquaredSimCLR()(Z, G), means)
+    gram = Z @ Z.T
+    spectral = gram.square().mean() - 2 * (dense * gram).sum() / dense.sum()  # HaoChen et al. 2021, eq. 6
+    assert_close(SquaredSimCLR()(Z, G), spectral)
 
 
 @pytest.mark.parametrize("name", ["views V=2", "views V=5", "labels", "edges"])
-def test_barlow_is_the_correlation_of_all_positive_pairs(name: str) -> None:
+def test_barlow_matches_cross_correlation_of_all_positive_pairs(name: str) -> None:
     Z, G = torch.randn(10, 4, dtype=torch.float64), RELATIONS[name]
     i, j = G.edges()
     for center in (False, True):
@@ -113,9 +112,12 @@ def test_barlow_is_the_correlation_of_all_positive_pairs(name: str) -> None:
         assert_close(BarlowTwins(0.1, center, eps=0)(Z, G), value)
 
 
-def test_the_authors_vicreg() -> None:
-    """Bardes et al.: 25 mse + 25 mean hinge + covariance / K a view. Times K it is ours at (25, 2, 25) when the views have the
-    same statistics, up to the pooled covariance's 2n - 1 in place of n - 1."""
+def test_vicreg_matches_authors_formula() -> None:
+    """Bardes et al.: 25 mse + 25 mean hinge + covariance / K, with one covariance per view.
+
+    K times this equals VICReg(25, 2, 25) for views with equal statistics, except that the covariance over all
+    rows is divided by 2n - 1 and not by n - 1.
+    """
     n, K = 20_000, 6
     a = torch.randn(n, K, dtype=torch.float64) @ torch.randn(K, K, dtype=torch.float64) / 4
     b = a.flip(0)
@@ -126,17 +128,20 @@ def test_the_authors_vicreg() -> None:
     assert_close(VICReg(25, 2, 25)(torch.cat([a, b]), Views(n, 2)), K * official, rtol=1e-4, atol=0)
 
 
-def test_the_authors_simclr() -> None:
-    """Chen et al.: NT-Xent, the mean cross-entropy of each row's positive among the 2n - 1 others."""
+def test_simclr_matches_authors_nt_xent() -> None:
+    """Chen et al.: NT-Xent, the mean cross-entropy of each row's positive among the 2n - 1 other rows."""
     n, tau = 7, 0.5
     Z = F.normalize(torch.randn(2 * n, 5, dtype=torch.float64))
     logits = (Z @ Z.T / tau).fill_diagonal_(-torch.inf)
     assert_close(SimCLR(tau)(Z, Views(n, 2)), F.cross_entropy(logits, (torch.arange(2 * n) + n) % (2 * n)))
 
 
-def test_the_authors_barlow_twins() -> None:
-    """Zbontar et al.: batch norm, cross-correlation over n. b is a mirrored in the order of its rows: equal statistics, and a
-    symmetric cross-correlation, as ours is by counting each pair in both orders."""
+def test_barlow_matches_authors_formula() -> None:
+    """Zbontar et al.: batch norm, then the cross-correlation divided by n.
+
+    b is a with its rows in reverse order. The views then have equal statistics and a symmetric
+    cross-correlation. Ours is always symmetric, because it counts every pair in both orders.
+    """
     n, K, lambd = 30, 5, 5e-3
     a = torch.randn(n, K, dtype=torch.float64) + 3
     b = a.flip(0)
@@ -152,17 +157,15 @@ def test_the_authors_barlow_twins() -> None:
 
 @pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_gradients(loss: Loss, G: Relation, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        simclr, "BLOCK_ELEMENTS", 30
-    )  # tiles of five rows, or blocks of three, the last of one
-    monkeypatch.setitem(products.STRIPE, "cpu", 2)  # stripes of two rows of C, the last of one
+def test_loss_passes_gradcheck(loss: Loss, G: Relation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simclr, "BLOCK_ELEMENTS", 30)  # 5 x 5 tiles, or blocks of 3 rows with a last one of 1
+    monkeypatch.setitem(products.STRIPE, "cpu", 2)  # stripes of 2 rows of C with a last one of 1
     Z = torch.randn(10, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda Z: loss(Z, G), (Z,))
 
 
 def plain_vicreg(loss: VICReg, Z: torch.Tensor, G: Relation) -> dict[str, torch.Tensor]:
-    """The terms as autograd sees them, with the matrices that the loss does without."""
+    """The terms in plain autograd, with the full matrices that the loss avoids."""
     C, d = Z.T.cov(), G.degrees.to(Z)[:, None]
     variances = C.diagonal()
     hinge = (1 - (variances + loss.eps).sqrt()).relu()
@@ -203,11 +206,11 @@ PLAIN = {
 
 @pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
 @pytest.mark.parametrize("loss", PLAIN, ids=lambda loss: type(loss).__name__)
-@pytest.mark.parametrize("small", [False, True], ids=["whole", "in pieces"])
-def test_every_term_and_its_gradient_are_those_of_plain_autograd(
-    loss: Loss, G: Relation, small: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("blockwise", [False, True], ids=["one block", "many blocks"])
+def test_terms_and_gradients_match_plain_autograd(
+    loss: Loss, G: Relation, blockwise: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if small:
+    if blockwise:
         monkeypatch.setitem(products.STRIPE, "cpu", 3)
         monkeypatch.setattr(simclr, "BLOCK_ELEMENTS", 9)
         monkeypatch.setattr(simclr, "KEPT_ELEMENTS", 18)  # two tiles
@@ -222,26 +225,22 @@ def test_every_term_and_its_gradient_are_those_of_plain_autograd(
 
 @pytest.mark.parametrize("tau", [1e-3, 0.01, 0.027, 0.03, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_simclr_is_exact_for_any_temperature(tau: float, dtype: torch.dtype) -> None:
-    """Rows so far apart that exp(s) under- and overflows where tau is small."""
-    ends = torch.tensor([[1.0, 0.1], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
-    Z, G = ends.to(dtype).requires_grad_(), Edges(torch.tensor([0, 2]), torch.tensor([1, 3]), 4)
-    exact = ends.double().requires_grad_()
+def test_simclr_is_exact_for_small_temperatures(tau: float, dtype: torch.dtype) -> None:
+    """With nearly equal and opposite rows, exp(s) overflows and underflows for small tau."""
+    rows = torch.tensor([[1.0, 0.1], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
+    Z, G = rows.to(dtype).requires_grad_(), Edges(torch.tensor([0, 2]), torch.tensor([1, 3]), 4)
+    exact = rows.double().requires_grad_()
     value, expected = SimCLR(tau)(Z, G), sum(plain_simclr(SimCLR(tau), exact, G).values())
     (gradient,), (expected_gradient,) = torch.autograd.grad(value, Z), torch.autograd.grad(expected, exact)
     assert_close(value.double(), expected, rtol=1e-5, atol=0)
-    assert_close(
-        gradient.double(),
-        expected_gradient,
-        rtol=1e-4,
-        atol=1e-4 * math.sqrt(expected_gradient.square().sum()),
-    )
+    atol = 1e-4 * math.sqrt(expected_gradient.square().sum())
+    assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_a_second_derivative_is_refused_not_wrong(loss: Loss) -> None:
+def test_second_derivative_raises_or_is_correct(loss: Loss) -> None:
     Z = torch.randn(10, 3, dtype=torch.float64, requires_grad=True)
-    if isinstance(loss, SquaredSimCLR):  # all of it is autograd's
+    if isinstance(loss, SquaredSimCLR):  # no custom backward
         assert torch.autograd.gradgradcheck(lambda Z: loss(Z, Views(5, 2)), (Z,))
         return
     with pytest.raises(RuntimeError, match="no second derivative"):
@@ -250,9 +249,7 @@ def test_a_second_derivative_is_refused_not_wrong(loss: Loss) -> None:
 
 @pytest.mark.parametrize("G", [Views(5, 2), Views(2, 5), None], ids=["pairs", "views", "gram"])
 @pytest.mark.parametrize("step", [1, 3, 100])
-def test_stripes_make_up_the_whole_product(
-    G: Relation | None, step: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stripes_cover_whole_product(G: Relation | None, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(products.STRIPE, "cpu", step)
     Z = torch.randn(10, 7, dtype=torch.float64)
     GZ = Z if G is None else G @ Z
@@ -264,7 +261,7 @@ def test_stripes_make_up_the_whole_product(
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_the_loss_is_the_weighted_sum_of_its_terms(loss: Loss) -> None:
+def test_loss_is_weighted_sum_of_terms(loss: Loss) -> None:
     Z, G = torch.randn(10, 3), RELATIONS["labels"]
     terms = loss.terms(Z, G)
     assert terms.keys() == loss.weights.keys()
@@ -272,34 +269,29 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(loss: Loss) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_the_order_of_rows_does_not_matter(loss: Loss) -> None:
+def test_loss_is_invariant_to_row_order(loss: Loss) -> None:
     Z, order = torch.randn(10, 3, dtype=torch.float64), torch.randperm(10)
     assert_close(loss(Z[order], Labels(Y[order])), loss(Z, Labels(Y)))
 
 
-def test_what_each_loss_does_not_see() -> None:
+def test_losses_are_invariant_to_shift_scale_and_rotation() -> None:
+    """VICReg: shift. SimCLR: row scale, rotation. Barlow: column scale, and shift if centred."""
     Z, G = torch.randn(10, 3, dtype=torch.float64), RELATIONS["labels"]
-    shift, columns, rows = (
-        torch.randn(3).double(),
-        torch.rand(3).double() + 0.5,
-        torch.rand(10, 1).double() + 0.5,
-    )
+    shift = torch.randn(3).double()
+    columns, rows = torch.rand(3).double() + 0.5, torch.rand(10, 1).double() + 0.5
     rotation, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))
     assert_close(VICReg()(Z + shift, G), VICReg()(Z, G))
     assert_close(SimCLR()(rows * Z @ rotation, G), SimCLR()(Z, G))
     assert_close(BarlowTwins(eps=0)(columns * Z, G), BarlowTwins(eps=0)(Z, G))
-    assert_close(
-        BarlowTwins(center=True, eps=0)(columns * Z + shift, G), BarlowTwins(center=True, eps=0)(Z, G)
-    )
+    centred = BarlowTwins(center=True, eps=0)
+    assert_close(centred(columns * Z + shift, G), centred(Z, G))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_half_precision_is_computed_in_float32(loss: Loss, dtype: torch.dtype) -> None:
-    Z, G = (
-        (200 * torch.randn(10, 3)).to(dtype).requires_grad_(),
-        RELATIONS["labels"],
-    )  # 200^2 x 10 overflows in fp16
+def test_half_precision_loss_is_computed_in_float32(loss: Loss, dtype: torch.dtype) -> None:
+    Z = (200 * torch.randn(10, 3)).to(dtype).requires_grad_()  # 200^2 x 10 overflows in fp16
+    G = RELATIONS["labels"]
     exact = Z.detach().float().requires_grad_()
     with torch.autocast("cpu", dtype):
         value = loss(Z, G)
@@ -320,7 +312,7 @@ def test_collapsed_embeddings_have_finite_gradients(loss: Loss) -> None:
         assert Z.grad.isfinite().all()
 
 
-def test_simclr_never_holds_n_by_n(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simclr_allocates_no_n_by_n_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -328,12 +320,8 @@ def test_simclr_never_holds_n_by_n(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            self.elements = max(
-                [
-                    self.elements,
-                    *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t)),
-                ]
-            )
+            tensors = [t for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t)]
+            self.elements = max([self.elements, *(t.numel() for t in tensors)])
             return out
 
     monkeypatch.setattr(simclr, "BLOCK_ELEMENTS", 2**14)
@@ -344,8 +332,8 @@ def test_simclr_never_holds_n_by_n(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_the_wrong_number_of_rows_is_refused(loss: Loss) -> None:
-    with pytest.raises(ValueError, match=r"needs Z of shape \(10, K\), not \(9, 3\)"):
+def test_loss_rejects_wrong_number_of_rows(loss: Loss) -> None:
+    with pytest.raises(ValueError, match=r"Z.shape=\(9, 3\): expected \(10, K\)"):
         loss(torch.randn(9, 3), RELATIONS["labels"])
 
 
@@ -354,6 +342,6 @@ def test_the_wrong_number_of_rows_is_refused(loss: Loss) -> None:
     [lambda: SimCLR(0), lambda: SimCLR(reduction="none"), lambda: VICReg(variance="soft")],
     ids=["tau", "reduction", "variance"],
 )
-def test_settings_that_make_no_sense_are_refused(make) -> None:
-    with pytest.raises(ValueError, match="is not"):
+def test_loss_rejects_invalid_hyperparameters(make) -> None:
+    with pytest.raises(ValueError, match=": expected "):
         make()
