@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from benchmarks import measure, picture
-from ssl_runner import memory
+from ssl_runner.device import keep_freed_memory
 
 GROUPS = {
     "views": "random views of images, a core: torchvision on PIL, kornia",
@@ -52,7 +52,7 @@ def main() -> None:
         print("without --data no race")
     given.out.mkdir(parents=True, exist_ok=True)
     if device.type == "cpu":
-        memory.keep_freed()  # as a run does; for all contenders
+        keep_freed_memory()  # as a run does; for all contenders
     print(measure.describe(device))
     for name in groups:
         start = time.perf_counter()

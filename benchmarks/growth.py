@@ -17,11 +17,11 @@ from torch import nn
 from benchmarks import measure
 from benchmarks.picture import plt
 from ssl_runner.backbone import convnet
-from ssl_runner.dataset import Images
+from ssl_runner.data.dataset import Images
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, VICReg
 from ssl_runner.projector import mlp
 from ssl_runner.relation import Labels, Relation, Views
-from ssl_runner.views import Augment
+from ssl_runner.views.policy import Augment
 
 LOSSES: dict[str, Loss] = {"VICReg": VICReg(), "Barlow": BarlowTwins(), "SimCLR": SimCLR()}
 N, K = 1024, 512  # rows and columns, where they do not vary

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ssl_runner import memory
+from ssl_runner.device import release_freed_memory
 
 MIB = 2**20
 Work = Callable[[], Any]
@@ -61,7 +61,7 @@ def peak_memory(work: Work, device: torch.device) -> float | None:
         return (torch.cuda.max_memory_allocated(device) - held) / MIB
     if sys.platform != "linux":
         return None
-    memory.give_back()
+    release_freed_memory()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     work()

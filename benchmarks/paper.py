@@ -21,12 +21,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.picture import plt
-from ssl_runner import optimizer, views
+from ssl_runner import optimizer
 from ssl_runner.backbone import resnet
-from ssl_runner.config import CONF
+from ssl_runner.config.compose import CONF
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, VICReg
 from ssl_runner.projector import mlp
 from ssl_runner.relation import Views
+from ssl_runner.views import policy
 
 BATCH, V, K, SIDE = 512, 2, 256, 32
 PEAK = {"bf16": 989e12, "fp32": 67e12}  # FLOP/s of an H100 SXM, dense (Nvidia's data sheet)
@@ -91,7 +92,7 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
         augment = instantiate(OmegaConf.load(CONF / "views" / f"{name}.yaml"), _convert_="all")
         images = torch.randint(0, 256, (BATCH, 3, SIDE, SIDE), dtype=torch.uint8)
         draws = torch.Generator().manual_seed(0)
-        with mock.patch.object(views, "row_by_row", views.all_at_once):  # as on a GPU
+        with mock.patch.object(views, "row_by_row", policy.augment_batch):  # as on a GPU
             add(
                 "views",
                 name,

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import measure
-from ssl_runner import dataset, source
 from ssl_runner.backbone import convnet
-from ssl_runner.probe import LinearProbe, RidgeProbe, accuracies, best_of, extract
+from ssl_runner.data import dataset, image_folder
+from ssl_runner.probe.linear import LinearProbe
+from ssl_runner.probe.protocol import accuracies, best_of, extract
+from ssl_runner.probe.ridge import RidgeProbe
 
 N, D, CLASSES, BATCH, EPOCHS = 50_000, 512, 10, 256, 100
 L2 = 10**-3.5  # of the one fit that scikit-learn does as well
@@ -104,7 +106,7 @@ def made_up(device: torch.device) -> Features:
 
 def of_images(folder: Path, device: torch.device, out: Path) -> Features:
     """Features of an untrained convnet with 512 channels at the end, in the order of the images, shuffled."""
-    read = partial(source.folder, str(folder), None, str(out / "cache"))
+    read = partial(image_folder.folder, str(folder), None, str(out / "cache"))
     images = dataset.load(read, "folder", 0.1, None, 0, "auto", device)
     torch.manual_seed(0)
     network = convnet(images.channels, images.image_size, (64, 128, D)).to(device)

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks import pictures
-from ssl_runner import config, optimizer
-from ssl_runner import run as runner
+from ssl_runner import build, optimizer
 from ssl_runner.backbone import convnet
-from ssl_runner.dataset import DataSet
+from ssl_runner.config import compose
+from ssl_runner.data.dataset import DataSet
 from ssl_runner.preemption import Preempted, Preemption
-from ssl_runner.probe import probe
+from ssl_runner.probe.protocol import evaluate
 
 BATCH = 256
 WARMUP = 0.05  # of the time, in our schedule by the clock
@@ -70,8 +70,8 @@ class Clock:
 
 def settings(given: dict[str, Any]) -> DictConfig:
     """The configuration of ours: the defaults for these images and this loss."""
-    config.register_resolvers()
-    config.prefer_our_presets()
+    compose.register_resolvers()
+    compose.prefer_our_presets()
     overrides = [
         "dataset=folder",
         f"dataset.root={given['data']}",
@@ -79,7 +79,7 @@ def settings(given: dict[str, Any]) -> DictConfig:
         f"seed={given['seed']}",
     ]
     overrides += [f"device={given['device']}", f"batch_size={BATCH}"]
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+    with initialize_config_dir(str(compose.CONF), version_base="1.3"):
         return compose("config", overrides=overrides)
 
 
@@ -87,7 +87,7 @@ def ours(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
     """A run as `ssl-run` makes it, but that the learning rate follows the clock instead of the number of steps, or the
     number of images where that is given."""
     cfg, images = settings(given), given.get("images")
-    stages = runner.prepare(cfg)
+    stages = build.build(cfg)
     clock.backbone = stages.backbone
     preemption = Preemption()
     solver: Any = runner.build_solver(cfg, stages, preemption, lambda state: None)
@@ -120,7 +120,10 @@ def ours(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
 def loader(data: DataSet, transform: Callable, workers: int) -> DataLoader:
     """The pretraining images as the peers load them."""
     return pictures.loader(
-        data.pretrain.images[data.pretrain.rows].permute(0, 2, 3, 1).cpu().numpy(), transform, BATCH, workers
+        data.pretrain.images[data.pretrain.indices].permute(0, 2, 3, 1).cpu().numpy(),
+        transform,
+        BATCH,
+        workers,
     )
 
 
@@ -240,7 +243,7 @@ def stable_pretraining(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, 
 def peers_start(given: dict[str, Any]) -> tuple[DataSet, torch.device, Any]:
     """What the peers share with ours: the images and the backbone."""
     cfg = settings(given)
-    data = runner.prepare(cfg).data
+    data = build.build(cfg).data
     device = torch.device(given["device"])
     torch.manual_seed(given["seed"])
     return data, device, convnet(3, 32).to(device)
@@ -257,7 +260,7 @@ def main() -> None:
         backbone.load_state_dict(weights)
         top1 = {
             row["probe"]: row["top1"]
-            for row in probe("backbone", backbone, data, ["linear", "knn"], score_test=True)
+            for row in evaluate("backbone", backbone, data, ["linear", "knn"], score_test=True)
         }
         rows.append({"seconds": elapsed, "images": images, "linear": top1["linear"], "knn": top1["knn"]})
     Path(given["out"]).write_text(json.dumps(rows))

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from benchmarks import measure, pictures
 from benchmarks.measure import Work
-from ssl_runner import backbone, dataset, optimizer, projector
-from ssl_runner.config import CONF
-from ssl_runner.dataset import Source
+from ssl_runner import backbone, optimizer, projector
+from ssl_runner.batch import Batch
+from ssl_runner.config.compose import CONF
+from ssl_runner.data import dataset
+from ssl_runner.data.dataset import Source
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, VICReg
-from ssl_runner.relate import Batch, Views
-from ssl_runner.train import Pretraining, Watch
+from ssl_runner.relation.builders import FromViews
+from ssl_runner.train import NonFiniteGuard, Pretraining
 
 BATCH, V, SIDE, WIDTH, K = 256, 2, 32, 512, 256
 LOSSES: dict[str, Callable[[], Loss]] = {"VICReg": VICReg, "SimCLR": SimCLR, "Barlow Twins": BarlowTwins}
@@ -58,7 +60,7 @@ class Ours:
             lambda step: 1e-3,
             data,
             instantiate(OmegaConf.load(CONF / "views" / f"{VIEWS[loss]}.yaml")),
-            Views(),
+            FromViews(),
             V=V,
             epochs=1,
             batch_size=BATCH,
@@ -68,7 +70,7 @@ class Ours:
             separate=False,
             seed=0,
         )
-        self.watch, self.batches = Watch(device), self._batches()
+        self.watch, self.batches = NonFiniteGuard(device), self._batches()
         self.X = self.views(*next(self.batches))
         self.Z = torch.randn(V * BATCH, K, device=device)
 

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks import measure
-from ssl_runner.config import CONF
-from ssl_runner.views import Augment, odd
+from ssl_runner.config.compose import CONF
+from ssl_runner.views.policy import Augment, odd
 
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.247, 0.2435, 0.2616]
 Make = Callable[

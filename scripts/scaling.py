@@ -19,10 +19,15 @@ import torch
 import torch.distributed as dist
 
 from ssl_runner import distributed
-from ssl_runner.loss import BarlowTwins, SimCLR, SquaredSimCLR, VICReg
+from ssl_runner.loss import BarlowTwins, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.relation import Labels, Views
 
-LOSSES = {"VICReg": VICReg, "Barlow Twins": BarlowTwins, "SimCLR (squared)": SquaredSimCLR, "SimCLR": SimCLR}
+LOSSES = {
+    "VICReg": VICReg,
+    "Barlow Twins": BarlowTwins,
+    "SimCLR (squared)": SpectralContrastive,
+    "SimCLR": SimCLR,
+}
 CLASSES = 10
 
 
@@ -61,7 +66,7 @@ def measured(rows: int, columns: int, steps: int) -> list[dict[str, Any]]:
             row = {
                 "loss": name,
                 "relation": relation,
-                "W": distributed.size(),
+                "W": distributed.world_size(),
                 "payload_bytes": int(traffic.payload),
             }
             table.append(row | {"ring_bytes": int(traffic.sent), "ms": 1000 * statistics.median(seconds[1:])})

@@ -1,8 +1,7 @@
 """Backbones: images (B, C, H, W) -> features (B, width). Probes are fitted on these features."""
 
 import difflib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,19 +22,6 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
-
-
-@contextmanager
-def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """Context manager that sets the networks to eval mode and restores the mode of every module on exit."""
-    modes = {module: module.training for network in networks for module in network.modules()}
-    for network in networks:
-        network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def convnet(channels: int, image_size: int, widths: Sequence[int] = (32, 64, 128, 256)) -> Backbone:

@@ -15,17 +15,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from ssl_runner.errors import Refused
+from ssl_runner.errors import UsageError
 from ssl_runner.loss import VICReg
-from ssl_runner.metrics import read_json
 from ssl_runner.relation import Labels
-from ssl_runner.theory import optimum
+from ssl_runner.runs.files import read_json
+from ssl_runner.theory.optima import optimum
 
-COLOURS = {"VICReg": "#1b6ca8", "SimCLR": "#c8553d", "SquaredSimCLR": "#c8553d", "BarlowTwins": "#3a7d44"}
+COLOURS = {
+    "VICReg": "#1b6ca8",
+    "SimCLR": "#c8553d",
+    "SpectralContrastive": "#c8553d",
+    "BarlowTwins": "#3a7d44",
+}
 NAMES = {
     "VICReg": "VICReg",
     "SimCLR": "SimCLR",
-    "SquaredSimCLR": "SimCLR (squared)",
+    "SpectralContrastive": "SimCLR (squared)",
     "BarlowTwins": "Barlow Twins",
 }
 MADE_BY = {
@@ -49,24 +54,26 @@ def main() -> None:
     path = args.out or args.folder / f"{args.experiment}.png"
     try:
         save(DRAW[args.experiment](read_runs(args.folder)), path)
-    except Refused as error:
+    except UsageError as error:
         print(error, file=sys.stderr)
         sys.exit(1)
     print(path)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes the picture. Refused where it cannot be written."""
+    """Writes the picture. UsageError where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130, bbox_inches="tight")
     except (OSError, ValueError) as error:
-        raise Refused(f"--out={path} cannot be written ({error}): give a .png, .pdf or .svg file") from error
+        raise UsageError(
+            f"--out={path} cannot be written ({error}): give a .png, .pdf or .svg file"
+        ) from error
 
 
 def read_runs(folder: Path) -> pd.DataFrame:
     """A row for every finished run below the folder: its path, every setting by its dotted name, `loss_name`, the number of
-    `classes`, the last row of metrics.csv as `metrics.*`, and test top-1 as `top1.<features>`. Refused when there is none."""
+    `classes`, the last row of metrics.csv as `metrics.*`, and test top-1 as `top1.<features>`. UsageError when there is none."""
     rows = []
     for file in sorted(folder.rglob("run.json")):
         path, record = file.parent, read_json(file)
@@ -87,26 +94,26 @@ def read_runs(folder: Path) -> pd.DataFrame:
         row |= {f"top1.{features}": top1 for features, top1 in zip(probes.features, probes.top1, strict=True)}
         rows.append(row)
     if not rows:
-        raise Refused(
+        raise UsageError(
             f"{folder} holds no finished run: give the folder that the experiment's commands wrote to"
         )
     return pd.DataFrame(rows)
 
 
 def read(path: Path, column: str) -> pd.DataFrame:
-    """A CSV of a run. Refused when it, or the column, is missing."""
+    """A CSV of a run. UsageError when it, or the column, is missing."""
     table = pd.read_csv(path) if path.is_file() else pd.DataFrame()
     if column not in table:
-        raise Refused(f"{path} has no column {column}: make the run again, with {MADE_BY[column]}")
+        raise UsageError(f"{path} has no column {column}: make the run again, with {MADE_BY[column]}")
     return table
 
 
 def single(runs: pd.DataFrame, setting: str) -> Any:
-    """The value of a setting that all runs share. Refused when they do not."""
+    """The value of a setting that all runs share. UsageError when they do not."""
     values = list(runs[setting].unique()) if setting in runs else []
     if len(values) != 1:
         given = " and ".join(map(str, values)) or "no value"
-        raise Refused(
+        raise UsageError(
             f"the runs have {given} of {setting}, and the picture is of one: give a folder whose runs share it"
         )
     return values[0]
@@ -129,15 +136,15 @@ def seeds(runs: pd.DataFrame) -> str:
 
 
 def of(runs: pd.DataFrame, loss: str, column: str = "path") -> pd.DataFrame:
-    """The runs of one loss. Refused when there is none, or when one of them lacks the column."""
+    """The runs of one loss. UsageError when there is none, or when one of them lacks the column."""
     chosen = runs[runs.loss_name == loss]
     if chosen.empty:
-        raise Refused(
+        raise UsageError(
             f"there is no finished run of {NAMES[loss]}: run all commands that the experiment's file lists"
         )
     lacking = chosen.path[chosen[column].isna()] if column in chosen else chosen.path
     if len(lacking):
-        raise Refused(f"{lacking.iloc[0]} has no {column}: make the run again, with {MADE_BY[column]}")
+        raise UsageError(f"{lacking.iloc[0]} has no {column}: make the run again, with {MADE_BY[column]}")
     return chosen
 
 
@@ -220,7 +227,7 @@ def aligned_vs_misaligned(runs: pd.DataFrame) -> Figure:
     """Probe accuracy against the share of rewired pairs: the linear closed form, and a network."""
     figure, axes = canvas([1, 1], f"Relation of labels with a share p of its pairs rewired; {seeds(runs)}")
     for ax, solver in zip(axes, ("closed_form", "gradient"), strict=True):
-        some = runs[(runs["solver.name"] == solver) & runs["relation._target_"].str.endswith("Noisy")]
+        some = runs[(runs["solver.name"] == solver) & runs["relation._target_"].str.endswith("Rewired")]
         vicreg, simclr, barlow = (
             of(some, loss, "top1.backbone") for loss in ("VICReg", "SimCLR", "BarlowTwins")
         )
@@ -269,7 +276,7 @@ def low_label(runs: pd.DataFrame) -> Figure:
     """Probe accuracy against gamma with few labelled images."""
     sizes = sorted(runs["dataset.subset"].dropna().unique())
     if not sizes:
-        raise Refused("no run has a dataset.subset: run all commands that the experiment's file lists")
+        raise UsageError("no run has a dataset.subset: run all commands that the experiment's file lists")
     figure, axes = canvas([1] * len(sizes), f"Relation of labels, few labelled images; {seeds(runs)}")
     classes = single(runs, "classes")
     for ax, size in zip(axes, sizes, strict=True):
@@ -305,7 +312,7 @@ def low_label(runs: pd.DataFrame) -> Figure:
 
 def linear_regime(runs: pd.DataFrame) -> Figure:
     """The linear model's loss over all rows of the moments against epochs, and the closed form's."""
-    losses = ["VICReg", "SquaredSimCLR", "BarlowTwins"]
+    losses = ["VICReg", "SpectralContrastive", "BarlowTwins"]
     figure, axes = canvas(
         [1, 1, 1], f"Linear model Z = XW trained by gradient descent, and its closed form; {seeds(runs)}"
     )
@@ -313,7 +320,7 @@ def linear_regime(runs: pd.DataFrame) -> Figure:
         some = of(runs, loss)
         trained, solved = some[some["solver.name"] == "gradient"], some[some["solver.name"] == "closed_form"]
         if trained.empty or solved.empty:
-            raise Refused(
+            raise UsageError(
                 f"{NAMES[loss]} needs runs of both solvers: run all commands that the experiment's file lists"
             )
         tables = pd.concat([read(path / "metrics.csv", "moments_loss") for path in trained.path])
@@ -327,7 +334,7 @@ def linear_regime(runs: pd.DataFrame) -> Figure:
             color=COLOURS[loss],
             alpha=0.2,
         )
-        floor, kind = solved["metrics.loss"].mean(), solved["metrics.loss_is"].iloc[0]
+        floor, kind = solved["metrics.loss"].mean(), solved["metrics.loss_kind"].iloc[0]
         ax.axhline(floor, color="black", lw=1, ls="--", label=f"closed form, {kind} ({solve:.1f} s)")
         ax.set(xscale="log", xlabel="epoch", ylabel="loss over all rows of the moments", title=NAMES[loss])
         ax.title.set_fontsize(9)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ssl_runner.errors import Refused
+from ssl_runner.errors import UsageError
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 CHOSEN = {"fused", "foreach", "differentiable"}  # keywords that select an implementation
@@ -38,10 +38,10 @@ def build(
     try:
         return algorithm([group for group in groups if group["params"]], lr=lr, **fused)
     except (TypeError, ValueError) as error:
-        raise Refused(f"optimizer: {error}") from error
+        raise UsageError(f"optimizer: {error}") from error
 
 
-def cosine(step: int, steps: int, warmup: int, lr: float, final: float) -> float:
+def cosine(step: int, steps: int, warmup: int, lr: float, final_ratio: float) -> float:
     """Return the learning rate of a step in 0 .. steps - 1.
 
     Linear warm-up to lr over the first `warmup` steps, then half a cosine down to final * lr.
@@ -49,4 +49,4 @@ def cosine(step: int, steps: int, warmup: int, lr: float, final: float) -> float
     if step < warmup:
         return lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return lr * (final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2)
+    return lr * (final_ratio + (1 - final_ratio) * (1 + math.cos(math.pi * progress)) / 2)

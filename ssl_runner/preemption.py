@@ -29,7 +29,7 @@ class Preempted(SystemExit):
 class Preemption:
     """Context manager in which SIGTERM and SIGUSR1 raise Preempted.
 
-    The exception is raised at once. Within `held()` it is deferred until the training loop has finished its
+    The exception is raised at once. Within `deferred()` it is deferred until the training loop has finished its
     step and written a checkpoint.
 
     Under submitit, SIGUSR2 raises Preempted instead. The original handler of submitit, which requeues the job
@@ -79,7 +79,7 @@ class Preemption:
             )
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def deferred(self) -> Iterator[None]:
         """Defer preemption in this context: a signal is stored in `asked`, and Preempted is raised on exit.
 
         The training loop checks `asked` after each step.

@@ -10,12 +10,12 @@ import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.testing import assert_close
 
-from ssl_runner import closed_form, relate
 from ssl_runner.backbone import LinearBackbone
-from ssl_runner.closed_form import ClosedForm, MomentsGap, stream
-from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SquaredSimCLR, VICReg
-from ssl_runner.relation import Labels, Views
-from ssl_runner.views import Augment
+from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
+from ssl_runner.relation import Labels, Views, builders
+from ssl_runner.theory import solver
+from ssl_runner.theory.solver import ClosedForm, MomentsGap, stream_moments
+from ssl_runner.views.policy import Augment
 from tests.conftest import run_folder
 from tests.test_dataset import CPU, load, toy
 
@@ -23,7 +23,7 @@ SMALL = (
     "dataset.subset=200 batch_size=50 epochs=2 device=cpu probe.probes=[linear] probe.features=[backbone]"
     " diagnostics.images=40 diagnostics.every=1"
 )
-LOSSES = ["vicreg", "vicreg variance=squared beta=25", "simclr", "simclr_squared center=true", "barlow"]
+LOSSES = ["vicreg", "vicreg variance=squared beta=25", "simclr", "spectral center=true", "barlow"]
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -39,8 +39,8 @@ def test_the_linear_backbone_is_solved_end_to_end(ssl_run, loss: str) -> None:
     folder = run_folder(out)
     [row] = rows(folder / "metrics.csv")
     assert (row["epoch"], row["step"], row["images_seen"], row["lr"]) == ("2", "6", "300", "")
-    assert row["loss_is"] == ("exact" if "squared" in loss or loss == "simclr" else "upper bound")
-    assert row["loss_of"] == {"v": "VICReg", "s": "SquaredSimCLR", "b": "BarlowTwins"}[loss[0]]
+    assert row["loss_kind"] == ("exact" if "squared" in loss or loss == "simclr" else "upper bound")
+    assert row["loss_name"] == {"v": "VICReg", "s": "SpectralContrastive", "b": "BarlowTwins"}[loss[0]]
     assert_close(
         float(row["moments_loss"]), float(row["loss"]), rtol=1e-4, atol=1e-4
     )  # the network's weights are float32
@@ -120,7 +120,9 @@ def test_columns_are_empty_between_diagnostics(ssl_run) -> None:
     assert not (run_folder(out) / "spectrum.csv").exists()
 
 
-def solver(loss: Loss, relation: relate.BatchRelation, width: int = 4, batch_size: int = 20) -> ClosedForm:
+def solver(
+    loss: Loss, relation: builders.RelationBuilder, width: int = 4, batch_size: int = 20
+) -> ClosedForm:
     source = toy()
     source.images = torch.randint(
         0, 256, source.images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -158,24 +160,28 @@ def all_views(solver: ClosedForm) -> tuple[torch.Tensor, torch.Tensor]:
     "loss",
     [
         VICReg(2.0, 2.0, 0.5, variance="squared"),
-        SquaredSimCLR(),
-        SquaredSimCLR(center=True),
+        SpectralContrastive(),
+        SpectralContrastive(center=True),
         BarlowTwins(0.1),
         VICReg(),
     ],
     ids=lambda x: type(x).__name__,
 )
 @pytest.mark.parametrize(
-    "relation", [relate.Views(), relate.Labels(True), relate.Labels()], ids=["views", "normalized", "labels"]
+    "relation",
+    [builders.FromViews(), builders.FromLabels(True), builders.FromLabels()],
+    ids=["views", "normalized", "labels"],
 )
-def test_the_reported_loss_is_that_of_all_rows_at_once(loss: Loss, relation: relate.BatchRelation) -> None:
+def test_the_reported_loss_is_that_of_all_rows_at_once(
+    loss: Loss, relation: builders.RelationBuilder
+) -> None:
     """Of views, whose pairs lie within batches, and of labels, whose pairs reach over all."""
     fitted = solver(loss, relation)
     [row] = fitted.epochs()
     X, labels = all_views(fitted)
     G = (
         Views(len(labels), 2)
-        if isinstance(relation, relate.Views)
+        if isinstance(relation, builders.FromViews)
         else Labels(labels.repeat(2), normalized=relation.normalized)
     )
     with torch.no_grad():
@@ -185,7 +191,7 @@ def test_the_reported_loss_is_that_of_all_rows_at_once(loss: Loss, relation: rel
 
 
 def test_the_labels_relation_gives_linear_discriminant_analysis() -> None:
-    fitted = solver(BarlowTwins(), relate.Labels(), width=2)
+    fitted = solver(BarlowTwins(), builders.FromLabels(), width=2)
     list(fitted.epochs())
     X, labels = all_views(fitted)
     theirs = LinearDiscriminantAnalysis(solver="svd").fit(
@@ -200,15 +206,15 @@ def test_the_labels_relation_gives_linear_discriminant_analysis() -> None:
 
 
 def test_the_gap_of_a_trained_matrix_is_on_the_moments_of_the_solver() -> None:
-    fitted = solver(SimCLR(), relate.Views())
+    fitted = solver(SimCLR(), builders.FromViews())
     [row] = fitted.epochs()
     matrix = fitted.backbone.body[1]
-    moments = stream(
+    moments = stream_moments(
         torch.nn.Flatten(),
         48,
         fitted.data,
         fitted.augment,
-        relate.Views(),
+        builders.FromViews(),
         V=2,
         batch_size=20,
         passes=1,
@@ -224,7 +230,7 @@ def test_the_gap_of_a_trained_matrix_is_on_the_moments_of_the_solver() -> None:
 
 
 def test_the_solver_goes_on_from_its_state() -> None:
-    first, second = solver(BarlowTwins(), relate.Views()), solver(BarlowTwins(), relate.Views())
+    first, second = solver(BarlowTwins(), builders.FromViews()), solver(BarlowTwins(), builders.FromViews())
     table = list(first.epochs())
     second.load_state_dict(first.state_dict())
     second.data = None  # it solves nothing again
@@ -236,9 +242,9 @@ def test_batches_of_any_size_give_the_same_moments() -> None:
     """Views are drawn by batch, so the images are left as they are."""
     moments = []
     for batch_size in (20, 30):
-        fitted = solver(VICReg(), relate.Labels(True), batch_size=batch_size)
+        fitted = solver(VICReg(), builders.FromLabels(True), batch_size=batch_size)
         settings = {"V": 2, "batch_size": batch_size, "passes": 1, "seed": 0}
-        m = stream(
+        m = stream_moments(
             torch.nn.Flatten(), 48, fitted.data, Augment({"all": {}}), fitted.relation, **settings
         ).centred()
         moments.append((m, len(fitted.data.pretrain) // batch_size * batch_size))
@@ -249,13 +255,13 @@ def test_batches_of_any_size_give_the_same_moments() -> None:
 
 
 def test_what_is_not_one_matrix_is_refused() -> None:
-    with pytest.raises(closed_form.Refused, match="finds one matrix"):
-        closed_form.parts(LinearBackbone(4, 2), torch.nn.Sequential())
+    with pytest.raises(closed_form.UsageError, match="finds one matrix"):
+        solver.frozen_and_matrix(LinearBackbone(4, 2), torch.nn.Sequential())
 
 
 def test_constant_features_are_refused() -> None:
-    for loss in (VICReg(), SimCLR(), SquaredSimCLR(center=True), BarlowTwins()):
-        fitted = solver(loss, relate.Views())
+    for loss in (VICReg(), SimCLR(), SpectralContrastive(center=True), BarlowTwins()):
+        fitted = solver(loss, builders.FromViews())
         fitted.data.pretrain.images.fill_(7)
-        with pytest.raises(closed_form.Refused, match="the same on every row"):
+        with pytest.raises(closed_form.UsageError, match="the same on every row"):
             list(fitted.epochs())

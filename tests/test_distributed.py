@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from ssl_runner import backbone, distributed, relate, replica
-from ssl_runner.diagnostics import Diagnostics
-from ssl_runner.errors import Refused
-from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SquaredSimCLR, VICReg
-from ssl_runner.metrics import read_json
+from ssl_runner import backbone, distributed
+from ssl_runner.device import choose_device
+from ssl_runner.errors import UsageError
+from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.preemption import Preempted, Preemption
-from ssl_runner.probe import extract, probe
-from ssl_runner.record import Record
-from ssl_runner.relation import Labels, Relation, Views
-from ssl_runner.train import choose_device
-from ssl_runner.views import Augment
+from ssl_runner.probe.protocol import evaluate, extract
+from ssl_runner.relation import Labels, Relation, Views, builders
+from ssl_runner.runs.files import read_json
+from ssl_runner.runs.record import RunRecord
+from ssl_runner.theory.diagnostics import Diagnostics
+from ssl_runner.views.policy import Augment
 from tests.conftest import TINY, run_folder
 from tests.processes import in_processes
 from tests.test_train import pretraining, rows, weights
@@ -37,7 +37,7 @@ LOSSES = {
     "vicreg squared": partial(VICReg, 25.0, 25.0, 10.0, variance="squared"),
     "simclr": SimCLR,
     "simclr sum": partial(SimCLR, 0.2, "sum"),
-    "simclr_squared": partial(SquaredSimCLR, center=True),
+    "spectral": partial(SpectralContrastive, center=True),
     "barlow": partial(BarlowTwins, 0.02),
     "barlow centred": partial(BarlowTwins, 0.02, center=True),
 }
@@ -64,12 +64,13 @@ def value_and_gradient(loss: Loss, name: str, V: int, dtype: torch.dtype) -> tup
     """Loss of tanh(X W) on this rank's shard, and the gradient of W averaged over ranks."""
     X, y, W = data(V, dtype)
     part = slice(
-        distributed.rank() * n // distributed.size(), (distributed.rank() + 1) * n // distributed.size()
+        distributed.rank() * n // distributed.world_size(),
+        (distributed.rank() + 1) * n // distributed.world_size(),
     )
     W.requires_grad_()
     value = loss((X[:, part].reshape(-1, 5) @ W).tanh(), relation(name, y[part], V))
     value.backward()
-    return value.detach(), distributed.summed(W.grad) / distributed.size()
+    return value.detach(), distributed.all_reduce_sum(W.grad) / distributed.world_size()
 
 
 CASES = list(itertools.product(LOSSES, RELATIONS, (2, 4), (torch.float64, torch.float32)))
@@ -105,7 +106,7 @@ def collective_calls() -> dict[str, list[tuple[str, int]]]:
 
         setattr(torch.distributed, name, counted)
     found = {}
-    for loss in ("vicreg", "barlow", "simclr_squared", "simclr"):
+    for loss in ("vicreg", "barlow", "spectral", "simclr"):
         calls.clear()
         Z = torch.randn(40, K, requires_grad=True)
         LOSSES[loss]()(Z, Views(20, 2)).backward()
@@ -125,10 +126,8 @@ def test_collective_sizes_are_independent_of_batch_size_except_for_simclr(W: int
     }
     assert sizes["vicreg"] == [1, K, K * K]
     assert sizes["barlow"] == [K, K * K]
-    assert sizes["simclr_squared"] == [1, 1, K, K, K * K, K * K]
-    assert all(
-        name == "all_reduce" for loss in ("vicreg", "barlow", "simclr_squared") for name, _ in found[loss]
-    )
+    assert sizes["spectral"] == [1, 1, K, K, K * K, K * K]
+    assert all(name == "all_reduce" for loss in ("vicreg", "barlow", "spectral") for name, _ in found[loss])
     gathers = [call for call in found["simclr"] if call[0] != "all_reduce"]
     assert gathers == [(distributed.ALL_GATHER, W * 40 * K), (distributed.REDUCE_SCATTER, W * 40 * K)]
 
@@ -146,12 +145,12 @@ def two_steps(order: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
     Each rank has a contiguous shard of the rows in `order`. Row i of the first half of a shard and row i of
     its second half are a positive pair.
     """
-    body = replica.averaging(replica.synchronized(network()))
+    body = distributed.data_parallel(distributed.sync_batchnorm(network()))
     for seed in (0, 1):
         x = torch.randn(12, 2, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        part = x[order].chunk(distributed.size())[distributed.rank()]
+        part = x[order].chunk(distributed.world_size())[distributed.rank()]
         VICReg()(body(part), Views(len(part) // 2, 2)).backward()
-    inner = body.module if distributed.size() > 1 else body
+    inner = body.module if distributed.world_size() > 1 else body
     return [parameter.grad for parameter in inner.parameters()], inner.state_dict()
 
 
@@ -168,9 +167,11 @@ def synchronized_timm() -> tuple[Tensor, list[str], bool]:
     torch.manual_seed(0)
     body = backbone.from_timm(3, 16, "resnet10t").double()
     names = list(body.state_dict())
-    synchronized = replica.synchronized(body)
+    synchronized = distributed.sync_batchnorm(body)
     x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    rows = distributed.gathered(synchronized(x.chunk(distributed.size())[distributed.rank()]).detach())
+    rows = distributed.all_gather(
+        synchronized(x.chunk(distributed.world_size())[distributed.rank()]).detach()
+    )
     return rows, names, list(synchronized.state_dict()) == names
 
 
@@ -219,16 +220,16 @@ class Mean(Loss):
 
 
 TRAININGS = {
-    "vicreg": lambda: pretraining(VICReg(), relate.Views()),
-    "vicreg V=3 separate": lambda: pretraining(VICReg(), relate.Views(), V=3, separate=True),
-    "simclr labels": lambda: pretraining(SimCLR(), relate.Labels()),
-    "barlow clipped": lambda: pretraining(BarlowTwins(), relate.Views(), clip=0.5),
-    "barlow normalized labels": lambda: pretraining(BarlowTwins(), relate.Labels(True)),
-    "neighbors": lambda: pretraining(SimCLR(), relate.Neighbors(2)),
-    "queue": lambda: pretraining(VICReg(), relate.Neighbors(2, queue=30)),
-    "noisy labels": lambda: pretraining(VICReg(), relate.Noisy("labels", 0.5)),
-    "custom loss": lambda: pretraining(Mean(), relate.Views()),
-    "images on the host": lambda: pretraining(VICReg(), relate.Labels(), location="host"),
+    "vicreg": lambda: pretraining(VICReg(), builders.FromViews()),
+    "vicreg V=3 separate": lambda: pretraining(VICReg(), builders.FromViews(), V=3, separate=True),
+    "simclr labels": lambda: pretraining(SimCLR(), builders.FromLabels()),
+    "barlow clipped": lambda: pretraining(BarlowTwins(), builders.FromViews(), clip=0.5),
+    "barlow normalized labels": lambda: pretraining(BarlowTwins(), builders.FromLabels(True)),
+    "neighbors": lambda: pretraining(SimCLR(), builders.FromNeighbors(2)),
+    "queue": lambda: pretraining(VICReg(), builders.FromNeighbors(2, queue=30)),
+    "noisy labels": lambda: pretraining(VICReg(), builders.Rewired("labels", 0.5)),
+    "custom loss": lambda: pretraining(Mean(), builders.FromViews()),
+    "images on the host": lambda: pretraining(VICReg(), builders.FromLabels(), location="host"),
 }
 
 
@@ -241,9 +242,9 @@ def curves(names: list[str]) -> list[tuple[list[dict], dict[str, Tensor]]]:
         training.backbone.double()
         training.projector.double()
         training.augment = Doubled(training.augment)
-        training.backbone = replica.synchronized(training.backbone)
-        training.projector = replica.synchronized(training.projector)
-        training.network = replica.averaging(nn.Sequential(training.backbone, training.projector))
+        training.backbone = distributed.sync_batchnorm(training.backbone)
+        training.projector = distributed.sync_batchnorm(training.projector)
+        training.network = distributed.data_parallel(nn.Sequential(training.backbone, training.projector))
         trained.append((rows(training), weights(training)))
     return trained
 
@@ -295,10 +296,10 @@ def evaluate() -> tuple[Tensor, list[dict], list[dict], list[dict]]:
     training = pretraining()
     network = training.backbone
     features = extract(network, training.data.train, training.data.mean, training.data.std, batch_size=7)
-    probes = list(probe("backbone", network, training.data, ["linear", "knn", "ridge"], score_test=True))
+    probes = list(evaluate("backbone", network, training.data, ["linear", "knn", "ridge"], score_test=True))
     training.relation.bind(training.data.pretrain.labels)
     settings = {"V": 2, "images": 30, "seed": 0, "fixed": False}
-    looks = Diagnostics(training.data, training.augment, relate.Neighbors(2), training.loss, **settings)
+    looks = Diagnostics(training.data, training.augment, builders.FromNeighbors(2), training.loss, **settings)
     columns = looks(network, training.projector)
     spectrum = looks.spectrum(network, training.projector)
     untimed = [{name: value for name, value in row.items() if name != "seconds"} for row in probes]
@@ -320,7 +321,7 @@ def test_probes_and_diagnostics_match_single_process(W: int) -> None:
 
 
 def votes() -> list[int]:
-    vote = distributed.Vote()
+    vote = distributed.AsyncMax()
     return [
         vote(request) for request in ((0, 0, 2, 0, 0, 0) if distributed.rank() == 1 else (0, 1, 0, 0, 0, 0))
     ]
@@ -345,12 +346,12 @@ def test_dropout_random_states_differ_between_ranks() -> None:
 def fail_on_rank_1(folder: Path, how: str) -> str:
     """Type and message of the exception on this rank when rank 1 raises within `distributed.together`."""
     try:
-        with Record(folder, "x") as record, distributed.together(record.lost):
+        with RunRecord(folder, "x") as record, distributed.propagate_failures(record.lost):
             if distributed.rank() == 1:
                 if how == "preempted":
                     raise Preempted("preempted by SIGTERM")
-                raise (Refused if how == "refused" else KeyError)("no such thing")
-            distributed.summed(torch.ones(3))
+                raise (UsageError if how == "refused" else KeyError)("no such thing")
+            distributed.all_reduce_sum(torch.ones(3))
     except BaseException as error:
         distributed._group.ended.set()  # stop the watching thread: this process exits by itself
         return f"{type(error).__name__}: {error}"
@@ -378,20 +379,20 @@ def test_failure_on_one_rank_ends_the_others_with_its_message(
 def test_place_reads_torchrun_and_slurm_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
-    assert distributed.place() is None
+    assert distributed.rank_info() is None
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "4")  # set in the batch script itself, which is not a task of a step
-    assert distributed.place() is None
+    assert distributed.rank_info() is None
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    assert distributed.place() is None
+    assert distributed.rank_info() is None
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     monkeypatch.setenv("SLURM_PROCID", "3")
     monkeypatch.setenv("SLURM_LOCALID", "1")
-    assert distributed.place() == distributed.Place(3, 4, 1)
+    assert distributed.rank_info() == distributed.RankInfo(3, 4, 1)
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert distributed.place() == distributed.Place(2, 8, 0)
-    with pytest.raises(Refused, match="device=cuda:1 is one device, and 8 processes train"):
+    assert distributed.rank_info() == distributed.RankInfo(2, 8, 0)
+    with pytest.raises(UsageError, match="device=cuda:1 is one device, and 8 processes train"):
         choose_device("cuda:1")
 
 
@@ -521,16 +522,16 @@ class OwnTerms(VICReg):
         return super()._terms(Z, G) | {"variance": (1 - Z.std(0)).relu().sum()}
 
 
-class OwnRelation(relate.Views):
+class OwnRelation(builders.FromViews):
     def __call__(self, batch, Z):
         return super().__call__(batch, Z)
 
 
 def test_subclasses_do_not_inherit_reduces_and_divides() -> None:
-    assert VICReg.reduces
-    assert relate.Views.divides
-    assert not OwnTerms.reduces
-    assert not OwnRelation.divides
+    assert VICReg.supports_sharding
+    assert builders.FromViews.shardable
+    assert not OwnTerms.supports_sharding
+    assert not OwnRelation.shardable
 
 
 def save_slowly(folder: Path) -> str:
@@ -539,14 +540,14 @@ def save_slowly(folder: Path) -> str:
     training = pretraining(epochs=2)
 
     def save(state: dict) -> None:
-        if distributed.leads():
+        if distributed.is_main_process():
             time.sleep(3)
             (folder / "saved").touch()
 
     training.save = save
     training.preemption.asked = signal.SIGUSR1
     try:
-        with Preemption(), Record(folder, "x") as record, distributed.together(record.lost):
+        with Preemption(), RunRecord(folder, "x") as record, distributed.propagate_failures(record.lost):
             list(training.epochs())
     except Preempted:
         distributed._group.ended.set()

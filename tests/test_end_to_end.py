@@ -18,7 +18,7 @@ import torch
 from hydra._internal.core_plugins import basic_launcher
 from omegaconf import OmegaConf
 
-from ssl_runner.diagnostics import COLUMNS
+from ssl_runner.theory.diagnostics import COLUMNS
 from tests.conftest import TINY, make_pictures, run_folder
 
 TIMINGS = ("seconds", "images_per_s", "diagnostics_s", "solve_s")

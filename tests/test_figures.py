@@ -10,9 +10,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from ssl_runner import figures
-from ssl_runner.errors import Refused
+from ssl_runner.errors import UsageError
 
-TARGETS = {"vicreg": "VICReg", "simclr": "SimCLR", "squared": "SquaredSimCLR", "barlow": "BarlowTwins"}
+TARGETS = {"vicreg": "VICReg", "simclr": "SimCLR", "squared": "SpectralContrastive", "barlow": "BarlowTwins"}
 
 
 def write_run(
@@ -44,7 +44,7 @@ def write_run(
         "epoch": [1, 2],
         "seconds": [1.0, 2.0],
         "loss": [3.0, top1],
-        "loss_is": "exact",
+        "loss_kind": "exact",
         "moments_loss": [4 + top1, 3 + top1],
     }
     pd.DataFrame(metrics).to_csv(folder / "metrics.csv", index=False)
@@ -103,7 +103,7 @@ def test_rank_vs_gamma_counts_directions_above_a_tenth_of_the_largest(tmp_path: 
 def test_aligned_vs_misaligned_and_linear_regime_draw_both_solvers(tmp_path: Path) -> None:
     for solver in ("gradient", "closed_form"):
         for p in (0.0, 1.0):
-            noisy = {"relation__p": p, "relation___target_": "ssl_runner.relate.Noisy"}
+            noisy = {"relation__p": p, "relation___target_": "ssl_runner.relation.builders.Rewired"}
             sweep(
                 tmp_path / solver,
                 {"vicreg": {"gamma": 25.0}, "simclr": {}, "barlow": {}},
@@ -145,7 +145,7 @@ def test_what_the_pictures_say_of_the_settings_is_the_runs_own(tmp_path: Path) -
 
 
 def test_every_gamma_is_drawn(tmp_path: Path) -> None:
-    noisy = {"relation___target_": "ssl_runner.relate.Noisy", "relation__p": 0.5}
+    noisy = {"relation___target_": "ssl_runner.relation.builders.Rewired", "relation__p": 0.5}
     gammas = [1.0, 5.0, 25.0, 100.0, 400.0]
     for solver in ("gradient", "closed_form"):
         for gamma in gammas:
@@ -180,7 +180,7 @@ def test_runs_that_do_not_go_together_are_refused(
     picture: str, lost: str | None, settings: dict, message: str, tmp_path: Path
 ) -> None:
     noisy = {
-        "relation___target_": "ssl_runner.relate.Noisy",
+        "relation___target_": "ssl_runner.relation.builders.Rewired",
         "relation__p": 0.5,
         "alpha": 25.0,
         "gamma": 1.0,
@@ -195,7 +195,7 @@ def test_runs_that_do_not_go_together_are_refused(
         (other / lost).unlink()
     elif lost:
         pd.read_csv(other / "metrics.csv").drop(columns=lost).to_csv(other / "metrics.csv", index=False)
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(UsageError) as refused:
         figures.DRAW[picture](figures.read_runs(tmp_path))
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -207,11 +207,11 @@ def test_a_run_without_the_linear_probe_is_refused(tmp_path: Path) -> None:
         probe = pd.read_csv(tmp_path / loss / "probe.csv")
         probe.assign(probe="knn").to_csv(tmp_path / loss / "probe.csv", index=False)
     with pytest.raises(
-        Refused, match=r"vicreg has no top1\.backbone: make the run again, with probe\.probes=\[linear\]"
+        UsageError, match=r"vicreg has no top1\.backbone: make the run again, with probe\.probes=\[linear\]"
     ):
         figures.low_label(figures.read_runs(tmp_path))
     write_run(tmp_path / "with", "vicreg", 0.5, seed=1, dataset__subset=100, alpha=25.0, gamma=1.0)
-    with pytest.raises(Refused, match=r"vicreg has no top1\.backbone"):
+    with pytest.raises(UsageError, match=r"vicreg has no top1\.backbone"):
         figures.low_label(figures.read_runs(tmp_path))
 
 
@@ -222,7 +222,7 @@ def test_the_command_writes_a_picture_or_says_why_not(tmp_path: Path, monkeypatc
     assert exit_.value.code == 1
     assert capsys.readouterr().err.count("\n") == 1
     sweep(tmp_path, {"vicreg": {"gamma": 1.0}}, dataset__subset=100, alpha=25.0)
-    with pytest.raises(Refused, match="no finished run of SimCLR"):
+    with pytest.raises(UsageError, match="no finished run of SimCLR"):
         figures.low_label(figures.read_runs(tmp_path))
     sweep(tmp_path, {"simclr": {}, "barlow": {}}, dataset__subset=100)
     figures.main()

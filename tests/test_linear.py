@@ -8,10 +8,10 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 from torch.testing import assert_close
 
-from ssl_runner.linear import Centred, Moments, optimum
-from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SquaredSimCLR, VICReg
-from ssl_runner.relation import Edges, Labels, Normalized, Relation, Views
-from ssl_runner.theory import EXACT, UPPER
+from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
+from ssl_runner.relation import DegreeNormalized, Edges, Labels, Relation, Views
+from ssl_runner.theory.linear import CentredMoments, Moments, linear_optimum
+from ssl_runner.theory.optima import EXACT, UPPER
 
 CPU = torch.device("cpu")
 N, D = 60, 7
@@ -23,7 +23,7 @@ RELATIONS = {
     "labels": Labels(UNEVEN),
     "labels normalized": Labels(UNEVEN, normalized=True),
     "edges": Edges(torch.arange(0, 40), torch.arange(10, 50), N),
-    "edges normalized": Normalized(Edges(torch.arange(0, 40), torch.arange(10, 50), N)),
+    "edges normalized": DegreeNormalized(Edges(torch.arange(0, 40), torch.arange(10, 50), N)),
 }
 
 
@@ -35,7 +35,7 @@ def data(dtype: torch.dtype = torch.float64) -> Tensor:
     ) @ mixing + 3
 
 
-def moments_of(X: Tensor, G: Relation) -> Centred:
+def moments_of(X: Tensor, G: Relation) -> CentredMoments:
     moments = Moments(X.shape[1], CPU)
     moments.add(X, G)
     return moments.centred()
@@ -97,8 +97,8 @@ def test_float32_features_lose_nothing_to_their_mean() -> None:
 LOSSES = [
     VICReg(2.0, 1.0, 3.0),
     VICReg(2.0, 5.0, 0.3, variance="squared"),
-    SquaredSimCLR("sum"),
-    SquaredSimCLR("mean"),
+    SpectralContrastive("sum"),
+    SpectralContrastive("mean"),
     BarlowTwins(0.1),
 ]
 
@@ -118,7 +118,7 @@ def test_vicreg_is_locality_preserving_projections(G: Relation) -> None:
     Xc = X - X.mean(0)
     L = dense.sum(1).diag() - dense
     mu, w = scipy.linalg.eigh((Xc.T @ L @ Xc).numpy(), (Xc.T @ Xc).numpy())
-    best = optimum(VICReg(2.0, 2.0, 1e-3, variance="squared"), moments_of(X, G), 3)
+    best = linear_optimum(VICReg(2.0, 2.0, 1e-3, variance="squared"), moments_of(X, G), 3)
     assert_close(best.eigenvalues, torch.from_numpy(mu[:3].copy()), rtol=1e-6, atol=1e-8)
     assert_close(
         cosines(best.W, torch.from_numpy(w[:, :3].copy())),
@@ -133,7 +133,7 @@ def test_barlow_on_labels_is_linear_discriminant_analysis() -> None:
     theirs = LinearDiscriminantAnalysis(solver="eigen", n_components=3).fit(X.numpy(), Y.numpy())
     for loss in (BarlowTwins(), VICReg(1.0, 1.0, 1e-6, variance="squared"), SimCLR()):
         for normalized in (False, True):
-            best = optimum(loss, moments_of(X, Labels(Y, normalized=normalized)), 3)
+            best = linear_optimum(loss, moments_of(X, Labels(Y, normalized=normalized)), 3)
             span = torch.from_numpy(theirs.scalings_[:, :3].copy())
             assert_close(cosines(best.W, span), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-8)
 
@@ -143,7 +143,7 @@ def test_barlow_on_views_is_canonical_correlation_analysis() -> None:
     G = Views(30, 2)
     X = torch.randn(30, D, dtype=torch.float64).repeat(2, 1) + 0.5 * torch.randn(60, D, dtype=torch.float64)
     i, j = G.edges()
-    best = optimum(BarlowTwins(), moments_of(X, G), 3)
+    best = linear_optimum(BarlowTwins(), moments_of(X, G), 3)
     theirs = CCA(3, scale=False, max_iter=5000, tol=1e-12).fit(X[i].numpy(), X[j].numpy())
     left, right = theirs.transform(X[i].numpy(), X[j].numpy())
     correlations = torch.tensor(
@@ -180,7 +180,7 @@ def pair_moments(X: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
 def test_squared_simclr_is_multidimensional_scaling_within_the_range_of_x(G: Relation, center: bool) -> None:
     """Of centred columns, or of these and a constant one: the bias."""
     X = data()
-    best = optimum(SquaredSimCLR("sum", center), moments_of(X, G), 4)
+    best = linear_optimum(SpectralContrastive("sum", center), moments_of(X, G), 4)
     columns = X - X.mean(0) if center else torch.cat([X, torch.ones(N, 1, dtype=torch.float64)], 1)
     U = torch.linalg.svd(columns, full_matrices=False)[0]
     g, q = torch.linalg.eigh(U.T @ G.dense(torch.float64) @ U)
@@ -196,15 +196,15 @@ def test_squared_simclr_is_multidimensional_scaling_within_the_range_of_x(G: Rel
     [
         VICReg(2.0, 2.0, 0.4, variance="squared"),
         VICReg(2.0, 4.0, 2.0, variance="squared"),
-        SquaredSimCLR(),
-        SquaredSimCLR("sum"),
-        SquaredSimCLR("sum", center=True),
+        SpectralContrastive(),
+        SpectralContrastive("sum"),
+        SpectralContrastive("sum", center=True),
     ],
     ids=["vicreg", "vicreg beta>alpha", "squared simclr", "squared simclr sum", "squared simclr centred"],
 )
 def test_descent_on_w_reaches_an_exact_value_and_never_beats_it(loss: Loss, G: Relation) -> None:
     X, K = data(), 3
-    best = optimum(loss, moments_of(X, G), K)
+    best = linear_optimum(loss, moments_of(X, G), K)
     assert best.kind == EXACT
     assert_close(float(loss(X @ best.W + best.bias, G)), best.value, rtol=1e-6, atol=1e-9)
     Q, _ = torch.linalg.qr(
@@ -241,32 +241,32 @@ def test_an_upper_bound_says_so_and_is_attained(name: str) -> None:
     )
     for loss in losses:
         for ridge in (0.0, 0.2):
-            best = optimum(loss, m, 4, ridge)
+            best = linear_optimum(loss, m, 4, ridge)
             assert best.kind == UPPER
             assert_close(float(loss(Xc @ best.W, G)), best.value, rtol=1e-6, atol=1e-9)
             assert_close(torch.linalg.svdvals(Xc @ best.W), best.singular_values, rtol=1e-6, atol=1e-6)
     squared = VICReg(2.0, 2.0, 0.4, variance="squared")
-    exact, ridged = optimum(squared, m, 4), optimum(squared, m, 4, ridge=0.1)
+    exact, ridged = linear_optimum(squared, m, 4), linear_optimum(squared, m, 4, ridge=0.1)
     assert ridged.kind == UPPER
     assert ridged.value > exact.value
 
 
 @pytest.mark.parametrize(
-    "loss", [VICReg(2.0, 2.0, 0.4, variance="squared"), SquaredSimCLR(), BarlowTwins(0.01)]
+    "loss", [VICReg(2.0, 2.0, 0.4, variance="squared"), SpectralContrastive(), BarlowTwins(0.01)]
 )
 def test_units_of_the_columns_do_not_matter(loss: Loss) -> None:
     X, G = data(), RELATIONS["views"]
     units = 10.0 ** torch.arange(-3, 4).double()
     assert_close(
-        optimum(loss, moments_of(X * units, G), 4).value,
-        optimum(loss, moments_of(X, G), 4).value,
+        linear_optimum(loss, moments_of(X * units, G), 4).value,
+        linear_optimum(loss, moments_of(X, G), 4).value,
         rtol=1e-6,
         atol=1e-8,
     )
 
 
 @pytest.mark.parametrize(
-    "loss", [VICReg(2.0, 2.0, 0.4, variance="squared"), SquaredSimCLR("sum"), BarlowTwins(0.01)]
+    "loss", [VICReg(2.0, 2.0, 0.4, variance="squared"), SpectralContrastive("sum"), BarlowTwins(0.01)]
 )
 def test_a_wide_spectrum_and_a_deficient_rank_cost_no_digits(loss: Loss) -> None:
     """float32 features whose variances fall to 1e-7 of the largest, and fewer rows than columns; against float64 products."""
@@ -275,7 +275,7 @@ def test_a_wide_spectrum_and_a_deficient_rank_cost_no_digits(loss: Loss) -> None
         X = (torch.randn(rows, columns) * 10 ** torch.linspace(0, -3.5, columns)) @ basis + 5
         G, moments = Views(rows // 2, 2), Moments(columns, CPU)
         moments.add(X, G)
-        best = optimum(loss, moments.centred(), 8)
+        best = linear_optimum(loss, moments.centred(), 8)
         value = float(loss(X.double() @ best.W + best.bias, G))
         assert_close(best.value, value, rtol=1e-6, atol=1e-7)
         Xc = X.double() - X.double().mean(0)
@@ -291,7 +291,7 @@ def test_directions_without_variance_are_left_out() -> None:
     X = torch.cat([data(), torch.ones(N, 2, dtype=torch.float64), torch.zeros(N, 1, dtype=torch.float64)], 1)
     X[:, 7] = X[:, 0] - X[:, 1]
     for loss in (VICReg(1.0, 1.0, 1e-3, variance="squared"), SimCLR(), BarlowTwins()):
-        best = optimum(loss, moments_of(X, RELATIONS["views"]), 9)
+        best = linear_optimum(loss, moments_of(X, RELATIONS["views"]), 9)
         assert best.W.shape == (10, 9)
         assert int(best.eigenvalues.isfinite().sum()) == 7
         assert best.rank <= 7
@@ -304,7 +304,7 @@ def test_a_loss_without_a_closed_linear_form_says_so() -> None:
             return {}
 
     with pytest.raises(NotImplementedError, match="Other has no closed linear form"):
-        optimum(Other(), moments_of(data(), RELATIONS["views"]), 2)
+        linear_optimum(Other(), moments_of(data(), RELATIONS["views"]), 2)
 
 
 @pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
@@ -316,5 +316,5 @@ def test_the_value_of_any_mean_is_the_loss(G: Relation) -> None:
         torch.tensor([0.3, -2.0, 1.0], dtype=torch.float64),
     )
     Z = (X - X.mean(0)) @ W + mean
-    for loss in (*LOSSES, SquaredSimCLR("sum", center=True), BarlowTwins(0.1, center=True)):
+    for loss in (*LOSSES, SpectralContrastive("sum", center=True), BarlowTwins(0.1, center=True)):
         assert_close(moments_of(X, G).value(loss, W, mean), float(loss(Z, G)), rtol=1e-6, atol=1e-9)

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_runner import checkpoint
-from ssl_runner.errors import Refused
-from ssl_runner.metrics import Table, read_json, write_json
+from ssl_runner.errors import UsageError
+from ssl_runner.runs import checkpoint
+from ssl_runner.runs.files import CsvLog, read_json, write_json
 
 
 def test_table_appends_rows_under_one_header(tmp_path: Path) -> None:
     for row in ({"epoch": 1, "loss": 0.1 + 0.2}, {"epoch": 2, "loss": None}):
-        Table(tmp_path / "t.csv").append(row)
+        CsvLog(tmp_path / "t.csv").append(row)
     assert (tmp_path / "t.csv").read_text() == "epoch,loss\n1,0.30000000000000004\n2,\n"
 
 
@@ -31,14 +31,14 @@ def test_table_keep_drops_later_rows_and_incomplete_lines(
 ) -> None:
     path = tmp_path / "t.csv"
     path.write_text(content)
-    Table(path).keep(2)
+    CsvLog(path).truncate_after(2)
     assert path.read_text() == expected
-    Table(path).append({"epoch": 3, "loss": 0.3})
+    CsvLog(path).append({"epoch": 3, "loss": 0.3})
     assert path.read_text() == (expected or "epoch,loss\n") + "3,0.3\n"
 
 
 def test_crash_during_save_keeps_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.find(tmp_path) is None
     checkpoint.save({"epoch": 1, "weights": torch.ones(3)}, tmp_path)
 
     def crash(state: object, file) -> None:
@@ -48,7 +48,7 @@ def test_crash_during_save_keeps_previous_checkpoint(tmp_path: Path, monkeypatch
     monkeypatch.setattr(torch, "save", crash)
     with pytest.raises(OSError, match="disk full"):
         checkpoint.save({"epoch": 2}, tmp_path)
-    assert checkpoint.load(checkpoint.newest(tmp_path))["epoch"] == 1
+    assert checkpoint.load(checkpoint.find(tmp_path))["epoch"] == 1
 
 
 @pytest.mark.parametrize("damage", ["truncated", "bit flipped", "empty", "checksum missing"])
@@ -59,7 +59,7 @@ def test_newest_skips_damaged_checkpoint(
         checkpoint.save({"epoch": epoch, "weights": torch.ones(300)}, tmp_path)
     path = tmp_path / "checkpoint.pt"
     assert torch.load(path, weights_only=True)["epoch"] == 3  # torch.load ignores the checksum
-    assert checkpoint.newest(tmp_path) == path
+    assert checkpoint.find(tmp_path) == path
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     damaged = {
@@ -69,19 +69,19 @@ def test_newest_skips_damaged_checkpoint(
         "checksum missing": content[:-72],
     }
     path.write_bytes(damaged[damage])
-    before = checkpoint.newest(tmp_path)
+    before = checkpoint.find(tmp_path)
     assert checkpoint.load(before)["epoch"] == 2
     assert f"{path} is damaged" in capsys.readouterr().err
 
     before.write_bytes(b"PK")
-    with pytest.raises(Refused, match="no intact checkpoint to resume from: remove checkpoint-before"):
-        checkpoint.newest(tmp_path)
+    with pytest.raises(UsageError, match="no intact checkpoint to resume from: remove checkpoint-before"):
+        checkpoint.find(tmp_path)
 
 
 def test_crash_between_renames_keeps_previous_checkpoint(tmp_path: Path) -> None:
     checkpoint.save({"epoch": 1}, tmp_path)
     (tmp_path / "checkpoint.pt").rename(tmp_path / "checkpoint-before.pt")
-    assert checkpoint.load(checkpoint.newest(tmp_path))["epoch"] == 1
+    assert checkpoint.load(checkpoint.find(tmp_path))["epoch"] == 1
 
 
 def test_load_does_not_execute_pickled_code(tmp_path: Path) -> None:

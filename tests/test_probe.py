@@ -12,8 +12,11 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from ssl_runner import probe as module
-from ssl_runner.probe import LinearProbe, NeighborProbe, RidgeProbe, accuracies, best_of, extract, probe
+from ssl_runner.probe import knn, linear
+from ssl_runner.probe.knn import KnnProbe
+from ssl_runner.probe.linear import LinearProbe
+from ssl_runner.probe.protocol import accuracies, best_of, evaluate, extract
+from ssl_runner.probe.ridge import RidgeProbe
 from tests.test_dataset import load, toy
 
 
@@ -90,14 +93,14 @@ def test_linear_probe_frees_its_features() -> None:
 def test_linear_and_ridge_probe_fit_more_features_than_rows() -> None:
     X, y = torch.randn(30, 100), torch.arange(30) % 3
     ours = LinearProbe(X, y, 3)
-    for l2 in module.STRENGTHS:
+    for l2 in linear.STRENGTHS:
         assert ours.fit(l2) < 1000
         assert ours.W.isfinite().all()
     assert ours.scores(l2, X).argmax(1).equal(y)
     assert RidgeProbe(X, y, 3).scores(1e-6, X).argmax(1).equal(y)
 
 
-@pytest.mark.parametrize("Probe", [LinearProbe, NeighborProbe, RidgeProbe])
+@pytest.mark.parametrize("Probe", [LinearProbe, KnnProbe, RidgeProbe])
 def test_class_without_rows_is_never_predicted(Probe: type) -> None:
     X, y = blobs()
     for _, scores in Probe(X, y, 4).path(X):
@@ -106,13 +109,13 @@ def test_class_without_rows_is_never_predicted(Probe: type) -> None:
         assert (scores.argmax(1) < 3).all()
 
 
-@pytest.mark.parametrize("Probe", [LinearProbe, NeighborProbe, RidgeProbe])
+@pytest.mark.parametrize("Probe", [LinearProbe, KnnProbe, RidgeProbe])
 def test_constant_features_give_finite_scores(Probe: type) -> None:
     X, y = torch.ones(30, 4), torch.arange(30) % 3
     assert all(scores.isfinite().all() for _, scores in Probe(X, y, 3).path(X))
 
 
-@pytest.mark.parametrize("Probe", [LinearProbe, NeighborProbe, RidgeProbe])
+@pytest.mark.parametrize("Probe", [LinearProbe, KnnProbe, RidgeProbe])
 def test_probe_is_bitwise_reproducible(Probe: type) -> None:
     X, y = blobs()
     for (_, one), (_, other) in zip(Probe(X, y, 3).path(X), Probe(X, y, 3).path(X), strict=True):
@@ -143,12 +146,12 @@ def test_knn_probe_matches_scikit_learn(k: int) -> None:
     X, y, X_eval = torch.randn(300, 6), torch.arange(300) % 3, torch.randn(100, 6)
 
     def weights(distances: np.ndarray) -> np.ndarray:
-        return np.exp((1 - distances) / module.TEMPERATURE)
+        return np.exp((1 - distances) / knn.TEMPERATURE)
 
     theirs = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weights).fit(
         X.double().numpy(), y.numpy()
     )
-    ours = NeighborProbe(X, y, 3).scores(k, X_eval)
+    ours = KnnProbe(X, y, 3).scores(k, X_eval)
     assert_close(
         ours / ours.sum(1, keepdim=True),
         torch.from_numpy(theirs.predict_proba(X_eval.double().numpy())).float(),
@@ -161,9 +164,9 @@ def test_knn_path_matches_separate_votes() -> None:
     X, y = blobs(60)
     X_eval, _ = blobs(20)
     settings = []
-    for k, scores in NeighborProbe(X, y, 3).path(X_eval):
+    for k, scores in KnnProbe(X, y, 3).path(X_eval):
         settings.append(k)
-        assert_close(scores, NeighborProbe(X, y, 3).scores(k, X_eval))
+        assert_close(scores, KnnProbe(X, y, 3).scores(k, X_eval))
     assert settings == [1, 5, 10, 20, 50]
 
 
@@ -212,7 +215,7 @@ def test_extract_uses_eval_mode_and_restores_training_mode() -> None:
 
 def test_probe_rows_list_splits_and_training_sizes() -> None:
     data = load(toy())
-    rows = list(probe("pixels", nn.Flatten(), data, ["linear", "knn", "ridge"], score_test=True))
+    rows = list(evaluate("pixels", nn.Flatten(), data, ["linear", "knn", "ridge"], score_test=True))
     assert [(row["probe"], row["train_split"], row["eval_split"], row["n_train"]) for row in rows] == [
         ("linear", "train", "val", 60),
         ("linear", "train+val", "test", 80),
@@ -227,7 +230,7 @@ def test_probe_rows_list_splits_and_training_sizes() -> None:
 def test_probe_without_score_test_does_not_read_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
     data = load(toy())
     data.test = None
-    rows = list(probe("backbone", nn.Flatten(), data, ["linear"], score_test=False))
+    rows = list(evaluate("backbone", nn.Flatten(), data, ["linear"], score_test=False))
     assert [row["eval_split"] for row in rows] == ["val"]
 
 
@@ -235,9 +238,9 @@ def test_selection_is_independent_of_test_labels() -> None:
     """Replacing all test labels by wrong ones does not change the selected hyperparameters."""
     first, second = load(toy()), load(toy())
     second.test.labels = second.test.labels.clone()
-    second.test.labels[second.test.rows] = (second.test.y + 1) % 4
+    second.test.labels[second.test.indices] = (second.test.y + 1) % 4
     chosen = [
-        [row["selection"] for row in probe("pixels", nn.Flatten(), d, ["linear", "knn", "ridge"], True)]
+        [row["selection"] for row in evaluate("pixels", nn.Flatten(), d, ["linear", "knn", "ridge"], True)]
         for d in (first, second)
     ]
     assert chosen[0] == chosen[1]

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from ssl_runner import relate, relation
-from ssl_runner.errors import Refused
-from ssl_runner.relate import Batch, BatchRelation
+from ssl_runner import relation
+from ssl_runner.batch import Batch
+from ssl_runner.errors import UsageError
+from ssl_runner.relation import builders
+from ssl_runner.relation.builders import RelationBuilder
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 1])
 ROWS = torch.tensor([3, 0, 5, 1])
@@ -23,17 +25,19 @@ def batch(V: int = 2, rows: Tensor = ROWS) -> Batch:
 
 def test_views_and_labels_match_definition() -> None:
     Z = torch.randn(12, 5)
-    assert_close(relate.Views()(batch(3), Z).dense(), relation.Views(4, 3).dense())
-    assert_close(relate.Views(True)(batch(3), Z).dense(), relation.Views(4, 3, True).dense())
+    assert_close(builders.FromViews()(batch(3), Z).dense(), relation.Views(4, 3).dense())
+    assert_close(builders.FromViews(True)(batch(3), Z).dense(), relation.Views(4, 3, True).dense())
     labels = LABELS[ROWS].repeat(3)
-    assert_close(relate.Labels()(batch(3), Z).dense(), ((labels[:, None] == labels).float() - torch.eye(12)))
+    assert_close(
+        builders.FromLabels()(batch(3), Z).dense(), ((labels[:, None] == labels).float() - torch.eye(12))
+    )
 
 
 @pytest.mark.parametrize("V", [2, 3])
 @pytest.mark.parametrize("k", [1, 2])
 def test_neighbors_in_batch_matches_definition(k: int, V: int) -> None:
     Z = torch.randn(V * 4, 5)
-    G = relate.Neighbors(k)(batch(V), Z).dense()
+    G = builders.FromNeighbors(k)(batch(V), Z).dense()
     means = torch.nn.functional.normalize(Z.view(V, 4, 5).mean(0))
     nearest = [
         [j for j in sorted(range(4), key=lambda j: -float(means[i] @ means[j])) if j != i][:k]
@@ -53,7 +57,7 @@ def shuffled_batches(n: int) -> Iterator[Tensor]:
 
 def test_neighbors_queue_holds_last_images_and_supports_with_nearest_other_images() -> None:
     """In five epochs over 8 images, a queue of 7 often holds an earlier embedding of the same image."""
-    builder, own_in_queue = relate.Neighbors(k=2, queue=7), 0
+    builder, own_in_queue = builders.FromNeighbors(k=2, queue=7), 0
     seen, seen_rows = torch.empty(0, 5), torch.empty(0, dtype=torch.int64)
     for step, rows in enumerate(shuffled_batches(8)):
         # embeddings of one image stay close to each other from epoch to epoch
@@ -79,7 +83,7 @@ def test_neighbors_queue_holds_last_images_and_supports_with_nearest_other_image
 
 def test_neighbors_queue_with_fewer_than_k_other_images_adds_no_support() -> None:
     """If 2 of the 3 queue entries are of one image, that image has a single neighbour, fewer than k = 2."""
-    builder = relate.Neighbors(k=2, queue=3)
+    builder = builders.FromNeighbors(k=2, queue=3)
     for rows in ([7], [7], [5]):
         assert builder(Batch(torch.tensor(rows), torch.zeros(1), 2, 3), torch.randn(2, 5)).support is None
     assert builder(Batch(torch.tensor([7]), torch.zeros(1), 2, 3), torch.randn(2, 5)).support is None
@@ -88,7 +92,7 @@ def test_neighbors_queue_with_fewer_than_k_other_images_adds_no_support() -> Non
 
 
 def test_neighbors_queue_keeps_last_images_of_larger_batch() -> None:
-    builder = relate.Neighbors(k=1, queue=3)
+    builder = builders.FromNeighbors(k=1, queue=3)
     Z = torch.randn(8, 5)
     builder(batch(2), Z)
     assert_close(builder.queue, Z.view(2, 4, 5).mean(0)[1:])
@@ -97,15 +101,18 @@ def test_neighbors_queue_keeps_last_images_of_larger_batch() -> None:
 
 def test_neighbors_k_above_batch_size_relates_all_images() -> None:
     Z = torch.randn(8, 3)
-    assert_close(relate.Neighbors(9)(batch(), Z).dense(), torch.ones(8, 8) - torch.eye(8))
-    assert (relate.Neighbors(9).fewest, relate.Neighbors(9, queue=20).fewest) == (10, 1)
+    assert_close(builders.FromNeighbors(9)(batch(), Z).dense(), torch.ones(8, 8) - torch.eye(8))
+    assert (builders.FromNeighbors(9).min_batch_size, builders.FromNeighbors(9, queue=20).min_batch_size) == (
+        10,
+        1,
+    )
 
 
 def test_neighbors_rejects_invalid_k_and_queue() -> None:
     with pytest.raises(ValueError, match="k=0"):
-        relate.Neighbors(0)
+        builders.FromNeighbors(0)
     with pytest.raises(ValueError, match="queue=4"):
-        relate.Neighbors(4, queue=4)
+        builders.FromNeighbors(4, queue=4)
 
 
 @pytest.mark.parametrize("ending", ["csv", "npz"])
@@ -117,7 +124,7 @@ def test_edges_matches_pairs_of_file_within_batch(ending: str, normalized: bool,
         np.savetxt(path, pairs, fmt="%d", delimiter=",", header="left,right", comments="")
     else:
         np.savez(path, i=pairs[:, 0], j=pairs[:, 1])
-    builder = relate.Edges(str(path), normalized)
+    builder = builders.FromEdges(str(path), normalized)
     builder.bind(LABELS)
     G = builder(batch(2), torch.randn(8, 3)).dense()
     listed = {frozenset(pair) for pair in pairs.tolist()}
@@ -149,40 +156,40 @@ def test_edges_matches_pairs_of_file_within_batch(ending: str, normalized: bool,
 )
 def test_edges_rejects_invalid_csv(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text(content)
-    with pytest.raises(Refused, match=message):
-        relate.Edges(str(tmp_path / "pairs.csv")).bind(LABELS)
+    with pytest.raises(UsageError, match=message):
+        builders.FromEdges(str(tmp_path / "pairs.csv")).bind(LABELS)
 
 
 def test_edges_rejects_missing_or_corrupt_file(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=r"relation\.path=None: expected an existing file; give a CSV"):
-        relate.Edges(None).bind(LABELS)
+    with pytest.raises(UsageError, match=r"relation\.path=None: expected an existing file; give a CSV"):
+        builders.FromEdges(None).bind(LABELS)
     (tmp_path / "pairs.npz").write_text("not an archive")
-    with pytest.raises(Refused, match=r"relation\.path="):
-        relate.Edges(str(tmp_path / "pairs.npz")).bind(LABELS)
+    with pytest.raises(UsageError, match=r"relation\.path="):
+        builders.FromEdges(str(tmp_path / "pairs.npz")).bind(LABELS)
     np.savez(tmp_path / "other.npz", a=np.arange(3))
-    with pytest.raises(Refused, match=r"relation\.path="):
-        relate.Edges(str(tmp_path / "other.npz")).bind(LABELS)
+    with pytest.raises(UsageError, match=r"relation\.path="):
+        builders.FromEdges(str(tmp_path / "other.npz")).bind(LABELS)
 
 
 def test_listed_counts_pairs_among_given_images(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("a,b\n0,3\n3,0\n3,5\n2,4\n")
     path = str(tmp_path / "pairs.csv")
-    for builder in (relate.Edges(path), relate.Noisy("edges", path=path)):
+    for builder in (builders.FromEdges(path), builders.Rewired("edges", path=path)):
         builder.bind(LABELS)
-        assert builder.listed(ROWS) == 2
-        assert builder.listed(torch.tensor([0, 1, 2])) == 0
-    assert relate.Views().listed(ROWS) is relate.Noisy().listed(ROWS) is None
+        assert builder.count_pairs(ROWS) == 2
+        assert builder.count_pairs(torch.tensor([0, 1, 2])) == 0
+    assert builders.FromViews().count_pairs(ROWS) is builders.Rewired().count_pairs(ROWS) is None
 
 
-def rewired_without_noise(folder: Path) -> dict[str, tuple[relate.Noisy, BatchRelation]]:
+def rewired_without_noise(folder: Path) -> dict[str, tuple[builders.Rewired, RelationBuilder]]:
     """Noisy relations with p = 0, each with the base relation that it must equal."""
     (folder / "pairs.csv").write_text("a,b\n0,3\n3,5\n2,4\n")
     path = str(folder / "pairs.csv")
     return {
-        "views": (relate.Noisy("views", 0), relate.Views()),
-        "labels": (relate.Noisy("labels", 0, normalized=True), relate.Labels(True)),
-        "neighbors": (relate.Noisy("neighbors", 0, k=2), relate.Neighbors(2)),
-        "edges": (relate.Noisy("edges", 0, path=path, normalized=True), relate.Edges(path, True)),
+        "views": (builders.Rewired("views", 0), builders.FromViews()),
+        "labels": (builders.Rewired("labels", 0, normalized=True), builders.FromLabels(True)),
+        "neighbors": (builders.Rewired("neighbors", 0, k=2), builders.FromNeighbors(2)),
+        "edges": (builders.Rewired("edges", 0, path=path, normalized=True), builders.FromEdges(path, True)),
     }
 
 
@@ -193,7 +200,7 @@ def test_noisy_with_p_zero_matches_base_relation(of: str, tmp_path: Path) -> Non
     for builder in (noisy, plain):
         builder.bind(LABELS)
     assert_close(noisy(batch(3), Z).dense(), plain(batch(3), Z).dense())
-    for name in ("needs_labels", "depends_on_embeddings", "fewest"):
+    for name in ("needs_labels", "depends_on_embeddings", "min_batch_size"):
         assert getattr(noisy, name) == getattr(plain, name)
 
 
@@ -212,14 +219,14 @@ def test_noisy_with_p_zero_matches_base_relation(of: str, tmp_path: Path) -> Non
 )
 def test_noisy_rejects_invalid_options(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        relate.Noisy(**settings)
+        builders.Rewired(**settings)
 
 
 def test_noisy_redraws_every_batch_and_is_seeded() -> None:
     rows = torch.arange(6)
     Z = torch.randn(12, 3)
-    labels = relate.Labels()(batch(2, rows), Z).dense()
-    builders = [relate.Noisy("labels", 0.5, seed) for seed in (0, 0, 1)]
+    labels = builders.FromLabels()(batch(2, rows), Z).dense()
+    builders = [builders.Rewired("labels", 0.5, seed) for seed in (0, 0, 1)]
     for builder in builders:
         builder.bind(LABELS)
     first, same_seed, other_seed = (builder(batch(2, rows), Z).dense() for builder in builders)
@@ -231,14 +238,14 @@ def test_noisy_redraws_every_batch_and_is_seeded() -> None:
 
 def test_repeatable_relation_depends_only_on_batch() -> None:
     Z, other = torch.randn(8, 3), torch.randn(8, 3)
-    noisy, queue = relate.Noisy("neighbors", 0.5), relate.Neighbors(queue=8)
+    noisy, queue = builders.Rewired("neighbors", 0.5), builders.FromNeighbors(queue=8)
     noisy.bind(LABELS)
-    for builder in (noisy.repeatable(), queue.repeatable()):
+    for builder in (noisy.frozen_copy(), queue.frozen_copy()):
         first = builder(batch(2), Z).dense()
         builder(batch(2), other)
         assert_close(builder(batch(2), Z).dense(), first)
-        assert not builder.reaches_beyond
-    fresh = relate.Noisy("neighbors", 0.5)
+        assert not builder.uses_memory
+    fresh = builders.Rewired("neighbors", 0.5)
     fresh.bind(LABELS)
     # the frozen copy did not advance the generator of `noisy`
     assert_close(noisy(batch(2), Z).dense(), fresh(batch(2), Z).dense())

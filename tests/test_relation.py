@@ -5,15 +5,15 @@ import torch
 from torch.testing import assert_close
 
 from ssl_runner.relation import (
+    DegreeNormalized,
     Edges,
+    KNearest,
     Labels,
-    Nearest,
-    Normalized,
-    Originals,
     Relation,
-    Supported,
+    ViewExpanded,
     Views,
-    noisy,
+    WithSupportSet,
+    rewire,
 )
 
 LEFT = torch.tensor([0, 1, 4, 5, 2])
@@ -62,10 +62,10 @@ def supported_by_loop(n: int, V: int, k: int) -> torch.Tensor:
 Y = torch.tensor([2, 0, 1, 2, 2, 0, 3])
 CASES = [(Views(n, V), views_by_loop(n, V)) for n, V in [(1, 2), (4, 2), (5, 3), (3, 8)]]
 CASES += [(Labels(Y), labels_by_loop(Y)), (Edges(LEFT, RIGHT, 7), edges_by_loop())]
-CASES += [(Nearest(NEAREST), nearest_by_loop())]
-CASES += [(Originals(Nearest(NEAREST), 3), originals_by_loop(nearest_by_loop(), 3))]
-CASES += [(Originals(Edges(LEFT, RIGHT, 7), 2), originals_by_loop(edges_by_loop(), 2))]
-CASES += [(Supported(3, 2, torch.zeros(3 * k, 1)), supported_by_loop(3, 2, k)) for k in (1, 2)]
+CASES += [(KNearest(NEAREST), nearest_by_loop())]
+CASES += [(ViewExpanded(KNearest(NEAREST), 3), originals_by_loop(nearest_by_loop(), 3))]
+CASES += [(ViewExpanded(Edges(LEFT, RIGHT, 7), 2), originals_by_loop(edges_by_loop(), 2))]
+CASES += [(WithSupportSet(3, 2, torch.zeros(3 * k, 1)), supported_by_loop(3, 2, k)) for k in (1, 2)]
 
 
 @pytest.mark.parametrize(("G", "dense"), CASES)
@@ -120,7 +120,7 @@ def test_views_spectrum_matches_theory() -> None:
 def test_normalized_relation_matches_symmetric_normalization(G: Relation, dense: torch.Tensor) -> None:
     scale = dense.sum(1).clamp(min=1).rsqrt()
     expected = scale[:, None] * dense * scale
-    normalized = Normalized(G)
+    normalized = DegreeNormalized(G)
     Z = torch.randn(len(dense), 3)
     assert_close(normalized.dense(), expected)
     assert_close(normalized.degrees.float(), expected.sum(1))
@@ -128,7 +128,7 @@ def test_normalized_relation_matches_symmetric_normalization(G: Relation, dense:
     assert_close(normalized.edges(), dense.nonzero().T)
 
 
-ALL_RELATIONS = [G for G, _ in CASES] + [Normalized(G) for G, _ in CASES]
+ALL_RELATIONS = [G for G, _ in CASES] + [DegreeNormalized(G) for G, _ in CASES]
 ALL_RELATIONS += [
     Views(4, 5, normalized=True),
     Labels(Y, normalized=True),
@@ -149,16 +149,16 @@ def test_edges_and_weights_match_dense_entries(G: Relation) -> None:
 )
 def test_noisy_keeps_number_of_pairs_and_rewires_fraction_p(G: Relation, p: float) -> None:
     """Includes complete graphs, in which removed pairs can only be replaced by removed pairs."""
-    rewired = noisy(G, p, torch.Generator().manual_seed(3))
+    rewired = rewire(G, p, torch.Generator().manual_seed(3))
     before, after = G.dense() > 0, rewired.dense() > 0
     pairs = int(before.sum()) // 2
     assert int(after.sum()) // 2 == pairs
     assert int((before & ~after).sum()) // 2 <= round(p * pairs)
-    assert_close(rewired.dense(), noisy(G, p, torch.Generator().manual_seed(3)).dense())
+    assert_close(rewired.dense(), rewire(G, p, torch.Generator().manual_seed(3)).dense())
     if p == 0:
         assert_close(rewired.dense(), G.dense())
     elif not before.float().fill_diagonal_(1).all():
-        assert (rewired.dense() != noisy(G, p, torch.Generator().manual_seed(4)).dense()).any()
+        assert (rewired.dense() != rewire(G, p, torch.Generator().manual_seed(4)).dense()).any()
 
 
 @pytest.mark.parametrize(
@@ -174,14 +174,14 @@ def test_noisy_draws_new_pairs_uniformly_from_pairs_not_kept(
     deviation of each frequency is at most 0.011.
     """
     G = Labels(torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2]))
-    frequency = sum(noisy(G, p, torch.Generator().manual_seed(seed)).dense() for seed in range(2000)) / 2000
+    frequency = sum(rewire(G, p, torch.Generator().manual_seed(seed)).dense() for seed in range(2000)) / 2000
     assert (frequency[G.dense() > 0] - positive).abs().max() < 0.05
     assert (frequency[G.dense() + torch.eye(9) == 0] - negative).abs().max() < 0.05
 
 
 def test_noisy_scales_to_many_rows() -> None:
     # a list of all 2e10 pairs would not fit into memory
-    rewired = noisy(Views(100_000, 2), 1.0, torch.Generator().manual_seed(0))
+    rewired = rewire(Views(100_000, 2), 1.0, torch.Generator().manual_seed(0))
     i, j = rewired.edges()
     assert rewired.num_rows == 200_000
     assert (i < j).sum() == 100_000
@@ -199,7 +199,7 @@ def test_noisy_scales_to_many_rows() -> None:
         (lambda: Edges(torch.tensor([1]), torch.tensor([1]), 3), "pairs of different rows"),
         (lambda: Edges(torch.tensor([0]), torch.tensor([3]), 3), "indices from 0 to 2"),
         (lambda: Edges(torch.tensor([0, 1]), torch.tensor([2]), 3), "equal length"),
-        (lambda: noisy(Views(4, 2), 1.5, torch.Generator()), "p=1.5: expected a number from 0 to 1"),
+        (lambda: rewire(Views(4, 2), 1.5, torch.Generator()), "p=1.5: expected a number from 0 to 1"),
         (lambda: Views(4, 2) @ torch.zeros(7, 3), r"expected \(8, K\)"),
     ],
 )

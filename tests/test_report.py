@@ -15,11 +15,11 @@ import pytest
 import yaml
 from scipy import stats
 
-from ssl_runner import report, report_plots
-from ssl_runner.collect import Run, read_run, read_runs, shown
+from ssl_runner.report import cli, plots, tables
+from ssl_runner.report.read import Run, format_value, read_run, read_runs
 from tests.conftest import TINY
 
-METRICS = "epoch,step,loss,images_per_s,floor_is\n1,3,9.5,100.0,\n2,6,7.5,300.0,exact\n"
+METRICS = "epoch,step,loss,images_per_s,floor_kind\n1,3,9.5,100.0,\n2,6,7.5,300.0,exact\n"
 PROBE = "epoch,probe,features,train_split,eval_split,selection,n_train,top1,top5,seconds\n"
 
 
@@ -46,7 +46,9 @@ def write_run(
     for key, value in config.items():
         group, _, name = key.rpartition("__")
         (nested.setdefault(group, {}) if group else nested)[name] = value
-    lines = list(overrides) or [f"{key.replace('__', '.')}={shown(value)}" for key, value in config.items()]
+    lines = list(overrides) or [
+        f"{key.replace('__', '.')}={format_value(value)}" for key, value in config.items()
+    ]
     (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(nested))
     (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(lines))
     hydra = {"hydra": {"runtime": {"choices": {"loss": "vicreg", "dataset": "mnist5k", **(choices or {})}}}}
@@ -58,7 +60,9 @@ def write_run(
         "versions": {"torch": "2.9"},
         "device": "cpu",
     }
-    about |= {"relation": {"target": "ssl_runner.relate.Views", "normalized": False, "pairs": None}}
+    about |= {
+        "relation": {"target": "ssl_runner.relation.builders.FromViews", "normalized": False, "pairs": None}
+    }
     if top1 is not None:
         about |= {"top1": top1, "val_top1": val_top1}
     (folder / "run.json").write_text(json.dumps(about | (record or {})))
@@ -79,9 +83,9 @@ def write_run(
 def tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """The table of runs, the summary and the swept keys."""
     runs = read_runs([folder], without=folder / "report")
-    keys = report.swept(runs)
-    table = report.runs_table(runs, keys)
-    return table, report.summarise(report.finished(table, keys), keys), keys
+    keys = tables.swept(runs)
+    table = tables.runs_table(runs, keys)
+    return table, tables.summarise(tables.finished(table, keys), keys), keys
 
 
 def ssl_report(
@@ -90,7 +94,7 @@ def ssl_report(
     """The console script: exit code, standard output, standard error."""
     monkeypatch.setattr(sys, "argv", ["ssl-report", *map(str, words)])
     try:
-        report.main()
+        cli.main()
         code = 0
     except SystemExit as exit_:
         code = int(exit_.code or 0)
@@ -162,10 +166,10 @@ def test_a_row_has_what_the_files_say(tmp_path: Path) -> None:
     )
     assert (a["protocol.selection"], a["protocol.n_train"]) == ("l2=0.1 (val)", 180)
     assert (a["protocol.relation.target"], a["protocol.relation.normalized"]) == (
-        "ssl_runner.relate.Views",
+        "ssl_runner.relation.builders.FromViews",
         False,
     )
-    assert (a["epochs_done"], a["epochs_asked"], a["metrics.loss"], a["metrics.floor_is"]) == (
+    assert (a["epochs_done"], a["epochs_asked"], a["metrics.loss"], a["metrics.floor_kind"]) == (
         2,
         "2",
         7.5,
@@ -216,7 +220,7 @@ def test_a_single_seed_has_no_interval_and_a_seed_made_twice_counts_once(tmp_pat
     np.testing.assert_allclose(
         summary["± top1"], [stats.t.ppf(0.975, 1) * np.std([0.6, 0.8], ddof=1) / np.sqrt(2), np.nan]
     )
-    assert report.with_interval(0.1, np.nan) == "0.1000"
+    assert tables.with_interval(0.1, np.nan) == "0.1000"
 
 
 def test_a_mean_over_settings_has_the_interval_of_their_pooled_variance() -> None:
@@ -227,7 +231,7 @@ def test_a_mean_over_settings_has_the_interval_of_their_pooled_variance() -> Non
         for setting, sample in samples.items()
         for seed, value in enumerate(sample)
     ]
-    [row] = report.over_seeds(
+    [row] = tables.over_seeds(
         pd.DataFrame(rows, columns=["key", "setting", "seed", "top1"]), "key", ["top1"]
     ).to_dict("records")
     squares = sum(((sample - sample.mean()) ** 2).sum() for sample in samples.values())
@@ -298,15 +302,15 @@ def test_torn_missing_and_empty_files_are_read_as_far_as_they_go(tmp_path: Path)
     (tmp_path / "bare" / ".hydra").mkdir(parents=True)
     runs = read_runs([tmp_path], without=tmp_path / "report")
     assert len(runs) == 1 + 20 + 5 + 1
-    table = report.runs_table(runs, [])
+    table = tables.runs_table(runs, [])
     assert dict(table.status.value_counts()) == {"done": 20, "unknown": 6, "running": 1}
-    assert "20 done" in report.report(runs, tmp_path / "report", "title")
+    assert "20 done" in cli.report(runs, tmp_path / "report", "title")
 
 
 def test_a_result_without_validation(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", 0.5)
     (folder / "probe.csv").unlink()
-    told = report.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", "title")
+    told = cli.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", "title")
     assert told.splitlines()[3].split() == ["-", "0.5000", "1"]
 
 
@@ -314,8 +318,8 @@ def test_a_plot_that_is_no_longer_made_goes(tmp_path: Path) -> None:
     for i in range(3):
         write_run(tmp_path / str(i), 0.5, 0.5, gamma=i // 2, V=i % 2)
     out = tmp_path / "report"
-    report.report(read_runs([tmp_path], out), out, "title")
-    report.report(read_runs([tmp_path / "0"], out), out, "title")
+    cli.report(read_runs([tmp_path], out), out, "title")
+    cli.report(read_runs([tmp_path / "0"], out), out, "title")
     assert sorted(file.name for file in out.iterdir()) == [
         "curves.png",
         "curves.svg",
@@ -328,7 +332,7 @@ def test_no_run_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("COLUMNS", "400")  # lines are cut at the terminal's width
     write_run(tmp_path / "a", status="failed", metrics="", record={"error": "Boom:\n it broke"})
     write_run(tmp_path / "b", status="preempted")
-    told = report.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", "title")
+    told = cli.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", "title")
     assert told.splitlines()[:2] == [
         "2 runs: 1 failed, 1 preempted",
         f"failed (1): Boom: it broke [{tmp_path / 'a'}]",
@@ -340,7 +344,7 @@ def test_what_a_run_says_is_not_taken_for_markup(tmp_path: Path) -> None:
     write_run(tmp_path / "a", 0.5, 0.5, gamma=1, name=evil, record={"host": evil})
     write_run(tmp_path / "b", 0.6, 0.6, gamma=2, name=f"$\\frac{evil}")
     write_run(tmp_path / "c", status="failed", gamma=3, name="c", record={"error": evil, "traceback": evil})
-    report.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", evil)
+    cli.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", evil)
     text = (tmp_path / "report" / "report.html").read_text()
     page = Page(text)
     assert page.tags.count("script") == 1
@@ -355,7 +359,7 @@ def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path) -> None:
         write_run(
             tmp_path / str(i), 0.5 + 0.01 * i, 0.6, gamma=i % 4, optimizer__lr=10.0 ** -(i // 4), seed=0
         )
-    report.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", "a & b")
+    cli.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", "a & b")
     text = (tmp_path / "report" / "report.html").read_text()
     page = Page(text)
     assert page.open == []
@@ -384,18 +388,18 @@ def test_plots_show_the_means(tmp_path: Path) -> None:
                 seed=seed,
             )
     runs = read_runs([tmp_path], tmp_path / "report")
-    keys = report.swept(runs)
-    table = report.runs_table(runs, keys)
-    results = report.finished(table, keys)
+    keys = tables.swept(runs)
+    table = tables.runs_table(runs, keys)
+    results = tables.finished(table, keys)
     assert sorted(keys) == ["gamma", "loss"]
-    gammas, losses = report_plots.by_key(results, ["gamma", "loss"]).axes
+    gammas, losses = plots.by_key(results, ["gamma", "loss"]).axes
     assert gammas.get_xscale() == "log"
     val, test = (container[0] for container in gammas.containers)
     np.testing.assert_allclose(val.get_xydata(), [[1, 0.3], [100, 0.4]])
     np.testing.assert_allclose(test.get_xydata(), [[1, 0.6], [100, 0.8]])
     assert [label.get_text() for label in losses.get_xticklabels()] == ["simclr", "vicreg"]
     np.testing.assert_allclose([bar.get_height() for bar in losses.containers[-1]], [0.6, 0.7])
-    cells = report_plots.heat(results, "gamma", "loss").axes[1].collections[0].get_array()
+    cells = plots.heat(results, "gamma", "loss").axes[1].collections[0].get_array()
     assert cells is not None
     np.testing.assert_allclose(cells.filled(np.nan), [[0.6, 0.6], [np.nan, 0.8]])
 
@@ -404,11 +408,11 @@ def test_the_key_of_the_largest_effect_comes_first() -> None:
     results = pd.DataFrame(
         {"a": ["1", "2", "1", "2"], "b": ["x", "x", "y", "y"], "val_top1": [0.1, 0.2, 0.5, 0.6]}
     )
-    assert report.effect(results, "a") == pytest.approx(0.1)
-    assert report.effect(results, "b") == pytest.approx(0.4)
-    assert report.is_numeric(results.a)
-    assert not report.is_numeric(results.b)
-    assert not report.is_numeric(pd.Series(["1", "null"]))
+    assert tables.effect(results, "a") == pytest.approx(0.1)
+    assert tables.effect(results, "b") == pytest.approx(0.4)
+    assert tables.is_numeric(results.a)
+    assert not tables.is_numeric(results.b)
+    assert not tables.is_numeric(pd.Series(["1", "null"]))
 
 
 @pytest.mark.parametrize(

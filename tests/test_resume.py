@@ -15,10 +15,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ssl_runner import checkpoint, cli, config
+from ssl_runner import cli
+from ssl_runner.config import rules
 from ssl_runner.loss import VICReg
 from ssl_runner.preemption import EXIT, Preempted, Preemption
-from ssl_runner.relate import Neighbors
+from ssl_runner.relation.builders import FromNeighbors
+from ssl_runner.runs import checkpoint
 from ssl_runner.train import Pretraining
 from tests.conftest import TINY, run_folder
 from tests.test_end_to_end import start, table
@@ -57,7 +59,7 @@ def test_preempted_training_resumes_exactly(step: int, precision: str, tmp_path:
     """
 
     def fresh() -> Pretraining:
-        return pretraining(VICReg(), Neighbors(2, queue=50), dropout=0.3, precision=precision)
+        return pretraining(VICReg(), FromNeighbors(2, queue=50), dropout=0.3, precision=precision)
 
     uninterrupted = fresh()
     expected = rows(uninterrupted)
@@ -68,7 +70,7 @@ def test_preempted_training_resumes_exactly(step: int, precision: str, tmp_path:
     with pytest.raises(Preempted, match=f"preempted after step {step}"):
         completed.extend(first.epochs())
     second = fresh()
-    second.load_state_dict(checkpoint.load(checkpoint.newest(tmp_path)))
+    second.load_state_dict(checkpoint.load(checkpoint.find(tmp_path)))
     assert (second.step, second.epoch) == (step, (step - 1) // 3) == (first.step, len(completed))
     assert rows(second) == expected[len(completed) :]
     for name, value in weights(uninterrupted).items():
@@ -222,7 +224,7 @@ def test_runs_killed_at_random_times_match_uninterrupted_run(tmp_path: Path, ssl
         for name in ("metrics.csv", "probe.csv", "spectrum.csv"):
             assert table(folder / name) == table(whole / name), (number, name)
         assert (folder / "backbone.safetensors").read_bytes() == (whole / "backbone.safetensors").read_bytes()
-        ours, theirs = (checkpoint.load(checkpoint.newest(path)) for path in (folder, whole))
+        ours, theirs = (checkpoint.load(checkpoint.find(path)) for path in (folder, whole))
         for part in ("backbone", "projector"):
             assert all(torch.equal(value, theirs[part][name]) for name, value in ours[part].items())
     assert restarts >= 20, "too few runs were killed after they had started training"
@@ -241,7 +243,7 @@ def test_damaged_checkpoint_is_reported_and_run_resumes_from_previous(ssl_run, t
     for name in ("metrics.csv", "probe.csv", "spectrum.csv"):
         assert table(folder / name) == table(whole / name)
     assert all(
-        checkpoint.whole(folder / name) for name in ("checkpoint.pt", "checkpoint-before.pt")
+        checkpoint.is_intact(folder / name) for name in ("checkpoint.pt", "checkpoint-before.pt")
     )  # neither is the damaged one
 
     unfinished(folder)
@@ -298,9 +300,9 @@ def test_resume_auto_finds_run_with_same_configuration(ssl_run, tmp_path: Path) 
 def test_identity_depends_on_whole_configuration_except_resume() -> None:
     one = OmegaConf.create({"a": 1, "b": {"c": "${a}", "d": [1, 2]}, "resume": None})
     same = OmegaConf.create({"b": {"d": [1, 2], "c": 1}, "resume": "auto", "a": 1})
-    assert config.identity(one) == config.identity(same)
+    assert rules.run_id(one) == rules.run_id(same)
     for other in ({"a": 2}, {"b": {"c": 1, "d": [2, 1]}}, {"e": None}):
-        assert config.identity(OmegaConf.merge(one, other)) != config.identity(one)
+        assert rules.run_id(OmegaConf.merge(one, other)) != rules.run_id(one)
 
 
 def test_folder_with_run_is_rejected_within_slurm_jobs(ssl_run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ssl_runner.metrics import read_json
+from ssl_runner.runs.files import read_json
 from tests.conftest import TINY
 from tests.test_distributed import written
 from tests.test_end_to_end import table

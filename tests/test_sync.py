@@ -17,33 +17,42 @@ from torch.testing import assert_close
 
 from ssl_runner import optimizer, relation
 from ssl_runner.backbone import Backbone, convnet, resnet, vit_tiny
-from ssl_runner.config import CONF
-from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SquaredSimCLR, VICReg
+from ssl_runner.batch import Batch
+from ssl_runner.config.compose import CONF
+from ssl_runner.device import to_device
+from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.projector import mlp
-from ssl_runner.relate import Batch, BatchRelation, Edges, Labels, Neighbors, Noisy, Views
 from ssl_runner.relation import Relation
-from ssl_runner.train import Pretraining, Watch
-from ssl_runner.views import Augment
+from ssl_runner.relation.builders import (
+    FromEdges,
+    FromLabels,
+    FromNeighbors,
+    FromViews,
+    RelationBuilder,
+    Rewired,
+)
+from ssl_runner.train import NonFiniteGuard, Pretraining
+from ssl_runner.views.policy import Augment
 from tests.device import OnDevice, Waits, moved, pretended
 from tests.test_dataset import CPU, load, toy
 
 LOSSES = {"vicreg": VICReg, "squared": partial(VICReg, variance="squared"), "simclr": SimCLR, "barlow": BarlowTwins,
-          "centred": partial(BarlowTwins, center=True), "surrogate": SquaredSimCLR}  # fmt: skip
+          "centred": partial(BarlowTwins, center=True), "surrogate": SpectralContrastive}  # fmt: skip
 OPTIMIZERS: dict[str, Callable] = {
     "adamw": torch.optim.AdamW,
     "sgd": partial(torch.optim.SGD, momentum=0.9),
     "lars": partial(timm.optim.Lars, momentum=0.9, trust_coeff=0.001),
 }
-RELATIONS: dict[str, Callable[[str], BatchRelation]] = {
-    "views": lambda path: Views(),
-    "normalized views": lambda path: Views(normalized=True),
-    "labels": lambda path: Labels(),
-    "normalized labels": lambda path: Labels(normalized=True),
-    "neighbors": lambda path: Neighbors(2),
-    "queue": lambda path: Neighbors(2, queue=30, normalized=True),
-    "noisy": lambda path: Noisy("labels", normalized=True),
-    "edges": lambda path: Edges(path),
-    "noisy edges": lambda path: Noisy("edges", path=path),
+RELATIONS: dict[str, Callable[[str], RelationBuilder]] = {
+    "views": lambda path: FromViews(),
+    "normalized views": lambda path: FromViews(normalized=True),
+    "labels": lambda path: FromLabels(),
+    "normalized labels": lambda path: FromLabels(normalized=True),
+    "neighbors": lambda path: FromNeighbors(2),
+    "queue": lambda path: FromNeighbors(2, queue=30, normalized=True),
+    "noisy": lambda path: Rewired("labels", normalized=True),
+    "edges": lambda path: FromEdges(path),
+    "noisy edges": lambda path: Rewired("edges", path=path),
 }
 SMALL = partial(convnet, widths=[4, 8])
 POLICIES = ("simclr", "vicreg", "barlow", "digits")
@@ -55,7 +64,7 @@ def policy(name: str) -> Augment:
 
 def steps(
     loss: Loss,
-    of: BatchRelation,
+    of: RelationBuilder,
     augment: Augment,
     algorithm: Callable = torch.optim.AdamW,
     backbone: Callable[..., Backbone] = SMALL,
@@ -99,7 +108,7 @@ def steps(
         )
         if compiler is not None:
             training.network.compile(backend=compiler, dynamic=False)
-        watch = Watch(training.device)
+        watch = NonFiniteGuard(training.device)
         order = torch.randperm(60, generator=training.order_generator).view(3, 20)
         values = []
         try:
@@ -111,7 +120,7 @@ def steps(
             if device is not None and device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
     if device is None:
-        assert len(watch.flying) == rounds, "a value was looked at before it had arrived"
+        assert len(watch.pending) == rounds, "a value was looked at before it had arrived"
     return values
 
 
@@ -133,7 +142,7 @@ def test_no_loss_or_relation_makes_the_host_wait(loss: str, of: str, pairs: str)
 @pytest.mark.parametrize("algorithm", OPTIMIZERS)
 @pytest.mark.parametrize("views", POLICIES)
 def test_no_views_or_optimizer_make_the_host_wait(algorithm: str, views: str) -> None:
-    steps(VICReg(), Views(), policy(views), OPTIMIZERS[algorithm])
+    steps(VICReg(), FromViews(), policy(views), OPTIMIZERS[algorithm])
 
 
 @pytest.mark.parametrize(
@@ -141,9 +150,11 @@ def test_no_views_or_optimizer_make_the_host_wait(algorithm: str, views: str) ->
 )
 def test_the_scaler_of_fp16_does_not_make_the_host_wait(algorithm: Callable) -> None:
     """A fused optimiser looks itself whether the gradients overflowed; for another one the scaler does, and waits."""
-    steps(VICReg(), Views(), Augment({"all": {}}), algorithm, precision="fp16")
+    steps(VICReg(), FromViews(), Augment({"all": {}}), algorithm, precision="fp16")
     with pytest.raises(Waits, match="item"):
-        steps(VICReg(), Views(), Augment({"all": {}}), partial(algorithm, foreach=False), precision="fp16")
+        steps(
+            VICReg(), FromViews(), Augment({"all": {}}), partial(algorithm, foreach=False), precision="fp16"
+        )
 
 
 @pytest.mark.slow
@@ -151,12 +162,14 @@ def test_the_scaler_of_fp16_does_not_make_the_host_wait(algorithm: Callable) -> 
     "backbone", [vit_tiny, partial(resnet, name="resnet18")], ids=["vit_tiny", "resnet18"]
 )
 def test_no_backbone_makes_the_host_wait(backbone: Callable) -> None:
-    steps(SimCLR(), Views(), policy("digits"), backbone=backbone, rounds=1)
+    steps(SimCLR(), FromViews(), policy("digits"), backbone=backbone, rounds=1)
 
 
 def test_the_device_computes_what_a_cpu_does() -> None:
     """Without random numbers, of which a device's generator gives others: the ops on it are the real ones, in their order."""
-    there, here = (steps(VICReg(), Labels(), Augment({"all": {}}), device=device) for device in (None, CPU))
+    there, here = (
+        steps(VICReg(), FromLabels(), Augment({"all": {}}), device=device) for device in (None, CPU)
+    )
     for a, b in zip(there, here, strict=True):
         for name, value in b.items():
             assert_close(a[name].values, value)
@@ -237,7 +250,7 @@ def spoilt(spoil: Callable[[Tensor], object]) -> Loss:
 )
 def test_what_waits_in_a_loss_is_caught(spoil: Callable[[Tensor], object]) -> None:
     with pytest.raises(Waits):
-        steps(spoilt(spoil), Views(), Augment({"all": {}}), rounds=1)
+        steps(spoilt(spoil), FromViews(), Augment({"all": {}}), rounds=1)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +259,7 @@ def test_what_waits_in_a_loss_is_caught(spoil: Callable[[Tensor], object]) -> No
 def test_a_tensor_made_of_numbers_on_the_device_is_caught(make: Callable[[Tensor], object]) -> None:
     """torch.tensor copies and waits; it asks for CUDA itself, before any of our code sees it."""
     with pytest.raises((Waits, RuntimeError)):
-        steps(spoilt(make), Views(), Augment({"all": {}}), rounds=1)
+        steps(spoilt(make), FromViews(), Augment({"all": {}}), rounds=1)
 
 
 def test_what_does_not_wait_is_let_pass() -> None:
@@ -254,17 +267,17 @@ def test_what_does_not_wait_is_let_pass() -> None:
         lambda Z: Z * torch.tensor(2.0),
         lambda Z: torch.where(Z > 0, Z, 0),
         lambda Z: Z.masked_fill(Z > 0, 1.0),
-        lambda Z: Z + relation.copied(torch.ones(len(Z), 1), Z.device),
+        lambda Z: Z + to_device(torch.ones(len(Z), 1), Z.device),
         lambda Z: torch.ones(3).tolist(),
     ):
-        steps(spoilt(fine), Views(), Augment({"all": {}}), rounds=1)
+        steps(spoilt(fine), FromViews(), Augment({"all": {}}), rounds=1)
 
 
 def test_a_relation_that_lists_its_pairs_is_caught() -> None:
-    class Listed(BatchRelation):
+    class Listed(RelationBuilder):
         def __call__(self, batch: Batch, Z: Tensor) -> Relation:
             i, j = (batch.labels[:, None] == batch.labels).triu(1).nonzero().T
-            return relation.Originals(relation.Edges(i, j, len(batch.labels)), batch.V)
+            return relation.ViewExpanded(relation.Edges(i, j, len(batch.labels)), batch.V)
 
     with pytest.raises(Waits, match="nonzero"):
         steps(VICReg(), Listed(), Augment({"all": {}}), rounds=1)
@@ -273,7 +286,7 @@ def test_a_relation_that_lists_its_pairs_is_caught() -> None:
 def test_neighbours_that_are_rewired_on_the_host_are_caught() -> None:
     """The one relation that says of itself that it waits."""
     with pytest.raises(Waits, match="from the device to the host"):
-        steps(VICReg(), Noisy("neighbors", k=2), Augment({"all": {}}), rounds=1)
+        steps(VICReg(), Rewired("neighbors", k=2), Augment({"all": {}}), rounds=1)
 
 
 def test_views_of_a_mask_are_caught() -> None:
@@ -285,7 +298,7 @@ def test_views_of_a_mask_are_caught() -> None:
             return X
 
     with pytest.raises(Waits, match="indexing by a mask"):
-        steps(VICReg(), Views(), Masked({"all": {}}), rounds=1)
+        steps(VICReg(), FromViews(), Masked({"all": {}}), rounds=1)
 
 
 def test_an_optimizer_that_looks_at_its_gradients_is_caught() -> None:
@@ -295,4 +308,4 @@ def test_an_optimizer_that_looks_at_its_gradients_is_caught() -> None:
                 super().step()
 
     with pytest.raises(Waits, match="bool"):
-        steps(VICReg(), Views(), Augment({"all": {}}), Careful, rounds=1)
+        steps(VICReg(), FromViews(), Augment({"all": {}}), Careful, rounds=1)

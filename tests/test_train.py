@@ -10,12 +10,15 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from ssl_runner import backbone, checkpoint, optimizer, projector
-from ssl_runner.errors import Refused
+from ssl_runner import backbone, optimizer, projector
+from ssl_runner.batch import Batch
+from ssl_runner.device import choose_device, choose_precision
+from ssl_runner.errors import UsageError
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, VICReg
-from ssl_runner.relate import Batch, BatchRelation, Labels, Neighbors, Noisy, Views
-from ssl_runner.train import Diverged, Pretraining, choose_device, choose_precision
-from ssl_runner.views import Augment
+from ssl_runner.relation.builders import FromLabels, FromNeighbors, FromViews, RelationBuilder, Rewired
+from ssl_runner.runs import checkpoint
+from ssl_runner.train import Diverged, Pretraining
+from ssl_runner.views.policy import Augment
 from tests.test_dataset import CPU, load, toy
 
 TIMINGS = ("seconds", "images_per_s")
@@ -23,7 +26,7 @@ TIMINGS = ("seconds", "images_per_s")
 
 def pretraining(
     loss: Loss | None = None,
-    relation: BatchRelation | None = None,
+    relation: RelationBuilder | None = None,
     epochs: int = 3,
     precision: str = "fp32",
     clip: float | None = None,
@@ -49,7 +52,7 @@ def pretraining(
         partial(optimizer.cosine, steps=epochs * 3, warmup=2, lr=lr, final=0.0),
         data,
         Augment({"all": {"crop": {"scale": [0.3, 1.0]}, "flip": 0.5}}),
-        relation or Views(),
+        relation or FromViews(),
         V=V,
         epochs=epochs,
         batch_size=20,
@@ -64,7 +67,9 @@ def pretraining(
 def first_batch(training: Pretraining) -> tuple[torch.Tensor, Batch]:
     order = torch.arange(20)
     [(images, labels)] = training.data.pretrain.batches(order, 20, training.device)
-    return images, Batch(training.data.pretrain.rows[order], labels, training.V, len(training.data.classes))
+    return images, Batch(
+        training.data.pretrain.indices[order], labels, training.V, len(training.data.classes)
+    )
 
 
 def rows(training: Pretraining) -> list[dict]:
@@ -76,9 +81,9 @@ def weights(training: Pretraining) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("loss", [VICReg(), SimCLR(), BarlowTwins()], ids=["vicreg", "simclr", "barlow"])
-@pytest.mark.parametrize("relation", [Views(), Labels()])
+@pytest.mark.parametrize("relation", [FromViews(), FromLabels()])
 @pytest.mark.parametrize("V", [2, 3])
-def test_training_lowers_loss_and_logs_each_epoch(loss: Loss, relation: BatchRelation, V: int) -> None:
+def test_training_lowers_loss_and_logs_each_epoch(loss: Loss, relation: RelationBuilder, V: int) -> None:
     training = pretraining(loss, relation, epochs=8, V=V)
     table = rows(training)
     assert [row["epoch"] for row in table] == list(range(1, 9))
@@ -107,10 +112,12 @@ def test_training_is_deterministic_given_seed() -> None:
 @pytest.mark.parametrize("stop", [1, 2])
 @pytest.mark.parametrize(
     "relation",
-    [Views, lambda: Neighbors(2, queue=50), Noisy, lambda: Noisy("neighbors", k=2)],
+    [FromViews, lambda: FromNeighbors(2, queue=50), Rewired, lambda: Rewired("neighbors", k=2)],
     ids=["views", "queue", "noisy", "noisy neighbors"],
 )
-def test_resume_is_exact(relation: Callable[[], BatchRelation], stop: int, precision: str, tmp_path) -> None:
+def test_resume_is_exact(
+    relation: Callable[[], RelationBuilder], stop: int, precision: str, tmp_path
+) -> None:
     """Resume restores weights, optimiser, gradient scaler, data order, views, relation and dropout state."""
 
     def fresh() -> Pretraining:
@@ -125,7 +132,7 @@ def test_resume_is_exact(relation: Callable[[], BatchRelation], stop: int, preci
     checkpoint.save(first.state_dict(), tmp_path)
     second = fresh()
     torch.rand(7)  # advance the global generator: resume must restore its state
-    second.load_state_dict(checkpoint.load(checkpoint.newest(tmp_path)))
+    second.load_state_dict(checkpoint.load(checkpoint.find(tmp_path)))
     before_stop = [{name: value for name, value in row.items() if name not in TIMINGS} for row in before_stop]
     assert before_stop + rows(second) == expected
     for name, value in weights(uninterrupted).items():
@@ -224,10 +231,10 @@ def test_choose_device_returns_available_device_or_raises() -> None:
     if not torch.cuda.is_available():
         assert choose_device("auto").type in ("cpu", "mps")
         for device in ("cuda", "cuda:1"):
-            with pytest.raises(Refused, match=f"device={device}: this machine has no CUDA device"):
+            with pytest.raises(UsageError, match=f"device={device}: this machine has no CUDA device"):
                 choose_device(device)
     if not torch.backends.mps.is_available():
-        with pytest.raises(Refused, match="no MPS device"):
+        with pytest.raises(UsageError, match="no MPS device"):
             choose_device("mps")
 
 
@@ -242,13 +249,13 @@ def test_choose_precision_returns_supported_precision_or_raises(monkeypatch: pyt
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
         assert choose_precision("auto", cpu) == expected
     assert choose_precision("bf16", cpu) == "bf16"
-    with pytest.raises(Refused, match="precision=fp16: mps does not support it"):
+    with pytest.raises(UsageError, match="precision=fp16: mps does not support it"):
         choose_precision("fp16", mps)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert choose_precision("auto", cuda) == "bf16"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     assert choose_precision("auto", cuda) == "fp16"
-    with pytest.raises(Refused, match="precision=bf16: cuda does not support it"):
+    with pytest.raises(UsageError, match="precision=bf16: cuda does not support it"):
         choose_precision("bf16", cuda)
 
 

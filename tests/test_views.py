@@ -12,9 +12,9 @@ import torchvision.transforms.functional as TF
 from torch import Tensor
 from torch.testing import assert_close
 
-from ssl_runner import color, geometry
-from ssl_runner.draw import Draw
-from ssl_runner.views import Augment, Policy, all_at_once, row_by_row
+from ssl_runner.views import color, geometry
+from ssl_runner.views.policy import Augment, Policy, augment_batch, augment_rows_cpu
+from ssl_runner.views.sampler import ParamSampler
 
 B = 12
 FULL = {
@@ -27,8 +27,8 @@ FULL = {
 }
 
 
-def draw(rows: int = B, seed: int = 0) -> Draw:
-    return Draw(rows, torch.device("cpu"), torch.Generator().manual_seed(seed))
+def draw(rows: int = B, seed: int = 0) -> ParamSampler:
+    return ParamSampler(rows, torch.device("cpu"), torch.Generator().manual_seed(seed))
 
 
 def random_images(channels: int = 3, size: tuple[int, int] = (20, 24)) -> Tensor:
@@ -281,7 +281,7 @@ def test_row_by_row_matches_all_at_once(settings: dict, channels: int, size: tup
     which, where = torch.randint(9, (rows,)), torch.randperm(rows)
     mean, std = torch.tensor([0.1, 0.2, 0.3])[:channels], torch.tensor([0.5, 0.6, 0.7])[:channels]
     made = [torch.full((rows, channels, *size), torch.nan) for _ in range(2)]
-    for X, make in zip(made, (row_by_row, all_at_once), strict=True):
+    for X, make in zip(made, (augment_rows_cpu, augment_batch), strict=True):
         make(policy, drawn, torch.arange(rows), images, which, X, where, mean, std)
     assert_close(made[0], made[1], atol=2e-5, rtol=0)
 

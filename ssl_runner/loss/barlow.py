@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_runner.distributed import size, summed
+from ssl_runner.distributed import all_reduce_sum, world_size
 from ssl_runner.loss.base import Loss, off_diagonal
-from ssl_runner.loss.products import Symmetric, first_derivative, square_sum
+from ssl_runner.loss.kernels import SymmetricProduct, first_derivative, stripe_square_sum
 from ssl_runner.relation import Relation
 
 
@@ -33,7 +33,7 @@ class BarlowTwins(Loss):
         if self.center:
             d = G.degrees.to(Z)
             with torch.no_grad():  # the gradient through the mean is 0, because d'Z = 0 after centring
-                mean = summed(d @ Z) / summed(d.sum()).clamp(min=1)
+                mean = all_reduce_sum(d @ Z) / all_reduce_sum(d.sum()).clamp(min=1)
             Z = Z - mean
         diagonal, squares = _Correlation.apply(Z, G, self.eps)
         return {"diagonal": (diagonal - 1).square().sum(), "off_diagonal": squares}
@@ -56,21 +56,21 @@ class _Correlation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, Z: Tensor, G: Relation, eps: float) -> tuple[Tensor, Tensor]:
         d, GZ = G.degrees.to(Z), G @ Z
-        n = summed(d @ Z.square()).clamp(min=torch.finfo(Z.dtype).tiny).sqrt()
-        M, diagonal, squares = Symmetric(Z, GZ, G), torch.empty_like(n), Z.new_zeros(())
+        n = all_reduce_sum(d @ Z.square()).clamp(min=torch.finfo(Z.dtype).tiny).sqrt()
+        M, diagonal, squares = SymmetricProduct(Z, GZ, G), torch.empty_like(n), Z.new_zeros(())
         CDn = torch.zeros_like(n)  # sum_{l != k} C_kl D_kl n_l
         for k, m, stripe in M.stripes():
             nn = torch.outer(n[k], n[m]).add_(eps)
             C = stripe / nn
             diagonal[k] = C.diagonal()
             C.fill_diagonal_(0)
-            squares += square_sum(C)
+            squares += stripe_square_sum(C)
             D = torch.div(C, nn, out=stripe)
             C *= D
             CDn[k] += C @ n[m]
             CDn[k.stop :] += n[k] @ C[:, len(C) :]
         ctx.save_for_backward(Z, d, GZ, n, M.matrix, diagonal, CDn)
-        ctx.size, ctx.eps = size(), eps
+        ctx.size, ctx.eps = world_size(), eps
         return diagonal, squares
 
     @staticmethod

@@ -8,9 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_runner.distributed import gathered, rank, scattered, size, summed, total
+from ssl_runner.distributed import (
+    all_gather,
+    all_reduce_replicated,
+    all_reduce_sum,
+    rank,
+    reduce_scatter,
+    world_size,
+)
 from ssl_runner.loss.base import Loss
-from ssl_runner.loss.products import column_products, first_derivative
+from ssl_runner.loss.kernels import column_products, first_derivative
 from ssl_runner.relation import Relation
 
 # Memory is that of float32.
@@ -44,13 +51,13 @@ class SimCLR(Loss):
         Z, d = F.normalize(Z), G.degrees.to(Z)
         with torch.no_grad():
             GZ = G @ Z
-        positives = total(d.sum()).clamp(min=1) if self.reduction == "mean" else 1
+        positives = all_reduce_replicated(d.sum()).clamp(min=1) if self.reduction == "mean" else 1
         # |s| <= 1 / tau, so exp(s) and its sums stay in range
         exp_is_safe = 1 / self.tau < 0.4 * math.log(torch.finfo(Z.dtype).max)
-        repulsion = _SymmetricLogSumExp if size() == 1 and exp_is_safe else _WeightedLogSumExp
+        repulsion = _SymmetricLogSumExp if world_size() == 1 and exp_is_safe else _WeightedLogSumExp
         return {
             "repulsion": repulsion.apply(Z, d, self.tau) / positives,
-            "attraction": -total(column_products(Z, GZ).sum()) / (self.tau * positives),
+            "attraction": -all_reduce_replicated(column_products(Z, GZ).sum()) / (self.tau * positives),
         }
 
 
@@ -125,7 +132,7 @@ class _WeightedLogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, Z: Tensor, d: Tensor, tau: float) -> Tensor:
-        columns, offset = gathered(Z), rank() * len(Z)
+        columns, offset = all_gather(Z), rank() * len(Z)
         value, row_gradient, column_gradient = Z.new_zeros(()), torch.zeros_like(Z), torch.zeros_like(columns)
         block = max(1, block_elements(Z.device) // len(columns))
         for start in range(0, len(Z), block):
@@ -138,8 +145,8 @@ class _WeightedLogSumExp(torch.autograd.Function):
                 P = S.sub_(lse).exp_().mul_(d[rows, None])
                 row_gradient[rows] += P @ columns
                 column_gradient.addmm_(P.T, Z[rows])
-        ctx.save_for_backward(row_gradient.add_(scattered(column_gradient)).mul_(size() / tau))
-        return summed(value)
+        ctx.save_for_backward(row_gradient.add_(reduce_scatter(column_gradient)).mul_(world_size() / tau))
+        return all_reduce_sum(value)
 
     @staticmethod
     @first_derivative

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_runner.distributed import size, summed, total
+from ssl_runner.distributed import all_reduce_replicated, all_reduce_sum, world_size
 from ssl_runner.loss.base import Loss
-from ssl_runner.loss.products import Symmetric, column_products, first_derivative, square_sum
+from ssl_runner.loss.kernels import SymmetricProduct, column_products, first_derivative, stripe_square_sum
 from ssl_runner.relation import Relation
 
 
@@ -43,9 +43,9 @@ class VICReg(Loss):
         self.variance, self.eps = variance, eps
 
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
-        N, d = size() * len(Z), G.degrees.to(Z)[:, None]
+        N, d = world_size() * len(Z), G.degrees.to(Z)[:, None]
         with torch.no_grad():  # the gradient through the mean is 0, because centred'1 = 0 and L1 = 0
-            mean = summed(Z.mean(0)) / size()
+            mean = all_reduce_sum(Z.mean(0)) / world_size()
         centred = Z - mean
         with torch.no_grad():
             LZ = d * centred - G @ centred
@@ -56,7 +56,7 @@ class VICReg(Loss):
         return {
             "variance": variance.sum(),
             "covariance": covariance,
-            "invariance": 2 / N * total(column_products(centred, LZ).sum()),  # 2/N tr(Z'LZ)
+            "invariance": 2 / N * all_reduce_replicated(column_products(centred, LZ).sum()),  # 2/N tr(Z'LZ)
         }
 
 
@@ -68,14 +68,14 @@ class _Covariance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, Z: Tensor) -> tuple[Tensor, Tensor]:
-        C, variances, squares = Symmetric(Z, Z), Z.new_empty(Z.shape[1]), Z.new_zeros(())
+        C, variances, squares = SymmetricProduct(Z, Z), Z.new_empty(Z.shape[1]), Z.new_zeros(())
         for k, _, stripe in C.stripes():
-            stripe /= size() * len(Z) - 1
+            stripe /= world_size() * len(Z) - 1
             variances[k] = stripe.diagonal()
             stripe.fill_diagonal_(0)  # before the sum: subtracting it later would lose small entries
-            squares += square_sum(stripe)
+            squares += stripe_square_sum(stripe)
         ctx.save_for_backward(Z, C.matrix)
-        ctx.size = size()
+        ctx.size = world_size()
         return variances, squares
 
     @staticmethod

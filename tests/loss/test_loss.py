@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SquaredSimCLR, VICReg, products, simclr
+from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg, kernels
 from ssl_runner.loss.base import off_diagonal
 from ssl_runner.relation import Edges, Labels, Relation, Views
 
@@ -27,8 +27,8 @@ LOSSES = {
     "vicreg squared": VICReg(2.0, 2.0, 0.5, variance="squared"),
     "simclr": SimCLR(0.2),
     "simclr sum": SimCLR(0.5, reduction="sum"),
-    "simclr squared": SquaredSimCLR(),
-    "simclr squared sum": SquaredSimCLR("sum", center=True),
+    "simclr squared": SpectralContrastive(),
+    "simclr squared sum": SpectralContrastive("sum", center=True),
     "barlow": BarlowTwins(0.1),
     "barlow centred": BarlowTwins(center=True),
 }
@@ -93,12 +93,12 @@ def test_simclr_matches_cross_entropy_of_g_and_softmax(G: Relation) -> None:
 @pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
 def test_squared_simclr_matches_squared_distance_of_gram_matrix_and_g(G: Relation) -> None:
     Z, dense = torch.randn(10, 4, dtype=torch.float64), G.dense(torch.float64)
-    assert_close(SquaredSimCLR("sum")(Z, G), (Z @ Z.T - dense).square().sum())
+    assert_close(SpectralContrastive("sum")(Z, G), (Z @ Z.T - dense).square().sum())
     Zc = Z - Z.mean(0)
-    assert_close(SquaredSimCLR("sum", center=True)(Z, G), (Zc @ Zc.T - dense).square().sum())
+    assert_close(SpectralContrastive("sum", center=True)(Z, G), (Zc @ Zc.T - dense).square().sum())
     gram = Z @ Z.T
     spectral = gram.square().mean() - 2 * (dense * gram).sum() / dense.sum()  # HaoChen et al. 2021, eq. 6
-    assert_close(SquaredSimCLR()(Z, G), spectral)
+    assert_close(SpectralContrastive()(Z, G), spectral)
 
 
 @pytest.mark.parametrize("name", ["views V=2", "views V=5", "labels", "edges"])
@@ -159,7 +159,7 @@ def test_barlow_matches_authors_formula() -> None:
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_loss_passes_gradcheck(loss: Loss, G: Relation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simclr, "BLOCK_ELEMENTS", 30)  # 5 x 5 tiles, or blocks of 3 rows with a last one of 1
-    monkeypatch.setitem(products.STRIPE, "cpu", 2)  # stripes of 2 rows of C with a last one of 1
+    monkeypatch.setitem(kernels.STRIPE, "cpu", 2)  # stripes of 2 rows of C with a last one of 1
     Z = torch.randn(10, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda Z: loss(Z, G), (Z,))
 
@@ -211,7 +211,7 @@ def test_terms_and_gradients_match_plain_autograd(
     loss: Loss, G: Relation, blockwise: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if blockwise:
-        monkeypatch.setitem(products.STRIPE, "cpu", 3)
+        monkeypatch.setitem(kernels.STRIPE, "cpu", 3)
         monkeypatch.setattr(simclr, "BLOCK_ELEMENTS", 9)
         monkeypatch.setattr(simclr, "KEPT_ELEMENTS", 18)  # two tiles
     Z = (torch.randn(10, 7, dtype=torch.float64) + 1).requires_grad_()
@@ -240,7 +240,7 @@ def test_simclr_is_exact_for_small_temperatures(tau: float, dtype: torch.dtype) 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_second_derivative_raises_or_is_correct(loss: Loss) -> None:
     Z = torch.randn(10, 3, dtype=torch.float64, requires_grad=True)
-    if isinstance(loss, SquaredSimCLR):  # no custom backward
+    if isinstance(loss, SpectralContrastive):  # no custom backward
         assert torch.autograd.gradgradcheck(lambda Z: loss(Z, Views(5, 2)), (Z,))
         return
     with pytest.raises(RuntimeError, match="no second derivative"):
@@ -250,12 +250,12 @@ def test_second_derivative_raises_or_is_correct(loss: Loss) -> None:
 @pytest.mark.parametrize("G", [Views(5, 2), Views(2, 5), None], ids=["pairs", "views", "gram"])
 @pytest.mark.parametrize("step", [1, 3, 100])
 def test_stripes_cover_whole_product(G: Relation | None, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(products.STRIPE, "cpu", step)
+    monkeypatch.setitem(kernels.STRIPE, "cpu", step)
     Z = torch.randn(10, 7, dtype=torch.float64)
     GZ = Z if G is None else G @ Z
-    product = products.Symmetric(Z, GZ, G)
+    product = kernels.SymmetricProduct(Z, GZ, G)
     assert_close(
-        sum(products.square_sum(stripe) for *_, stripe in product.stripes()), (Z.T @ GZ).square().sum()
+        sum(kernels.stripe_square_sum(stripe) for *_, stripe in product.stripes()), (Z.T @ GZ).square().sum()
     )
     assert_close(product.matrix, Z.T @ GZ)
 

@@ -1,0 +1,260 @@
+"""cfg -> Experiment: build every part of a run, and check all that needs data or libraries, before anything trains."""
+
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.optim import Optimizer
+
+from ssl_runner import distributed, optimizer
+from ssl_runner.backbone import Backbone, LinearBackbone
+from ssl_runner.config.rules import check_values, format_value, one_line
+from ssl_runner.data import dataset
+from ssl_runner.data.dataset import DataSet
+from ssl_runner.data.loader import MultiViewLoader
+from ssl_runner.device import choose_device, choose_precision, keep_freed_memory
+from ssl_runner.errors import UsageError
+from ssl_runner.evaluator import Evaluator
+from ssl_runner.loss import Loss
+from ssl_runner.model import SSLModel, eval_mode
+from ssl_runner.preemption import Preemption
+from ssl_runner.probe import Classifier, ProbeEvaluator
+from ssl_runner.relation.builders import RelationBuilder
+from ssl_runner.runs import checkpoint
+from ssl_runner.runs.files import CsvLog
+from ssl_runner.solver import Solver
+from ssl_runner.views import Augment
+
+DATASET_SETTINGS = (
+    "name",
+    "val_fraction",
+    "subset",
+    "split_seed",
+    "storage",
+)  # of dataset.load, not of the reader
+OPTIMIZER_SETTINGS = ("lr", "weight_decay", "warmup_epochs", "final_lr_ratio", "clip_grad_norm")
+
+
+@dataclass
+class Experiment:
+    """The parts of a run, built and checked. `relation` is bound to the data; users of it that keep state take a copy."""
+
+    cfg: DictConfig
+    device: torch.device
+    precision: str
+    data: DataSet
+    loader: MultiViewLoader
+    relation: RelationBuilder
+    loss: Loss
+    model: SSLModel
+    optimizer: Optimizer | None  # None for a solver that takes no gradient steps
+    solver_class: type[Solver]
+    classifiers: dict[str, Classifier]  # in the order of probe.probes
+    fresh_backbone: Callable[[], Backbone]  # with the initial weights of the run's seed
+
+    def solver(self, preemption: Preemption, save: Callable[[dict[str, Any]], None]) -> Solver:
+        """The solver. It calls `save` with its state wherever it can resume from."""
+        cfg, parts = self.cfg, dict(model=self.model, loss=self.loss, loader=self.loader, save=save)
+        if self.solver_class.trains:
+            steps = self.loader.steps_per_epoch
+            parts |= dict(
+                optimizer=self.optimizer,
+                learning_rate=partial(
+                    optimizer.cosine,
+                    steps=cfg.epochs * steps,
+                    warmup=round(cfg.optimizer.warmup_epochs * steps),
+                    lr=cfg.optimizer.lr,
+                    final_ratio=cfg.optimizer.final_lr_ratio,
+                ),
+                precision=self.precision,
+                clip_grad_norm=cfg.optimizer.clip_grad_norm,
+                per_view=cfg.forward == "per_view",
+                preemption=preemption,
+            )
+        return build_node("solver", cfg.solver, relation=deepcopy(self.relation), **parts)
+
+    def evaluators(self, folder: Path, probe_log: CsvLog) -> list[Evaluator]:
+        """What is called after every epoch: diagnostics, probes on the validation split, and the user's own."""
+        cfg = self.cfg
+        nodes = {"diagnostics": cfg.diagnostics} if cfg.diagnostics.every else {}
+        nodes |= {f"evaluators.{name}": node for name, node in cfg.evaluators.items()}
+        parts = dict(loader=self.loader, relation=self.relation, loss=self.loss, folder=folder)
+        evaluators: list[Evaluator] = [build_node(key, node, **parts) for key, node in nodes.items()]
+        if cfg.probe.every:
+            evaluators.append(ProbeEvaluator(cfg.probe.every, self.data, self.classifiers, probe_log))
+        return evaluators
+
+
+def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = True) -> Experiment:
+    """Build and check the parts of a run. Raises UsageError for a run that cannot work.
+
+    `data` saves reading the data set again. `init_weights=False` leaves out `cfg.init_weights`, for a run that resumes.
+    """
+    check_values(cfg)
+    device = choose_device(cfg.device, distributed.rank_info())
+    if device.type == "cpu":
+        keep_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    solver_class: type[Solver] = get_class(cfg.solver._target_)
+    loss = build_node("loss", cfg.loss).to(device)
+    relation = build_node("relation", cfg.relation)
+    augment = build_node("views", cfg.views, without=("preview", "resolutions"))
+    classifiers = {
+        name: build_node(f"probe.classifiers.{name}", cfg.probe.classifiers[name], partial=True)
+        for name in cfg.probe.probes
+    }
+    if data is None:
+        reader = build_node("dataset", cfg.dataset, without=DATASET_SETTINGS, partial=True)
+        with distributed.rank_zero_first():
+            data = dataset.load(
+                reader, device=device, **{name: cfg.dataset[name] for name in DATASET_SETTINGS}
+            )
+    check_fit(cfg, data, relation)
+
+    def fresh_backbone() -> Backbone:
+        torch.manual_seed(cfg.seed)
+        backbone = build_node("backbone", cfg.backbone, channels=data.channels, image_size=data.image_size)
+        return backbone.to(
+            device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format
+        )
+
+    backbone = distributed.sync_batchnorm(fresh_backbone())
+    if cfg.init_weights is not None and init_weights:
+        checkpoint.load_backbone(backbone, Path(cfg.init_weights).expanduser())
+    if isinstance(backbone, LinearBackbone) and not solver_class.trains:
+        projector: nn.Module = nn.Identity()  # the backbone itself is solved for
+    else:
+        projector = build_node("projector", cfg.projector, features=backbone.width).to(device)
+        projector = distributed.sync_batchnorm(projector)
+    model = SSLModel(backbone, projector, cfg.channels_last)
+    solver_class.check(model, loss, relation)
+    check_resolutions(cfg, solver_class, backbone, data)
+    check_blur(cfg, augment, data)
+    return Experiment(
+        cfg=cfg,
+        device=device,
+        precision=solver_precision(cfg, solver_class, device),
+        data=data,
+        loader=MultiViewLoader(
+            data,
+            augment,
+            V=cfg.V,
+            batch_size=cfg.batch_size,
+            seed=cfg.seed,
+            epochs=cfg.epochs,
+            resolutions=cfg.views.resolutions or (None,),
+        ),
+        relation=relation,
+        loss=loss,
+        model=model,
+        optimizer=build_optimizer(cfg, model, loss) if solver_class.trains else None,
+        solver_class=solver_class,
+        classifiers=classifiers,
+        fresh_backbone=fresh_backbone,
+    )
+
+
+def build_node(
+    key: str, node: DictConfig, *, without: Sequence[str] = (), partial: bool = False, **parts: Any
+) -> Any:
+    """Call the `_target_` of a config node with its settings, except those in `without`, and with `parts`.
+
+    Raises UsageError if the target does not accept them.
+    """
+    settings = {name: value for name, value in node.items() if name not in without}
+    try:
+        return instantiate(settings, **parts, _partial_=partial, _convert_="all")
+    except InstantiationException as error:
+        raise UsageError(f"{key}: {one_line(error.__cause__ or error)}") from error
+
+
+def build_optimizer(cfg: DictConfig, model: SSLModel, loss: Loss) -> Optimizer:
+    algorithm = build_node("optimizer", cfg.optimizer, without=OPTIMIZER_SETTINGS, partial=True)
+    return optimizer.build([model, loss], algorithm, cfg.optimizer.lr, cfg.optimizer.weight_decay)
+
+
+def check_jobs(jobs: Iterable[tuple[str, DictConfig]]) -> None:
+    """Build every job of a sweep, reading each data set once. Raises UsageError for the first that cannot run."""
+    read: dict[str, DataSet] = {}
+    for overrides, cfg in jobs:
+        key = OmegaConf.to_yaml(cfg.dataset, resolve=True) + cfg.device
+        try:
+            read[key] = build(cfg, read.get(key)).data
+        except UsageError as error:
+            raise UsageError(f"{error} (in the sweep's job {overrides})") from error
+
+
+def solver_precision(cfg: DictConfig, solver: type[Solver], device: torch.device) -> str:
+    if solver.trains:
+        return choose_precision(cfg.precision, device)
+    if cfg.precision not in ("auto", "fp32"):
+        raise UsageError(
+            f"precision={cfg.precision}: {solver.__name__} computes in fp32 and fp64; use auto or fp32"
+        )
+    return "fp32"
+
+
+def check_resolutions(cfg: DictConfig, solver: type[Solver], backbone: Backbone, data: DataSet) -> None:
+    """Raise UsageError for resolutions that the backbone does not accept, or that no training would use."""
+    if cfg.views.resolutions is None:
+        return
+    if not solver.trains:
+        raise UsageError(
+            f"views.resolutions is for training, and {solver.__name__} does not train; leave it out"
+        )
+    for side in dict.fromkeys(cfg.views.resolutions):
+        try:
+            with torch.no_grad(), eval_mode(backbone):
+                backbone(torch.zeros(1, data.channels, side, side, device=data.mean.device))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            given = f"views.resolutions={format_value(cfg.views.resolutions)}"
+            raise UsageError(
+                f"{given}: this backbone does not accept {side} x {side} images; leave {side} out"
+            ) from error
+
+
+def check_blur(cfg: DictConfig, augment: Augment, data: DataSet) -> None:
+    """Raise UsageError for a blur kernel that is larger than the views."""
+    side = data.image_size
+    policies = augment.policies if isinstance(augment, Augment) else []  # a user's views may have none
+    for policy, view_side in product(policies, cfg.views.resolutions or [side]):
+        try:
+            policy.kernel((side, side), (view_side, view_side))
+        except ValueError as error:
+            raise UsageError(f"views: {error}") from error
+
+
+def check_fit(cfg: DictConfig, data: DataSet, relation: RelationBuilder) -> None:
+    """Bind the relation to the data set. Raises UsageError if batch size, relation and data set do not fit each other."""
+    size, images, ranks = cfg.batch_size, len(data.pretrain), distributed.world_size()
+    if size > images:
+        raise UsageError(
+            f"batch_size={size}: {data.name} has {images} images to pretrain on; use at most {images}"
+        )
+    if size % ranks:
+        raise UsageError(f"batch_size={size} is split over {ranks} processes; use a multiple of {ranks}")
+    if size < relation.min_batch_size:
+        raise UsageError(
+            f"batch_size={size}: this relation needs at least {relation.min_batch_size} images per batch, since it looks for"
+            " neighbours within the batch; increase batch_size or lower relation.k"
+        )
+    relation.bind(data.pretrain.labels.cpu())
+    if relation.needs_labels and bool((data.pretrain.y < 0).any()):
+        raise UsageError(
+            f"relation: needs a label for every image, but {data.name} has unlabelled images; use relation=views"
+        )
+    if relation.count_pairs(data.pretrain.indices) == 0:
+        raise UsageError(
+            f"relation.path={cfg.relation.get('path')}: no pair joins two of the {images} images to pretrain on; number the images"
+            " as conf/relation/edges.yaml says (pairs with validation or test images do not count)"
+        )

@@ -1,0 +1,1 @@
+"""Configuration: composing it with Hydra (`compose`) and checking its values (`rules`)."""

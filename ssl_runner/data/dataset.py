@@ -1,0 +1,250 @@
+"""Data sets as two tensors, images (n, C, H, W) uint8 and labels (n,) int64, and seeded splits of them."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import psutil
+import torch
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from ssl_runner.device import release_freed_memory, to_device
+from ssl_runner.errors import UsageError
+
+MEMORY_FRACTION = 0.5  # location="auto": largest fraction of the free device memory that images may use
+
+
+@dataclass
+class Source:
+    """All images of a data set, and the indices of each split, as returned by its reader.
+
+    images (n, C, H, W) uint8; labels (n,) int64, -1 if unlabelled; classes: class names; train, test and
+    unlabeled: indices of images.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: list[str]
+    train: np.ndarray
+    test: np.ndarray
+    unlabeled: np.ndarray
+    mapped: bool = False  # True if `images` is a memory-mapped file, read page by page on access
+
+
+@dataclass
+class Images:
+    """A subset of a data set, without a copy of it.
+
+    images (N, C, H, W) uint8 and labels (N,) int64 hold the whole data set; rows (n,) int64 are the indices
+    of the subset. `resident` is True if the images are in device memory, False if they are in host memory or
+    in a memory-mapped file.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    resident: bool
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def y(self) -> Tensor:
+        """Labels (n,) of this subset, on the device of `labels`."""
+        return self.labels[self.indices.to(self.labels.device)]
+
+    def batches(
+        self, order: Tensor, batch_size: int, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches of images (b, C, H, W) uint8 and labels (b,) on `device`.
+
+        order (m,) int64 holds positions within this subset, in the order in which they are read. A thread
+        prefetches images that are not resident: it gathers and copies one batch ahead of the current step.
+        """
+        if self.resident:
+            for rows in to_device(self.indices[order], device).split(batch_size):
+                yield self.images[rows], self.labels[rows]
+            return
+        chunks = self.indices[order].split(batch_size)
+        copier = Prefetcher(device)
+        with ThreadPoolExecutor(1) as thread:
+            ahead = thread.submit(copier.fetch, self, chunks[0])
+            for following in [*chunks[1:], None]:
+                ready = copier.ready(ahead.result())
+                if following is not None:
+                    ahead = thread.submit(copier.fetch, self, following)
+                yield ready
+
+
+class Prefetcher:
+    """Copies batches from the host to a device.
+
+    On CUDA the copy uses pinned memory and a separate stream, so that it overlaps with compute.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def fetch(self, images: Images, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Start the copy of the images and labels with the indices rows (b,), and return the copies."""
+        batch = images.images[rows]
+        if self.stream is None:
+            return batch.to(self.device), images.labels[rows.to(self.device)]
+        with torch.cuda.stream(self.stream):
+            batch, rows = (tensor.pin_memory().to(self.device, non_blocking=True) for tensor in (batch, rows))
+            return batch, images.labels[rows]
+
+    def ready(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Make the compute stream wait for the copy of `batch`, without a host-device sync."""
+        if self.stream is not None:
+            compute = torch.cuda.current_stream(self.device)
+            compute.wait_stream(self.stream)
+            for tensor in batch:
+                tensor.record_stream(compute)
+        return batch
+
+
+@dataclass
+class DataSet:
+    """The splits of one data set.
+
+    pretrain   `train` and all unlabelled images
+    train      labelled training images without `val`
+    val        held out from the training images; selects hyperparameters and joins the training set only for
+               the final probe fit
+    test       evaluated once
+    mean, std  (C,) per-channel statistics of the pretraining images, with pixels in [0, 1]
+    """
+
+    name: str
+    classes: list[str]
+    pretrain: Images
+    train: Images
+    val: Images
+    test: Images
+    mean: Tensor
+    std: Tensor
+
+    @property
+    def channels(self) -> int:
+        return self.train.images.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        return self.train.images.shape[2]
+
+
+def load(
+    source: Callable[[], Source],
+    name: str,
+    val_fraction: float,
+    subset: int | None,
+    split_seed: int,
+    storage: str,
+    device: torch.device,
+) -> DataSet:
+    """Read a source, subsample its training images, hold out the validation set and place the images.
+
+    val        fraction of the training images to hold out, stratified by class
+    subset     number of training images to keep, class-balanced, or None for all; also the largest number of
+               unlabelled images to keep
+    location   "device", "host" or "auto": on the device if the images use at most half of its free memory
+
+    Raises UsageError if `subset` is out of range, if a class would have no training or no validation image,
+    or if `location` is "device" and the images do not fit.
+    """
+    data = source()
+    train, unlabeled = data.train, data.unlabeled
+    labels = data.labels.numpy()
+    if subset is not None:
+        if not len(data.classes) <= subset <= len(train):
+            raise UsageError(
+                f"dataset.subset={subset}: expected an integer from {len(data.classes)} to {len(train)}, the"
+                f" numbers of classes and training images of {name}; use null for all images"
+            )
+        train = train[balanced_order(labels[train], split_seed)[:subset]]
+        unlabeled = np.random.default_rng(split_seed).permutation(unlabeled)[:subset]
+    counts = np.bincount(labels[train], minlength=len(data.classes))
+    held_out = round(val_fraction * len(train))
+    if counts.min() < 2 or not len(data.classes) <= held_out <= len(train) - len(data.classes):
+        raise UsageError(
+            f"dataset.val_fraction={val_fraction}: expected at least one training and one validation image per class, from"
+            f" {len(train)} training images in {len(data.classes)} classes (the smallest,"
+            f" {data.classes[counts.argmin()]}, has {counts.min()}); use more images or another fraction"
+        )
+    train, val_rows = train_test_split(
+        train, test_size=held_out, stratify=labels[train], random_state=split_seed
+    )
+
+    images, resident = store_images(data, storage, device)
+    label_tensor = data.labels.to(device)
+
+    def split(indices: np.ndarray) -> Images:
+        return Images(images, label_tensor, torch.from_numpy(np.sort(indices)), resident)
+
+    pretrain = split(np.concatenate([train, unlabeled]))
+    mean, std = channel_statistics(pretrain)
+    return DataSet(
+        name=name,
+        classes=data.classes,
+        pretrain=pretrain,
+        train=split(train),
+        val=split(val_rows),
+        test=split(data.test),
+        mean=mean.to(device),
+        std=std.to(device),
+    )
+
+
+def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Return a random permutation (n,) that cycles through the classes of labels (n,).
+
+    Every prefix of it is as class-balanced as possible.
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    turn = pd.Series(labels[shuffled]).groupby(labels[shuffled]).cumcount().to_numpy()
+    return shuffled[np.argsort(turn, kind="stable")]
+
+
+def store_images(data: Source, storage: str, device: torch.device) -> tuple[Tensor, bool]:
+    """Move the images to device memory, or leave them in host memory or in their memory-mapped file.
+
+    Returns the images and whether they are resident, that is, in device memory. Raises UsageError if
+    `location` is "device" and the images do not fit.
+    """
+    if storage == "host":
+        return data.images, False
+    if device.type == "cpu" and not data.mapped:
+        return data.images, True
+    give_back = torch.cuda.empty_cache if device.type == "cuda" else release_freed_memory
+    give_back()  # count memory cached by earlier runs of this process as free
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    needed = data.images.numel()
+    if storage == "auto" and needed > MEMORY_FRACTION * free:
+        return data.images, False
+    if needed > free:
+        raise UsageError(
+            f"dataset.storage=device: expected {needed:,} bytes of free memory for the images on {device},"
+            f" found {free:,}; use auto or host"
+        )
+    return (data.images.clone() if device.type == "cpu" else data.images.to(device)), True
+
+
+def channel_statistics(images: Images, most: int = 10_000) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) per channel, with pixels in [0, 1].
+
+    Computed over every k-th image, with k = max(1, n // most). A standard deviation of 0 is replaced by 1.
+    """
+    sample = images.indices[:: max(1, len(images) // most)]
+    count, total, square = 0, torch.zeros(()), torch.zeros(())
+    for rows in sample.split(1000):
+        x = images.images[rows.to(images.images.device)].cpu().double() / 255
+        count += x.numel() // x.shape[1]
+        total, square = total + x.sum((0, 2, 3)), square + x.square().sum((0, 2, 3))
+    mean = total / count
+    std = (square / count - mean.square()).clamp(min=0).sqrt()
+    return mean.float(), torch.where(std > 0, std, 1).float()

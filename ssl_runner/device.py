@@ -1,0 +1,92 @@
+"""Device, precision and memory: what the machine offers and how tensors reach it."""
+
+import ctypes
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_runner.distributed import RankInfo
+from ssl_runner.errors import UsageError
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # autocast's dtype
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # malloc.h
+
+
+def choose_device(device: str, ranks: RankInfo | None = None) -> torch.device:
+    """The device a run uses: `auto` is cuda, else mps, else cpu; each rank on a machine takes a GPU of its own.
+
+    Raises UsageError if the machine lacks the device, or if several ranks are given one device by name.
+    """
+    if device == "auto":
+        mps = torch.backends.mps.is_available() and not ranks
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    kind, _, index = device.partition(":")
+    if ranks and (index or kind == "mps"):
+        raise UsageError(
+            f"device={device} is a single device, but {ranks.world_size} processes train; use auto, cuda or cpu"
+        )
+    if (
+        ranks and kind == "cuda" and torch.cuda.device_count() > 1
+    ):  # with one visible GPU, Slurm has bound the task's own
+        index = str(ranks.local_rank)
+    if kind == "cuda":
+        count = torch.cuda.device_count()
+        if int(index or 0) >= count:
+            found = f"{count} CUDA devices, numbered from 0" if count else "no CUDA device"
+            raise UsageError(f"device={device}: this machine has {found}; use device=auto")
+        return torch.device("cuda", int(index or 0))
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UsageError(f"device={device}: this machine has no MPS device; use device=auto")
+    return torch.device(kind)
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """The precision of autocast: `auto` is bf16 if the device has instructions for it, else fp16 on CUDA, else fp32.
+
+    A CPU without such instructions emulates bf16 an order of magnitude slower than it computes in fp32. Raises UsageError if the
+    device does not support the precision.
+    """
+    cuda_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "auto":
+        native = cpu_has_bf16() if device.type == "cpu" else cuda_bf16
+        return "bf16" if native else "fp16" if device.type == "cuda" else "fp32"
+    bf16 = device.type == "cpu" or cuda_bf16
+    if (precision == "bf16" and not bf16) or (precision == "fp16" and device.type == "mps"):
+        raise UsageError(f"precision={precision}: {device} does not support it; use precision=auto")
+    return precision
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies in bf16 (AVX-512 BF16 or AMX). Needs torch >= 2.11; False for older versions."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a host tensor to a device without a host-device sync."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)  # non-blocking copies of pageable memory are unsafe on MPS
+
+
+def keep_freed_memory() -> None:
+    """Keep memory that is freed within this process, for the next allocation.
+
+    By default glibc returns blocks above 32 MiB to the system, and the activations of every step are paged in again
+    (docs/performance.md has the cost). Does nothing without glibc.
+    """
+    if mallopt := _glibc("mallopt"):
+        mallopt(MMAP_MAX, 0)
+        mallopt(TRIM_THRESHOLD, -1)
+
+
+def release_freed_memory() -> None:
+    """Return memory that is free to the system, once. Does nothing without glibc."""
+    if malloc_trim := _glibc("malloc_trim"):
+        malloc_trim(0)
+
+
+def _glibc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -1,0 +1,218 @@
+"""Data-parallel training on W ranks: process group, failure handling, collectives with and without gradients.
+
+Without a process group (W = 1) every collective is the identity.
+
+Each rank holds an equal shard of the rows of a batch, and all ranks compute the same loss, that of the global
+batch. DistributedDataParallel averages gradients over ranks, so each rank must compute W times the gradient
+contributed by its shard. The differentiable collectives below include this factor. A plain in-place
+`dist.all_reduce` yields 1/W of this gradient: autograd does not record that the sum depends on all ranks.
+"""
+
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ssl_runner.preemption import EXIT, Preempted
+
+TIMEOUT = timedelta(hours=1)  # of rendezvous and collectives
+POLL_INTERVAL = 1.0  # seconds between two checks of whether another rank has failed
+GRACE_PERIOD = 10.0  # seconds that a rank has to exit by itself after another rank has failed
+
+_local_only: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Rank, world size and local rank (rank within its node) of this process."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+def rank_info() -> RankInfo | None:
+    """Return rank, world size and local rank as set by torchrun or srun.
+
+    Returns None if neither launched this process, or if the world size is 1.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        found = RankInfo(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+    elif "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:  # unset in the batch script itself
+        found = RankInfo(
+            int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0))
+        )
+    else:
+        return None
+    return found if found.size > 1 else None
+
+
+def set_address_from_slurm() -> None:
+    """Set MASTER_ADDR and MASTER_PORT for a Slurm job step, unless they are set.
+
+    The address is the first node of the step. The port is derived from the job and step ids, so that jobs on
+    one node use different ports.
+    """
+    env = os.environ
+    if "MASTER_ADDR" not in env:
+        command = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
+        env["MASTER_ADDR"] = subprocess.run(
+            command, capture_output=True, text=True, check=True
+        ).stdout.split()[0]
+    step = 31 * int(env["SLURM_JOB_ID"]) + int(env.get("SLURM_STEP_ID", 0))
+    env.setdefault("MASTER_PORT", str(20_000 + step % 40_000))
+
+
+class _Group:
+    """Per-process state: rendezvous store, gloo group for Python objects, failure-watching thread."""
+
+    def __init__(self, here: RankInfo):
+        if "RANK" not in os.environ:
+            set_address_from_slurm()
+        self.store, _, _ = next(dist.rendezvous("env://", here.rank, here.size, timeout=TIMEOUT))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(
+            backend, store=self.store, rank=here.rank, world_size=here.size, timeout=TIMEOUT
+        )
+        self.control: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self.ended, self.grace = threading.Event(), GRACE_PERIOD
+        self.on_peer_failure: Callable[[int, str], None] = lambda code, message: None
+        self.watcher = threading.Thread(target=self.watch, daemon=True)
+        self.watcher.start()
+
+    def watch(self) -> None:
+        """Exit this process if another rank has failed and this one is still running after the grace period.
+
+        Runs in a thread, since the main thread may block in a collective that the failed rank never joins.
+        """
+        while not self.ended.wait(POLL_INTERVAL):
+            try:
+                failure = self.store.get("failure").decode() if self.store.check(["failure"]) else None
+            except RuntimeError:  # rank 0, which hosts the store, has exited
+                failure = "1 rank 0 has exited, and with it the rendezvous store"
+            if failure is not None:
+                code, _, message = failure.partition(" ")
+                if not self.ended.wait(self.grace):
+                    self.on_peer_failure(int(code), message)
+                    os._exit(int(code))
+                return
+
+
+_group: _Group | None = None
+
+
+def start() -> None:
+    """Initialise the process group. Does nothing if W = 1 or if the group is already initialised."""
+    global _group
+    here = rank_info()
+    if here is not None and _group is None:
+        _group = _Group(here)
+
+
+def finish() -> None:
+    """Wait for all ranks (barrier), then destroy the process group."""
+    global _group
+    if _group is not None:
+        dist.barrier(_group.control)
+        _group.ended.set()
+        _group.watcher.join(POLL_INTERVAL)  # it must not access the store after its destruction
+        dist.destroy_process_group()
+        _group = None
+
+
+class PeerFailed(RuntimeError):
+    """Raised on a rank when another rank has failed."""
+
+
+@contextmanager
+def propagate_failures(say: Callable[[int, str], None]) -> Iterator[None]:
+    """Context manager that propagates failures: an exception on one rank ends the context on all ranks.
+
+    Ranks that fail as a consequence raise Lost with the message of the first failure, or Preempted if the
+    first rank was preempted. Other exceptions of this package are re-raised unchanged.
+
+    If this process is still running GRACE seconds after the failure, the watching thread calls
+    say(exit code, message) and exits the process.
+    """
+    if _group is None:
+        yield
+        return
+    _group.on_peer_failure = say
+    try:
+        yield
+    except BaseException as error:
+        code, cause = report_failure(error)
+        if code == EXIT:
+            _group.ended.set()  # stop the watching thread: shutdown, such as a requeue, may take longer
+        ours = type(error).__module__.startswith("ssl_runner") and not isinstance(error, Preempted)
+        if ours or cause == failure_message(error):
+            raise
+        raise (Preempted(cause) if code == EXIT else PeerFailed(cause)) from error
+
+
+def report_failure(error: BaseException) -> tuple[int, str]:
+    """Report an error to the other ranks through the store.
+
+    Returns exit code and message of the first error reported by any rank. Without a process group: 1 and the
+    message of this error.
+    """
+    if _group is None:
+        return 1, str(error)
+    first = mine = f"{EXIT if isinstance(error, Preempted) else 1} {failure_message(error)}"
+    with suppress(RuntimeError):  # raised if rank 0, which hosts the store, has exited
+        first = _group.store.compare_set("failure", "", mine).decode()
+    code, _, cause = first.partition(" ")
+    return int(code), cause
+
+
+def failure_message(error: BaseException) -> str:
+    """Return the one-line message with which an error is reported to the other ranks."""
+    if isinstance(error, Preempted):
+        return str(error)
+    kind = "" if type(error).__module__.startswith("ssl_runner") else f"{type(error).__name__}: "
+    return f"rank {dist.get_rank()} of {dist.get_world_size()}: {kind}{' '.join(str(error).split())}"
+
+
+@contextmanager
+def local_only() -> Iterator[None]:
+    """Context manager that turns collectives off: `size()` is 1 and `rank()` is 0.
+
+    For computations on rows that every rank already holds.
+    """
+    token = _local_only.set(True)
+    try:
+        yield
+    finally:
+        _local_only.reset(token)
+
+
+def world_size() -> int:
+    """Return the world size W, or 1 without a process group and within `alone()`."""
+    return (
+        1
+        if _local_only.get() or not dist.is_available() or not dist.is_initialized()
+        else dist.get_world_size()
+    )
+
+
+def rank() -> int:
+    """Return the rank of this process, or 0 without a process group and within `alone()`."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_main_process() -> bool:
+    """Return whether this is the main process (rank 0), which writes files and prints. Ignores `alone()`."""
+    return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+
+
+def control_group() -> Any:
+    return _group.control if _group is not None else None

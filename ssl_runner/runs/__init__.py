@@ -1,0 +1,1 @@
+"""Run folders: their files, checkpoints, records and how a run is resumed."""

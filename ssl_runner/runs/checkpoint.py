@@ -1,0 +1,122 @@
+"""Checkpoints with a checksum, which are loaded without executing pickled code, and exported weights."""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from ssl_runner.errors import UsageError
+
+NAME, PREVIOUS = "checkpoint.pt", "checkpoint-before.pt"
+# Written after the archive of torch.save, followed by its SHA-256 in hex. torch.load ignores both.
+CHECKSUM_TAG = b"\nsha256 "
+
+
+class ChecksumWriter:
+    """File wrapper that computes the SHA-256 of all bytes written to it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.sha256.update(content)
+        return self.file.write(content)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def save(state: dict[str, Any], folder: Path) -> None:
+    """Write `state` and its SHA-256 to checkpoint.pt; the previous checkpoint becomes checkpoint-before.pt.
+
+    A crash at any time leaves at least one intact checkpoint.
+    """
+    partial = folder / f"{NAME}.partial"
+    with open(partial, "wb") as file:
+        sealing: Any = ChecksumWriter(file)
+        torch.save(state, sealing)
+        file.write(CHECKSUM_TAG + sealing.sha256.hexdigest().encode())
+        file.flush()
+        os.fsync(file.fileno())
+    if (folder / NAME).exists():
+        os.replace(folder / NAME, folder / PREVIOUS)
+    os.replace(partial, folder / NAME)
+
+
+def find(folder: Path) -> Path | None:
+    """Return the path of the newest intact checkpoint, or None if there is no checkpoint at all.
+
+    A damaged checkpoint.pt is reported on stderr. It is renamed to checkpoint-damaged.pt, so that the next
+    `save` does not overwrite the intact checkpoint-before.pt with it. Raises UsageError if all checkpoints
+    are damaged.
+    """
+    existing = [path for path in (folder / NAME, folder / PREVIOUS) if path.exists()]
+    for path in existing:
+        if is_intact(path):
+            if path != existing[0]:
+                os.replace(existing[0], folder / "checkpoint-damaged.pt")
+            return path
+        print(f"{path} is damaged (SHA-256 mismatch): skipped", file=sys.stderr, flush=True)
+    if existing:
+        names = " and ".join(path.name for path in existing)
+        raise UsageError(
+            f"{folder} has no intact checkpoint to resume from: remove {names} to train from the beginning"
+        )
+    return None
+
+
+def is_intact(path: Path) -> bool:
+    """Return whether the file ends with the SHA-256 of the preceding bytes."""
+    remaining = path.stat().st_size - len(CHECKSUM_TAG) - 64
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while remaining > 0 and (block := file.read(min(remaining, 2**24))):
+            sha256.update(block)
+            remaining -= len(block)
+        return file.read() == CHECKSUM_TAG + sha256.hexdigest().encode()
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Load the state that `save` wrote, onto the CPU, without executing pickled code."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def export(backbone: nn.Module, path: Path, metadata: dict[str, Any]) -> None:
+    """Write the weights of the backbone to a safetensors file.
+
+    `metadata`, the information needed to rebuild the backbone and preprocess its input, is stored in the
+    header as JSON.
+    """
+    state = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in backbone.state_dict().items()
+    }
+    partial = path.with_suffix(".partial")
+    safetensors.torch.save_file(state, partial, {"ssl_runner": json.dumps(metadata)})
+    os.replace(partial, path)
+
+
+def load_backbone(backbone: nn.Module, path: Path) -> None:
+    """Load weights written by `export` into a backbone of the same architecture.
+
+    Raises UsageError if the file does not exist, is not a safetensors file, or does not match the backbone.
+    """
+    if not path.is_file():
+        accepted = "a file, not a folder" if path.is_dir() else "an existing file"
+        raise UsageError(
+            f"weights={path}: expected {accepted}; give the backbone.safetensors of a finished run"
+        )
+    try:
+        backbone.load_state_dict(safetensors.torch.load_file(path))
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"weights={path}: expected safetensors weights of this backbone; use the backbone options"
+            f" of the run that wrote the file ({reason[:200]})"
+        ) from error

@@ -1,0 +1,106 @@
+"""run.json: the command, environment and status of a run."""
+
+import os
+import platform
+import shlex
+import shutil
+import socket
+import subprocess
+import time
+import traceback
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from ssl_runner import __version__, distributed
+from ssl_runner.preemption import EXIT, Preempted
+from ssl_runner.runs.files import read_json, write_json
+
+LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "hydra-core", "omegaconf")
+
+
+class RunRecord:
+    """Context manager that maintains run.json. Only rank 0 writes the file.
+
+    `status` is `running` on entry and `done` on exit. It is `preempted` after a Preempted exception, and
+    `failed`, with error and traceback, after any other exception.
+
+    When a run resumes, `wall_seconds` (s) continues from its previous value and `starts` increases by one.
+    """
+
+    def __init__(self, folder: Path, identity: str):
+        self.path = folder / "run.json"
+        self.start = time.time()
+        before = read_json(self.path) if self.path.exists() else {}
+        self.seconds_before = before.get("wall_seconds") or 0.0
+        self.content: dict[str, Any] = {
+            "status": "running",
+            "error": None,
+            "identity": identity,
+            "starts": before.get("starts", 0) + 1,
+            "processes": distributed.world_size(),
+            "wall_seconds": self.seconds_before,
+            "started": before.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": shlex.join(psutil.Process().cmdline()),
+            "cwd": str(Path.cwd()),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "process_started": psutil.Process().create_time(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "git_commit": git_commit(),
+            "versions": {
+                "ssl_runner": __version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in LIBRARIES},
+            },
+        }
+
+    def update(self, **facts: Any) -> None:
+        """Add or update fields, then write the file."""
+        self.content |= facts
+        self.content["wall_seconds"] = round(self.seconds_before + time.time() - self.start, 3)
+        if distributed.is_main_process():
+            write_json(self.path, self.content)
+
+    def fail(self, code: int, message: str) -> None:
+        """Record that another rank ended the run, given its exit code and error message."""
+        if code == EXIT:
+            self.update(status="preempted")
+        else:
+            self.update(status="failed", error=message)
+
+    def __enter__(self) -> Self:
+        self.update()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.update(status="done")
+        elif isinstance(error, Preempted):
+            self.update(status="preempted")
+        else:
+            self.update(
+                status="failed",
+                error=f"{type(error).__name__}: {error}".removesuffix(": "),
+                traceback="".join(traceback.format_exception(error)),
+            )
+
+
+def git_commit() -> str | None:
+    """Return the git commit of this package, with the suffix "-dirty" if there are uncommitted changes.
+
+    Returns None if the package does not run from a checkout or git is not installed.
+    """
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists() or shutil.which("git") is None:
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    return (
+        subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False).stdout.strip()
+        or None
+    )

@@ -1,0 +1,168 @@
+"""TODO runs.resume"""
+
+import os
+import socket
+from pathlib import Path
+
+import psutil
+from filelock import AcquireReturnProxy, FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from ssl_runner.config import compose, rules
+from ssl_runner.errors import UsageError
+from ssl_runner.runs.files import read_json
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Raise UsageError if the folder, or a direct subfolder, already contains a run."""
+    for taken in (folder, *folder.glob("*")):
+        if (taken / "run.json").exists():
+            raise UsageError(
+                f"{taken} already contains a run: choose another folder, or resume it with resume={taken}"
+            )
+
+
+def folder_of(cfg: DictConfig, made: Path) -> Path:
+    """Return the folder in which to execute a run, given the folder `made` by Hydra.
+
+    With resume=auto this is the folder of the unfinished or finished run with the same identity, if there is
+    one; otherwise it is `made`. Raises UsageError if the folder contains another run.
+    """
+    if cfg.resume is not None and cfg.resume != "auto":
+        return made
+    identity = rules.run_id(cfg)
+    record = read_json(made / "run.json") if (made / "run.json").exists() else None
+    if cfg.resume == "auto":
+        matches = [path.parent for path in candidate_runs(made) if read_run_id(path) == identity]
+        if matches:
+            return max(
+                matches,
+                key=lambda folder: (
+                    read_json(folder / "run.json")["status"] == "done",
+                    folder.stat().st_mtime,
+                ),
+            )
+        if record is not None and HydraConfig.get().mode == RunMode.MULTIRUN:
+            return made.with_name(f"{made.name}-{identity[:8]}")  # an earlier sweep used this job number
+    elif (
+        record is not None
+        and record.get("identity") == identity
+        and record.get("slurm_job") == os.environ.get("SLURM_JOB_ID", "")
+    ):
+        return made  # this job was requeued by Slurm
+    refuse_occupied(made)
+    return made
+
+
+def read_run_id(path: Path) -> str | None:
+    """Return the identity in a run.json, or None if the file is corrupt, for example after a power cut."""
+    try:
+        return read_json(path).get("identity")
+    except ValueError:
+        return None
+
+
+def candidate_runs(made: Path) -> list[Path]:
+    """Return the run.json paths of all runs that resume=auto considers.
+
+    For a single run, these are the runs with the same data set and loss; for a sweep, the runs of all sweeps.
+    If the command line sets hydra.run.dir or hydra.sweep.dir, only runs in that folder are considered.
+    """
+    hydra_config = HydraConfig.get()
+    named = any(
+        str(line).startswith(("hydra.run.dir=", "hydra.sweep.dir=")) for line in hydra_config.overrides.hydra
+    )
+    if hydra_config.mode == RunMode.MULTIRUN:
+        sweep = Path(hydra_config.sweep.dir).absolute()
+        return sorted(sweep.glob("*/run.json") if named else sweep.parent.glob("*/*/run.json"))
+    return sorted(
+        [made / "run.json"]
+        if named and (made / "run.json").exists()
+        else []
+        if named
+        else made.parent.glob("*/run.json")
+    )
+
+
+def lock_folder(folder: Path) -> AcquireReturnProxy:
+    """Lock the folder for the lifetime of the run. Raises UsageError if another process holds the lock."""
+    try:
+        return FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise UsageError(
+            f"{folder} is in use by another process: wait for it, or choose another folder"
+        ) from None
+
+
+def write_hydra_files(cfg: DictConfig, folder: Path) -> None:
+    """Write .hydra/: the resolved configuration, the overrides, and Hydra's own configuration."""
+    hydra_config = HydraConfig.get()
+    (folder / ".hydra").mkdir(exist_ok=True)
+    OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
+    OmegaConf.save(hydra_config.overrides.task, folder / ".hydra" / "overrides.yaml")
+    OmegaConf.save(
+        OmegaConf.create({"hydra": OmegaConf.to_container(hydra_config)}), folder / ".hydra" / "hydra.yaml"
+    )
+
+
+def resume_overrides(folder: Path, given: dict[str, Override]) -> list[str]:
+    """Return the overrides to add for resume=<folder>.
+
+    These are the overrides that the run was started with, without those in `given` on the command line, and
+    the folder of the run as hydra.run.dir. Raises UsageError if the folder has no run that can be resumed.
+    """
+    if not (folder / "run.json").is_file() or not (folder / ".hydra" / "overrides.yaml").is_file():
+        raise UsageError(
+            f"resume={folder}: expected the folder of a run; give one that contains run.json and .hydra"
+        )
+    record = read_json(folder / "run.json")
+    refuse_finished(folder)
+    if not Path(record["cwd"]).is_dir():
+        raise UsageError(
+            f"resume={folder}: the working directory of the run, {record['cwd']}, no longer exists;"
+            " recreate it, or start a new run"
+        )
+    if record["status"] == "running" and is_running(record):
+        raise UsageError(
+            f"resume={folder}: this run is still running as process {record['pid']}; wait for it to end"
+        )
+    first = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+    added = [
+        str(o.input_line) for o in compose.parse([str(line) for line in first]) if o.key_or_group not in given
+    ]
+    quoted = str(folder).replace("'", "\\'")
+    return [*added, f"hydra.run.dir='{quoted}'"]
+
+
+def refuse_finished(folder: Path) -> None:
+    """Raise UsageError if the run is done."""
+    if read_json(folder / "run.json")["status"] == "done":
+        raise UsageError(f"resume={folder}: this run is done; start a new run to change options")
+
+
+def config_dir_of(folder: Path) -> list[str]:
+    """Return the --config-dir that a run was started with, as command-line arguments."""
+    sources = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.config_sources
+    paths = [str(source.path) for source in sources if source.provider == "command-line"]
+    return ["--config-dir", paths[0]] if paths else []
+
+
+def is_running(record: dict) -> bool:
+    """Return whether the process that wrote run.json is still running. Always False for another host."""
+    if record["host"] != socket.gethostname() or not psutil.pid_exists(record["pid"]):
+        return False
+    return abs(psutil.Process(record["pid"]).create_time() - record["process_started"]) < 1
+
+
+def refuse_changes(cfg: DictConfig, folder: Path) -> None:
+    """Raise UsageError if `cfg` differs from the saved configuration of the run, apart from `resume`."""
+    saved = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    assert isinstance(saved, DictConfig)
+    for key in dict.fromkeys([*compose.dotted_keys(saved), *compose.dotted_keys(cfg)]):
+        then, now = OmegaConf.select(saved, key), OmegaConf.select(cfg, key)
+        if then != now and key != "resume":
+            change = f"{key} ({rules.format_value(then)} -> {rules.format_value(now)})"
+            raise UsageError(f"Cannot change {change} when resuming: leave it out, or start a new run")

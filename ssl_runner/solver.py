@@ -1,0 +1,49 @@
+"""The interface of a solver: it sets the model's weights and yields one row of metrics.csv per epoch."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+from ssl_runner.loss import Loss
+from ssl_runner.model import SSLModel
+from ssl_runner.relation.builders import RelationBuilder
+
+
+class Solver(ABC):
+    """A solver, chosen by `_target_` in conf/solver/.
+
+    It is called with model, loss, loader, relation and save as keyword arguments, and with its own settings. If `trains`, it takes
+    gradient steps and is called with optimizer, learning_rate, precision, clip_grad_norm, per_view and preemption as well;
+    otherwise it computes in float32 and float64.
+    """
+
+    trains: bool = False
+    model: SSLModel
+    epoch: int = 0
+    total_epochs: int
+    last_row: dict[str, Any]
+
+    @classmethod
+    def check(cls, model: SSLModel, loss: Loss, relation: RelationBuilder) -> None:
+        """Raise UsageError if the solver cannot handle one of these."""
+
+    @property
+    def result_features(self) -> str:
+        """The features whose probe accuracy is the run's result: "backbone" or "projector"."""
+        return "backbone"
+
+    @abstractmethod
+    def epochs(self) -> Iterator[dict[str, Any]]:
+        """Yield one row of metrics.csv after each remaining epoch; `epoch` is then the number of finished epochs."""
+
+    @abstractmethod
+    def compile(self) -> None:
+        """Compile, with torch.compile, what runs in every step."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that an exact resume needs."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from what `state_dict` returned."""

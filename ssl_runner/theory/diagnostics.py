@@ -1,0 +1,195 @@
+"""Diagnostics of the model on a fixed subset: rank, distance from the closed form, label energy, collapse."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_runner import distributed
+from ssl_runner.data.dataset import balanced_order
+from ssl_runner.data.loader import MultiViewLoader
+from ssl_runner.evaluator import Evaluator
+from ssl_runner.loss import Loss
+from ssl_runner.model import SSLModel, eval_mode
+from ssl_runner.relation import Relation
+from ssl_runner.relation.builders import RelationBuilder
+from ssl_runner.runs.files import CsvLog
+from ssl_runner.theory import measures
+from ssl_runner.theory.optima import Optimum, optimum, padded
+
+OF_EMBEDDING = ("rank", "effective_rank", "alignment", "label_energy", "min_std", "mean_correlation")
+OF_LOSS = ("subset_loss", "loss_floor", "loss_gap", "floor_kind", "optimal_rank")
+OF_RELATION = ("relation_label_energy", "relation_label_energy_mean")
+FORWARD = 512  # rows per forward pass
+MAX_CORRELATED = 1024  # columns, evenly spaced, whose correlations are averaged
+
+
+class Diagnostics(Evaluator):
+    """Columns of metrics.csv from V fixed views of `num_images` class-balanced training images, with the model in eval mode.
+
+    Of the embeddings Z (N, K), and of the backbone's features with the prefix `backbone_`:
+
+    rank               number of singular values above max(N, K) eps of the largest, eps that of float32
+    effective_rank     exp of the entropy of p_k = sigma_k / sum sigma + 1e-7 (RankMe, Garrido et al. 2023)
+    alignment          mean squared cosine of the principal angles to the subspace of the closed form
+    label_energy       share of the variance of the one-hot labels that a linear map explains on these rows; rank / N at random
+    min_std            smallest standard deviation of a column
+    mean_correlation   mean |correlation| of two columns
+
+    Of the loss and the relation on the subset:
+
+    subset_loss                 loss of Z
+    loss_floor, floor_kind      value of the loss's closed form, and whether it is exact, an upper or a lower bound
+    loss_gap                    subset_loss - loss_floor
+    optimal_rank                rank of the closed form
+    relation_label_energy       label energy of the closed form, at most over the choices within a tied eigenspace
+    relation_label_energy_mean  the same, as the mean over these choices
+
+    Columns that need a closed form are empty for a loss without one. `finish` writes spectrum.csv to `folder`.
+    """
+
+    columns = (
+        *OF_EMBEDDING,
+        *OF_LOSS,
+        *OF_RELATION,
+        *(f"backbone_{name}" for name in OF_EMBEDDING),
+        "diagnostics_s",
+    )
+
+    def __init__(
+        self,
+        loader: MultiViewLoader,
+        relation: RelationBuilder,
+        loss: Loss,
+        folder: Path,
+        *,
+        every: int,
+        num_images: int,
+    ):
+        super().__init__(every)
+        data, classes = loader.data, len(loader.data.classes)
+        y = data.train.y.cpu()
+        number = min(num_images, len(y))
+        number -= number % classes if number >= classes else 0
+        chosen = torch.from_numpy(balanced_order(y.numpy(), loader.seed)[:number])
+        self.X, self.batch = loader.fixed_batch(data.train, chosen)
+        self.Y = F.one_hot(self.batch.labels.cpu(), classes).double().repeat(loader.V, 1)  # (N, C)
+        self.relation, self.loss, self.folder = relation.frozen_copy(), loss, folder
+        self.known: tuple[Relation, Optimum | None] | None = (
+            None  # G and the optimum, where they do not depend on Z
+        )
+
+    @torch.no_grad()
+    def embed(self, model: SSLModel) -> tuple[Tensor, Tensor]:
+        """Features (N, width) and embeddings Z (N, K) of the subset, float32, on the device. Ranks share the forward pass."""
+        with eval_mode(model):
+            indices = distributed.shard_indices(len(self.X), FORWARD)
+            own = self.X[indices[distributed.rank()].to(self.X.device)]
+            features = torch.cat([model.features(x) for x in own.split(FORWARD)]).float()
+            features = distributed.unshard(features, indices)
+            return features, model.projector(features).float()
+
+    def optimum(self, Z: Tensor) -> tuple[Relation, Optimum | None]:
+        """The relation over the subset and the loss's closed form on it, None for a loss without one."""
+        if self.known is None or self.relation.depends_on_embeddings:
+            G = self.relation(self.batch, Z)
+            try:
+                self.known = G, optimum(self.loss, G, Z.shape[1])
+            except NotImplementedError:
+                self.known = G, None
+        return self.known
+
+    def evaluate(self, model: SSLModel, epoch: int) -> dict[str, Any]:
+        """The columns on the main process, {} on other ranks."""
+        start = time.perf_counter()
+        features, Z = self.embed(model)
+        if not distributed.is_main_process():
+            return {}
+        with distributed.local_only():
+            return self._columns(features, Z) | {"diagnostics_s": round(time.perf_counter() - start, 3)}
+
+    def _columns(self, features: Tensor, Z: Tensor) -> dict[str, Any]:
+        G, best = self.optimum(Z)
+        with torch.no_grad():
+            subset_loss = float(self.loss(Z, G))
+        row = of_embedding(Z, self.Y, best)
+        most, mean = measures.label_energy_of_optimum(self.Y, best) if best else (None, None)
+        row |= {
+            "subset_loss": subset_loss,
+            "loss_floor": best.value if best else None,
+            "loss_gap": subset_loss - best.value if best else None,
+            "floor_kind": best.kind if best else None,
+            "optimal_rank": best.rank if best else None,
+            "relation_label_energy": most,
+            "relation_label_energy_mean": mean,
+        }
+        return row | {
+            f"backbone_{name}": value for name, value in of_embedding(features, self.Y, best).items()
+        }
+
+    def finish(self, model: SSLModel) -> None:
+        """Write spectrum.csv: singular values of Z and of the closed form."""
+        rows = self.spectrum(model)
+        if distributed.is_main_process():
+            path = self.folder / "spectrum.csv"
+            path.unlink(missing_ok=True)  # of an earlier, interrupted process
+            log = CsvLog(path)
+            for row in rows:
+                log.append(row)
+
+    def spectrum(self, model: SSLModel) -> list[dict[str, Any]]:
+        """For k = 1 ... K: the k-th singular value of Z (as the loss sees it: `Optimum.canonicalize`) and that of the closed form.
+
+        Both are divided by sqrt(N): the root mean square of a coordinate. Empty on ranks other than the main process.
+        """
+        _, Z = self.embed(model)
+        if not distributed.is_main_process():
+            return []
+        with distributed.local_only():
+            _, best = self.optimum(Z)
+        canonical = best.canonicalize(Z) if best else measures.centred(Z)
+        measured = padded(torch.linalg.svdvals(canonical), Z.shape[1])
+        optimal = best.singular_values if best else [None] * Z.shape[1]
+        root = len(Z) ** 0.5
+        return [
+            {"k": k + 1, "Z": float(z) / root, "closed_form": None if s is None else float(s) / root}
+            for k, (z, s) in enumerate(zip(measured, optimal, strict=True))
+        ]
+
+
+def of_embedding(Z: Tensor, Y: Tensor, best: Optimum | None) -> dict[str, Any]:
+    """The columns OF_EMBEDDING of an embedding Z (N, K) with one-hot labels Y (N, C)."""
+    Z = Z.cpu()
+    values = measures.singular_values(Z)
+    return {
+        "rank": len(values),
+        "effective_rank": effective_rank(values),
+        "alignment": measures.alignment(Z, best) if best else None,
+        "label_energy": measures.label_energy(Z, Y),
+        "min_std": float(Z.std(0).min()),
+        "mean_correlation": mean_correlation(Z),
+    }
+
+
+def effective_rank(values: Tensor) -> float:
+    """exp of the entropy of singular values (r,) > 0, normalised to sum 1 (plus 1e-7, as in RankMe)."""
+    if not len(values):
+        return 0.0
+    p = values / values.sum() + 1e-7
+    return float((-(p * p.log()).sum()).exp())
+
+
+def mean_correlation(Z: Tensor) -> float:
+    """Mean |correlation| over all pairs of different columns of Z (N, K), without constant ones; 0 for fewer than two columns."""
+    Z = Z[:, :: max(1, Z.shape[1] // MAX_CORRELATED)]
+    Z = Z - Z.mean(0)
+    norms = Z.norm(dim=0)
+    Z = Z[:, norms > 1e-6 * norms.max()] if float(norms.max()) > 0 else Z[:, :0]
+    K = Z.shape[1]
+    if K < 2:
+        return 0.0
+    Z = F.normalize(Z, dim=0)
+    return float(((Z.T @ Z).abs().sum() - K) / (K * (K - 1)))

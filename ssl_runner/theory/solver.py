@@ -1,0 +1,173 @@
+"""The closed-form solver: the exact linear map on frozen features, from second moments over batches of views."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ssl_runner import distributed
+from ssl_runner.backbone import LinearBackbone
+from ssl_runner.data.loader import MultiViewLoader
+from ssl_runner.errors import UsageError
+from ssl_runner.loss import Loss
+from ssl_runner.model import SSLModel, count_parameters
+from ssl_runner.relation.builders import FromLabels, FromViews, RelationBuilder
+from ssl_runner.solver import Solver
+from ssl_runner.theory.linear import Moments, has_linear_optimum, linear_optimum
+
+CHUNK = 1024  # images per batch where G does not depend on the batch size
+FORWARD = 512  # rows per forward pass of the frozen network
+
+
+class ClosedForm(Solver):
+    """Sets one matrix to the loss's closed-form optimum: the linear backbone, or a linear projector on a frozen backbone.
+
+    The moments come from `passes` passes over the pretraining images, each with V fresh views per image. Positive pairs lie within
+    batches of the loader's batch_size; with labels they span all images of all passes. `ridge` is added to the variance of every
+    direction, as a share of the mean variance. Every rank computes the same solution.
+    """
+
+    def __init__(
+        self,
+        model: SSLModel,
+        loss: Loss,
+        loader: MultiViewLoader,
+        relation: RelationBuilder,
+        *,
+        passes: int,
+        ridge: float = 0.0,
+        save: Callable[[dict[str, Any]], None] = lambda state: None,
+    ):
+        self.model, self.loss, self.loader, self.relation = model, loss, loader, relation
+        self.total_epochs, self.ridge, self.save = passes, ridge, save
+        self.last_row: dict[str, Any] = {}
+
+    @classmethod
+    def check(cls, model: SSLModel, loss: Loss, relation: RelationBuilder) -> None:
+        if not has_linear_optimum(loss):
+            raise UsageError(
+                f"solver=closed_form: {type(loss).__name__} has no closed form for a linear model"
+            )
+        if relation.uses_memory:
+            raise UsageError("solver=closed_form needs positive pairs within one batch; set relation.queue=0")
+        frozen_and_matrix(model)
+
+    @property
+    def result_features(self) -> str:
+        return "projector" if count_parameters(self.model.projector) else "backbone"
+
+    def epochs(self) -> Iterator[dict[str, Any]]:
+        """Solve, and yield the only row. Raises UsageError if all features are constant."""
+        if not self.last_row:
+            with distributed.local_only():
+                self._solve()
+            self.save(self.state_dict())
+        self.epoch = self.total_epochs
+        yield self.last_row
+
+    def compile(self) -> None:
+        self.model.backbone.compile(dynamic=False)
+
+    def _solve(self) -> None:
+        start = time.perf_counter()
+        frozen, matrix = frozen_and_matrix(self.model)
+        moments = stream_moments(
+            frozen, matrix.in_features, self.loader, self.relation, self.total_epochs
+        ).centred()
+        streamed = time.perf_counter()
+        try:
+            best = linear_optimum(self.loss, moments, matrix.out_features, self.ridge)
+        except ValueError as error:
+            raise UsageError(f"solver=closed_form: {error}") from error
+        with torch.no_grad():
+            matrix.weight.copy_(best.W.T)
+            matrix.bias.copy_(best.bias)
+        end = time.perf_counter()
+        steps = self.total_epochs * self.loader.steps_per_epoch
+        images = steps * self.loader.batch_size
+        self.last_row = {
+            "epoch": self.total_epochs,
+            "step": steps,
+            "images_seen": images,
+            "seconds": round(end - start, 3),
+            "images_per_s": round(images / (streamed - start), 1),
+            "lr": None,
+            "loss": best.value,
+            "loss_name": type(best.loss).__name__,
+            "loss_kind": best.kind,
+            "form": best.form,
+            "closed_form_rank": best.rank,
+            "solve_s": round(end - streamed, 3),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "last_row": self.last_row,
+            "backbone": self.model.backbone.state_dict(),
+            "projector": self.model.projector.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.last_row = state["epoch"], state["last_row"]
+        self.model.backbone.load_state_dict(state["backbone"])
+        self.model.projector.load_state_dict(state["projector"])
+
+
+def frozen_and_matrix(model: SSLModel) -> tuple[nn.Module, nn.Linear]:
+    """The part of the model that stays as it is, and the linear layer to solve for. Raises UsageError if there is no such layer."""
+    if isinstance(model.backbone, LinearBackbone) and isinstance(model.projector, nn.Identity):
+        frozen, matrix = model.backbone.body.children()
+    else:
+        frozen, matrix = model.backbone, model.projector
+    if not isinstance(matrix, nn.Linear):
+        raise UsageError(
+            "solver=closed_form solves for one linear layer on the backbone; use projector=linear"
+        )
+    return frozen, matrix
+
+
+@torch.no_grad()
+def stream_moments(
+    frozen: nn.Module, D: int, loader: MultiViewLoader, relation: RelationBuilder, passes: int
+) -> Moments:
+    """Second moments of the features (D columns) of all views of `passes` epochs of the loader.
+
+    Raises UsageError for a relation to rows outside the batch. Batches hold CHUNK images where this leaves G unchanged (views and
+    labels): a few large products are faster than many small ones.
+    """
+    device = loader.device
+    if type(relation) is FromLabels:  # a subclass may relate other rows
+        positions = torch.cat([loader.order(number) for number in range(passes)])
+        images_per_class = torch.bincount(
+            loader.data.pretrain.y.cpu()[positions], minlength=len(loader.data.classes)
+        )
+        moments = Moments(D, device, (images_per_class * loader.V).to(device), relation.normalized)
+    else:
+        moments = Moments(D, device)
+    size = max(loader.batch_size, CHUNK) if type(relation) in (FromViews, FromLabels) else loader.batch_size
+    frozen.eval()
+    with tqdm(
+        total=passes * loader.steps_per_epoch * loader.batch_size,
+        desc="moments",
+        unit="images",
+        unit_scale=True,
+        disable=None if distributed.is_main_process() else True,
+    ) as bar:
+        for number in range(passes):
+            for views, batch in loader.batches(number, size=size):
+                X = torch.cat([frozen(x).flatten(1) for x in views.split(FORWARD)])
+                if type(relation) is FromLabels:
+                    moments.add_classes(X, batch.labels.repeat(loader.V))
+                else:
+                    G = relation(batch, X)
+                    if G.support is not None:
+                        raise UsageError(
+                            "solver=closed_form needs positive pairs within one batch; set relation.queue=0"
+                        )
+                    moments.add(X, G)
+                bar.update(len(batch.labels))
+    return moments
