@@ -1,17 +1,24 @@
-"""The linear regime against dense linear algebra, scikit-learn and SciPy, and against descent on the same moments."""
+"""Closed forms of linear models compared with dense linear algebra, scikit-learn, SciPy and descent."""
 
+import numpy as np
 import pytest
 import scipy.linalg
 import torch
 from sklearn.cross_decomposition import CCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
+from ssl_runner.backbone import LinearBackbone
+from ssl_runner.errors import UsageError
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
+from ssl_runner.model import SSLModel
 from ssl_runner.relation import DegreeNormalized, Edges, Labels, Relation, Views
-from ssl_runner.theory.linear import CentredMoments, Moments, linear_optimum
-from ssl_runner.theory.optima import EXACT, UPPER
+from ssl_runner.relation.builders import FromViews
+from ssl_runner.theory import EXACT, UPPER, LinearOptimum, linear_optimum, value_of
+from ssl_runner.theory.linear import build_linear_optimum, has_linear_optimum
+from ssl_runner.theory.moments import CentredMoments, Moments
+from ssl_runner.theory.solver import ClosedForm
 
 CPU = torch.device("cpu")
 N, D = 60, 7
@@ -28,7 +35,7 @@ RELATIONS = {
 
 
 def data(dtype: torch.dtype = torch.float64) -> Tensor:
-    """Correlated columns, off centre, with some structure by class and between views."""
+    """Correlated columns with nonzero means, class structure, and similar views."""
     mixing = torch.randn(D, D, dtype=dtype)
     return (
         torch.randn(N, D, dtype=dtype) + torch.randn(20, D, dtype=dtype).repeat(3, 1) + 0.5 * Y[:, None]
@@ -42,12 +49,12 @@ def moments_of(X: Tensor, G: Relation) -> CentredMoments:
 
 
 def cosines(U: Tensor, V: Tensor) -> Tensor:
-    """Of the principal angles between two column spaces."""
+    """Cosines of the principal angles between two column spaces."""
     return torch.linalg.svdvals(torch.linalg.qr(U)[0].T @ torch.linalg.qr(V)[0])
 
 
 @pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
-def test_moments_are_those_of_centred_x(G: Relation) -> None:
+def test_moments_match_dense_products(G: Relation) -> None:
     X = data()
     m, dense, Xc = moments_of(X, G), G.dense(torch.float64), X - X.mean(0)
     assert_close(m.mean, X.mean(0))
@@ -58,7 +65,7 @@ def test_moments_are_those_of_centred_x(G: Relation) -> None:
     assert_close(m.square_norm, float(dense.square().sum()), rtol=1e-6, atol=0)
 
 
-def test_moments_of_batches_are_those_of_the_block_diagonal_relation() -> None:
+def test_moments_of_batches_match_block_diagonal_relation() -> None:
     X = data()
     moments, blocks = Moments(D, CPU), []
     for start, G in ((0, Views(10, 2)), (20, Views(5, 4)), (40, Edges([0, 3], [5, 9], 20))):
@@ -70,19 +77,19 @@ def test_moments_of_batches_are_those_of_the_block_diagonal_relation() -> None:
 
 
 @pytest.mark.parametrize("normalized", [False, True])
-def test_classes_relate_rows_of_all_batches(normalized: bool) -> None:
+def test_moments_by_class_span_all_batches(normalized: bool) -> None:
     X, order = data(), torch.randperm(N)
     moments = Moments(D, CPU, torch.bincount(UNEVEN), normalized)
     for rows in order.split(13):
         moments.add_classes(X[rows], UNEVEN[rows])
-    m, whole = moments.centred(), moments_of(X, Labels(UNEVEN, normalized=normalized))
+    m, expected = moments.centred(), moments_of(X, Labels(UNEVEN, normalized=normalized))
     for name in ("mean", "XHX", "XGX", "XDX"):
-        assert_close(getattr(m, name), getattr(whole, name))
-    assert_close(m.total, whole.total, rtol=1e-6, atol=0)
-    assert_close(m.square_norm, whole.square_norm, rtol=1e-6, atol=0)
+        assert_close(getattr(m, name), getattr(expected, name))
+    assert_close(m.total, expected.total, rtol=1e-6, atol=0)
+    assert_close(m.square_norm, expected.square_norm, rtol=1e-6, atol=0)
 
 
-def test_float32_features_lose_nothing_to_their_mean() -> None:
+def test_moments_of_float32_features_with_large_mean_are_precise() -> None:
     X = data()
     shifted = X + 1000
     moments = Moments(D, CPU)
@@ -105,15 +112,15 @@ LOSSES = [
 
 @pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
-def test_the_value_from_moments_is_the_loss_of_z(loss: Loss, G: Relation) -> None:
+def test_value_from_moments_equals_loss(loss: Loss, G: Relation) -> None:
     X, W = data(), torch.randn(D, 3, dtype=torch.float64)
     m = moments_of(X, G)
-    assert_close(m.value(loss, W), float(loss((X - X.mean(0)) @ W, G)), rtol=1e-6, atol=1e-9)
+    assert_close(value_of(loss, m.transform(W)), float(loss((X - X.mean(0)) @ W, G)), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
-def test_vicreg_is_locality_preserving_projections(G: Relation) -> None:
-    """Against SciPy's generalised eigensolver on dense matrices."""
+def test_vicreg_optimum_is_locality_preserving_projections(G: Relation) -> None:
+    """Compared with SciPy's generalised eigensolver on dense matrices."""
     X, dense = data(), G.dense(torch.float64)
     Xc = X - X.mean(0)
     L = dense.sum(1).diag() - dense
@@ -128,7 +135,7 @@ def test_vicreg_is_locality_preserving_projections(G: Relation) -> None:
     )
 
 
-def test_barlow_on_labels_is_linear_discriminant_analysis() -> None:
+def test_optimum_on_labels_is_linear_discriminant_analysis() -> None:
     X = data()
     theirs = LinearDiscriminantAnalysis(solver="eigen", n_components=3).fit(X.numpy(), Y.numpy())
     for loss in (BarlowTwins(), VICReg(1.0, 1.0, 1e-6, variance="squared"), SimCLR()):
@@ -138,8 +145,8 @@ def test_barlow_on_labels_is_linear_discriminant_analysis() -> None:
             assert_close(cosines(best.W, span), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-8)
 
 
-def test_barlow_on_views_is_canonical_correlation_analysis() -> None:
-    """scikit-learn's CCA between the first and the second row of each positive pair, both orders of each."""
+def test_barlow_optimum_on_views_is_canonical_correlation_analysis() -> None:
+    """Compared with scikit-learn's CCA of the first and second rows of all ordered positive pairs."""
     G = Views(30, 2)
     X = torch.randn(30, D, dtype=torch.float64).repeat(2, 1) + 0.5 * torch.randn(60, D, dtype=torch.float64)
     i, j = G.edges()
@@ -164,9 +171,7 @@ def test_barlow_on_views_is_canonical_correlation_analysis() -> None:
     assert_close(cosines(best.W, span), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-4)
 
 
-def zip_columns(left, right):
-    import numpy as np
-
+def zip_columns(left: np.ndarray, right: np.ndarray) -> list[np.ndarray]:
     return [np.stack([left[:, k], right[:, k]], 1) for k in range(left.shape[1])]
 
 
@@ -177,8 +182,8 @@ def pair_moments(X: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
-def test_squared_simclr_is_multidimensional_scaling_within_the_range_of_x(G: Relation, center: bool) -> None:
-    """Of centred columns, or of these and a constant one: the bias."""
+def test_spectral_optimum_is_multidimensional_scaling_in_range_of_x(G: Relation, center: bool) -> None:
+    """The range of centred X, or of X with a constant column (the bias)."""
     X = data()
     best = linear_optimum(SpectralContrastive("sum", center), moments_of(X, G), 4)
     columns = X - X.mean(0) if center else torch.cat([X, torch.ones(N, 1, dtype=torch.float64)], 1)
@@ -200,9 +205,9 @@ def test_squared_simclr_is_multidimensional_scaling_within_the_range_of_x(G: Rel
         SpectralContrastive("sum"),
         SpectralContrastive("sum", center=True),
     ],
-    ids=["vicreg", "vicreg beta>alpha", "squared simclr", "squared simclr sum", "squared simclr centred"],
+    ids=["vicreg", "vicreg beta>alpha", "spectral", "spectral sum", "spectral centred"],
 )
-def test_descent_on_w_reaches_an_exact_value_and_never_beats_it(loss: Loss, G: Relation) -> None:
+def test_exact_linear_optimum_is_reached_but_not_beaten_by_descent(loss: Loss, G: Relation) -> None:
     X, K = data(), 3
     best = linear_optimum(loss, moments_of(X, G), K)
     assert best.kind == EXACT
@@ -230,7 +235,7 @@ def test_descent_on_w_reaches_an_exact_value_and_never_beats_it(loss: Loss, G: R
 
 
 @pytest.mark.parametrize("name", RELATIONS)
-def test_an_upper_bound_says_so_and_is_attained(name: str) -> None:
+def test_linear_upper_bound_is_labelled_and_attained(name: str) -> None:
     X, G = data(), RELATIONS[name]
     m, Xc = moments_of(X, G), X - X.mean(0)
     losses = (
@@ -254,7 +259,7 @@ def test_an_upper_bound_says_so_and_is_attained(name: str) -> None:
 @pytest.mark.parametrize(
     "loss", [VICReg(2.0, 2.0, 0.4, variance="squared"), SpectralContrastive(), BarlowTwins(0.01)]
 )
-def test_units_of_the_columns_do_not_matter(loss: Loss) -> None:
+def test_linear_optimum_does_not_depend_on_units(loss: Loss) -> None:
     X, G = data(), RELATIONS["views"]
     units = 10.0 ** torch.arange(-3, 4).double()
     assert_close(
@@ -268,8 +273,8 @@ def test_units_of_the_columns_do_not_matter(loss: Loss) -> None:
 @pytest.mark.parametrize(
     "loss", [VICReg(2.0, 2.0, 0.4, variance="squared"), SpectralContrastive("sum"), BarlowTwins(0.01)]
 )
-def test_a_wide_spectrum_and_a_deficient_rank_cost_no_digits(loss: Loss) -> None:
-    """float32 features whose variances fall to 1e-7 of the largest, and fewer rows than columns; against float64 products."""
+def test_linear_optimum_is_precise_for_wide_spectrum_and_deficient_rank(loss: Loss) -> None:
+    """float32 features with variances down to 1e-7 of the largest, and fewer rows than columns."""
     for rows, columns in ((400, 60), (40, 60)):
         basis = torch.linalg.qr(torch.randn(columns, columns))[0]
         X = (torch.randn(rows, columns) * 10 ** torch.linspace(0, -3.5, columns)) @ basis + 5
@@ -287,7 +292,7 @@ def test_a_wide_spectrum_and_a_deficient_rank_cost_no_digits(loss: Loss) -> None
         assert best.eigenvalues.min() >= -1e-9
 
 
-def test_directions_without_variance_are_left_out() -> None:
+def test_directions_without_variance_are_dropped() -> None:
     X = torch.cat([data(), torch.ones(N, 2, dtype=torch.float64), torch.zeros(N, 1, dtype=torch.float64)], 1)
     X[:, 7] = X[:, 0] - X[:, 1]
     for loss in (VICReg(1.0, 1.0, 1e-3, variance="squared"), SimCLR(), BarlowTwins()):
@@ -298,18 +303,70 @@ def test_directions_without_variance_are_left_out() -> None:
         assert best.W.isfinite().all()
 
 
-def test_a_loss_without_a_closed_linear_form_says_so() -> None:
+def test_linear_optimum_of_unregistered_loss_raises() -> None:
     class Other(Loss):
         def _terms(self, Z, G):
             return {}
 
-    with pytest.raises(NotImplementedError, match="Other has no closed linear form"):
+    with pytest.raises(
+        NotImplementedError, match=r"Other has no closed form.*theory\.linear_optimum\.register"
+    ):
         linear_optimum(Other(), moments_of(data(), RELATIONS["views"]), 2)
 
 
+class WithoutCovariance(VICReg):
+    def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
+        return super()._terms(Z, G) | {"covariance": Z.new_zeros(())}
+
+
+def test_linear_optimum_is_not_inherited_by_subclass() -> None:
+    moments, loss = moments_of(data(), RELATIONS["views"]), WithoutCovariance(variance="squared")
+    assert has_linear_optimum(VICReg())
+    assert not has_linear_optimum(loss)
+    with pytest.raises(NotImplementedError, match="WithoutCovariance has no closed form for a linear model"):
+        linear_optimum(loss, moments, 2)
+    with pytest.raises(NotImplementedError, match="WithoutCovariance is not known as a function of second"):
+        value_of(loss, moments)
+
+
+def test_closed_form_solver_accepts_registered_custom_loss() -> None:
+    """A loss min |Z'Z/N - I|_F^2, solved by any W that whitens X."""
+
+    class Whitening(Loss):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = {"distance": 1.0}
+
+        def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
+            return {"distance": (Z.T @ Z / len(Z) - torch.eye(Z.shape[1]).to(Z)).square().sum()}
+
+    model = SSLModel(LinearBackbone(48, 3), nn.Identity())
+    with pytest.raises(UsageError, match="Whitening has no closed form for a linear model"):
+        ClosedForm.check(model, Whitening(), FromViews())
+
+    @value_of.register
+    def whitening_value(loss: Whitening, Z: CentredMoments) -> float:
+        return float((Z.about_zero().XHX / Z.N - torch.eye(len(Z.mean)).double()).square().sum())
+
+    @linear_optimum.register
+    def whitening_optimum(
+        loss: Whitening, moments: CentredMoments, K: int, ridge: float = 0.0
+    ) -> LinearOptimum:
+        variances, V = torch.linalg.eigh(moments.XHX / moments.N)
+        W = V[:, -K:] / variances[-K:].sqrt()
+        return build_linear_optimum("whitening", loss, EXACT, moments, W, variances[-K:], K)
+
+    ClosedForm.check(model, Whitening(), FromViews())
+    X, G = data(), RELATIONS["views"]
+    best = linear_optimum(Whitening(), moments_of(X, G), 3)
+    assert best.kind == EXACT
+    assert_close(float(Whitening()(X @ best.W + best.bias, G)), best.value, rtol=0, atol=1e-9)
+    assert_close(best.value, 0.0, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
-def test_the_value_of_any_mean_is_the_loss(G: Relation) -> None:
-    """Of losses that centre and that do not; about a mean that is not 0, and degrees that are not equal."""
+def test_value_from_moments_equals_loss_for_any_mean(G: Relation) -> None:
+    """Losses with and without centring, for a nonzero mean and unequal degrees."""
     X, W, mean = (
         data(),
         torch.randn(D, 3, dtype=torch.float64),
@@ -317,4 +374,6 @@ def test_the_value_of_any_mean_is_the_loss(G: Relation) -> None:
     )
     Z = (X - X.mean(0)) @ W + mean
     for loss in (*LOSSES, SpectralContrastive("sum", center=True), BarlowTwins(0.1, center=True)):
-        assert_close(moments_of(X, G).value(loss, W, mean), float(loss(Z, G)), rtol=1e-6, atol=1e-9)
+        assert_close(
+            value_of(loss, moments_of(X, G).transform(W, mean)), float(loss(Z, G)), rtol=1e-6, atol=1e-9
+        )

@@ -1,4 +1,4 @@
-"""Closed forms against dense eigensolvers, against descent from many starts, and against other libraries."""
+"""Closed forms compared with dense eigensolvers, descent from several starts, and other libraries."""
 
 import numpy as np
 import pytest
@@ -20,8 +20,8 @@ from ssl_runner.relation import (
     WithSupportSet,
     rewire,
 )
-from ssl_runner.theory import eigenspaces, measures, optima
-from ssl_runner.theory.optima import EXACT, LOWER, UPPER, optimum
+from ssl_runner.theory import EXACT, LOWER, UPPER, Optimum, eigenspaces, measures, optimum
+from ssl_runner.theory.selection import repeat_values, take_leading
 
 
 def random_pairs(N: int, E: int, seed: int = 0) -> Edges:
@@ -46,7 +46,7 @@ RELATIONS = {
     "noisy": rewire(Labels(torch.arange(12) % 3), 0.5, torch.Generator().manual_seed(0)),
 }
 PATHS = Edges([row for row in range(36) if row % 3 < 2], [row + 1 for row in range(36) if row % 3 < 2], 36)
-CROWDED = {  # of high multiplicities, and no cliques
+MULTIPLE = {  # eigenvalues of high multiplicity, but no groups
     "paths": PATHS,
     "paths normalized": DegreeNormalized(PATHS),
     "noisy views": rewire(Views(20, 2), 0.2, torch.Generator().manual_seed(0)),
@@ -56,29 +56,24 @@ CROWDED = {  # of high multiplicities, and no cliques
 
 def matrix(G: Relation, which: str, center: bool) -> Tensor:
     dense = G.dense(torch.float64)
-    d, eye, H = (
-        dense.sum(1),
-        torch.eye(len(dense), dtype=torch.float64),
-        torch.eye(len(dense), dtype=torch.float64) - 1 / len(dense),
-    )
+    d = dense.sum(1)
     if which == "laplacian":
         return d.diag() - dense
     if which == "normalized":
         root = torch.where(d > 0, d.clamp(min=1e-12).rsqrt(), 0)
         return root[:, None] * dense * root
-    return H @ dense @ H if center else eye @ dense
+    H = torch.eye(len(dense), dtype=torch.float64) - 1 / len(dense)
+    return H @ dense @ H if center else dense
 
 
 @pytest.mark.parametrize("dense_rows", [2000, 0])
 @pytest.mark.parametrize(
     "which", ["laplacian", "adjacency", "adjacency centred", "normalized", "normalized centred"]
 )
-@pytest.mark.parametrize("G", (RELATIONS | CROWDED).values(), ids=RELATIONS | CROWDED)
-def test_eigenspaces_are_those_of_the_dense_matrix(
-    G: Relation, which: str, dense_rows: int, monkeypatch
-) -> None:
-    """Values, whole dimensions, projectors and bases; by structure, by the dense solver and by Lanczos."""
-    monkeypatch.setattr(spectrum, "DENSE", dense_rows)
+@pytest.mark.parametrize("G", (RELATIONS | MULTIPLE).values(), ids=RELATIONS | MULTIPLE)
+def test_eigenspaces_match_dense_eigensolver(G: Relation, which: str, dense_rows: int, monkeypatch) -> None:
+    """Values, dimensions, projectors and bases; by structure, by the dense solver and by Lanczos."""
+    monkeypatch.setattr(eigenspaces, "MAX_DENSE_ROWS", dense_rows)
     which, _, center = which.partition(" ")
     centred = bool(center) or which == "laplacian"
     k, N = 5, G.num_rows
@@ -97,25 +92,25 @@ def test_eigenspaces_are_those_of_the_dense_matrix(
     if which == "normalized":
         P = P * (G.degrees > 0)[:, None] * (G.degrees > 0)
     expected = torch.linalg.eigvalsh(P @ (sign * A + 20 * torch.eye(N)) @ P).flip(0) - 20
-    taken = optima.take_leading(eigenspaces.spectrum(G, which, k, bool(center)), k)
+    selection = take_leading(eigenspaces.leading_eigenspaces(G, which, k, bool(center)), k)
     leading = expected[:k]
-    if which != "laplacian" and dense_rows == 0:  # Lanczos seeks positive ones only
-        taken, leading = [pair for pair in taken if pair[0].value > 1e-9], leading[leading > 1e-9]
-    assert_close(sign * optima.repeat_values(taken), leading, rtol=1e-8, atol=1e-8)
-    for space, q in taken:
+    if which != "laplacian" and dense_rows == 0:  # Lanczos returns positive eigenvalues only
+        selection, leading = [pair for pair in selection if pair[0].value > 1e-9], leading[leading > 1e-9]
+    assert_close(sign * repeat_values(selection), leading, rtol=1e-8, atol=1e-8)
+    for space, q in selection:
         assert space.dim == int((expected - sign * space.value).abs().lt(1e-6).sum())
-        full = space.basis(space.dim)
-        assert_close(full.T @ full, torch.eye(space.dim, dtype=torch.float64), rtol=0, atol=1e-8)
-        assert_close(A @ full, space.value * full, rtol=1e-7, atol=1e-7)
+        basis = space.basis(space.dim)
+        assert_close(basis.T @ basis, torch.eye(space.dim, dtype=torch.float64), rtol=0, atol=1e-8)
+        assert_close(A @ basis, space.value * basis, rtol=1e-7, atol=1e-7)
         X = torch.randn(N, 3)
-        assert_close(space.project(X), full @ (full.T @ X.double()), rtol=1e-8, atol=1e-8)
-        assert_close(space.basis(q), full[:, :q])
+        assert_close(space.project(X), basis @ (basis.T @ X.double()), rtol=1e-8, atol=1e-8)
+        assert_close(space.basis(q), basis[:, :q])
         if centred:
-            assert (out.T @ full).abs().max() < 1e-8
+            assert (out.T @ basis).abs().max() < 1e-8
 
 
 def descend(loss: Loss, G: Relation, K: int, seed: int) -> float:
-    """The lowest value that L-BFGS finds from one random start."""
+    """Lowest loss that L-BFGS finds from one random start."""
     generator = torch.Generator().manual_seed(seed)
     scale = 10.0 ** torch.empty(1).uniform_(-1.5, 0.7, generator=generator).item()
     Z = (scale * torch.randn(G.num_rows, K, generator=generator, dtype=torch.float64)).requires_grad_()
@@ -167,7 +162,7 @@ EXACTS += [
 
 
 @pytest.mark.parametrize(("loss", "name", "K"), EXACTS, ids=lambda case: str(case).partition("(")[0])
-def test_descent_reaches_an_exact_value_and_never_beats_it(loss: Loss, name: str, K: int) -> None:
+def test_exact_optimum_is_reached_but_not_beaten_by_descent(loss: Loss, name: str, K: int) -> None:
     G = RELATIONS[name]
     best = optimum(loss, G, K)
     assert best.kind == EXACT
@@ -185,10 +180,10 @@ ATTAINED += [(BarlowTwins(alpha, eps=1e-2), 12) for alpha in (0.005, 3.0)]
 ATTAINED += [(SimCLR(0.3), 12), (SimCLR(0.3, "sum"), 14)]
 
 
-@pytest.mark.parametrize("name", RELATIONS | CROWDED)
+@pytest.mark.parametrize("name", RELATIONS | MULTIPLE)
 @pytest.mark.parametrize(("loss", "K"), ATTAINED)
-def test_an_exact_value_or_an_upper_bound_is_attained_by_the_embedding(loss: Loss, K: int, name: str) -> None:
-    G = (RELATIONS | CROWDED)[name]
+def test_embedding_attains_exact_value_or_upper_bound(loss: Loss, K: int, name: str) -> None:
+    G = (RELATIONS | MULTIPLE)[name]
     best = optimum(loss, G, K)
     if best.kind == LOWER:
         assert best.Z is None
@@ -209,14 +204,14 @@ def test_an_exact_value_or_an_upper_bound_is_attained_by_the_embedding(loss: Los
 
 @pytest.mark.parametrize("name", RELATIONS)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_lower_bound_is_never_beaten(name: str, reduction: str) -> None:
+def test_lower_bound_is_not_beaten_by_descent(name: str, reduction: str) -> None:
     G, loss = RELATIONS[name], SimCLR(0.3, reduction)
     best = optimum(loss, G, 2)
     assert min(descend(loss, G, 2, seed) for seed in range(3)) >= best.value * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("name", ["labels", "edges", "noisy"])
-def test_descent_does_better_than_an_upper_bound_or_as_well(name: str) -> None:
+def test_upper_bound_is_reached_or_beaten_by_descent(name: str) -> None:
     G = RELATIONS[name]
     for loss in (VICReg(2.0, 1.0, 2.0), BarlowTwins(1.0)):
         best = optimum(loss, G, 5)
@@ -227,8 +222,8 @@ def test_descent_does_better_than_an_upper_bound_or_as_well(name: str) -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.005, 0.02, 1.0])
-def test_barlow_with_more_columns_than_classes_shares_them(alpha: float) -> None:
-    """K = 16, 5 classes: C = F'F of a tight frame, off-diagonal K^2 / 5 - K; descent finds nothing much lower."""
+def test_barlow_optimum_with_more_columns_than_classes_is_tight_frame(alpha: float) -> None:
+    """K = 16, 5 classes: C = F'F, off-diagonal sum K^2 / 5 - K. Descent gets at most 10 % lower."""
     G = Labels(torch.arange(30) % 5)
     best = optimum(BarlowTwins(alpha, eps=1e-12), G, 16)
     assert_close(best.value, min(11.0, alpha * (16**2 / 5 - 16)), rtol=1e-9, atol=0)
@@ -239,8 +234,8 @@ def test_barlow_with_more_columns_than_classes_shares_them(alpha: float) -> None
 
 @pytest.mark.parametrize("name", ["labels", "labels normalized", "edges", "noisy"])
 @pytest.mark.parametrize("eps", [1e-4, 1e-2])
-def test_the_hinges_scales_minimise_each_decorrelated_column(eps: float, name: str) -> None:
-    """Against a fine grid of standard deviations, the eigenvalues from the dense Laplacian."""
+def test_hinge_scales_minimise_each_column(eps: float, name: str) -> None:
+    """Compared with a fine grid of standard deviations, for eigenvalues of the dense Laplacian."""
     G, loss, K = RELATIONS[name], VICReg(2.0, 1.0, 2.0, eps=eps), 8
     values = torch.linalg.eigvalsh(matrix(G, "laplacian", False))[1 : K + 1]
     s = torch.linspace(0, 1, 200_001, dtype=torch.float64)
@@ -253,7 +248,7 @@ def test_the_hinges_scales_minimise_each_decorrelated_column(eps: float, name: s
     assert_close(best.singular_values, 11**0.5 * at.sort(descending=True).values, rtol=0, atol=1e-3)
 
 
-def test_the_entropy_bound_is_that_of_the_rows() -> None:
+def test_simclr_lower_bound_is_row_entropy() -> None:
     G = RELATIONS["edges"]
     d = G.dense(torch.float64).sum(1)
     assert_close(optimum(SimCLR(0.5, "sum"), G, 4).value, float(torch.special.xlogy(d, d).sum()))
@@ -264,8 +259,8 @@ def test_the_entropy_bound_is_that_of_the_rows() -> None:
     )
 
 
-def test_the_rank_follows_gamma_for_vicreg_and_g_for_simclr() -> None:
-    """theory.md 4: rank = #{k <= K: gamma (N-1) lambda_k < N alpha}, against the positive eigenvalues of G."""
+def test_optimal_rank_follows_gamma_for_vicreg_and_eigenvalues_for_simclr() -> None:
+    """VICReg: rank = #{k <= K: gamma (N-1) lambda_k < N alpha}. SimCLR: number of positive eigenvalues."""
     G, K, N = RELATIONS["edges"], 10, 12
     values = torch.linalg.eigvalsh(matrix(G, "laplacian", False))[1 : K + 1]
     for gamma in (0.01, 0.3, 1.0, 3.0):
@@ -278,7 +273,7 @@ def test_the_rank_follows_gamma_for_vicreg_and_g_for_simclr() -> None:
 
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("seed", range(10))
-def test_eigenvalues_of_zero_add_nothing_to_the_rank(seed: int, center: bool) -> None:
+def test_optimal_rank_ignores_eigenvalues_at_rounding_level(seed: int, center: bool) -> None:
     G = random_pairs(40, 25, seed)
     values = torch.linalg.eigvalsh(matrix(G, "adjacency", center))
     positive = int((values > 1e-9).sum())
@@ -290,7 +285,7 @@ def test_eigenvalues_of_zero_add_nothing_to_the_rank(seed: int, center: bool) ->
     assert joined > optimum(BarlowTwins(1.0), G, 39).rank == int((normalized > 1e-9).sum())
 
 
-@pytest.mark.parametrize("G", CROWDED.values(), ids=CROWDED)
+@pytest.mark.parametrize("G", MULTIPLE.values(), ids=MULTIPLE)
 @pytest.mark.parametrize(
     "loss",
     [
@@ -302,8 +297,8 @@ def test_eigenvalues_of_zero_add_nothing_to_the_rank(seed: int, center: bool) ->
     ],
     ids=["vicreg", "simclr", "simclr centred", "barlow", "barlow centred"],
 )
-def test_any_choice_among_tied_eigenvectors_is_aligned(loss: Loss, G: Relation) -> None:
-    """The last ones of the matrix's own dense decomposition, in place of those that `optimum` chose."""
+def test_alignment_is_one_for_any_choice_of_tied_eigenvectors(loss: Loss, G: Relation) -> None:
+    """Random bases of the eigenspaces, in place of those that `optimum` uses."""
     which = {"VICReg": "laplacian", "SpectralContrastive": "adjacency", "BarlowTwins": "normalized"}[
         type(loss).__name__
     ]
@@ -311,7 +306,7 @@ def test_any_choice_among_tied_eigenvectors_is_aligned(loss: Loss, G: Relation) 
     best = optimum(loss, G, 5)
     scale = best.Z.norm(dim=0)
     chosen = []
-    for space, q in optima.take_leading(eigenspaces.spectrum(G, which, 5, center), 5):
+    for space, q in take_leading(eigenspaces.leading_eigenspaces(G, which, 5, center), 5):
         chosen.append(
             space.basis(space.dim) @ torch.linalg.qr(torch.randn(space.dim, q, dtype=torch.float64))[0]
         )
@@ -325,12 +320,14 @@ def test_any_choice_among_tied_eigenvectors_is_aligned(loss: Loss, G: Relation) 
     assert_close(measures.alignment(other, best), 1.0, rtol=0, atol=1e-9)
 
 
-def test_alignment_sees_what_the_loss_sees() -> None:
-    """SimCLR: rows of any norm. Barlow Twins: columns of any scale, and shifted where they are centred."""
+def test_alignment_has_invariances_of_loss() -> None:
+    """SimCLR: norms of rows. Barlow Twins: scales of columns, and their mean if the loss centres."""
     simplex = optimum(SimCLR(), Labels(torch.arange(30) % 3), 4)
     scaled = simplex.Z * torch.rand(30, 1)
     assert_close(measures.alignment(scaled, simplex), 1.0, rtol=0, atol=1e-9)
-    assert_close(torch.linalg.svdvals(simplex.seen(scaled)), simplex.singular_values, rtol=1e-9, atol=1e-7)
+    assert_close(
+        torch.linalg.svdvals(simplex.canonicalize(scaled)), simplex.singular_values, rtol=1e-9, atol=1e-7
+    )
     G, loss = Labels(UNEVEN), BarlowTwins(0.1, center=True, eps=1e-12)
     best = optimum(loss, G, 3)
     moved = best.Z * torch.tensor([1.0, 5.0, 0.1]) + 3
@@ -338,8 +335,8 @@ def test_alignment_sees_what_the_loss_sees() -> None:
     assert_close(measures.alignment(moved, best), 1.0, rtol=0, atol=1e-9)
 
 
-def test_laplacian_eigenmaps_are_sklearns_spectral_embedding() -> None:
-    """sklearn's embedding is D^-1/2 times the eigenvectors of the normalised Laplacian: CCA's form here."""
+def test_barlow_optimum_matches_sklearn_spectral_embedding() -> None:
+    """sklearn returns D^-1/2 times the eigenvectors of the normalised Laplacian."""
     G = random_pairs(60, 200)
     theirs = SpectralEmbedding(4, affinity="precomputed", random_state=0).fit_transform(
         G.dense(torch.float64).numpy()
@@ -351,8 +348,8 @@ def test_laplacian_eigenmaps_are_sklearns_spectral_embedding() -> None:
     assert_close((theirs * ours).sum(0).abs(), torch.ones(4, dtype=torch.float64), rtol=1e-6, atol=0)
 
 
-def test_structure_spares_the_eigenproblem_of_a_large_relation() -> None:
-    """200,000 rows of views and labels; the optimum is theirs without any N x N matrix."""
+def test_optimum_of_200000_rows_uses_group_structure() -> None:
+    """Views and labels need no N x N matrix."""
     views, labels = Views(100_000, 2), Labels(torch.arange(200_000) % 10, normalized=True)
     for loss in (VICReg(variance="squared"), SimCLR(), SpectralContrastive(), BarlowTwins()):
         best = optimum(loss, views, 16)
@@ -377,7 +374,7 @@ def test_structure_spares_the_eigenproblem_of_a_large_relation() -> None:
 
 
 def subspace_iteration(G: Edges, known: Tensor) -> float:
-    """The smallest eigenvalue of the Laplacian orthogonal to known vectors (N, r), by LOBPCG."""
+    """Smallest eigenvalue of the Laplacian orthogonal to known vectors (N, r), by LOBPCG."""
     i, j = G.edges().numpy()
     L = scipy.sparse.diags_array(G.degrees.double().numpy()) - scipy.sparse.csr_array(
         (np.ones(len(i)), (i, j)), (G.num_rows,) * 2
@@ -388,18 +385,18 @@ def subspace_iteration(G: Edges, known: Tensor) -> float:
 
 
 @pytest.mark.slow
-def test_a_long_path_whose_spectrum_is_crowded_at_its_end_is_solved() -> None:
-    """Eigenvalues 2 - 2 cos(pi k / N) of the Laplacian, 2 cos(pi k / (N + 1)) of the adjacency."""
+def test_lanczos_solves_long_path() -> None:
+    """Eigenvalues 2 - 2 cos(pi k / N) of the Laplacian and 2 cos(pi k / (N + 1)) of G: dense at the end."""
     N = 20_000
     path, k = Edges(torch.arange(N - 1), torch.arange(1, N), N), torch.arange(1, 6, dtype=torch.float64)
-    found = optima.repeat_values(optima.take_leading(eigenspaces.spectrum(path, "laplacian", 5), 5))
+    found = repeat_values(take_leading(eigenspaces.leading_eigenspaces(path, "laplacian", 5), 5))
     assert_close(found, 2 - 2 * (torch.pi * k / N).cos(), rtol=1e-4, atol=1e-12)
-    found = optima.repeat_values(optima.take_leading(eigenspaces.spectrum(path, "adjacency", 5), 5))
+    found = repeat_values(take_leading(eigenspaces.leading_eigenspaces(path, "adjacency", 5), 5))
     assert_close(found, 2 * (torch.pi * k / (N + 1)).cos(), rtol=1e-10, atol=0)
 
 
 @pytest.mark.slow
-def test_a_sparse_relation_of_20000_rows_is_solved_iteratively() -> None:
+def test_lanczos_solves_sparse_relation_of_20000_rows() -> None:
     G, K = random_pairs(20_000, 100_000), 16
     best = optimum(VICReg(1.0, 1.0, 0.02, variance="squared"), G, K)
     Z = best.Z
@@ -409,12 +406,12 @@ def test_a_sparse_relation_of_20000_rows_is_solved_iteratively() -> None:
     assert (LU - U * values).norm(dim=0).max() < 1e-6
     probe = torch.linalg.qr(torch.cat([torch.ones(20_000, 1, dtype=torch.float64), Z], 1))[0]
     lowest = subspace_iteration(G, probe)
-    assert lowest > values.max() - 1e-6  # nothing smaller is left
+    assert lowest > values.max() - 1e-6  # no smaller eigenvalue was missed
     assert_close(float(VICReg(1.0, 1.0, 0.02, variance="squared")(Z, G)), best.value, rtol=1e-8, atol=0)
 
 
-def test_a_relation_of_high_multiplicity_without_the_structure_of_cliques_is_decomposed() -> None:
-    """260 images twice, classes of 52 rows less one pair each: LAPACK's "evr" gives up on this one."""
+def test_optimum_of_near_groups_with_high_multiplicity() -> None:
+    """Classes of 52 rows less one pair each: LAPACK's "evr" driver fails on this matrix."""
     i, j = Labels(torch.arange(520) % 10).edges()
     G = DegreeNormalized(Edges(i[i < j][10:], j[i < j][10:], 520))
     best = optimum(SpectralContrastive(), G, 64)
@@ -430,11 +427,11 @@ def test_alignment_is_one_at_the_optimum_and_small_at_random() -> None:
             rotated = best.Z @ torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
             assert_close(measures.alignment(rotated, best), 1.0, rtol=1e-9, atol=0)
     labels = optimum(VICReg(), Labels(y), 3)
-    random = [measures.alignment(torch.randn(400, 3), labels) for _ in range(20)]
-    assert sum(random) / 20 < 0.05  # 3 / 399 on average
+    at_random = [measures.alignment(torch.randn(400, 3), labels) for _ in range(20)]
+    assert sum(at_random) / 20 < 0.05  # 3 / 399 on average
 
 
-def test_label_energy_is_what_least_squares_explains() -> None:
+def test_label_energy_matches_least_squares() -> None:
     y = torch.arange(60) % 3
     Y, Z = torch.nn.functional.one_hot(y).double(), torch.randn(60, 5, dtype=torch.float64)
     Yc, Zc = Y - Y.mean(0), Z - Z.mean(0)
@@ -445,7 +442,7 @@ def test_label_energy_is_what_least_squares_explains() -> None:
     assert measures.label_energy(torch.zeros(60, 4), Y) == 0
 
 
-def test_the_label_energy_of_a_relation() -> None:
+def test_label_energy_of_optimum_depends_on_relation() -> None:
     y = torch.arange(60) % 3
     Y = torch.nn.functional.one_hot(y)
     for loss in (VICReg(), SimCLR(), BarlowTwins()):
@@ -456,21 +453,59 @@ def test_the_label_energy_of_a_relation() -> None:
             measures.label_energy_of_optimum(Y, optimum(loss, Labels(torch.arange(60) % 20 // 4), 3))[0] < 0.2
         )
     assert measures.label_energy_of_optimum(Y, optimum(SimCLR(), Labels(y), 2)) == pytest.approx((1.0, 1.0))
-    most, mean = measures.label_energy_of_optimum(Y.repeat(2, 1), optimum(VICReg(), Views(60, 2), 3))
-    assert_close(most, 1.0, rtol=1e-9, atol=0)
+    maximum, mean = measures.label_energy_of_optimum(Y.repeat(2, 1), optimum(VICReg(), Views(60, 2), 3))
+    assert_close(maximum, 1.0, rtol=1e-9, atol=0)
     assert_close(mean, 3 / 59, rtol=1e-9, atol=0)
 
 
-def test_a_loss_without_a_closed_form_says_so() -> None:
+def test_optimum_of_unregistered_loss_raises() -> None:
     class Other(Loss):
         def _terms(self, Z, G):
             return {}
 
-    with pytest.raises(NotImplementedError, match="Other has no closed form"):
+    with pytest.raises(NotImplementedError, match=r"Other has no closed form.*theory\.optimum\.register"):
         optimum(Other(), Views(3, 2), 2)
 
 
-def test_what_has_no_free_embedding_is_refused() -> None:
+class WithoutCovariance(VICReg):
+    """Has a lower minimum than VICReg: all columns may be equal."""
+
+    def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
+        return super()._terms(Z, G) | {"covariance": Z.new_zeros(())}
+
+
+def test_optimum_is_not_inherited_by_subclass() -> None:
+    G, K = Views(8, 2), 10
+    parent, loss = VICReg(variance="squared", beta=25.0), WithoutCovariance(variance="squared", beta=25.0)
+    floor = optimum(parent, G, K)
+    assert floor.kind == EXACT
+    assert descend(loss, G, K, seed=0) < 1e-6 < floor.value
+    with pytest.raises(NotImplementedError, match="WithoutCovariance has no closed form"):
+        optimum(loss, G, K)
+
+
+def test_optimum_uses_function_registered_for_custom_loss() -> None:
+    class UnitNorm(Loss):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = {"norm": 1.0}
+
+        def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
+            return {"norm": (Z.square().sum(1) - 1).square().sum()}
+
+    @optimum.register
+    def unit_norm_optimum(loss: UnitNorm, G: Relation, K: int) -> Optimum:
+        return Optimum("unit rows", EXACT, 0.0, torch.zeros(K), [], lambda Z: Z, None)
+
+    assert optimum.registered(UnitNorm)
+    best = optimum(UnitNorm(), Views(3, 2), 2)
+    assert (best.form, best.value) == ("unit rows", 0.0)
+    assert not optimum.registered(type("Child", (UnitNorm,), {}))
+    with pytest.raises(TypeError, match="annotation of the first parameter"):
+        optimum.register(lambda loss, G, K: None)
+
+
+def test_optimum_raises_for_support_set_no_columns_or_one_row() -> None:
     for loss in (VICReg(), SimCLR(), SpectralContrastive(), BarlowTwins()):
         with pytest.raises(ValueError, match="constant rows"):
             optimum(loss, WithSupportSet(4, 2, torch.randn(4, 3)), 2)
@@ -482,7 +517,7 @@ def test_what_has_no_free_embedding_is_refused() -> None:
         assert alone.Z is None or alone.Z.shape == (4, 3)
 
 
-def test_one_group_is_one_point() -> None:
+def test_simclr_optimum_of_one_group_is_one_point() -> None:
     G, Y = Labels(torch.zeros(4, dtype=torch.long)), torch.nn.functional.one_hot(torch.arange(4) % 2)
     for K in (1, 3):
         best = optimum(SimCLR(), G, K)

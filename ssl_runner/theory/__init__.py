@@ -1,5 +1,8 @@
-"""The spectral theory of the losses: optima over free embeddings and linear models, and what they imply for a trained model."""
+"""Closed-form optima of the losses for free embeddings and linear models, and measures that compare a model
+with them.
+"""
 
+from ssl_runner.theory.linear import LinearOptimum, linear_optimum, value_of
 from ssl_runner.theory.optima import EXACT, LOWER, UPPER, Optimum, optimum
 
-__all__ = ["EXACT", "LOWER", "UPPER", "Optimum", "optimum"]
+__all__ = ["EXACT", "LOWER", "UPPER", "LinearOptimum", "Optimum", "linear_optimum", "optimum", "value_of"]

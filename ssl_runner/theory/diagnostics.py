@@ -18,7 +18,8 @@ from ssl_runner.relation import Relation
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.theory import measures
-from ssl_runner.theory.optima import Optimum, optimum, padded
+from ssl_runner.theory.matrices import centred, padded
+from ssl_runner.theory.optima import Optimum, optimum
 
 OF_EMBEDDING = ("rank", "effective_rank", "alignment", "label_energy", "min_std", "mean_correlation")
 OF_LOSS = ("subset_loss", "loss_floor", "loss_gap", "floor_kind", "optimal_rank")
@@ -28,27 +29,33 @@ MAX_CORRELATED = 1024  # columns, evenly spaced, whose correlations are averaged
 
 
 class Diagnostics(Evaluator):
-    """Columns of metrics.csv from V fixed views of `num_images` class-balanced training images, with the model in eval mode.
+    """Columns of metrics.csv that are computed from a fixed, class-balanced subset of the training images.
+
+    The subset has `num_images` images with V fixed views of each. The model is in eval mode.
 
     Of the embeddings Z (N, K), and of the backbone's features with the prefix `backbone_`:
 
     rank               number of singular values above max(N, K) eps of the largest, eps that of float32
     effective_rank     exp of the entropy of p_k = sigma_k / sum sigma + 1e-7 (RankMe, Garrido et al. 2023)
     alignment          mean squared cosine of the principal angles to the subspace of the closed form
-    label_energy       share of the variance of the one-hot labels that a linear map explains on these rows; rank / N at random
+    label_energy       share of the variance of the one-hot labels that a linear map explains on these rows;
+                       rank / N at random
     min_std            smallest standard deviation of a column
     mean_correlation   mean |correlation| of two columns
 
     Of the loss and the relation on the subset:
 
     subset_loss                 loss of Z
-    loss_floor, floor_kind      value of the loss's closed form, and whether it is exact, an upper or a lower bound
+    loss_floor, floor_kind      value of the loss's closed form, and whether it is exact, an upper or a lower
+                                bound
     loss_gap                    subset_loss - loss_floor
     optimal_rank                rank of the closed form
-    relation_label_energy       label energy of the closed form, at most over the choices within a tied eigenspace
+    relation_label_energy       label energy of the closed form, the highest over the choices within
+                                a tied eigenspace
     relation_label_energy_mean  the same, as the mean over these choices
 
-    Columns that need a closed form are empty for a loss without one. `finish` writes spectrum.csv to `folder`.
+    Columns that need a closed form are empty for a loss without one. `finish` writes spectrum.csv to
+    `folder`.
     """
 
     columns = (
@@ -78,13 +85,15 @@ class Diagnostics(Evaluator):
         self.X, self.batch = loader.fixed_batch(data.train, chosen)
         self.Y = F.one_hot(self.batch.labels.cpu(), classes).double().repeat(loader.V, 1)  # (N, C)
         self.relation, self.loss, self.folder = relation.frozen_copy(), loss, folder
-        self.known: tuple[Relation, Optimum | None] | None = (
-            None  # G and the optimum, where they do not depend on Z
-        )
+        # G and the optimum, if they do not depend on Z
+        self.known: tuple[Relation, Optimum | None] | None = None
 
     @torch.no_grad()
     def embed(self, model: SSLModel) -> tuple[Tensor, Tensor]:
-        """Features (N, width) and embeddings Z (N, K) of the subset, float32, on the device. Ranks share the forward pass."""
+        """Features (N, width) and embeddings Z (N, K) of the subset, float32, on the device.
+
+        The rows are sharded over the ranks and all-gathered.
+        """
         with eval_mode(model):
             indices = distributed.shard_indices(len(self.X), FORWARD)
             own = self.X[indices[distributed.rank()].to(self.X.device)]
@@ -103,11 +112,11 @@ class Diagnostics(Evaluator):
         return self.known
 
     def evaluate(self, model: SSLModel, epoch: int) -> dict[str, Any]:
-        """The columns on the main process, {} on other ranks."""
+        """The columns on the main process; they are empty on other ranks."""
         start = time.perf_counter()
         features, Z = self.embed(model)
         if not distributed.is_main_process():
-            return {}
+            return dict.fromkeys(self.columns)
         with distributed.local_only():
             return self._columns(features, Z) | {"diagnostics_s": round(time.perf_counter() - start, 3)}
 
@@ -141,16 +150,17 @@ class Diagnostics(Evaluator):
                 log.append(row)
 
     def spectrum(self, model: SSLModel) -> list[dict[str, Any]]:
-        """For k = 1 ... K: the k-th singular value of Z (as the loss sees it: `Optimum.canonicalize`) and that of the closed form.
+        """Rows k = 1 ... K with the k-th singular value of `Optimum.canonicalize(Z)` and of the closed form.
 
-        Both are divided by sqrt(N): the root mean square of a coordinate. Empty on ranks other than the main process.
+        Both are divided by sqrt(N): the root mean square of a coordinate. Empty on ranks other than the main
+        process.
         """
         _, Z = self.embed(model)
         if not distributed.is_main_process():
             return []
         with distributed.local_only():
             _, best = self.optimum(Z)
-        canonical = best.canonicalize(Z) if best else measures.centred(Z)
+        canonical = best.canonicalize(Z) if best else centred(Z)
         measured = padded(torch.linalg.svdvals(canonical), Z.shape[1])
         optimal = best.singular_values if best else [None] * Z.shape[1]
         root = len(Z) ** 0.5
@@ -183,7 +193,10 @@ def effective_rank(values: Tensor) -> float:
 
 
 def mean_correlation(Z: Tensor) -> float:
-    """Mean |correlation| over all pairs of different columns of Z (N, K), without constant ones; 0 for fewer than two columns."""
+    """Mean |correlation| over all pairs of different columns of Z (N, K).
+
+    Constant columns are left out. 0 for fewer than two columns.
+    """
     Z = Z[:, :: max(1, Z.shape[1] // MAX_CORRELATED)]
     Z = Z - Z.mean(0)
     norms = Z.norm(dim=0)

@@ -1,57 +1,71 @@
-"""TODO theory.measures"""
+"""Measures of an embedding against labels and against the closed form of a loss, in float64."""
 
 import torch
 from torch import Tensor
 
-from ssl_runner.theory.optima import Optimum, Selection, as_float64, centred
-
-# What a relation's spectrum says of embeddings and labels
+from ssl_runner.theory.matrices import as_float64, centred
+from ssl_runner.theory.optima import Optimum
+from ssl_runner.theory.selection import Selection
 
 
 def alignment(Z: Tensor, best: Optimum) -> float:
-    """The mean squared cosine of the principal angles between the left singular space of what the loss sees of Z (N, K), and the
-    nearest of the closed form's spaces: in [0, 1], about dim / N at random."""
+    """Mean cos^2 of the principal angles between Z (N, K) and the closed form, in [0, 1].
+
+    Compares the left singular space of the canonicalised Z with the closest optimal subspace. At random it is
+    about dim / N.
+    """
     U = left_singular_space(best.canonicalize(Z))
     angles = min(U.shape[1], sum(q for _, q in best.spaces))
     return projected_energy(U, best.spaces)[0] / angles if angles else 0.0
 
 
 def label_energy_of_optimum(Y: Tensor, best: Optimum) -> tuple[float, float]:
-    """One-hot targets Y (N, C) -> |U'Yc|^2 / |Yc|^2 with U the closed form's eigenvectors: the share of label energy that a
-    network trained to the optimum on G shows to a linear probe. The most over what is tied, and the mean."""
+    """|U'Yc|_F^2 / |Yc|_F^2, with U the eigenvectors of the closed form and Yc centred targets Y (N, C).
+
+    For one-hot targets this is the share of label energy that a network trained to the optimum on G exposes
+    to a linear probe. Returns the maximum and the mean over the choices within a tied eigenspace.
+    """
     Yc = centred(Y)
     total = float(Yc.square().sum())
-    most, mean = projected_energy(Yc, best.spaces)
-    return (most / total, mean / total) if total else (0.0, 0.0)
+    maximum, mean = projected_energy(Yc, best.spaces)
+    return (maximum / total, mean / total) if total else (0.0, 0.0)
 
 
 def label_energy(Z: Tensor, Y: Tensor) -> float:
-    """Embedding Z (N, K), one-hot targets Y (N, C) -> |U'Yc|^2 / |Yc|^2 with U the left singular space of Z, centred: the share
-    of the targets' variance that a linear map with an intercept explains on these very rows, about rank / N at random."""
+    """|U'Yc|_F^2 / |Yc|_F^2, with U the left singular space of centred Z (N, K) and targets Y (N, C).
+
+    The share of the targets' variance that a linear map with an intercept explains on these N rows. At random
+    it is about rank / N.
+    """
     U, Yc = left_singular_space(centred(Z)), centred(Y)
     total = float(Yc.square().sum())
     return float((U.T @ Yc).square().sum()) / total if total else 0.0
 
 
 def projected_energy(U: Tensor, spaces: Selection) -> tuple[float, float]:
-    """|P U|_F^2 for U (N, r) and the projector P onto the spaces: where only q of a space's dimensions are taken, for the best q
-    and for the mean over all choices."""
-    most = mean = 0.0
+    """|P U|_F^2 for U (N, r) and the projector P onto the selected dimensions of eigenspaces.
+
+    Any q dimensions of a space of which only q are used are optimal. Returns the maximum and the mean over
+    these choices.
+    """
+    maximum = mean = 0.0
     for space, q in spaces:
-        part = U.T @ space.project(U)
-        whole = float(part.trace())
-        most += (
-            whole
-            if q >= min(space.dim, len(part))
-            else float(torch.linalg.eigvalsh(part)[-q:].clamp(min=0).sum())
-        )
-        mean += whole * q / space.dim
-    return most, mean
+        energy = U.T @ space.project(U)  # (r, r)
+        trace = float(energy.trace())
+        if q >= min(space.dim, len(energy)):
+            maximum += trace
+        else:
+            maximum += float(torch.linalg.eigvalsh(energy)[-q:].clamp(min=0).sum())
+        mean += trace * q / space.dim
+    return maximum, mean
 
 
 def singular_values(Z: Tensor) -> Tensor:
-    """Those of Z (N, K) that are not 0 up to roundings: (r,) float64, descending, r the numerical rank. By the smaller Gram
-    matrix: half the digits of a singular value decomposition, which do for float32 embeddings, in a fraction of its time."""
+    """Singular values of Z (N, K) above `rank_tolerance`: (r,) float64, descending, r the numerical rank.
+
+    Computed from the smaller Gram matrix. This halves the digits, which suffices for float32 embeddings, and
+    takes a fraction of the time of an SVD.
+    """
     Z = as_float64(Z)
     squares = torch.linalg.eigvalsh(Z @ Z.T if Z.shape[1] > len(Z) else Z.T @ Z)
     values = squares.clamp(min=0).sqrt().flip(0)
@@ -59,7 +73,7 @@ def singular_values(Z: Tensor) -> Tensor:
 
 
 def left_singular_space(Z: Tensor) -> Tensor:
-    """Z (N, K) -> orthonormal (N, r), r its numerical rank."""
+    """Orthonormal basis (N, r) of the column space of Z (N, K), with r its numerical rank."""
     Z = as_float64(Z)
     wide = Z.shape[1] > len(Z)
     squares, V = torch.linalg.eigh(Z @ Z.T if wide else Z.T @ Z)
@@ -69,6 +83,8 @@ def left_singular_space(Z: Tensor) -> Tensor:
 
 
 def rank_tolerance(Z: Tensor) -> float:
-    """Singular values of Z (N, K) below this share of the largest count as 0: max(N, K) roundings of float32, in which networks
-    compute."""
+    """Relative threshold for nonzero singular values of Z (N, K): max(N, K) eps, with eps of float32.
+
+    Networks compute in float32 or less, whatever the precision of Z.
+    """
     return max(Z.shape) * torch.finfo(torch.float32).eps

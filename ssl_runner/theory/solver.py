@@ -1,7 +1,10 @@
-"""The closed-form solver: the exact linear map on frozen features, from second moments over batches of views."""
+"""The closed-form solver: the exact linear map on frozen features, from second moments over batches of
+views."""
 
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,22 +15,25 @@ from ssl_runner import distributed
 from ssl_runner.backbone import LinearBackbone
 from ssl_runner.data.loader import MultiViewLoader
 from ssl_runner.errors import UsageError
+from ssl_runner.evaluator import Evaluator
 from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel, count_parameters
 from ssl_runner.relation.builders import FromLabels, FromViews, RelationBuilder
 from ssl_runner.solver import Solver
-from ssl_runner.theory.linear import Moments, has_linear_optimum, linear_optimum
+from ssl_runner.theory.linear import has_linear_optimum, linear_optimum, value_of
+from ssl_runner.theory.moments import Moments
 
 CHUNK = 1024  # images per batch where G does not depend on the batch size
 FORWARD = 512  # rows per forward pass of the frozen network
 
 
 class ClosedForm(Solver):
-    """Sets one matrix to the loss's closed-form optimum: the linear backbone, or a linear projector on a frozen backbone.
+    """Sets one matrix to the closed-form optimum of the loss.
 
-    The moments come from `passes` passes over the pretraining images, each with V fresh views per image. Positive pairs lie within
-    batches of the loader's batch_size; with labels they span all images of all passes. `ridge` is added to the variance of every
-    direction, as a share of the mean variance. Every rank computes the same solution.
+    The matrix is the linear backbone, or a linear projector on a frozen backbone. The moments come from
+    `passes` passes over the pretraining images, each with V fresh views per image. Positive pairs lie within
+    batches of the loader's batch_size; with labels they span all images of all passes. `ridge` is added to
+    the variance of every direction, as a share of the mean variance. Every rank computes the same solution.
     """
 
     def __init__(
@@ -117,8 +123,54 @@ class ClosedForm(Solver):
         self.model.projector.load_state_dict(state["projector"])
 
 
+class MomentsGap(Evaluator):
+    """Columns of metrics.csv: the loss of a linear model and of its closed form, on the same second moments.
+
+    The moments come from `passes` passes, as those of ClosedForm with the same seed. For backbone=linear
+    projector=identity.
+    """
+
+    columns = ("moments_loss", "moments_floor", "moments_floor_kind")
+
+    def __init__(
+        self,
+        loader: MultiViewLoader,
+        relation: RelationBuilder,
+        loss: Loss,
+        folder: Path,
+        *,
+        passes: int,
+        every: int = 1,
+    ):
+        super().__init__(every)
+        if not has_linear_optimum(loss):
+            raise ValueError(f"{type(loss).__name__} has no closed form for a linear model")
+        self.loader, self.relation, self.loss, self.passes = loader.restarted(), relation, loss, passes
+
+    def check(self, model: SSLModel) -> None:
+        """Compute the moments and the closed form. Raises UsageError for a model that is not linear."""
+        if not isinstance(model.backbone, LinearBackbone) or not isinstance(model.projector, nn.Identity):
+            raise UsageError("MomentsGap is for a linear model; use backbone=linear projector=identity")
+        frozen, matrix = frozen_and_matrix(model)
+        with distributed.local_only():
+            moments = stream_moments(
+                frozen, matrix.in_features, self.loader, deepcopy(self.relation), self.passes
+            )
+        self.moments = moments.centred()
+        self.best = linear_optimum(self.loss, self.moments, model.K)
+
+    def evaluate(self, model: SSLModel, epoch: int) -> dict[str, Any]:
+        _, matrix = frozen_and_matrix(model)
+        W, bias = (parameter.detach().cpu().double() for parameter in (matrix.weight.T, matrix.bias))
+        value = value_of(self.best.loss, self.moments.transform(W, self.moments.mean @ W + bias))
+        return dict(zip(self.columns, (value, self.best.value, self.best.kind), strict=True))
+
+
 def frozen_and_matrix(model: SSLModel) -> tuple[nn.Module, nn.Linear]:
-    """The part of the model that stays as it is, and the linear layer to solve for. Raises UsageError if there is no such layer."""
+    """The frozen part of the model, and the linear layer to solve for.
+
+    Raises UsageError if there is no such layer.
+    """
     if isinstance(model.backbone, LinearBackbone) and isinstance(model.projector, nn.Identity):
         frozen, matrix = model.backbone.body.children()
     else:
@@ -136,10 +188,12 @@ def stream_moments(
 ) -> Moments:
     """Second moments of the features (D columns) of all views of `passes` epochs of the loader.
 
-    Raises UsageError for a relation to rows outside the batch. Batches hold CHUNK images where this leaves G unchanged (views and
-    labels): a few large products are faster than many small ones.
+    Raises UsageError for a relation to rows outside the batch. Batches hold CHUNK images where this leaves G
+    unchanged (views and labels): a few large products are faster than many small ones.
     """
     device = loader.device
+    if relation.uses_memory:
+        raise UsageError("second moments need positive pairs within one batch; set relation.queue=0")
     if type(relation) is FromLabels:  # a subclass may relate other rows
         positions = torch.cat([loader.order(number) for number in range(passes)])
         images_per_class = torch.bincount(
@@ -163,11 +217,6 @@ def stream_moments(
                 if type(relation) is FromLabels:
                     moments.add_classes(X, batch.labels.repeat(loader.V))
                 else:
-                    G = relation(batch, X)
-                    if G.support is not None:
-                        raise UsageError(
-                            "solver=closed_form needs positive pairs within one batch; set relation.queue=0"
-                        )
-                    moments.add(X, G)
+                    moments.add(X, relation(batch, X))
                 bar.update(len(batch.labels))
     return moments
