@@ -15,7 +15,7 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4  # malloc.h
 
 
 def choose_device(device: str, ranks: RankInfo | None = None) -> torch.device:
-    """The device a run uses: `auto` is cuda, else mps, else cpu; each rank on a machine takes a GPU of its own.
+    """Return the device of a run: `auto` is cuda, else mps, else cpu. Ranks on one machine use separate GPUs.
 
     Raises UsageError if the machine lacks the device, or if several ranks are given one device by name.
     """
@@ -25,11 +25,10 @@ def choose_device(device: str, ranks: RankInfo | None = None) -> torch.device:
     kind, _, index = device.partition(":")
     if ranks and (index or kind == "mps"):
         raise UsageError(
-            f"device={device} is a single device, but {ranks.world_size} processes train; use auto, cuda or cpu"
+            f"device={device}: one device for {ranks.world_size} processes; use auto, cuda or cpu"
         )
-    if (
-        ranks and kind == "cuda" and torch.cuda.device_count() > 1
-    ):  # with one visible GPU, Slurm has bound the task's own
+    if ranks and kind == "cuda" and torch.cuda.device_count() > 1:
+        # if only one GPU is visible, Slurm has assigned it to this rank
         index = str(ranks.local_rank)
     if kind == "cuda":
         count = torch.cuda.device_count()
@@ -43,10 +42,10 @@ def choose_device(device: str, ranks: RankInfo | None = None) -> torch.device:
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """The precision of autocast: `auto` is bf16 if the device has instructions for it, else fp16 on CUDA, else fp32.
+    """Return the precision of autocast: `auto` is bf16 if the hardware has it, else fp16 on CUDA, else fp32.
 
-    A CPU without such instructions emulates bf16 an order of magnitude slower than it computes in fp32. Raises UsageError if the
-    device does not support the precision.
+    A CPU without such instructions emulates bf16 an order of magnitude slower than it computes in fp32.
+    Raises UsageError if the device does not support the precision.
     """
     cuda_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
@@ -59,7 +58,7 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies in bf16 (AVX-512 BF16 or AMX). Needs torch >= 2.11; False for older versions."""
+    """Return True if this CPU has bf16 instructions (AVX-512 BF16 or AMX), and False with torch < 2.11."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
@@ -72,10 +71,10 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def keep_freed_memory() -> None:
-    """Keep memory that is freed within this process, for the next allocation.
+    """Keep freed memory in this process for the next allocation.
 
-    By default glibc returns blocks above 32 MiB to the system, and the activations of every step are paged in again
-    (docs/performance.md has the cost). Does nothing without glibc.
+    By default glibc returns blocks above 32 MiB to the system, and the activations of every step are paged in
+    again. Does nothing without glibc.
     """
     if mallopt := _glibc("mallopt"):
         mallopt(MMAP_MAX, 0)
@@ -83,7 +82,7 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Return memory that is free to the system, once. Does nothing without glibc."""
+    """Return freed memory to the system, once. Does nothing without glibc."""
     if malloc_trim := _glibc("malloc_trim"):
         malloc_trim(0)
 

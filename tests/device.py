@@ -1,8 +1,9 @@
-"""A device that is not there: CPU tensors that play a GPU's memory, so that a test sees what would make the host wait for it.
+"""An emulated GPU that detects host-device syncs, for tests on machines without one.
 
-Within `pretended()` a tensor on cuda:0 is an `OnDevice`, whose values lie on the CPU and whose device says cuda:0. What reads
-them raises `Waits`, as does what copies between host and device other than through pinned memory without waiting, what makes a
-tensor whose size depends on values, and what mixes the tensors of both. The host's own tensors stay as they are.
+Within `pretended()` a tensor on cuda:0 is an `OnDevice`: its values are in CPU memory, and its `device` is
+cuda:0. Operations that would cause a host-device sync on CUDA raise `Waits`: reading values, copies between
+host and device that are blocking or use unpinned memory, and operations whose output size depends on values.
+Operations that mix tensors of host and device also raise it. Ordinary CPU tensors are not affected.
 """
 
 from collections.abc import Iterator
@@ -19,17 +20,17 @@ HERE = torch.device("cuda:0")
 aten = torch.ops.aten
 
 READ = {
-    aten._local_scalar_dense: ".item(), .tolist(), bool() or a number made of a tensor",
+    aten._local_scalar_dense: ".item(), .tolist(), bool() or conversion of a tensor to a number",
     aten.is_nonzero: "bool() of a tensor",
     aten.equal: "torch.equal",
     aten.allclose: "torch.allclose",
-    aten.nonzero: "nonzero, whose result's size depends on values",
-    aten.masked_select: "masked_select, whose result's size depends on values",
-    aten._unique: "unique, whose result's size depends on values",
-    aten._unique2: "unique, whose result's size depends on values",
-    aten.unique_dim: "unique, whose result's size depends on values",
-    aten.unique_consecutive: "unique, whose result's size depends on values",
-    aten.bincount: "bincount, whose result's size depends on values",
+    aten.nonzero: "nonzero, whose output size depends on values",
+    aten.masked_select: "masked_select, whose output size depends on values",
+    aten._unique: "unique, whose output size depends on values",
+    aten._unique2: "unique, whose output size depends on values",
+    aten.unique_dim: "unique, whose output size depends on values",
+    aten.unique_consecutive: "unique, whose output size depends on values",
+    aten.bincount: "bincount, whose output size depends on values",
     aten._coalesce: "coalescing a sparse tensor",
     aten._linalg_eigh: "an eigendecomposition",
     aten._linalg_svd: "a singular value decomposition",
@@ -39,11 +40,14 @@ INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._unsafe_index, aten
 
 
 class Waits(AssertionError):
-    """The host would wait for the device here."""
+    """An operation would cause a host-device sync."""
 
 
 class OnDevice(Tensor):
-    """A tensor of the device that is not there. C++ takes it for one on `meta`, which lets autograd run where there is no GPU."""
+    """A tensor on the emulated device.
+
+    In C++ its device is `meta`, so that autograd works on machines without a GPU.
+    """
 
     values: Tensor
 
@@ -52,9 +56,9 @@ class OnDevice(Tensor):
         options: Any = {"dtype": values.dtype, "layout": values.layout, "device": "meta"}
         if values.layout == torch.strided:
             options |= {"strides": values.stride(), "storage_offset": values.storage_offset()}
-        made: Any = Tensor._make_wrapper_subclass(cls, values.shape, **options)
-        made.values = values
-        return made
+        tensor: Any = Tensor._make_wrapper_subclass(cls, values.shape, **options)
+        tensor.values = values
+        return tensor
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -75,11 +79,11 @@ class OnDevice(Tensor):
         raise Waits("tolist() of a tensor on the device")
 
     def __format__(self, spec: str) -> str:
-        raise Waits("a tensor on the device in a text")
+        raise Waits("formatting of a tensor on the device")
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise AssertionError(f"{func} on a tensor of the device, outside of pretended()")
+        raise AssertionError(f"{func} on an OnDevice tensor outside pretended()")
 
 
 class _Device(TorchDispatchMode):
@@ -115,7 +119,7 @@ class _Device(TorchDispatchMode):
 
     @staticmethod
     def copies(func: Any, args: Any, kwargs: Any, there: bool) -> None:
-        """_to_copy(from, non_blocking=...) and copy_(to, from, non_blocking)."""
+        """Raise `Waits` if _to_copy(source, non_blocking=) or copy_(to, source, non_blocking) would sync."""
         if func.overloadpacket is aten._to_copy:
             source, blocking = args[0], not kwargs.get("non_blocking", False)
             to_device, pinned = there, getattr(source, "is_pinned_here", False)
@@ -125,18 +129,19 @@ class _Device(TorchDispatchMode):
             to_device = isinstance(to, OnDevice)
             pinned = getattr(to if isinstance(source, OnDevice) else source, "is_pinned_here", False)
         if isinstance(source, OnDevice) == to_device or not source.numel():
-            return  # from the device to itself, or nothing
+            return  # within one device, or empty
         if to_device and (blocking or not pinned):
             raise Waits(
-                "a copy to the device that waits: pin the memory and give non_blocking=True, as `copied` does"
+                "a blocking copy to the device: use pinned memory and non_blocking=True, as `to_device` does"
             )
         if not to_device and func.overloadpacket is aten._to_copy:
             raise Waits("a copy from the device to the host")
         if not to_device and (blocking or not pinned):
-            raise Waits("a copy from the device to the host that waits")
+            raise Waits("a blocking copy from the device to the host")
 
     @staticmethod
     def computes(func: Any, args: Any, kwargs: Any, ours: dict[int, "OnDevice"], host: list[Tensor]) -> None:
+        """Raise `Waits` if the operation would cause a sync, or if it mixes tensors of host and device."""
         packet = func.overloadpacket
         if packet in READ:
             raise Waits(f"{READ[packet]}, on the device")
@@ -145,19 +150,19 @@ class _Device(TorchDispatchMode):
             and func._overloadname == "Tensor"
             and kwargs.get("output_size") is None
         ):
-            raise Waits("repeat_interleave by a tensor, without output_size")
+            raise Waits("repeat_interleave with tensor repeats and without output_size")
         if packet in INDEXED and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         ):
-            raise Waits("indexing by a mask, whose number of entries depends on values")
-        if any(t.is_meta for t in host):  # a new_tensor, which C++ makes by itself
-            raise Waits("a tensor made of numbers on the device")
+            raise Waits("indexing by a mask, whose output size depends on values")
+        if any(t.is_meta for t in host):  # from new_tensor, which C++ creates directly
+            raise Waits("creation of a tensor on the device from Python numbers")
         if ours and any(t.ndim or packet in INDEXED or packet is aten.where for t in host):
-            raise Waits(f"{func} mixes tensors of the device with others of the host")
+            raise Waits(f"{func} mixes tensors of host and device")
 
 
 class _Event:
-    """One that has not happened yet, and for which nobody may wait."""
+    """An event that has not completed yet. Waiting for it raises `Waits`."""
 
     def record(self, stream: Any = None) -> None:
         pass
@@ -166,15 +171,15 @@ class _Event:
         return False
 
     def synchronize(self) -> None:
-        raise Waits("waiting for an event")
+        raise Waits("Event.synchronize()")
 
 
 @contextmanager
 def pretended() -> Iterator[None]:
-    """A context in which cuda:0 is there, and waiting for it raises `Waits`. Random numbers come from a CPU's generator."""
+    """Emulate cuda:0 in this context: a host-device sync raises `Waits`. Generators are CPU generators."""
 
     def waits(*args: Any, **kwargs: Any) -> None:
-        raise Waits("waiting for the device")
+        raise Waits("torch.cuda.synchronize()")
 
     stand_ins = {
         "Event": _Event,
@@ -182,10 +187,10 @@ def pretended() -> Iterator[None]:
         "synchronize": waits,
         "_lazy_init": lambda: None,
     }
-    of_the_host = torch.Generator
+    cpu_generator = torch.Generator
 
     def generator(device: Any = None) -> torch.Generator:
-        return of_the_host()
+        return cpu_generator()
 
     amp = mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", return_value=False)
     with (
@@ -198,7 +203,7 @@ def pretended() -> Iterator[None]:
 
 
 def moved(module: nn.Module) -> nn.Module:
-    """The module, with its parameters and buffers on the device."""
+    """Move parameters and buffers of the module to the emulated device, in place. Returns the module."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:

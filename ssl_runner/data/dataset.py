@@ -14,7 +14,7 @@ from torch import Tensor
 from ssl_runner.device import release_freed_memory, to_device
 from ssl_runner.errors import UsageError
 
-MEMORY_FRACTION = 0.5  # location="auto": largest fraction of the free device memory that images may use
+MEMORY_FRACTION = 0.5  # storage="auto": largest fraction of the free device memory that images may use
 
 
 @dataclass
@@ -38,8 +38,8 @@ class Source:
 class Images:
     """A subset of a data set, without a copy of it.
 
-    images (N, C, H, W) uint8 and labels (N,) int64 hold the whole data set; rows (n,) int64 are the indices
-    of the subset. `resident` is True if the images are in device memory, False if they are in host memory or
+    images (N, C, H, W) uint8 and labels (N,) int64 hold the whole data set; indices (n,) int64 select
+    the subset. `resident` is True if the images are in device memory, False if they are in host memory or
     in a memory-mapped file.
     """
 
@@ -65,38 +65,39 @@ class Images:
         prefetches images that are not resident: it gathers and copies one batch ahead of the current step.
         """
         if self.resident:
-            for rows in to_device(self.indices[order], device).split(batch_size):
-                yield self.images[rows], self.labels[rows]
+            for indices in to_device(self.indices[order], device).split(batch_size):
+                yield self.images[indices], self.labels[indices]
             return
         chunks = self.indices[order].split(batch_size)
-        copier = Prefetcher(device)
+        prefetcher = Prefetcher(device)
         with ThreadPoolExecutor(1) as thread:
-            ahead = thread.submit(copier.fetch, self, chunks[0])
+            ahead = thread.submit(prefetcher.fetch, self, chunks[0])
             for following in [*chunks[1:], None]:
-                ready = copier.ready(ahead.result())
+                ready = prefetcher.ready(ahead.result())
                 if following is not None:
-                    ahead = thread.submit(copier.fetch, self, following)
+                    ahead = thread.submit(prefetcher.fetch, self, following)
                 yield ready
 
 
 class Prefetcher:
-    """Copies batches from the host to a device.
+    """Copies batches of images in host memory to a device.
 
-    On CUDA the copy uses pinned memory and a separate stream, so that it overlaps with compute.
+    `fetch` runs in a thread and starts the copy of a batch. `ready` is called before the batch is used. On
+    CUDA the copy uses pinned memory and a separate stream, so that it overlaps with compute.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def fetch(self, images: Images, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Start the copy of the images and labels with the indices rows (b,), and return the copies."""
-        batch = images.images[rows]
+    def fetch(self, images: Images, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Start copying the images at indices (b,) to the device. Returns the copies and their labels."""
+        batch = images.images[indices]
         if self.stream is None:
-            return batch.to(self.device), images.labels[rows.to(self.device)]
+            return batch.to(self.device), images.labels[indices.to(self.device)]
         with torch.cuda.stream(self.stream):
-            batch, rows = (tensor.pin_memory().to(self.device, non_blocking=True) for tensor in (batch, rows))
-            return batch, images.labels[rows]
+            batch, indices = to_device(batch, self.device), to_device(indices, self.device)
+            return batch, images.labels[indices]
 
     def ready(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Make the compute stream wait for the copy of `batch`, without a host-device sync."""
@@ -147,15 +148,20 @@ def load(
     storage: str,
     device: torch.device,
 ) -> DataSet:
-    """Read a source, subsample its training images, hold out the validation set and place the images.
+    """Read a data set, subsample its training images, hold out the validation split and store the images.
 
-    val        fraction of the training images to hold out, stratified by class
-    subset     number of training images to keep, class-balanced, or None for all; also the largest number of
-               unlabelled images to keep
-    location   "device", "host" or "auto": on the device if the images use at most half of its free memory
+    source        reader that returns all images
+    name          of the data set, for error messages and reports
+    val_fraction  fraction of the training images to hold out, stratified by class
+    subset        number of training images to keep, class-balanced, or None for all; also the largest number
+                  of unlabelled images to keep
+    split_seed    seed of the subset and of the validation split
+    storage       where to store the images: "device", "host", or "auto" for the device if they use at most
+                  half of its free memory
+    device        on which labels and statistics, and images in device memory, are stored
 
     Raises UsageError if `subset` is out of range, if a class would have no training or no validation image,
-    or if `location` is "device" and the images do not fit.
+    or if `storage` is "device" and the images do not fit.
     """
     data = source()
     train, unlabeled = data.train, data.unlabeled
@@ -172,13 +178,11 @@ def load(
     held_out = round(val_fraction * len(train))
     if counts.min() < 2 or not len(data.classes) <= held_out <= len(train) - len(data.classes):
         raise UsageError(
-            f"dataset.val_fraction={val_fraction}: expected at least one training and one validation image per class, from"
-            f" {len(train)} training images in {len(data.classes)} classes (the smallest,"
+            f"dataset.val_fraction={val_fraction}: expected at least one training and one validation image"
+            f" per class, from {len(train)} training images in {len(data.classes)} classes (the smallest,"
             f" {data.classes[counts.argmin()]}, has {counts.min()}); use more images or another fraction"
         )
-    train, val_rows = train_test_split(
-        train, test_size=held_out, stratify=labels[train], random_state=split_seed
-    )
+    train, val = train_test_split(train, test_size=held_out, stratify=labels[train], random_state=split_seed)
 
     images, resident = store_images(data, storage, device)
     label_tensor = data.labels.to(device)
@@ -193,7 +197,7 @@ def load(
         classes=data.classes,
         pretrain=pretrain,
         train=split(train),
-        val=split(val_rows),
+        val=split(val),
         test=split(data.test),
         mean=mean.to(device),
         std=std.to(device),
@@ -213,15 +217,15 @@ def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
 def store_images(data: Source, storage: str, device: torch.device) -> tuple[Tensor, bool]:
     """Move the images to device memory, or leave them in host memory or in their memory-mapped file.
 
-    Returns the images and whether they are resident, that is, in device memory. Raises UsageError if
-    `location` is "device" and the images do not fit.
+    `storage` is "device", "host" or "auto", as in `load`. Returns the images and whether they are resident,
+    that is, in device memory. Raises UsageError if `storage` is "device" and the images do not fit.
     """
     if storage == "host":
         return data.images, False
     if device.type == "cpu" and not data.mapped:
         return data.images, True
-    give_back = torch.cuda.empty_cache if device.type == "cuda" else release_freed_memory
-    give_back()  # count memory cached by earlier runs of this process as free
+    release = torch.cuda.empty_cache if device.type == "cuda" else release_freed_memory
+    release()  # count memory cached by earlier runs of this process as free
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     needed = data.images.numel()
     if storage == "auto" and needed > MEMORY_FRACTION * free:
@@ -241,8 +245,8 @@ def channel_statistics(images: Images, most: int = 10_000) -> tuple[Tensor, Tens
     """
     sample = images.indices[:: max(1, len(images) // most)]
     count, total, square = 0, torch.zeros(()), torch.zeros(())
-    for rows in sample.split(1000):
-        x = images.images[rows.to(images.images.device)].cpu().double() / 255
+    for indices in sample.split(1000):
+        x = images.images[indices.to(images.images.device)].cpu().double() / 255
         count += x.numel() // x.shape[1]
         total, square = total + x.sum((0, 2, 3)), square + x.square().sum((0, 2, 3))
     mean = total / count

@@ -1,4 +1,4 @@
-"""TODO data.image_folder"""
+"""Folders of image files, decoded once into a memory-mapped file."""
 
 import hashlib
 import os
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ssl_runner.data.dataset import Source
 from ssl_runner.data.readers import NONE
 from ssl_runner.errors import UsageError
+from ssl_runner.runs.files import atomic_write
 
 # formats that Pillow registers but that are not training images
 DOCUMENTS = {"EPS", "HDF5", "MPEG", "GRIB", "BUFR", "FITS", "WMF", "PSD"}
@@ -122,26 +123,21 @@ def _decode(files: Sequence[Path], size: int | None, target: Path) -> None:
             f"{files[0]}: expected a square image, found {shape[2]} x {shape[1]} pixels;"
             " set dataset.size=<side in pixels> to crop and resize all images"
         )
-    partial = target.with_suffix(f".{os.getpid()}.partial")
-    try:
-        images = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=(len(files), *shape))
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            decoded = threads.map(lambda file: _read(file, size), files)
-            for row, image in enumerate(
-                tqdm(decoded, "decode", total=len(files), unit="images", unit_scale=True, disable=None)
-            ):
-                if image.shape != shape:
-                    threads.shutdown(wait=False, cancel_futures=True)
-                    raise UsageError(
-                        f"{files[row]}: expected {shape[2]} x {shape[1]} pixels as in {files[0].name}, found"
-                        f" {image.shape[2]} x {image.shape[1]}; set dataset.size=<side in pixels> to crop and"
-                        " resize all images"
-                    )
-                images[row] = image
-        images.flush()
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *shape)}
+    with atomic_write(target, concurrent=True) as array, ThreadPoolExecutor(os.cpu_count()) as threads:
+        np.lib.format.write_array_header_1_0(array, header)
+        decoded = threads.map(lambda file: _read(file, size), files)
+        for row, image in enumerate(
+            tqdm(decoded, "decode", total=len(files), unit="images", unit_scale=True, disable=None)
+        ):
+            if image.shape != shape:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise UsageError(
+                    f"{files[row]}: expected {shape[2]} x {shape[1]} pixels as in {files[0].name}, found"
+                    f" {image.shape[2]} x {image.shape[1]}; set dataset.size=<side in pixels> to crop and"
+                    " resize all images"
+                )
+            array.write(image.tobytes())
 
 
 def _read(file: Path, size: int | None) -> np.ndarray:

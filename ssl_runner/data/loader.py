@@ -1,4 +1,4 @@
-"""Multi-view batches: shuffled images -> V augmented views of each, X (V n, C, h, w), with the batch they belong to."""
+"""Multi-view batches: shuffled images -> X (V n, C, h, w), V augmented views of each, and their Batch."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,10 +19,10 @@ from ssl_runner.views import Augment, to_unit
 class MultiViewLoader:
     """Batches of V augmented views of a data set's pretraining images.
 
-    An epoch has `steps_per_epoch` batches of `batch_size` images, counted over all ranks; remaining images are left out. The
-    order of an epoch depends on `seed` and the epoch only. `view_generator`, on the data's device, draws the augmentations.
-    `resolutions` are sides of the views in pixels (None: that of the images), each used for an equal part of `epochs`
-    (progressive resizing).
+    An epoch has `steps_per_epoch` batches of `batch_size` images, counted over all ranks; remaining images
+    are left out. The order of an epoch depends on `seed` and the epoch only. `view_generator`, on the data's
+    device, draws the augmentations. `resolutions` are sides of the views in pixels (None: that of the
+    images), each used for an equal part of `epochs` (progressive resizing).
 
     Each rank yields its own chunk of every batch. An image's views do not depend on the number of ranks.
     """
@@ -48,8 +48,23 @@ class MultiViewLoader:
     def _rewind(self) -> None:
         self.order_epoch, self.order_state = 0, torch.Generator().manual_seed(self.seed).get_state()
 
+    def restarted(self) -> "MultiViewLoader":
+        """A loader with the same options, at its initial state."""
+        return MultiViewLoader(
+            self.data,
+            self.augment,
+            V=self.V,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            epochs=self.epochs,
+            resolutions=self.resolutions,
+        )
+
     def order(self, epoch: int) -> Tensor:
-        """Positions among the pretraining images in the order of an epoch: (steps_per_epoch * batch_size,) int64."""
+        """The images of an epoch in order, as positions among the pretraining images.
+
+        (steps_per_epoch * batch_size,) int64.
+        """
         if epoch < self.order_epoch:
             self._rewind()
         n, generator = len(self.data.pretrain), torch.Generator()
@@ -67,10 +82,10 @@ class MultiViewLoader:
     def batches(
         self, epoch: int, start: int = 0, *, size: int | None = None, whole_batch: bool = False
     ) -> Iterator[tuple[Tensor, Batch]]:
-        """Yield X (V n, C, h, w), view-major, and its Batch, for every batch of an epoch from number `start` on.
+        """Yield X (V n, C, h, w), view-major, and its Batch, for the batches of an epoch from `start` on.
 
-        `size` overrides the number of images per batch. With `whole_batch` the Batch describes the images of all ranks, in
-        the order of the ranks; X always holds the views of this rank's.
+        `size` overrides the number of images per batch. With `whole_batch` the Batch describes the images of
+        all ranks, in the order of the ranks. X always holds the views of this rank's images.
         """
         size = size or self.batch_size
         order = self.order(epoch)[start * size :]
@@ -78,18 +93,18 @@ class MultiViewLoader:
             return
         rank, ranks, pretrain = distributed.rank(), distributed.world_size(), self.data.pretrain
         whole = order.split(size)
-        own = [positions.chunk(ranks)[rank] for positions in whole]
-        loaded = pretrain.batches(torch.cat(own), len(own[0]), self.device)
+        shards = [positions.chunk(ranks)[rank] for positions in whole]
+        loaded = pretrain.batches(torch.cat(shards), len(shards[0]), self.device)
         first = epoch * self.steps_per_epoch + start
         for number, (images, labels) in enumerate(loaded):
-            indices = pretrain.indices[(whole if whole_batch else own)[number]]
+            indices = pretrain.indices[(whole if whole_batch else shards)[number]]
             if len(indices) > len(labels):
                 labels = pretrain.labels[to_device(indices, self.device)]
             X = self._views(images, self.view_generator, rank, ranks, self.resolution(first + number))
             yield X, Batch(indices, labels, self.V, len(self.data.classes))
 
     def fixed_batch(self, images: Images, positions: Tensor) -> tuple[Tensor, Batch]:
-        """The same V views, on every call, of some of `images`, at `positions` (n,) among them: X (V n, C, H, W) and its Batch."""
+        """X (V n, C, H, W), the same views in every call, of the images at positions (n,), and its Batch."""
         [(pixels, labels)] = images.batches(positions, len(positions), self.device)
         X = self._views(pixels, torch.Generator(self.device).manual_seed(self.seed))
         return X, Batch(images.indices[positions], labels, self.V, len(self.data.classes))
@@ -102,7 +117,7 @@ class MultiViewLoader:
         ranks: int = 1,
         side: int | None = None,
     ) -> Tensor:
-        return self.augment(images, self.V, self.data.mean, self.data.std, generator, rank, ranks, size=side)
+        return self.augment(images, self.V, self.data.mean, self.data.std, generator, rank, ranks, side)
 
     def state_dict(self) -> dict[str, Any]:
         return {

