@@ -44,7 +44,7 @@ def build(
 def cosine(step: int, steps: int, warmup: int, lr: float, final_ratio: float) -> float:
     """Return the learning rate of a step in 0 .. steps - 1.
 
-    Linear warm-up to lr over the first `warmup` steps, then half a cosine down to final * lr.
+    Linear warm-up to lr over the first `warmup` steps, then half a cosine down to final_ratio * lr.
     """
     if step < warmup:
         return lr * (step + 1) / warmup

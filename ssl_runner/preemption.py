@@ -10,6 +10,7 @@ from typing import Any, Self
 
 EXIT = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, run the command again
 PATIENCE = 120.0  # seconds for which the other submitit tasks wait until task 0 has requeued the job
+MESSAGE = "preempted by {}; the run can be resumed from its last checkpoint"
 
 
 class Preempted(SystemExit):
@@ -29,8 +30,8 @@ class Preempted(SystemExit):
 class Preemption:
     """Context manager in which SIGTERM and SIGUSR1 raise Preempted.
 
-    The exception is raised at once. Within `deferred()` it is deferred until the training loop has finished its
-    step and written a checkpoint.
+    The exception is raised at once. Within `deferred()` it is deferred until the training loop has finished
+    its step and written a checkpoint.
 
     Under submitit, SIGUSR2 raises Preempted instead. The original handler of submitit, which requeues the job
     and exits the process, is called on exit from the context. SIGTERM keeps submitit's handler, which ignores
@@ -38,8 +39,8 @@ class Preemption:
     """
 
     def __init__(self) -> None:
-        self.asked: signal.Signals | None = None
-        self.holding = False
+        self.asked: signal.Signals | None = None  # the first signal received
+        self.deferring = False
         self.before: dict[signal.Signals, Any] = {}
         self.requeue: Callable[[], None] | None = None
 
@@ -48,7 +49,7 @@ class Preemption:
             handlers = {
                 which: signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
             }
-            requeues = {which for which, handler in handlers.items() if of_submitit(handler)}
+            requeues = {which for which, handler in handlers.items() if is_submitit(handler)}
             for which in requeues - {signal.SIGTERM} or (signal.SIGTERM, signal.SIGUSR1):
                 self.before[which] = signal.signal(which, self.handle)
         return self
@@ -71,12 +72,10 @@ class Preemption:
             return
         self.asked = signal.Signals(number)
         handler = self.before[self.asked]
-        if of_submitit(handler):
+        if is_submitit(handler):
             self.requeue = lambda: handler(number, frame)
-        if not self.holding:
-            raise Preempted(
-                f"preempted by {self.asked.name}; the run can be resumed from its last checkpoint"
-            )
+        if not self.deferring:
+            raise Preempted(MESSAGE.format(self.asked.name))
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -84,17 +83,15 @@ class Preemption:
 
         The training loop checks `asked` after each step.
         """
-        self.holding = True
+        self.deferring = True
         try:
             yield
         finally:
-            self.holding = False
+            self.deferring = False
         if self.asked is not None:
-            raise Preempted(
-                f"preempted by {self.asked.name}; the run can be resumed from its last checkpoint"
-            )
+            raise Preempted(MESSAGE.format(self.asked.name))
 
 
-def of_submitit(handler: Any) -> bool:
+def is_submitit(handler: Any) -> bool:
     """Return whether a signal handler was installed by submitit, as in a job that submitit runs."""
     return getattr(handler, "__module__", "").startswith("submitit.")

@@ -63,11 +63,11 @@ def test_fused_implementation_is_default_and_matches_plain_one(kind: Callable) -
 
 
 def test_schedule_is_linear_warmup_then_cosine() -> None:
-    rates = [optimizer.cosine(step, steps=100, warmup=10, lr=2.0, final=0.1) for step in range(100)]
+    rates = [optimizer.cosine(step, steps=100, warmup=10, lr=2.0, final_ratio=0.1) for step in range(100)]
     assert_close(rates[:10], [0.2 * (step + 1) for step in range(10)])
     assert rates[10] == 2.0
     assert rates[55] == pytest.approx(2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2))
     assert all(later < earlier for earlier, later in itertools.pairwise(rates[10:]))
     assert rates[-1] == pytest.approx(0.2, rel=0.01)
-    assert optimizer.cosine(0, steps=5, warmup=0, lr=1.0, final=0.0) == 1.0
-    assert optimizer.cosine(2, steps=3, warmup=3, lr=1.0, final=0.0) == 1.0
+    assert optimizer.cosine(0, steps=5, warmup=0, lr=1.0, final_ratio=0.0) == 1.0
+    assert optimizer.cosine(2, steps=3, warmup=3, lr=1.0, final_ratio=0.0) == 1.0

@@ -12,12 +12,15 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from ssl_runner.probe import knn, linear
+from ssl_runner.errors import UsageError
+from ssl_runner.probe import linear
 from ssl_runner.probe.knn import KnnProbe
 from ssl_runner.probe.linear import LinearProbe
 from ssl_runner.probe.protocol import accuracies, best_of, evaluate, extract
 from ssl_runner.probe.ridge import RidgeProbe
-from tests.test_dataset import load, toy
+from tests.helpers import load, toy
+
+CLASSIFIERS = {"linear": LinearProbe, "knn": KnnProbe, "ridge": RidgeProbe}
 
 
 def blobs(n: int = 300, d: int = 6, classes: int = 3) -> tuple[Tensor, Tensor]:
@@ -48,7 +51,7 @@ def objective(X: Tensor, y: Tensor, W: Tensor, b: Tensor, l2: float) -> Tensor:
 @pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
 @pytest.mark.parametrize("block", [64, 4096])
 def test_linear_probe_matches_scikit_learn(l2: float, block: int, monkeypatch) -> None:
-    monkeypatch.setattr(module, "BLOCK_ON_CPU", block)
+    monkeypatch.setattr(linear, "BLOCK_ON_CPU", block)
     X, y = blobs()
     ours, theirs = LinearProbe(X, y, 3), logistic(l2, X, y)
     ours.fit(l2)
@@ -93,14 +96,22 @@ def test_linear_probe_frees_its_features() -> None:
 def test_linear_and_ridge_probe_fit_more_features_than_rows() -> None:
     X, y = torch.randn(30, 100), torch.arange(30) % 3
     ours = LinearProbe(X, y, 3)
-    for l2 in linear.STRENGTHS:
+    for l2 in linear.PENALTIES:
         assert ours.fit(l2) < 1000
         assert ours.W.isfinite().all()
     assert ours.scores(l2, X).argmax(1).equal(y)
     assert RidgeProbe(X, y, 3).scores(1e-6, X).argmax(1).equal(y)
 
 
-@pytest.mark.parametrize("Probe", [LinearProbe, KnnProbe, RidgeProbe])
+@pytest.mark.parametrize("Probe", CLASSIFIERS.values(), ids=CLASSIFIERS)
+def test_single_class_gives_finite_scores(Probe: type) -> None:
+    X, _ = blobs(30)
+    for _, scores in Probe(X, torch.zeros(30, dtype=torch.long), 1).path(X):
+        assert scores.shape == (30, 1)
+        assert scores.isfinite().all()
+
+
+@pytest.mark.parametrize("Probe", CLASSIFIERS.values(), ids=CLASSIFIERS)
 def test_class_without_rows_is_never_predicted(Probe: type) -> None:
     X, y = blobs()
     for _, scores in Probe(X, y, 4).path(X):
@@ -109,13 +120,13 @@ def test_class_without_rows_is_never_predicted(Probe: type) -> None:
         assert (scores.argmax(1) < 3).all()
 
 
-@pytest.mark.parametrize("Probe", [LinearProbe, KnnProbe, RidgeProbe])
+@pytest.mark.parametrize("Probe", CLASSIFIERS.values(), ids=CLASSIFIERS)
 def test_constant_features_give_finite_scores(Probe: type) -> None:
     X, y = torch.ones(30, 4), torch.arange(30) % 3
     assert all(scores.isfinite().all() for _, scores in Probe(X, y, 3).path(X))
 
 
-@pytest.mark.parametrize("Probe", [LinearProbe, KnnProbe, RidgeProbe])
+@pytest.mark.parametrize("Probe", CLASSIFIERS.values(), ids=CLASSIFIERS)
 def test_probe_is_bitwise_reproducible(Probe: type) -> None:
     X, y = blobs()
     for (_, one), (_, other) in zip(Probe(X, y, 3).path(X), Probe(X, y, 3).path(X), strict=True):
@@ -128,7 +139,7 @@ def test_ridge_probe_matches_scikit_learn(l2: float, block: int) -> None:
     X, y = blobs()
     Xs = (X.double() - X.double().mean(0)) / X.double().std(0, correction=0)
     theirs = Ridge(l2 * len(X), solver="svd").fit(Xs.numpy(), F.one_hot(y, 3).double().numpy())
-    ours = RidgeProbe(X, y, 3, block)
+    ours = RidgeProbe(X, y, 3, block=block)
     scaled = ours.fit(l2) * X.double().std(0, correction=0)[:, None]
     assert_close(scaled, torch.from_numpy(theirs.coef_.T), rtol=1e-7, atol=1e-9)
     assert_close(ours.scores(l2, X).double(), torch.from_numpy(theirs.predict(Xs.numpy())), rtol=0, atol=1e-4)
@@ -141,17 +152,18 @@ def test_ridge_path_matches_separate_fits() -> None:
         assert_close(scores, ours.scores(l2, X))
 
 
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
 @pytest.mark.parametrize("k", [1, 5, 20])
-def test_knn_probe_matches_scikit_learn(k: int) -> None:
+def test_knn_probe_matches_scikit_learn(k: int, temperature: float) -> None:
     X, y, X_eval = torch.randn(300, 6), torch.arange(300) % 3, torch.randn(100, 6)
 
     def weights(distances: np.ndarray) -> np.ndarray:
-        return np.exp((1 - distances) / knn.TEMPERATURE)
+        return np.exp((1 - distances) / temperature)
 
     theirs = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weights).fit(
         X.double().numpy(), y.numpy()
     )
-    ours = KnnProbe(X, y, 3).scores(k, X_eval)
+    ours = KnnProbe(X, y, 3, temperature=temperature).scores(k, X_eval)
     assert_close(
         ours / ours.sum(1, keepdim=True),
         torch.from_numpy(theirs.predict_proba(X_eval.double().numpy())).float(),
@@ -168,6 +180,18 @@ def test_knn_path_matches_separate_votes() -> None:
         settings.append(k)
         assert_close(scores, KnnProbe(X, y, 3).scores(k, X_eval))
     assert settings == [1, 5, 10, 20, 50]
+
+
+def test_probe_path_has_the_values_of_its_options() -> None:
+    X, y = blobs(60)
+    probes = [
+        KnnProbe(X, y, 3, neighbors=[2, 7, 80]),
+        LinearProbe(X, y, 3, penalties=[0.5, 0.1]),
+        RidgeProbe(X, y, 3, penalties=[0.5, 0.1]),
+    ]
+    assert [[value for value, _ in probe.path(X)] for probe in probes] == [[2, 7], [0.5, 0.1], [0.5, 0.1]]
+    with pytest.raises(UsageError, match=r"neighbors=\[80\]: expected an integer from 1 to 60"):
+        KnnProbe(X, y, 3, neighbors=[80])
 
 
 def test_accuracies_top1_and_top5() -> None:
@@ -215,7 +239,7 @@ def test_extract_uses_eval_mode_and_restores_training_mode() -> None:
 
 def test_probe_rows_list_splits_and_training_sizes() -> None:
     data = load(toy())
-    rows = list(evaluate("pixels", nn.Flatten(), data, ["linear", "knn", "ridge"], score_test=True))
+    rows = list(evaluate("pixels", nn.Flatten(), data, CLASSIFIERS, score_test=True))
     assert [(row["probe"], row["train_split"], row["eval_split"], row["n_train"]) for row in rows] == [
         ("linear", "train", "val", 60),
         ("linear", "train+val", "test", 80),
@@ -230,7 +254,7 @@ def test_probe_rows_list_splits_and_training_sizes() -> None:
 def test_probe_without_score_test_does_not_read_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
     data = load(toy())
     data.test = None
-    rows = list(evaluate("backbone", nn.Flatten(), data, ["linear"], score_test=False))
+    rows = list(evaluate("backbone", nn.Flatten(), data, {"linear": LinearProbe}, score_test=False))
     assert [row["eval_split"] for row in rows] == ["val"]
 
 
@@ -240,7 +264,7 @@ def test_selection_is_independent_of_test_labels() -> None:
     second.test.labels = second.test.labels.clone()
     second.test.labels[second.test.indices] = (second.test.y + 1) % 4
     chosen = [
-        [row["selection"] for row in evaluate("pixels", nn.Flatten(), d, ["linear", "knn", "ridge"], True)]
+        [row["selection"] for row in evaluate("pixels", nn.Flatten(), d, CLASSIFIERS, True)]
         for d in (first, second)
     ]
     assert chosen[0] == chosen[1]

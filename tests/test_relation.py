@@ -36,21 +36,21 @@ def edges_by_loop() -> torch.Tensor:
 
 
 # 0-1, 1-2 and 3-4 are mutual neighbours, all other pairs one-sided
-NEAREST = torch.tensor([[1, 3], [0, 2], [1, 0], [4, 0], [3, 1]])
+NEIGHBORS = torch.tensor([[1, 3], [0, 2], [1, 0], [4, 0], [3, 1]])
 
 
-def nearest_by_loop() -> torch.Tensor:
-    return torch.tensor([[float(j in NEAREST[i] or i in NEAREST[j]) for j in range(5)] for i in range(5)])
+def nearest_neighbors_by_loop() -> torch.Tensor:
+    return torch.tensor([[float(j in NEIGHBORS[i] or i in NEIGHBORS[j]) for j in range(5)] for i in range(5)])
 
 
-def originals_by_loop(A: torch.Tensor, V: int) -> torch.Tensor:
+def view_expanded_by_loop(A: torch.Tensor, V: int) -> torch.Tensor:
     n, rows = len(A), range(len(A) * V)
     return torch.tensor(
         [[float(i != j and (i % n == j % n or A[i % n, j % n] > 0)) for j in rows] for i in rows]
     )
 
 
-def supported_by_loop(n: int, V: int, k: int) -> torch.Tensor:
+def support_set_by_loop(n: int, V: int, k: int) -> torch.Tensor:
     G = torch.zeros(V * n + n * k, V * n + n * k)
     G[: V * n, : V * n] = views_by_loop(n, V)
     for i in range(V * n):
@@ -62,10 +62,10 @@ def supported_by_loop(n: int, V: int, k: int) -> torch.Tensor:
 Y = torch.tensor([2, 0, 1, 2, 2, 0, 3])
 CASES = [(Views(n, V), views_by_loop(n, V)) for n, V in [(1, 2), (4, 2), (5, 3), (3, 8)]]
 CASES += [(Labels(Y), labels_by_loop(Y)), (Edges(LEFT, RIGHT, 7), edges_by_loop())]
-CASES += [(KNearest(NEAREST), nearest_by_loop())]
-CASES += [(ViewExpanded(KNearest(NEAREST), 3), originals_by_loop(nearest_by_loop(), 3))]
-CASES += [(ViewExpanded(Edges(LEFT, RIGHT, 7), 2), originals_by_loop(edges_by_loop(), 2))]
-CASES += [(WithSupportSet(3, 2, torch.zeros(3 * k, 1)), supported_by_loop(3, 2, k)) for k in (1, 2)]
+CASES += [(KNearest(NEIGHBORS), nearest_neighbors_by_loop())]
+CASES += [(ViewExpanded(KNearest(NEIGHBORS), 3), view_expanded_by_loop(nearest_neighbors_by_loop(), 3))]
+CASES += [(ViewExpanded(Edges(LEFT, RIGHT, 7), 2), view_expanded_by_loop(edges_by_loop(), 2))]
+CASES += [(WithSupportSet(3, 2, torch.zeros(3 * k, 1)), support_set_by_loop(3, 2, k)) for k in (1, 2)]
 
 
 @pytest.mark.parametrize(("G", "dense"), CASES)
@@ -147,7 +147,7 @@ def test_edges_and_weights_match_dense_entries(G: Relation) -> None:
 @pytest.mark.parametrize(
     "G", [Labels(torch.arange(60) % 4), Views(30, 2), Labels(torch.zeros(40, dtype=torch.long)), Views(1, 2)]
 )
-def test_noisy_keeps_number_of_pairs_and_rewires_fraction_p(G: Relation, p: float) -> None:
+def test_rewire_keeps_number_of_pairs_and_replaces_fraction_p(G: Relation, p: float) -> None:
     """Includes complete graphs, in which removed pairs can only be replaced by removed pairs."""
     rewired = rewire(G, p, torch.Generator().manual_seed(3))
     before, after = G.dense() > 0, rewired.dense() > 0
@@ -164,7 +164,7 @@ def test_noisy_keeps_number_of_pairs_and_rewires_fraction_p(G: Relation, p: floa
 @pytest.mark.parametrize(
     ("p", "positive", "negative"), [(0.5, 0.5 + 0.5 * 6 / 30, 6 / 30), (1.0, 12 / 36, 12 / 36)]
 )
-def test_noisy_draws_new_pairs_uniformly_from_pairs_not_kept(
+def test_rewire_draws_new_pairs_uniformly_from_pairs_not_kept(
     p: float, positive: float, negative: float
 ) -> None:
     """`positive` and `negative`: probability that a positive or negative pair of G is a pair of the result.
@@ -179,7 +179,7 @@ def test_noisy_draws_new_pairs_uniformly_from_pairs_not_kept(
     assert (frequency[G.dense() + torch.eye(9) == 0] - negative).abs().max() < 0.05
 
 
-def test_noisy_scales_to_many_rows() -> None:
+def test_rewire_scales_to_many_rows() -> None:
     # a list of all 2e10 pairs would not fit into memory
     rewired = rewire(Views(100_000, 2), 1.0, torch.Generator().manual_seed(0))
     i, j = rewired.edges()

@@ -1,8 +1,11 @@
-"""torch.distributed for one training run: ranks, failures, collectives with gradients. With one process everything is the identity.
+"""Data-parallel training on W ranks: process group, failure handling, collectives with and without gradients.
 
-Every rank holds an equal part of a batch's rows and computes the same loss, that of all rows. DistributedDataParallel averages
-gradients over ranks, so each rank's gradient is W times its own share of the loss's gradient, with W ranks. (An in-place
-all_reduce would give 1/W of it: autograd does not see that the sum contains the other ranks' rows.)
+Without a process group (W = 1) every collective is the identity.
+
+Each rank holds an equal shard of the rows of a batch, and all ranks compute the same loss, that of the global
+batch. DistributedDataParallel averages gradients over ranks, so each rank must compute W times the gradient
+contributed by its shard. The differentiable collectives (`collectives`) include this factor. A plain in-place
+`dist.all_reduce` yields 1/W of this gradient: autograd does not record that the sum depends on all ranks.
 """
 
 from ssl_runner.distributed.collectives import (

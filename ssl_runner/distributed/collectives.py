@@ -1,4 +1,4 @@
-"""TODO distributed.collectives"""
+"""Collectives on tensors. Differentiable ones differ in their backward: see the package docstring."""
 
 from typing import Any
 
@@ -13,9 +13,6 @@ ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all
 REDUCE_SCATTER = (
     "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 )
-
-
-# --- tensors ---
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
@@ -78,18 +75,18 @@ def shard_indices(n: int, block: int) -> list[Tensor]:
     return [torch.cat([torch.arange(0), *blocks[r :: world_size()]]) for r in range(world_size())]
 
 
-def unshard(x: Tensor, rows: list[Tensor]) -> Tensor:
+def unshard(x: Tensor, shards: list[Tensor]) -> Tensor:
     """All-gather results of uneven shards and restore the order of the rows.
 
-    On rank r, x (n_r, d) holds the results for the indices rows[r] (n_r,), which `dealt` returned. Every rank
-    returns the results for all n indices, (n, d).
+    On rank r, x (n_r, d) holds the results for the indices shards[r] (n_r,), as returned by `shard_indices`.
+    Every rank returns the results for all n indices, (n, d).
     """
     if world_size() == 1:
         return x
-    longest = max(map(len, rows))
+    longest = max(map(len, shards))
     padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])])
-    whole = x.new_empty(sum(map(len, rows)), *x.shape[1:])
-    for part, indices in zip(all_gather(padded).split(longest), rows, strict=True):
+    whole = x.new_empty(sum(map(len, shards)), *x.shape[1:])
+    for part, indices in zip(all_gather(padded).split(longest), shards, strict=True):
         whole[indices.to(x.device)] = part[: len(indices)]
     return whole
 

@@ -1,12 +1,4 @@
-"""Data-parallel training on W ranks: process group, failure handling, collectives with and without gradients.
-
-Without a process group (W = 1) every collective is the identity.
-
-Each rank holds an equal shard of the rows of a batch, and all ranks compute the same loss, that of the global
-batch. DistributedDataParallel averages gradients over ranks, so each rank must compute W times the gradient
-contributed by its shard. The differentiable collectives below include this factor. A plain in-place
-`dist.all_reduce` yields 1/W of this gradient: autograd does not record that the sum depends on all ranks.
-"""
+"""The process group: launch information, start and end, and the propagation of failures to all ranks."""
 
 import os
 import subprocess
@@ -27,7 +19,7 @@ TIMEOUT = timedelta(hours=1)  # of rendezvous and collectives
 POLL_INTERVAL = 1.0  # seconds between two checks of whether another rank has failed
 GRACE_PERIOD = 10.0  # seconds that a rank has to exit by itself after another rank has failed
 
-_local_only: ContextVar[bool] = ContextVar("alone", default=False)
+_local_only: ContextVar[bool] = ContextVar("local_only", default=False)
 
 
 @dataclass(frozen=True)
@@ -35,7 +27,7 @@ class RankInfo:
     """Rank, world size and local rank (rank within its node) of this process."""
 
     rank: int
-    size: int
+    world_size: int
     local_rank: int
 
 
@@ -53,7 +45,7 @@ def rank_info() -> RankInfo | None:
         )
     else:
         return None
-    return found if found.size > 1 else None
+    return found if found.world_size > 1 else None
 
 
 def set_address_from_slurm() -> None:
@@ -78,10 +70,10 @@ class _Group:
     def __init__(self, here: RankInfo):
         if "RANK" not in os.environ:
             set_address_from_slurm()
-        self.store, _, _ = next(dist.rendezvous("env://", here.rank, here.size, timeout=TIMEOUT))
+        self.store, _, _ = next(dist.rendezvous("env://", here.rank, here.world_size, timeout=TIMEOUT))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(
-            backend, store=self.store, rank=here.rank, world_size=here.size, timeout=TIMEOUT
+            backend, store=self.store, rank=here.rank, world_size=here.world_size, timeout=TIMEOUT
         )
         self.control: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self.ended, self.grace = threading.Event(), GRACE_PERIOD
@@ -134,19 +126,19 @@ class PeerFailed(RuntimeError):
 
 
 @contextmanager
-def propagate_failures(say: Callable[[int, str], None]) -> Iterator[None]:
+def propagate_failures(on_peer_failure: Callable[[int, str], None]) -> Iterator[None]:
     """Context manager that propagates failures: an exception on one rank ends the context on all ranks.
 
-    Ranks that fail as a consequence raise Lost with the message of the first failure, or Preempted if the
-    first rank was preempted. Other exceptions of this package are re-raised unchanged.
+    Ranks that fail as a consequence raise PeerFailed with the message of the first failure, or Preempted if
+    the first rank was preempted. Other exceptions of this package are re-raised unchanged.
 
-    If this process is still running GRACE seconds after the failure, the watching thread calls
-    say(exit code, message) and exits the process.
+    If this process is still running GRACE_PERIOD seconds after the failure, the watching thread calls
+    on_peer_failure(exit code, message) and exits the process.
     """
     if _group is None:
         yield
         return
-    _group.on_peer_failure = say
+    _group.on_peer_failure = on_peer_failure
     try:
         yield
     except BaseException as error:
@@ -184,7 +176,7 @@ def failure_message(error: BaseException) -> str:
 
 @contextmanager
 def local_only() -> Iterator[None]:
-    """Context manager that turns collectives off: `size()` is 1 and `rank()` is 0.
+    """Context manager that turns collectives off: `world_size()` is 1 and `rank()` is 0.
 
     For computations on rows that every rank already holds.
     """
@@ -196,23 +188,24 @@ def local_only() -> Iterator[None]:
 
 
 def world_size() -> int:
-    """Return the world size W, or 1 without a process group and within `alone()`."""
-    return (
-        1
-        if _local_only.get() or not dist.is_available() or not dist.is_initialized()
-        else dist.get_world_size()
-    )
+    """Return the world size W, or 1 without a process group and within `local_only()`."""
+    return dist.get_world_size() if _initialized() and not _local_only.get() else 1
 
 
 def rank() -> int:
-    """Return the rank of this process, or 0 without a process group and within `alone()`."""
+    """Return the rank of this process, or 0 without a process group and within `local_only()`."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def is_main_process() -> bool:
-    """Return whether this is the main process (rank 0), which writes files and prints. Ignores `alone()`."""
-    return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+    """Return whether this is rank 0, which writes files and prints. Not affected by `local_only()`."""
+    return not _initialized() or dist.get_rank() == 0
 
 
 def control_group() -> Any:
+    """Return the gloo group for Python objects and barriers, or None without a process group."""
     return _group.control if _group is not None else None
+
+
+def _initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()

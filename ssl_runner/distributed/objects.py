@@ -1,4 +1,4 @@
-"""TODO distributed.objects"""
+"""Collectives on Python objects and integers, over the gloo group of the CPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from ssl_runner.distributed.group import control_group, finish, rank_info, world
 
 
 def release_ranks() -> None:
-    """Release the ranks that wait in `share` for a task, by broadcasting None, then leave the group.
+    """Release the ranks that wait in `broadcast_object` by broadcasting None, then leave the group.
 
     Called on rank 0.
     """
@@ -21,25 +21,22 @@ def release_ranks() -> None:
         finish()
 
 
-# --- Python objects ---
-
-
-def broadcast_object(thing: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """Broadcast a picklable object from rank 0; return it on every rank."""
     if world_size() == 1:
-        return thing
-    things = [thing]
-    dist.broadcast_object_list(things, src=0, group=control_group())
-    return things[0]
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=control_group())
+    return values[0]
 
 
-def all_gather_object(thing: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """All-gather picklable objects: return the objects of all ranks, in rank order, on every rank."""
     if world_size() == 1:
-        return [thing]
-    things: list[Any] = [None] * world_size()
-    dist.all_gather_object(things, thing, group=control_group())
-    return things
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=control_group())
+    return values
 
 
 @contextmanager
@@ -53,11 +50,11 @@ def rank_zero_first() -> Iterator[None]:
     if world_size() == 1 or here is None:
         yield
         return
-    mine = 0 if here.rank == 0 else 1 if here.local_rank == 0 else 2
-    for _ in range(mine):
+    phase = 0 if here.rank == 0 else 1 if here.local_rank == 0 else 2
+    for _ in range(phase):
         dist.barrier(control_group())
     yield
-    for _ in range(2 - mine):
+    for _ in range(2 - phase):
         dist.barrier(control_group())
 
 
@@ -72,17 +69,15 @@ class AsyncMax:
     def __init__(self) -> None:
         self.pending: tuple[Any, Tensor] | None = None
 
-    def __call__(self, asked: int) -> int:
+    def __call__(self, value: int) -> int:
         if world_size() == 1:
-            return asked
-        answer = 0
+            return value
+        previous = 0
         if self.pending is not None:
-            work, votes = self.pending
+            work, maximum = self.pending
             work.wait()
-            answer = int(votes)
-        votes = torch.tensor(asked)
-        self.pending = (
-            dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=control_group(), async_op=True),
-            votes,
-        )
-        return answer
+            previous = int(maximum)
+        maximum = torch.tensor(value)
+        work = dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=control_group(), async_op=True)
+        self.pending = work, maximum
+        return previous

@@ -22,12 +22,12 @@ class BarlowTwins(Loss):
     statistics, C is then the mean of the authors' batch-normalised cross-correlation and its transpose.
     """
 
-    reduces = True
+    supports_sharding = True
 
-    def __init__(self, alpha: float = 5e-3, center: bool = False, eps: float = 1e-6) -> None:
+    def __init__(self, alpha: float = 0.02, center: bool = False, eps: float = 1e-6) -> None:
         super().__init__()
+        self.alpha, self.center, self.eps = alpha, center, eps
         self.weights = {"diagonal": 1.0, "off_diagonal": alpha}
-        self.center, self.eps = center, eps
 
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
         if self.center:

@@ -13,19 +13,20 @@ class Loss(nn.Module, ABC):
 
     A subclass sets `weights` and computes its terms in `_terms`.
 
-    In distributed training every rank has the same number of rows. If `supports_sharding` is True, each rank calls the
-    loss with its own rows and gets the loss of all rows: `_terms` must all-reduce its sums over rows with
-    `total` or `pooled` (distributed.py). If it is False, training gathers all rows before it calls the loss.
+    In distributed training every rank has the same number of rows. If `supports_sharding` is True, each rank
+    calls the loss with its own rows and gets the loss of all rows: `_terms` must all-reduce its sums over the
+    rows with `all_reduce_replicated` or `all_reduce_sharded` (`ssl_runner.distributed`). If it is False,
+    training gathers all rows before it calls the loss.
     """
 
     weights: dict[str, float]
     supports_sharding: bool = False
 
     def __init_subclass__(cls) -> None:
-        """Reset `supports_sharding`: a subclass that overrides `_terms` must set it again; it is not inherited."""
+        """Reset `supports_sharding`: it is not inherited by a subclass that overrides `_terms`."""
         super().__init_subclass__()
         if "_terms" in cls.__dict__ and "supports_sharding" not in cls.__dict__:
-            cls.reduces = False
+            cls.supports_sharding = False
 
     def forward(self, Z: Tensor, G: Relation) -> Tensor:
         """Z (N, K) embeddings, G a relation over its N rows -> the loss, a scalar.

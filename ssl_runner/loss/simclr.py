@@ -18,6 +18,7 @@ from ssl_runner.distributed import (
 )
 from ssl_runner.loss.base import Loss
 from ssl_runner.loss.kernels import column_products, first_derivative
+from ssl_runner.names import REDUCTIONS
 from ssl_runner.relation import Relation
 
 # Memory is that of float32.
@@ -36,14 +37,14 @@ class SimCLR(Loss):
     not divide. Raises ValueError for tau <= 0 and for an unknown `reduction`.
     """
 
-    reduces = True
+    supports_sharding = True
 
-    def __init__(self, tau: float = 0.5, reduction: str = "mean") -> None:
+    def __init__(self, tau: float = 0.2, reduction: str = "mean") -> None:
         super().__init__()
         if not tau > 0:
             raise ValueError(f"tau={tau}: expected a number > 0; typical temperatures are 0.1 to 0.5")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction={reduction}: expected one of mean, sum")
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction={reduction}: expected one of {', '.join(REDUCTIONS)}")
         self.weights = {"repulsion": 1.0, "attraction": 1.0}
         self.tau, self.reduction = tau, reduction
 

@@ -1,12 +1,13 @@
-"""Squared surrogate of SimCLR on any relation G.
+"""The spectral contrastive loss (HaoChen et al. 2021), a squared surrogate of SimCLR, on any relation G.
 
-Its optimum has a closed form, classical multidimensional scaling.
+Its optimum has a closed form, classical multidimensional scaling. The shortest loss: copy it for a new one.
 """
 
 from torch import Tensor
 
 from ssl_runner.distributed import all_reduce_replicated, all_reduce_sharded, world_size
 from ssl_runner.loss.base import Loss
+from ssl_runner.names import REDUCTIONS
 from ssl_runner.relation import Relation
 
 
@@ -24,12 +25,12 @@ class SpectralContrastive(Loss):
     mean from every column. Raises ValueError for an unknown `reduction`.
     """
 
-    reduces = True
+    supports_sharding = True
 
     def __init__(self, reduction: str = "mean", center: bool = False) -> None:
         super().__init__()
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction={reduction}: expected one of mean, sum")
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction={reduction}: expected one of {', '.join(REDUCTIONS)}")
         self.weights = {"repulsion": 1.0, "attraction": 1.0} | (
             {"constant": 1.0} if reduction == "sum" else {}
         )
@@ -39,13 +40,9 @@ class SpectralContrastive(Loss):
         if self.center:
             Z = Z - all_reduce_sharded(Z.mean(0)) / world_size()
         ZZ, ZGZ = all_reduce_replicated(Z.T @ Z), all_reduce_replicated(Z.T @ (G @ Z))
-        return self.of_products(
-            ZZ,
-            ZGZ,
-            world_size() * len(Z),
-            all_reduce_replicated(G.degrees.to(Z).sum()),
-            all_reduce_replicated(G.square_norm.to(Z)),
-        )
+        total = all_reduce_replicated(G.degrees.to(Z).sum())
+        square_norm = all_reduce_replicated(G.square_norm.to(Z))
+        return self.of_products(ZZ, ZGZ, world_size() * len(Z), total, square_norm)
 
     def of_products(
         self, ZZ: Tensor, ZGZ: Tensor, N: int, total: Tensor, square_norm: Tensor

@@ -8,6 +8,7 @@ from torch import Tensor
 from ssl_runner.distributed import all_reduce_replicated, all_reduce_sum, world_size
 from ssl_runner.loss.base import Loss
 from ssl_runner.loss.kernels import SymmetricProduct, column_products, first_derivative, stripe_square_sum
+from ssl_runner.names import VARIANCES
 from ssl_runner.relation import Relation
 
 
@@ -26,21 +27,21 @@ class VICReg(Loss):
     unknown `variance`.
     """
 
-    reduces = True
+    supports_sharding = True
 
     def __init__(
         self,
         alpha: float = 25.0,
         beta: float = 1.0,
-        gamma: float = 25.0,
+        gamma: float = 10.0,
         variance: str = "hinge",
         eps: float = 1e-4,
     ) -> None:
         super().__init__()
-        if variance not in ("hinge", "squared"):
-            raise ValueError(f"variance={variance}: expected one of hinge, squared")
+        if variance not in VARIANCES:
+            raise ValueError(f"variance={variance}: expected one of {', '.join(VARIANCES)}")
+        self.alpha, self.beta, self.gamma, self.variance, self.eps = alpha, beta, gamma, variance, eps
         self.weights = {"variance": alpha, "covariance": beta, "invariance": gamma}
-        self.variance, self.eps = variance, eps
 
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
         N, d = world_size() * len(Z), G.degrees.to(Z)[:, None]

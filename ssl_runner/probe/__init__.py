@@ -3,13 +3,14 @@
 from ssl_runner.probe.baselines import linear_discriminants, principal_components
 from ssl_runner.probe.knn import KnnProbe
 from ssl_runner.probe.linear import LinearProbe
-from ssl_runner.probe.protocol import Classifier, ProbeEvaluator, evaluate, extract
+from ssl_runner.probe.protocol import Classifier, Probe, ProbeEvaluator, evaluate, extract
 from ssl_runner.probe.ridge import RidgeProbe
 
 __all__ = [
     "Classifier",
     "KnnProbe",
     "LinearProbe",
+    "Probe",
     "ProbeEvaluator",
     "RidgeProbe",
     "evaluate",

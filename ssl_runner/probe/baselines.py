@@ -1,4 +1,4 @@
-"""TODO probe.baselines"""
+"""Baselines to compare a backbone with: projections of the pixels, as networks without training."""
 
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis

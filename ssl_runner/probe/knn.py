@@ -1,34 +1,47 @@
-"""TODO probe.knn"""
+"""k-nearest-neighbour probe, weighted by cosine similarity."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_runner.errors import UsageError
 from ssl_runner.probe.protocol import Probe
 
-NEIGHBORS = [1, 5, 10, 20, 50, 100, 200]
-TEMPERATURE = 0.07  # of the kNN votes (Wu et al. 2018)
+NEIGHBORS = (1, 5, 10, 20, 50, 100, 200)
+TEMPERATURE = 0.07  # of the vote weights (Wu et al. 2018)
 
 
 class KnnProbe(Probe):
-    """k nearest neighbours by cosine similarity, with vote weights exp(cosine / 0.07) (Wu et al. 2018)."""
+    """k nearest neighbours by cosine similarity, with vote weights exp(cosine / temperature).
+
+    `neighbors` are the values of k to select from, in ascending order. Those above the number of training
+    rows are skipped. Raises UsageError if none is left.
+    """
 
     hyperparameter = "k"
 
-    def __init__(self, X: Tensor, y: Tensor, classes: int):
+    def __init__(
+        self,
+        X: Tensor,
+        y: Tensor,
+        classes: int,
+        neighbors: Sequence[int] = NEIGHBORS,
+        temperature: float = TEMPERATURE,
+    ):
         self.X, self.y, self.classes = F.normalize(X), y, classes
+        self.neighbors, self.temperature = [k for k in neighbors if 1 <= k <= len(X)], temperature
+        if not self.neighbors:
+            raise UsageError(
+                f"kNN probe: neighbors={list(neighbors)}: expected an integer from 1 to {len(X)}"
+            )
 
     def path(self, X_eval: Tensor) -> Iterator[tuple[float, Tensor]]:
-        """Yield (k, votes (n, classes) for X_eval (n, d)) for each k in NEIGHBORS, in ascending order.
-
-        Skips each k larger than the number of training rows.
-        """
-        settings = [k for k in NEIGHBORS if k <= len(self.X)]
-        cosines, neighbors = self.nearest(settings[-1], X_eval)
-        for k in settings:
-            yield k, self.votes(cosines[:, :k], neighbors[:, :k])
+        """Yield (k, votes (n, classes) for X_eval (n, d)) for each k of `neighbors`."""
+        cosines, rows = self.nearest(max(self.neighbors), X_eval)
+        for k in self.neighbors:
+            yield k, self.votes(cosines[:, :k], rows[:, :k])
 
     def scores(self, k: float, X_eval: Tensor) -> Tensor:
         """Return the votes (n, classes) of the k nearest training rows for each row of X_eval (n, d)."""
@@ -42,7 +55,7 @@ class KnnProbe(Probe):
         blocks = [(rows @ self.X.T).topk(k) for rows in F.normalize(X_eval).split(block)]
         return torch.cat([b.values for b in blocks]), torch.cat([b.indices for b in blocks])
 
-    def votes(self, cosines: Tensor, neighbors: Tensor) -> Tensor:
+    def votes(self, cosines: Tensor, rows: Tensor) -> Tensor:
         """Sum the vote weights per class: cosines and row indices (n, k) -> (n, classes)."""
-        weights = (cosines / TEMPERATURE).exp()
-        return weights.new_zeros(len(weights), self.classes).scatter_add_(1, self.y[neighbors], weights)
+        weights = (cosines / self.temperature).exp()
+        return weights.new_zeros(len(weights), self.classes).scatter_add_(1, self.y[rows], weights)

@@ -1,7 +1,7 @@
-"""TODO probe.linear"""
+"""Logistic-regression probe: L-BFGS with a Gram-matrix preconditioner, on a path of L2 penalties."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ssl_runner.probe.protocol import Probe
 
-STRENGTHS = [10.0 ** (-exponent / 2) for exponent in range(1, 10)]  # 0.3 .. 3e-5, strongest first
-# rows per block of the linear probe; on a CPU a block fits into the cache unless the features are very wide
+PENALTIES = tuple(10.0 ** (-exponent / 2) for exponent in range(1, 10))  # 0.3 .. 3e-5, strongest first
+# rows per block; on a CPU a block fits into the cache unless the features are very wide
 BLOCK, BLOCK_ON_CPU = 65536, 2048
 
 
@@ -36,12 +36,16 @@ class LinearProbe(Probe):
     A fit has converged when no entry of the gradient with respect to V exceeds a tolerance in absolute value.
     TIGHT, the tolerance of the final fit, brings the objective within 1e-5 nats of scikit-learn's optimum.
     LOOSE, the tolerance of model selection, brings it within 1e-3 nats. The tests check both bounds.
+
+    `penalties` are the values of l2 to select from. Sort them from strong to weak: each fit starts from the
+    previous one, and selection stops when the accuracy no longer improves.
     """
 
     hyperparameter = "l2"
     LOOSE, TIGHT = 1e-3, 1e-4
 
-    def __init__(self, X: Tensor, y: Tensor, classes: int):
+    def __init__(self, X: Tensor, y: Tensor, classes: int, penalties: Sequence[float] = PENALTIES):
+        self.penalties = penalties
         self.origin = X[0].clone()  # makes constant features exactly 0
         self.X = X - self.origin
         self.mean = self.X.mean(0)
@@ -61,9 +65,9 @@ class LinearProbe(Probe):
         return (X - self.origin).sub_(self.mean).mul_(self.scale)
 
     def path(self, X_eval: Tensor) -> Iterator[tuple[float, Tensor]]:
-        """Yield (l2, logits (n, classes) of X_eval (n, d)), strongest penalty first, with warm starts."""
+        """Yield (l2, logits (n, classes) of X_eval (n, d)) for each of `penalties`, with warm starts."""
         X_eval = self.standardise(X_eval)
-        for l2 in STRENGTHS:
+        for l2 in self.penalties:
             self.fit(l2, self.LOOSE)
             yield l2, F.linear(X_eval, self.W, self.b)
 

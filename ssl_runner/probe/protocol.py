@@ -1,4 +1,4 @@
-"""The probe protocol: fit classifiers on frozen features, select on the validation split, score the test split once."""
+"""The probe protocol: fit on `train`, select on `val`, then score `test` once, on frozen features."""
 
 import time
 from abc import ABC, abstractmethod
@@ -17,9 +17,9 @@ from ssl_runner.views import normalize, to_unit
 
 
 class Probe(ABC):
-    """A classifier of features X (n, d) float32 with labels y (n,) in 0 .. classes - 1, fitted at construction or on demand.
+    """A classifier of features X (n, d), float32, with labels y (n,) in 0 .. classes - 1.
 
-    `hyperparameter` names what the validation split selects.
+    `hyperparameter` is the name of the setting that the validation split selects.
     """
 
     hyperparameter: str
@@ -29,16 +29,14 @@ class Probe(ABC):
 
     @abstractmethod
     def path(self, X_eval: Tensor) -> Iterator[tuple[float, Tensor]]:
-        """Yield (value of the hyperparameter, scores (m, classes) of X_eval (m, d)) for each value to select from."""
+        """Yield (value, scores (m, classes) of X_eval (m, d)) for each value of the hyperparameter."""
 
     @abstractmethod
     def scores(self, value: float, X_eval: Tensor) -> Tensor:
-        """Scores (m, classes) of X_eval (m, d) at one value of the hyperparameter."""
+        """Return the scores (m, classes) of X_eval (m, d) at one value of the hyperparameter."""
 
 
-Classifier = Callable[
-    [Tensor, Tensor, int], Probe
-]  # a Probe class, or a partial of one with its own settings
+Classifier = Callable[[Tensor, Tensor, int], Probe]  # a Probe class, or a partial of one with its options
 
 
 @torch.no_grad()
@@ -49,20 +47,21 @@ def extract(network: nn.Module, images: Images, mean: Tensor, std: Tensor, batch
     round-robin over the ranks, and the features are all-gathered: every rank returns all of them.
     """
     with eval_mode(network):
-        rows = distributed.shard_indices(len(images), batch_size)
-        batches = images.batches(rows[distributed.rank()], batch_size, mean.device)
+        shards = distributed.shard_indices(len(images), batch_size)
+        batches = images.batches(shards[distributed.rank()], batch_size, mean.device)
         parts = [network(normalize(to_unit(x), mean, std)).flatten(1) for x, _ in batches]
-    return distributed.unshard(torch.cat(parts).float(), rows)
+    return distributed.unshard(torch.cat(parts).float(), shards)
 
 
 def evaluate(
     features: str, network: nn.Module, data: DataSet, classifiers: Mapping[str, Classifier], score_test: bool
 ) -> Iterator[dict[str, Any]]:
-    """Yield rows of probe.csv for one network, whose features are called `features`.
+    """Yield rows of probe.csv for one network. `features` is the name of its features in the table.
 
-    Each classifier is fitted on `train`, and its hyperparameter is selected on `val`. With `score_test` it is then fitted on
-    both and scored once on `test`. top1 and top5 are fractions in [0, 1], top5 None for five classes or fewer. `seconds` covers the
-    probe and the extraction of the features that it is fitted on. Ranks fit different classifiers.
+    Each classifier is fitted on `train`, and its hyperparameter is selected on `val`. With `score_test` it is
+    then fitted on both and scored once on `test`. top1 and top5 are fractions in [0, 1]; top5 is None for
+    five classes or fewer. `seconds` covers the probe and the extraction of the features that it is fitted on.
+    The classifiers are distributed over the ranks.
     """
     start = time.perf_counter()
     X, X_val = (extract(network, part, data.mean, data.std) for part in (data.train, data.val))
@@ -74,21 +73,25 @@ def evaluate(
         start = time.perf_counter()
         probe = classifiers[name](X, y, classes)
         chosen, scores = best_of(probe.path(X_val), y_val)
-        row: dict[str, Any] = {
-            "probe": name,
-            "features": features,
-            "train_split": "train",
-            "eval_split": "val",
-        }
-        row |= {"selection": f"{probe.hyperparameter}={chosen:g} (val)", "n_train": len(y)}
-        yield row | accuracies(scores, y_val) | {"seconds": extraction + time.perf_counter() - start}
+        selection = f"{probe.hyperparameter}={chosen:g} (val)"
+
+        def row(train_split: str, eval_split: str, n_train: int, scores: Tensor, y: Tensor) -> dict[str, Any]:
+            return {
+                "probe": name,
+                "features": features,
+                "train_split": train_split,
+                "eval_split": eval_split,
+                "selection": selection,
+                "n_train": n_train,
+                **accuracies(scores, y),
+                "seconds": extraction + time.perf_counter() - start,
+            }
+
+        yield row("train", "val", len(y), scores, y_val)
         if X_test is not None:
             X_both, y_both = torch.cat([X, X_val]), torch.cat([y, y_val])
             scores = classifiers[name](X_both, y_both, classes).scores(chosen, X_test)
-            row |= {"train_split": "train+val", "eval_split": "test", "n_train": len(y_both)}
-            yield (
-                row | accuracies(scores, data.test.y) | {"seconds": extraction + time.perf_counter() - start}
-            )
+            yield row("train+val", "test", len(y_both), scores, data.test.y)
 
     names, ranks = list(classifiers), distributed.world_size()
     rows = distributed.all_gather_object([list(fit(name)) for name in names[distributed.rank() :: ranks]])
@@ -97,16 +100,20 @@ def evaluate(
 
 
 class ProbeEvaluator(Evaluator):
-    """Probes of the backbone on the validation split during training: rows of probe.csv, every `every` epochs but the last."""
+    """Probe the backbone on the validation split, every `every` epochs. Appends rows to probe.csv.
+
+    The last epoch is left to the final probes of the run.
+    """
+
+    after_last = False
 
     def __init__(self, every: int, data: DataSet, classifiers: Mapping[str, Classifier], log: CsvLog):
         super().__init__(every)
         self.data, self.classifiers, self.log = data, classifiers, log
 
-    def __call__(self, model: SSLModel, epoch: int, last: bool) -> dict[str, Any]:
-        if epoch % self.every == 0 and not last:
-            for row in evaluate("backbone", model.backbone, self.data, self.classifiers, score_test=False):
-                self.log.append({"epoch": epoch, **row})
+    def evaluate(self, model: SSLModel, epoch: int) -> dict[str, Any]:
+        for row in evaluate("backbone", model.backbone, self.data, self.classifiers, score_test=False):
+            self.log.append({"epoch": epoch, **row})
         return {}
 
 

@@ -1,6 +1,6 @@
-"""TODO probe.ridge"""
+"""Ridge-regression probe: closed form, one eigendecomposition for all L2 penalties."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssl_runner.probe.protocol import Probe
 
-RIDGES = [10.0 ** (1 - exponent / 2) for exponent in range(15)]  # 10 .. 1e-6
+PENALTIES = tuple(10.0 ** (1 - exponent / 2) for exponent in range(15))  # 10 .. 1e-6, strongest first
 
 
 class RidgeProbe(Probe):
@@ -20,13 +20,21 @@ class RidgeProbe(Probe):
 
     With X centred, it is W = (X'X / n + l2 I)^-1 X'Y / n and b = mean of Y.
 
-    One eigendecomposition of X'X / n serves every l2. The moments are accumulated in float64 (float32 on MPS)
-    over blocks of rows.
+    One eigendecomposition of X'X / n serves every l2 of `penalties`, the values to select from. The moments
+    are accumulated in float64 (float32 on MPS) over blocks of `block` rows.
     """
 
     hyperparameter = "l2"
 
-    def __init__(self, X: Tensor, y: Tensor, classes: int, block: int = 4096):
+    def __init__(
+        self,
+        X: Tensor,
+        y: Tensor,
+        classes: int,
+        penalties: Sequence[float] = PENALTIES,
+        block: int = 4096,
+    ):
+        self.penalties = penalties
         dtype = torch.float32 if X.device.type == "mps" else torch.float64
         n, d = X.shape
         shift = X[:block].to(dtype).mean(0)  # close to the mean: avoids cancellation in the products
@@ -47,9 +55,9 @@ class RidgeProbe(Probe):
         self.C = self.Q.T @ YX.T  # (d, classes)
 
     def path(self, X_eval: Tensor) -> Iterator[tuple[float, Tensor]]:
-        """Yield (l2, predictions (n, classes) for X_eval (n, d)), strongest penalty first."""
+        """Yield (l2, predictions (n, classes) for X_eval (n, d)) for each of `penalties`."""
         X_eval = X_eval - self.mean.to(X_eval)
-        for l2 in RIDGES:
+        for l2 in self.penalties:
             yield l2, X_eval @ self.fit(l2).to(X_eval) + self.b
 
     def scores(self, l2: float, X_eval: Tensor) -> Tensor:

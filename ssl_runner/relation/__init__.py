@@ -1,17 +1,7 @@
-"""The relation G between the rows of Z: operators (`operators`) and how a batch gets one (`builders`)."""
+"""The relation G over the rows of Z: operators (`operators`, `derived`) and their builders (`builders`)."""
 
-from ssl_runner.relation.operators import (
-    DegreeNormalized,
-    Edges,
-    KNearest,
-    Labels,
-    Relation,
-    ViewExpanded,
-    Views,
-    WithSupportSet,
-    rewire,
-    to_float64,
-)
+from ssl_runner.relation.derived import DegreeNormalized, ViewExpanded, WithSupportSet, rewire
+from ssl_runner.relation.operators import Edges, KNearest, Labels, Relation, Views, to_float64
 
 __all__ = [
     "DegreeNormalized",

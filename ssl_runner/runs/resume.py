@@ -1,13 +1,14 @@
-"""TODO runs.resume"""
+"""Resuming runs: find the run, check that it can be resumed, and plan the command line that resumes it."""
 
 import os
 import socket
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 from filelock import AcquireReturnProxy, FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -108,11 +109,19 @@ def write_hydra_files(cfg: DictConfig, folder: Path) -> None:
     )
 
 
-def resume_overrides(folder: Path, given: dict[str, Override]) -> list[str]:
-    """Return the overrides to add for resume=<folder>.
+@dataclass(frozen=True)
+class ResumePlan:
+    """How to resume a run: what to add to the command line, and where to execute it."""
 
-    These are the overrides that the run was started with, without those in `given` on the command line, and
-    the folder of the run as hydra.run.dir. Raises UsageError if the folder has no run that can be resumed.
+    overrides: list[str]  # those that the run was started with, unless given again, and its hydra.run.dir
+    config_dir: str | None  # --config-dir
+    directory: Path  # the working directory of the run, against which relative paths are resolved
+
+
+def plan_resume(folder: Path, given: Collection[str], config_dir: str | None) -> ResumePlan:
+    """Return the plan for resume=<folder>, given the keys and the --config-dir of the command line.
+
+    Raises UsageError if the folder has no run that can be resumed.
     """
     if not (folder / "run.json").is_file() or not (folder / ".hydra" / "overrides.yaml").is_file():
         raise UsageError(
@@ -130,11 +139,14 @@ def resume_overrides(folder: Path, given: dict[str, Override]) -> list[str]:
             f"resume={folder}: this run is still running as process {record['pid']}; wait for it to end"
         )
     first = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
-    added = [
-        str(o.input_line) for o in compose.parse([str(line) for line in first]) if o.key_or_group not in given
-    ]
+    overrides = compose.parse(map(str, first))
+    added = [str(override.input_line) for override in overrides if override.key_or_group not in given]
     quoted = str(folder).replace("'", "\\'")
-    return [*added, f"hydra.run.dir='{quoted}'"]
+    return ResumePlan(
+        overrides=[*added, f"hydra.run.dir='{quoted}'"],
+        config_dir=str(Path(config_dir).resolve()) if config_dir is not None else config_dir_of(folder),
+        directory=Path(record["cwd"]),
+    )
 
 
 def refuse_finished(folder: Path) -> None:
@@ -143,11 +155,11 @@ def refuse_finished(folder: Path) -> None:
         raise UsageError(f"resume={folder}: this run is done; start a new run to change options")
 
 
-def config_dir_of(folder: Path) -> list[str]:
-    """Return the --config-dir that a run was started with, as command-line arguments."""
+def config_dir_of(folder: Path) -> str | None:
+    """Return the --config-dir that a run was started with."""
     sources = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.config_sources
     paths = [str(source.path) for source in sources if source.provider == "command-line"]
-    return ["--config-dir", paths[0]] if paths else []
+    return paths[0] if paths else None
 
 
 def is_running(record: dict) -> bool:
@@ -161,7 +173,7 @@ def refuse_changes(cfg: DictConfig, folder: Path) -> None:
     """Raise UsageError if `cfg` differs from the saved configuration of the run, apart from `resume`."""
     saved = OmegaConf.load(folder / ".hydra" / "config.yaml")
     assert isinstance(saved, DictConfig)
-    for key in dict.fromkeys([*compose.dotted_keys(saved), *compose.dotted_keys(cfg)]):
+    for key in dict.fromkeys([*rules.dotted_keys(saved), *rules.dotted_keys(cfg)]):
         then, now = OmegaConf.select(saved, key), OmegaConf.select(cfg, key)
         if then != now and key != "resume":
             change = f"{key} ({rules.format_value(then)} -> {rules.format_value(now)})"

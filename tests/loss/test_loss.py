@@ -2,17 +2,21 @@
 
 import json
 import math
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra.utils import get_class
+from omegaconf import OmegaConf
 from torch.testing import assert_close
 
-from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg, kernels
+from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg, kernels, simclr
 from ssl_runner.loss.base import off_diagonal
 from ssl_runner.relation import Edges, Labels, Relation, Views
 
+CONFIGS = sorted((Path(__file__).parents[2] / "conf" / "loss").glob("*.yaml"))
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 Y = torch.tensor([0, 1, 0, 2, 1, 0, 2, 3, 0, 2])
 RELATIONS = {
@@ -23,14 +27,14 @@ RELATIONS = {
     "edges": Edges(torch.tensor([0, 1, 2, 7, 8]), torch.tensor([3, 2, 9, 0, 5]), 10),
 }
 LOSSES = {
-    "vicreg": VICReg(),
+    "vicreg": VICReg(gamma=25.0),
     "vicreg squared": VICReg(2.0, 2.0, 0.5, variance="squared"),
     "simclr": SimCLR(0.2),
     "simclr sum": SimCLR(0.5, reduction="sum"),
-    "simclr squared": SpectralContrastive(),
-    "simclr squared sum": SpectralContrastive("sum", center=True),
+    "spectral": SpectralContrastive(),
+    "spectral sum": SpectralContrastive("sum", center=True),
     "barlow": BarlowTwins(0.1),
-    "barlow centred": BarlowTwins(center=True),
+    "barlow centred": BarlowTwins(5e-3, center=True),
 }
 
 
@@ -91,7 +95,7 @@ def test_simclr_matches_cross_entropy_of_g_and_softmax(G: Relation) -> None:
 
 
 @pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
-def test_squared_simclr_matches_squared_distance_of_gram_matrix_and_g(G: Relation) -> None:
+def test_spectral_matches_squared_distance_of_gram_matrix_and_g(G: Relation) -> None:
     Z, dense = torch.randn(10, 4, dtype=torch.float64), G.dense(torch.float64)
     assert_close(SpectralContrastive("sum")(Z, G), (Z @ Z.T - dense).square().sum())
     Zc = Z - Z.mean(0)
@@ -329,6 +333,13 @@ def test_simclr_allocates_no_n_by_n_tensor(monkeypatch: pytest.MonkeyPatch) -> N
     with Largest() as largest:
         SimCLR()(Z, Views(1024, 2)).backward()
     assert 2**13 < largest.elements <= 2**14
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_python_defaults_equal_configured_defaults(path: Path) -> None:
+    options = OmegaConf.to_container(OmegaConf.load(path).loss, resolve=True)
+    parameters = signature(get_class(options.pop("_target_"))).parameters.values()
+    assert options == {p.name: p.default for p in parameters if p.name != "eps"}
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

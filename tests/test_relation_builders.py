@@ -1,6 +1,7 @@
 """Builders of the relation of a batch, compared with their definition row by row."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +17,18 @@ from ssl_runner.relation import builders
 from ssl_runner.relation.builders import RelationBuilder
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 1])
-ROWS = torch.tensor([3, 0, 5, 1])
+INDICES = torch.tensor([3, 0, 5, 1])
 
 
-def batch(V: int = 2, rows: Tensor = ROWS) -> Batch:
-    return Batch(rows, LABELS[rows], V, 3)
+def batch(V: int = 2, indices: Tensor = INDICES) -> Batch:
+    return Batch(indices, LABELS[indices], V, 3)
 
 
 def test_views_and_labels_match_definition() -> None:
     Z = torch.randn(12, 5)
     assert_close(builders.FromViews()(batch(3), Z).dense(), relation.Views(4, 3).dense())
     assert_close(builders.FromViews(True)(batch(3), Z).dense(), relation.Views(4, 3, True).dense())
-    labels = LABELS[ROWS].repeat(3)
+    labels = LABELS[INDICES].repeat(3)
     assert_close(
         builders.FromLabels()(batch(3), Z).dense(), ((labels[:, None] == labels).float() - torch.eye(12))
     )
@@ -58,24 +59,24 @@ def shuffled_batches(n: int) -> Iterator[Tensor]:
 def test_neighbors_queue_holds_last_images_and_supports_with_nearest_other_images() -> None:
     """In five epochs over 8 images, a queue of 7 often holds an earlier embedding of the same image."""
     builder, own_in_queue = builders.FromNeighbors(k=2, queue=7), 0
-    seen, seen_rows = torch.empty(0, 5), torch.empty(0, dtype=torch.int64)
-    for step, rows in enumerate(shuffled_batches(8)):
+    seen, seen_indices = torch.empty(0, 5), torch.empty(0, dtype=torch.int64)
+    for step, indices in enumerate(shuffled_batches(8)):
         # embeddings of one image stay close to each other from epoch to epoch
-        Z = torch.randn(8, 5) + 9 * torch.nn.functional.one_hot(rows % 5, 5).repeat(2, 1)
-        G, means = builder(Batch(rows, torch.zeros(4), 2, 3), Z), Z.view(2, 4, 5).mean(0)
+        Z = torch.randn(8, 5) + 9 * torch.nn.functional.one_hot(indices % 5, 5).repeat(2, 1)
+        G, means = builder(Batch(indices, torch.zeros(4), 2, 3), Z), Z.view(2, 4, 5).mean(0)
         if step == 0:
             assert G.support is None
             assert_close(G.dense(), relation.Views(4, 2).dense())
         else:
             expected = []
-            for row, mean in zip(rows, means, strict=True):
-                others = seen[-7:][seen_rows[-7:] != row]
+            for index, mean in zip(indices, means, strict=True):
+                others = seen[-7:][seen_indices[-7:] != index]
                 own_in_queue += len(others) < len(seen[-7:])
                 similarity = torch.nn.functional.cosine_similarity(mean[None], others)
                 expected.append(others[similarity.topk(2).indices])
             assert_close(G.support, torch.cat(expected))
             assert G.num_rows == 8 + 8
-        seen, seen_rows = torch.cat([seen, means]), torch.cat([seen_rows, rows])
+        seen, seen_indices = torch.cat([seen, means]), torch.cat([seen_indices, indices])
         queued = {tuple(row.tolist()) for row in builder.queue[: min(7, len(seen))]}
         assert queued == {tuple(row.tolist()) for row in seen[-7:]}
     assert own_in_queue > 5
@@ -84,10 +85,8 @@ def test_neighbors_queue_holds_last_images_and_supports_with_nearest_other_image
 def test_neighbors_queue_with_fewer_than_k_other_images_adds_no_support() -> None:
     """If 2 of the 3 queue entries are of one image, that image has a single neighbour, fewer than k = 2."""
     builder = builders.FromNeighbors(k=2, queue=3)
-    for rows in ([7], [7], [5]):
-        assert builder(Batch(torch.tensor(rows), torch.zeros(1), 2, 3), torch.randn(2, 5)).support is None
-    assert builder(Batch(torch.tensor([7]), torch.zeros(1), 2, 3), torch.randn(2, 5)).support is None
-    assert builder(Batch(torch.tensor([6]), torch.zeros(1), 2, 3), torch.randn(2, 5)).support is None
+    for index in (7, 7, 5, 7, 6):
+        assert builder(Batch(torch.tensor([index]), torch.zeros(1), 2, 3), torch.randn(2, 5)).support is None
     assert builder(Batch(torch.tensor([5]), torch.zeros(1), 2, 3), torch.randn(2, 5)).support is not None
 
 
@@ -96,16 +95,14 @@ def test_neighbors_queue_keeps_last_images_of_larger_batch() -> None:
     Z = torch.randn(8, 5)
     builder(batch(2), Z)
     assert_close(builder.queue, Z.view(2, 4, 5).mean(0)[1:])
-    assert torch.equal(builder.rows, ROWS[1:])
+    assert torch.equal(builder.indices, INDICES[1:])
 
 
 def test_neighbors_k_above_batch_size_relates_all_images() -> None:
     Z = torch.randn(8, 3)
     assert_close(builders.FromNeighbors(9)(batch(), Z).dense(), torch.ones(8, 8) - torch.eye(8))
-    assert (builders.FromNeighbors(9).min_batch_size, builders.FromNeighbors(9, queue=20).min_batch_size) == (
-        10,
-        1,
-    )
+    assert builders.FromNeighbors(9).min_batch_size == 10
+    assert builders.FromNeighbors(9, queue=20).min_batch_size == 1
 
 
 def test_neighbors_rejects_invalid_k_and_queue() -> None:
@@ -131,7 +128,7 @@ def test_edges_matches_pairs_of_file_within_batch(ending: str, normalized: bool,
     expected = torch.zeros(8, 8)
     for r in range(8):
         for s in range(8):
-            i, j = int(ROWS[r % 4]), int(ROWS[s % 4])
+            i, j = int(INDICES[r % 4]), int(INDICES[s % 4])
             expected[r, s] = float(r != s and (i == j or frozenset((i, j)) in listed))
     d = expected.sum(1)
     assert_close(G, expected / (d[:, None] * d).sqrt() if normalized else expected)
@@ -171,81 +168,108 @@ def test_edges_rejects_missing_or_corrupt_file(tmp_path: Path) -> None:
         builders.FromEdges(str(tmp_path / "other.npz")).bind(LABELS)
 
 
-def test_listed_counts_pairs_among_given_images(tmp_path: Path) -> None:
+def test_count_pairs_counts_pairs_among_given_images(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("a,b\n0,3\n3,0\n3,5\n2,4\n")
     path = str(tmp_path / "pairs.csv")
-    for builder in (builders.FromEdges(path), builders.Rewired("edges", path=path)):
+    for builder in (builders.FromEdges(path), builders.Rewired(builders.FromEdges(path))):
         builder.bind(LABELS)
-        assert builder.count_pairs(ROWS) == 2
+        assert builder.count_pairs(INDICES) == 2
         assert builder.count_pairs(torch.tensor([0, 1, 2])) == 0
-    assert builders.FromViews().count_pairs(ROWS) is builders.Rewired().count_pairs(ROWS) is None
+    for builder in (builders.FromViews(), builders.Rewired(builders.FromViews())):
+        assert builder.count_pairs(INDICES) is None
 
 
-def rewired_without_noise(folder: Path) -> dict[str, tuple[builders.Rewired, RelationBuilder]]:
-    """Noisy relations with p = 0, each with the base relation that it must equal."""
+def rewired_without_noise(folder: Path) -> dict[str, tuple[RelationBuilder, RelationBuilder]]:
+    """Rewired relations with rewire_fraction = 0, each with the relation that it must equal."""
     (folder / "pairs.csv").write_text("a,b\n0,3\n3,5\n2,4\n")
     path = str(folder / "pairs.csv")
+    FromViews, FromLabels, Rewired = builders.FromViews, builders.FromLabels, builders.Rewired
+    FromNeighbors, FromEdges = builders.FromNeighbors, builders.FromEdges
     return {
-        "views": (builders.Rewired("views", 0), builders.FromViews()),
-        "labels": (builders.Rewired("labels", 0, normalized=True), builders.FromLabels(True)),
-        "neighbors": (builders.Rewired("neighbors", 0, k=2), builders.FromNeighbors(2)),
-        "edges": (builders.Rewired("edges", 0, path=path, normalized=True), builders.FromEdges(path, True)),
+        "views": (Rewired(FromViews(), 0), FromViews()),
+        "labels": (Rewired(FromLabels(), 0, normalized=True), FromLabels(True)),
+        "neighbors": (Rewired(FromNeighbors(2), 0), FromNeighbors(2)),
+        "edges": (Rewired(FromEdges(path), 0, normalized=True), FromEdges(path, True)),
+        "rewired": (Rewired(Rewired(FromLabels(), 0), 0), FromLabels()),
     }
 
 
-@pytest.mark.parametrize("of", ["views", "labels", "neighbors", "edges"])
-def test_noisy_with_p_zero_matches_base_relation(of: str, tmp_path: Path) -> None:
-    noisy, plain = rewired_without_noise(tmp_path)[of]
+@pytest.mark.parametrize("base", ["views", "labels", "neighbors", "edges", "rewired"])
+def test_rewired_with_fraction_zero_matches_base_relation(base: str, tmp_path: Path) -> None:
+    rewired, plain = rewired_without_noise(tmp_path)[base]
     Z = torch.randn(12, 3)
-    for builder in (noisy, plain):
+    for builder in (rewired, plain):
         builder.bind(LABELS)
-    assert_close(noisy(batch(3), Z).dense(), plain(batch(3), Z).dense())
+    assert_close(rewired(batch(3), Z).dense(), plain(batch(3), Z).dense())
     for name in ("needs_labels", "depends_on_embeddings", "min_batch_size"):
-        assert getattr(noisy, name) == getattr(plain, name)
+        assert getattr(rewired, name) == getattr(plain, name)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("base", "message"),
     [
-        ({"of": "noisy"}, "of=noisy: expected one of views, labels, neighbors, edges"),
-        ({"of": "views", "k": 3}, r"k=3: expected only options of views \(none\)"),
-        ({"of": "neighbors", "path": "x"}, r"path=x: expected only options of neighbors \(k, queue\)"),
-        ({"of": "neighbors", "k": 0}, "k=0"),
-        (
-            {"of": "neighbors", "queue": 9},
-            r"queue=9: expected 0, .* cannot be rewired; set queue=0, or use relation=neighbors",
-        ),
+        (builders.FromNeighbors(queue=9), "expected a relation without a queue"),
+        (builders.FromLabels(normalized=True), "base.normalized=true: expected false"),
+        (builders.Rewired(builders.FromLabels(), normalized=True), "base.normalized=true: expected false"),
     ],
 )
-def test_noisy_rejects_invalid_options(settings: dict, message: str) -> None:
+def test_rewired_rejects_base_with_queue_or_weights(base: RelationBuilder, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        builders.Rewired(**settings)
+        builders.Rewired(base)
 
 
-def test_noisy_redraws_every_batch_and_is_seeded() -> None:
-    rows = torch.arange(6)
-    Z = torch.randn(12, 3)
-    labels = builders.FromLabels()(batch(2, rows), Z).dense()
-    builders = [builders.Rewired("labels", 0.5, seed) for seed in (0, 0, 1)]
-    for builder in builders:
+def test_rewired_changes_every_batch_and_is_seeded() -> None:
+    full, Z = batch(2, torch.arange(6)), torch.randn(12, 3)
+    labels = builders.FromLabels()(full, Z).dense()
+    first, same_seed, other_seed = (builders.Rewired(builders.FromLabels(), 0.5, s) for s in (0, 0, 1))
+    for builder in (first, same_seed, other_seed):
         builder.bind(LABELS)
-    first, same_seed, other_seed = (builder(batch(2, rows), Z).dense() for builder in builders)
-    assert_close(first, same_seed)
-    assert first.sum() == labels.sum()
-    assert (first != other_seed).any()
-    assert (builders[0](batch(2, rows), Z).dense() != first).any()
+    G = first(full, Z).dense()
+    assert G.sum() == labels.sum()
+    assert_close(same_seed(full, Z).dense(), G)
+    assert (other_seed(full, Z).dense() != G).any()
+    assert (first(full, Z).dense() != G).any()
 
 
-def test_repeatable_relation_depends_only_on_batch() -> None:
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: builders.FromNeighbors(k=2, queue=7),
+        lambda: builders.Rewired(builders.FromLabels()),
+        lambda: builders.Rewired(builders.Rewired(builders.FromLabels()), seed=1),
+    ],
+    ids=["queue", "rewired", "rewired twice"],
+)
+def test_state_dict_continues_the_sequence_of_relations(build: Callable[[], RelationBuilder]) -> None:
+    batches = [(batch(2), torch.randn(8, 5)) for _ in range(6)]
+    first, second = build(), build()
+    for builder in (first, second):
+        builder.bind(LABELS)
+    for arguments in batches[:3]:
+        first(*arguments)
+    second.load_state_dict(deepcopy(first.state_dict()))
+    for arguments in batches[3:]:
+        G, resumed = first(*arguments), second(*arguments)
+        assert_close(resumed.dense(), G.dense())
+        assert_close(resumed.support, G.support)
+
+
+@pytest.mark.parametrize(
+    "builder",
+    [
+        builders.FromNeighbors(queue=8),
+        builders.Rewired(builders.FromNeighbors(), 0.5),
+        builders.Rewired(builders.Rewired(builders.FromLabels())),
+    ],
+    ids=["queue", "rewired", "rewired twice"],
+)
+def test_frozen_copy_gives_one_relation_per_batch_and_leaves_the_original(builder: RelationBuilder) -> None:
     Z, other = torch.randn(8, 3), torch.randn(8, 3)
-    noisy, queue = builders.Rewired("neighbors", 0.5), builders.FromNeighbors(queue=8)
-    noisy.bind(LABELS)
-    for builder in (noisy.frozen_copy(), queue.frozen_copy()):
-        first = builder(batch(2), Z).dense()
-        builder(batch(2), other)
-        assert_close(builder(batch(2), Z).dense(), first)
-        assert not builder.uses_memory
-    fresh = builders.Rewired("neighbors", 0.5)
-    fresh.bind(LABELS)
-    # the frozen copy did not advance the generator of `noisy`
-    assert_close(noisy(batch(2), Z).dense(), fresh(batch(2), Z).dense())
+    builder.bind(LABELS)
+    before = deepcopy(builder.state_dict())
+    frozen = builder.frozen_copy()
+    first = frozen(batch(2), Z).dense()
+    frozen(batch(2), other)
+    assert_close(frozen(batch(2), Z).dense(), first)
+    assert not frozen.uses_memory
+    assert_close(builder.state_dict(), before)
