@@ -1,27 +1,58 @@
-"""The HTML page of `ssl-report`: self-contained, nothing is fetched, and nothing that a run says is taken for markup."""
+"""The HTML page of `ssl-report`: self-contained, without requests; everything from runs is escaped."""
 
 import time
+from base64 import b64encode
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from ssl_runner import __version__
-from ssl_runner.report.plots import for_page
+from ssl_runner.report.plots import NAMES
 from ssl_runner.report.read import Run
 from ssl_runner.report.tables import count_by_status, errors, one_line, with_interval
 
 CAPTIONS = {
-    "curves": "Training curves: the mean over the runs of a setting; with few settings, the band goes from its lowest run to its "
-    "highest. Failed runs are left out. Losses of different settings may be on different scales.",
-    "keys": "Top-1 against each key that differs among the runs: the mean over the settings that share a value, with its 95 % "
-    "interval over seeds, where the settings' variances are pooled. Keys come in the order of their effect on validation top-1.",
-    "heat": "Mean top-1 over the two keys with the largest effect on validation top-1, averaged over the other keys and seeds.",
+    "curves": "Training curves: mean over the runs of a configuration. With few configurations the band"
+    " spans the lowest to the highest run. Failed runs are left out. Losses of different configurations may"
+    " be on different scales.",
+    "keys": "Top-1 against each option that differs between runs: mean over the configurations with that"
+    " value. Error bars: 95 % CI with pooled seed variance. Options are sorted by their effect on validation"
+    " top-1.",
+    "heat": "Mean top-1 over the two options with the largest effect on validation top-1, averaged over other"
+    " options and seeds.",
 }
-Cell = tuple[str, float | str]  # what is shown, and what it is sorted by
-SHOWN_ERRORS = 50
+RUN_COLUMNS = {
+    "metrics.loss": "loss",
+    "epochs_done": "epochs done",
+    "epochs_asked": "epochs planned",
+    "wall_seconds": "time (s)",
+    "device_seconds": "device time (s)",
+    "images_per_s": "images/s",
+    "run.device": "device",
+    "path": "path",
+}
+PROTOCOL_COLUMNS = {
+    "protocol.features": "features",
+    "protocol.probe": "probe",
+    "protocol.selection": "hyperparameter",
+    "protocol.train_split": "fitted on",
+    "protocol.n_train": "images fitted on",
+    "protocol.eval_split": "evaluated on",
+    "run.images.test": "test images",
+    "run.images.val": "validation images",
+    "protocol.relation.target": "relation",
+    "protocol.relation.normalized": "normalized",
+    "run.device": "device",
+    "run.precision": "precision",
+    "run.git_commit": "git commit",
+    "run.versions.ssl_runner": "ssl_runner",
+    "run.versions.torch": "torch",
+}
+TITLES = {"val_top1": "validation top-1", "top1": "test top-1"}
+MAX_ERRORS = 50
+Cell = tuple[str, float | str]  # displayed text, sort key
 
 
 def render(
@@ -30,15 +61,14 @@ def render(
     table: pd.DataFrame,
     summary: pd.DataFrame,
     keys: list[str],
-    pictures: dict[str, str],
+    pictures: dict[str, bytes],
 ) -> str:
-    """The page. Every table is a header and rows of cells."""
+    """The page as text. `pictures` maps file names to contents; the PNG files are embedded."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
-    overridden = [
-        key for key in table.columns[3 : table.columns.get_loc("top1")] if key not in ("seed", *keys)
-    ]
+    options = table.columns[3 : table.columns.get_loc("top1")]
+    same = [key for key in options if key not in ("seed", *keys) and table[key].nunique() == 1]
     tracebacks = {one_line(run.record.get("error")): run.record.get("traceback") for run in reversed(runs)}
     found = [(error, paths, tracebacks.get(error)) for error, paths in errors(table)]
     return environment.get_template("report.html").render(
@@ -47,56 +77,55 @@ def render(
         written=time.strftime("%Y-%m-%d %H:%M"),
         statuses=count_by_status(table),
         total=len(table),
-        shared={key: table[key].dropna().iloc[0] for key in overridden if table[key].nunique() == 1},
+        shared={key: table[key].dropna().iloc[0] for key in same},
         summary=summary_table(summary, keys),
-        runs=one_row_a_run(table, keys),
-        pictures=[(CAPTIONS[name], Markup(for_page(name, svg))) for name, svg in pictures.items()],
-        errors=found[:SHOWN_ERRORS],
-        more_errors=len(found) - SHOWN_ERRORS,
+        runs=table_of_runs(table, keys),
+        pictures=[
+            (name, CAPTIONS[name], b64encode(pictures[f"{name}.png"]).decode())
+            for name in NAMES
+            if f"{name}.png" in pictures
+        ],
+        errors=found[:MAX_ERRORS],
+        more_errors=len(found) - MAX_ERRORS,
         protocols=protocols(table),
     )
 
 
 def summary_table(summary: pd.DataFrame, keys: list[str]) -> tuple[list[str], list[list[Cell]]]:
-    """A row a setting: the main result, the keys, then every other probe."""
+    """Header and rows, one per configuration: result, number of seeds, keys, other probes."""
     means = [str(column) for column in summary if f"± {column}" in summary]
-    main = [column for column in ("val_top1", "top1") if column in means]
+    main = [column for column in TITLES if column in means]
     others = [column for column in means if column not in main]
+    header = [
+        *(TITLES[column] for column in main),
+        "seeds",
+        *keys,
+        *(" ".join(c.split(".")[1:]) for c in others),
+    ]
+
+    def result(row: dict, column: str) -> Cell:
+        mean = row[column]
+        return with_interval(mean, row[f"± {column}"]), "" if np.isnan(mean) else mean
+
     rows = [
-        [top1(row, c) for c in main]
-        + [text(row["n"])]
-        + [text(row[key]) for key in keys]
-        + [top1(row, c) for c in others]
+        [result(row, c) for c in main]
+        + [cell(row[c]) for c in ("n", *keys)]
+        + [result(row, c) for c in others]
         for row in summary.to_dict("records")
     ]
-    names = {"val_top1": "validation top-1", "top1": "test top-1"}
-    other_names = [" ".join(column.split(".")[1:]) for column in others]
-    return [*(names[column] for column in main), "n", *keys, *other_names], rows
+    return header, rows
 
 
-def one_row_a_run(table: pd.DataFrame, keys: list[str]) -> tuple[list[str], list[list[Cell]]]:
-    """A row a run, with what one looks for first; runs.csv has the rest."""
-    names = {"status": "status", "val_top1": "validation top-1", "top1": "test top-1"}
-    names |= {key: key for key in [*keys, "seed"]}
-    names |= {
-        "metrics.loss": "loss",
-        "epochs_done": "epochs done",
-        "epochs_asked": "of",
-        "wall_seconds": "wall s",
-    }
-    names |= {
-        "device_seconds": "device s",
-        "images_per_s": "images/s",
-        "run.device": "device",
-        "path": "path",
-    }
+def table_of_runs(table: pd.DataFrame, keys: list[str]) -> tuple[list[str], list[list[Cell]]]:
+    """Header and rows, one per run, with the most used columns; runs.csv has all."""
+    names = {"status": "status", **TITLES, **{key: key for key in [*keys, "seed"]}, **RUN_COLUMNS}
     columns = [column for column in names if column in table]
-    rows = [[text(value) for value in row] for row in table[columns].itertuples(index=False)]
+    rows = [[cell(value) for value in row] for row in table[columns].itertuples(index=False)]
     return [names[column] for column in columns], rows
 
 
-def text(value: object) -> Cell:
-    """A cell; numbers, also those in text, sort as numbers."""
+def cell(value: object) -> Cell:
+    """Numbers, also those in text, sort as numbers."""
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return "", ""
     try:
@@ -106,35 +135,14 @@ def text(value: object) -> Cell:
     return str(value) if isinstance(value, str) else f"{number:.6g}", number
 
 
-def top1(row: dict, column: str) -> Cell:
-    mean = row[column]
-    return with_interval(mean, row[f"± {column}"]), "" if np.isnan(mean) else mean
-
-
 def protocols(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Which protocols, machines and versions the finished runs' results are from, and how many are from each."""
+    """Header and rows: the protocols, machines and versions of finished runs, and how many runs share
+    each."""
     done = table[(table.status == "done") & table.top1.notna()]
-    names = {
-        "protocol.features": "features",
-        "protocol.probe": "probe",
-        "protocol.selection": "setting chosen",
-        "protocol.train_split": "fitted on",
-        "protocol.n_train": "images fitted on",
-        "protocol.eval_split": "scored on",
-        "run.images.test": "images scored on",
-        "run.images.val": "validation images",
-        "protocol.relation.target": "relation",
-        "protocol.relation.normalized": "normalized",
-        "run.device": "device",
-        "run.precision": "precision",
-        "run.git_commit": "git commit",
-        "run.versions.ssl_runner": "ssl_runner",
-        "run.versions.torch": "torch",
-    }
-    columns = [column for column in names if column in done]
+    columns = [column for column in PROTOCOL_COLUMNS if column in done]
     facts = done[columns].copy()
-    facts["protocol.selection"] = (
-        facts["protocol.selection"].fillna("").str.replace(r"=.*?\((\w+)\)", r" on \1", regex=True)
-    )
-    counts = facts.map(lambda value: text(value)[0]).value_counts(sort=True)
-    return ["runs", *(names[column] for column in columns)], [[str(n), *row] for row, n in counts.items()]  # type: ignore[misc]
+    selection = facts["protocol.selection"].fillna("")  # its value is left out, as runs differ in it
+    facts["protocol.selection"] = selection.str.replace(r"=.*?\((\w+)\)", r" on \1", regex=True)
+    counts = facts.map(lambda value: cell(value)[0]).value_counts(sort=True)
+    rows = [[str(n), *row] for *row, n in counts.reset_index().itertuples(index=False, name=None)]
+    return ["runs", *(PROTOCOL_COLUMNS[column] for column in columns)], rows

@@ -1,8 +1,8 @@
-"""The plots of `ssl-report`, each as SVG and PNG: training curves, top-1 against each swept key, and a heat map over two."""
+"""The plots of `ssl-report`: training curves, top-1 against each swept key, and a heat map over two keys."""
 
 import io
-import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -15,21 +15,26 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from ssl_runner.report.read import Run
-from ssl_runner.report.tables import is_numeric, number_settings, over_seeds
+from ssl_runner.report.tables import binned, is_numeric, number_configurations, over_seeds
 
-# Okabe and Ito's colours, told apart by the colour-blind; those that show on white and on black
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
-INK, PAPER = "#1b1b1c", "#fefeff"  # of the picture files; the page puts its own in their place
-MAP = "viridis"
-FEW = 6  # curves that a legend names
+COLOURS = [
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+]  # Okabe and Ito: safe for the colour-blind
+INK, PAPER = "#1b1b1c", "#fefeff"
+MAX_LABELLED = 6  # curves with a legend entry each
+MAX_PANELS = 12  # keys with a panel each
+MAX_CELLS = 12  # values of a key in the heat map; more numbers are binned
+MAX_JOINED = 30  # values of a key up to which points are joined by a line
 NAMES = ("curves", "keys", "heat")
-PANELS = 12  # keys that are drawn
-CELLS = 30  # values of a key in a heat map; beyond, the settings are points
+FILES = tuple(f"{name}.{kind}" for name in NAMES for kind in ("svg", "png"))
 SPLITS = {"val_top1": ("validation", "o", COLOURS[1]), "top1": ("test", "s", COLOURS[0])}
 STYLE: Any = {
-    **dict.fromkeys(
-        ["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"], INK
-    ),
+    **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], INK),
     **dict.fromkeys(["figure.facecolor", "savefig.facecolor"], PAPER),
     "axes.facecolor": "none",
     "axes.grid": True,
@@ -39,286 +44,236 @@ STYLE: Any = {
     "font.size": 10,
     "grid.alpha": 0.2,
     "legend.frameon": False,
-    "legend.labelcolor": INK,
     "savefig.dpi": 130,
     "svg.fonttype": "none",
     "svg.hashsalt": "ssl-report",
-    "text.parse_math": False,  # a setting may hold a dollar sign
+    "text.parse_math": False,  # the value of an option may contain a dollar sign
 }
 
 
-def draw(
-    runs: list[Run], table: pd.DataFrame, results: pd.DataFrame, keys: list[str]
-) -> dict[str, tuple[str, bytes]]:
-    """SVG and PNG of each plot that there is something for: `curves`, `keys`, `heat`. Keys come by their effect."""
+def draw(runs: list[Run], table: pd.DataFrame, results: pd.DataFrame, keys: list[str]) -> dict[str, bytes]:
+    """File name -> content of each plot that has data. `keys` are sorted by their effect."""
     drawn = [key for key in keys if results[key].nunique() > 1]
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a setting in letters that the font lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # values in letters that the font lacks
         figures = {"curves": curves(runs, table, keys)}
         if drawn:
-            figures["keys"] = by_key(results, drawn[:PANELS])
+            figures["keys"] = by_key(results, drawn[:MAX_PANELS])
         if len(drawn) > 1:
             figures["heat"] = heat(results, *drawn[:2])
-        return {name: saved(figure) for name, figure in figures.items() if figure}
+        files = {}
+        for name, figure in figures.items():
+            for kind in ("svg", "png") if figure else ():
+                content = io.BytesIO()
+                metadata = dict.fromkeys(["Creator", "Date", "Format", "Type"]) if kind == "svg" else None
+                figure.savefig(content, format=kind, metadata=metadata)  # type: ignore[union-attr]
+                files[f"{name}.{kind}"] = content.getvalue()
+        return files
 
 
-def saved(figure: Figure) -> tuple[str, bytes]:
-    svg, png = io.StringIO(), io.BytesIO()
-    figure.savefig(svg, format="svg", metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"]))
-    figure.savefig(png, format="png")
-    return svg.getvalue(), png.getvalue()
-
-
-def for_page(name: str, svg: str) -> str:
-    """An SVG as an element of an HTML page, in the page's own ink and on its paper. Ids that it refers to get its name before
-    them and the others go, so that the page has none twice."""
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "none")
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
-    needed = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
-    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in needed else "", svg)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
+def panels(number: int, extra: float) -> tuple[Figure, list[Axes]]:
+    """A figure with `number` panels in up to three columns, `extra` inches taller for a legend below."""
+    columns = min(number, 3)
+    rows = -(-number // columns)
+    figure = Figure(figsize=(max(5.5, 4.2 * columns), 3.2 * rows + extra), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax in axes[number:]:
+        ax.set_visible(False)
+    return figure, axes
 
 
 def curves(runs: list[Run], table: pd.DataFrame, keys: list[str]) -> Figure | None:
-    """Loss against the epoch, one panel a loss as their scales differ, and validation top-1 where it was probed on the way."""
-    shown = table[table.status != "failed"].assign(setting=number_settings(table, keys))
+    """Loss against epoch, one panel per kind of loss, and validation top-1 if it was probed during
+    training."""
+    shown = table[table.status != "failed"].assign(configuration=number_configurations(table, keys))
     names = [runs[i].config.get("loss._target_", "").rpartition(".")[2] or "unknown" for i in shown.index]
-    losses = {name: of_loss(runs, group) for name, group in shown.groupby(names, sort=False)}
-    panels = {f"loss: {name}": curve for name, curve in losses.items() if len(curve)}
-    probed = on_the_way(runs, shown)
-    if len(probed):
-        panels["validation top-1"] = probed
-    if not panels:
+    content = {
+        f"loss: {name}": points(group, loss_points, runs) for name, group in shown.groupby(names, sort=False)
+    }
+    content["validation top-1"] = points(shown, probe_points, runs)
+    content = {title: table for title, table in content.items() if len(table)}
+    if not content:
         return None
-    columns = min(len(panels), 3)
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(max(5.5, 4.2 * columns), 3.2 * rows + 0.8), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    colours, labels = colour_of(shown, keys)
-    for ax, (title, points) in zip(axes, panels.items(), strict=False):
-        lines(ax, points, colours)
+    figure, axes = panels(len(content), 0.8)
+    colours, labels = curve_colours(shown, keys)
+    for ax, (title, values) in zip(axes, content.items(), strict=False):
+        draw_lines(ax, values, colours)
         ax.set(xlabel="epoch", title=title)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if title != "validation top-1" and wide(points.value):
-            logarithmic(ax, "y")
-    for ax in axes[len(panels) :]:
-        ax.set_visible(False)
-    handles = [Line2D([], [], color=colour, label=name) for name, colour in labels.items()]
-    if handles:
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=room(figure, list(labels)), fontsize=9
-        )
+        if title != "validation top-1" and spans_decades(values.value):
+            set_log_scale(ax, "y")
+    if labels:
+        handles = [Line2D([], [], color=colour, label=name) for name, colour in labels.items()]
+        columns = int(figure.get_figwidth() / (0.7 + 0.08 * max(map(len, labels))))  # that fit side by side
+        columns = max(1, min(len(labels), columns))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
     return figure
 
 
-def of_loss(runs: list[Run], shown: pd.DataFrame) -> pd.DataFrame:
-    """(setting, epoch, value) of the loss of some runs: some 200 epochs of each at most, the last one among them."""
-    rows: list[tuple] = []
-    for i, setting in zip(shown.index, shown.setting, strict=True):
-        step = -(-len(runs[i].epochs) // 200) or 1
-        rows += [
-            (setting, *point) for point in zip(runs[i].epochs[::-step], runs[i].loss[::-step], strict=True)
-        ]
-    points = pd.DataFrame(rows, columns=["setting", "epoch", "value"])
-    return points.astype(float).replace([np.inf, -np.inf], np.nan).dropna()
-
-
-def on_the_way(runs: list[Run], shown: pd.DataFrame) -> pd.DataFrame:
-    """(setting, epoch, value) of the first probe's validation top-1, of runs that were probed at several epochs."""
-    rows: list[tuple] = []
-    for i, setting in zip(shown.index, shown.setting, strict=True):
-        val = [row for row in runs[i].probes if row.get("eval_split") == "val"]
-        same = [row for row in val if all(row.get(key) == val[0].get(key) for key in ("features", "probe"))]
-        if len({row.get("epoch") for row in same}) > 1:
-            rows += [(setting, row.get("epoch"), row.get("top1")) for row in same]
-    return (
-        pd.DataFrame(rows, columns=["setting", "epoch", "value"])
-        .apply(pd.to_numeric, errors="coerce")
-        .dropna()
+def points(shown: pd.DataFrame, of_run: Callable[[Run], list[tuple]], runs: list[Run]) -> pd.DataFrame:
+    """(configuration, epoch, value) of all finite points of some runs."""
+    numbered = zip(shown.index, shown.configuration, strict=True)
+    rows = [(configuration, *point) for i, configuration in numbered for point in of_run(runs[i])]
+    table = pd.DataFrame(rows, columns=["configuration", "epoch", "value"]).apply(
+        pd.to_numeric, errors="coerce"
     )
+    return table.astype(float).replace([np.inf, -np.inf], np.nan).dropna()
 
 
-def lines(ax: Axes, points: pd.DataFrame, colours: dict[Any, str]) -> None:
-    """A line a setting, the mean over its runs, and with few settings a band from the lowest run to the highest."""
-    settings = points.setting.unique()
-    few, many = len(settings) <= FEW, len(settings) > 50
-    for setting in settings:
-        at = points[points.setting == setting].groupby("epoch").value.agg(["mean", "min", "max"])
-        colour, marker = colours[setting], "." if len(at) < 4 else ""
-        ax.plot(
-            at.index,
-            at["mean"],
-            color=colour,
-            marker=marker,
-            lw=1.6 if few else 0.6 if many else 1,
-            alpha=1 if few else 0.7,
-            rasterized=many,
-        )
+def loss_points(run: Run) -> list[tuple]:
+    """(epoch, loss) of at most about 200 epochs, the last one included."""
+    step = -(-len(run.epochs) // 200) or 1
+    return list(zip(run.epochs[::-step], run.loss[::-step], strict=True))
+
+
+def probe_points(run: Run) -> list[tuple]:
+    """(epoch, validation top-1) of the first probe, for a run that was probed at several epochs."""
+    val = [row for row in run.probes if row.get("eval_split") == "val"]
+    same = [row for row in val if all(row.get(key) == val[0].get(key) for key in ("features", "probe"))]
+    several = len({row.get("epoch") for row in same}) > 1
+    return [(row.get("epoch"), row.get("top1")) for row in same] if several else []
+
+
+def draw_lines(ax: Axes, values: pd.DataFrame, colours: dict[Any, str]) -> None:
+    """One line per configuration, the mean over its runs; for few configurations a band from the lowest to
+    the highest run."""
+    configurations = values.configuration.unique()
+    few, many = len(configurations) <= MAX_LABELLED, len(configurations) > 50
+    style: Any = {"lw": 1.6 if few else 0.6 if many else 1, "alpha": 1 if few else 0.7, "rasterized": many}
+    for configuration in configurations:
+        at = values[values.configuration == configuration].groupby("epoch").value.agg(["mean", "min", "max"])
+        colour, marker = colours[configuration], "." if len(at) < 4 else ""
+        ax.plot(at.index, at["mean"], color=colour, marker=marker, **style)
         if few:
             ax.fill_between(at.index.to_numpy(float), at["min"], at["max"], alpha=0.15, lw=0, color=colour)
 
 
-def colour_of(shown: pd.DataFrame, keys: list[str]) -> tuple[dict[Any, str], dict[str, str]]:
-    """The colour of each setting, and what the legend calls each colour: the settings where they are few, else the values of the
-    first key, many numbers in steps of a colour map from the smallest to the largest."""
-    settings = shown.groupby("setting")[keys].first() if keys else shown.groupby("setting")[["path"]].first()
+def curve_colours(shown: pd.DataFrame, keys: list[str]) -> tuple[dict[Any, str], dict[str, str]]:
+    """Configuration -> colour, and legend label -> colour.
+
+    Up to MAX_LABELLED configurations have a colour each. Otherwise colours show the values of the first key,
+    from a colour map.
+    """
+    groups = shown.groupby("configuration")
     if not keys:
-        return dict.fromkeys(settings.index, COLOURS[0]), {}
-    if len(settings) <= FEW:
-        named = [
-            ", ".join(f"{key}={value}" for key, value in row.items() if pd.notna(value))
-            for _, row in settings.iterrows()
-        ]
-        labels = [short(name, 80) for name in named]
-        colours = dict(zip(settings.index, COLOURS, strict=False))
-        return colours, dict(zip(labels, colours.values(), strict=True))
-    values = settings[keys[0]].fillna("-")
-    order = sorted(values.unique(), key=float if is_numeric(values) else str)
-    steps = matplotlib.colormaps["plasma"](
-        np.linspace(0.3, 0.85, len(order))
-    )  # what shows on white and on black
-    colour = {
-        value: to_hex(step)
-        for value, step in zip(order, steps if len(order) > len(COLOURS) else COLOURS, strict=False)
-    }
-    named = [order[round(place)] for place in np.linspace(0, len(order) - 1, min(len(order), FEW))]
+        return dict.fromkeys(groups.groups, COLOURS[0]), {}
+    configurations = groups[keys].first()
+    if len(configurations) <= MAX_LABELLED:
+        rows = configurations.to_dict("records")
+        names = [", ".join(f"{key}={value}" for key, value in row.items() if pd.notna(value)) for row in rows]
+        return (
+            dict(zip(configurations.index, COLOURS, strict=False)),
+            dict(zip([shorten(name, 80) for name in names], COLOURS, strict=False)),
+        )
+    values = configurations[keys[0]].fillna("-")
+    order = in_order(values)
+    steps = matplotlib.colormaps["plasma"](np.linspace(0.3, 0.85, len(order)))
+    palette = COLOURS if len(order) <= len(COLOURS) else [to_hex(step) for step in steps]
+    colour = dict(zip(order, palette, strict=False))
+    named = [order[round(i)] for i in np.linspace(0, len(order) - 1, min(len(order), MAX_LABELLED))]
     return values.map(colour).to_dict(), {f"{keys[0]}={value}": colour[value] for value in named}
 
 
-def room(figure: Figure, labels: list[str]) -> int:
-    """How many labels a legend below the figure has room for side by side."""
-    inches = 0.7 + 0.08 * max(map(len, labels))
-    return max(1, min(len(labels), int(figure.get_figwidth() / inches)))
-
-
 def by_key(results: pd.DataFrame, keys: list[str]) -> Figure:
-    """Top-1 against each key, averaged over the others: points for numbers, bars for names, with 95 % intervals over seeds."""
-    columns = min(len(keys), 3)
-    rows = -(-len(keys) // columns)
-    figure = Figure(figsize=(max(5.5, 4.2 * columns), 3.2 * rows + 0.5), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    """Top-1 against each key, averaged over the others, with 95 % intervals: points for numbers, bars for
+    names."""
+    figure, axes = panels(len(keys), 0.5)
     for ax, key in zip(axes, keys, strict=False):
         table = over_seeds(results[results[key].notna()], key, list(SPLITS))
-        (points if is_numeric(results[key]) else bars)(ax, table)
+        (draw_points if is_numeric(results[key]) else draw_bars)(ax, table)
         ax.set(xlabel=key, ylabel="top-1")
-    for ax in axes[len(keys) :]:
-        ax.set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
 
 
-def points(ax: Axes, table: pd.DataFrame) -> None:
+def draw_points(ax: Axes, table: pd.DataFrame) -> None:
     table = table.set_axis(table.index.astype(float)).sort_index()
-    line = len(table) <= CELLS  # a random search has too many values for one
+    joined = len(table) <= MAX_JOINED
+    style: Any = {
+        "ms": 5 if joined else 3,
+        "ls": "-" if joined else "",
+        "capsize": 3,
+        "lw": 1.2,
+        "alpha": 0.9,
+    }
     for value, (name, marker, colour) in SPLITS.items():
-        bar = table[f"± {value}"] if line else None
-        style = {
-            "color": colour,
-            "ms": 5 if line else 3,
-            "capsize": 3,
-            "lw": 1.2,
-            "ls": "-" if line else "",
-            "alpha": 0.9,
-        }
-        ax.errorbar(table.index, table[value], bar, fmt=marker, label=name, **style)  # type: ignore[arg-type]
-    if wide(table.index.to_series()):
-        logarithmic(ax, "x")
+        half_width = table[f"± {value}"] if joined else None
+        ax.errorbar(table.index, table[value], half_width, fmt=marker, label=name, color=colour, **style)
+    if spans_decades(table.index.to_series()):
+        set_log_scale(ax, "x")
     if len(table) <= 6:
         ax.set_xticks(table.index, [f"{x:g}" for x in table.index])
         ax.minorticks_off()
 
 
-def bars(ax: Axes, table: pd.DataFrame) -> None:
+def draw_bars(ax: Axes, table: pd.DataFrame) -> None:
     table = table.sort_index()
     x = np.arange(len(table))
     for shift, (value, (name, _, colour)) in zip((-0.2, 0.2), SPLITS.items(), strict=True):
-        ax.bar(
-            x + shift,
-            table[value],
-            0.36,
-            yerr=table[f"± {value}"],
-            color=colour,
-            label=name,
-            capsize=3,
-            ecolor=INK,
-        )
+        style: Any = {
+            "yerr": table[f"± {value}"],
+            "color": colour,
+            "label": name,
+            "capsize": 3,
+            "ecolor": INK,
+        }
+        ax.bar(x + shift, table[value], 0.36, **style)
     crowded = len(table) > 4 or max(map(len, map(str, table.index))) > 10
-    ax.set_xticks(
-        x, [short(name) for name in table.index], rotation=30 * crowded, ha="right" if crowded else "center"
-    )
+    names = [shorten(name) for name in table.index]
+    ax.set_xticks(x, names, rotation=30 * crowded, ha="right" if crowded else "center")
     ax.grid(visible=False, axis="x")
 
 
 def heat(results: pd.DataFrame, one: str, other: str) -> Figure:
-    """Mean top-1 over two keys, on validation and on test; where they have too many values for cells, a point a setting."""
-    some = results[results[one].notna() & results[other].notna()]
+    """Mean top-1 over two keys, on validation and on test; keys with many numbers are binned at their
+    quantiles."""
+    some = results[results[one].notna() & results[other].notna()].copy()
+    orders = {}
+    for key in (one, other):
+        labels = binned(some[key], MAX_CELLS // 2, MAX_CELLS)
+        orders[key] = in_order(some[key], labels)
+        some[key] = labels
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     for ax, (value, (name, _, _)) in zip(figure.subplots(1, 2), SPLITS.items(), strict=True):
-        few = max(some[one].nunique(), some[other].nunique()) <= CELLS
-        drawn = (cells if few else scatter)(ax, some, other, one, value)
+        table = some.astype({value: float}).pivot_table(index=one, columns=other, values=value)
+        table = table.reindex(index=orders[one], columns=orders[other])
+        means = np.ma.masked_invalid(table.to_numpy(float))
+        mesh = ax.pcolormesh(means, cmap="viridis", edgecolors=PAPER, linewidth=1)
         ax.set(xlabel=other, ylabel=one, title=f"{name} top-1")
-        bar = figure.colorbar(drawn, ax=ax)
-        bar.outline.set_visible(False)
+        rotation = 30 if table.shape[1] > 6 else 0
+        ax.set_xticks(np.arange(table.shape[1]) + 0.5, map(shorten, table.columns), rotation=rotation)
+        ax.set_yticks(np.arange(table.shape[0]) + 0.5, map(shorten, table.index))
+        ax.grid(visible=False)
+        for i, j in np.argwhere(~means.mask) if means.size <= 64 else []:
+            colour = "white" if means[i, j] <= (means.max() + means.min()) / 2 else "black"
+            text = f"{means[i, j]:.3f}"
+            ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=9, color=colour)
+        figure.colorbar(mesh, ax=ax).outline.set_visible(False)
     return figure
 
 
-def cells(ax: Axes, some: pd.DataFrame, x: str, y: str, value: str) -> matplotlib.cm.ScalarMappable:
-    """A coloured cell for each pair of values, with its mean in it where there is room."""
-    table = some.assign(**{value: some[value].astype(float)}).pivot_table(index=y, columns=x, values=value)
-    table = table.loc[in_order(table.index), in_order(table.columns)]
-    drawn = ax.pcolormesh(np.ma.masked_invalid(table.to_numpy()), cmap=MAP, edgecolors=PAPER, linewidth=1)
-    ax.set_xticks(
-        np.arange(table.shape[1]) + 0.5, map(short, table.columns), rotation=30 if table.shape[1] > 6 else 0
-    )
-    ax.set_yticks(np.arange(table.shape[0]) + 0.5, map(short, table.index))
-    ax.grid(visible=False)
-    means = table.to_numpy(float)
-    for i, j in np.argwhere(np.isfinite(means)) if means.size <= 64 else []:
-        dark = means[i, j] <= (np.nanmax(means) + np.nanmin(means)) / 2
-        ax.text(
-            j + 0.5,
-            i + 0.5,
-            f"{means[i, j]:.3f}",
-            ha="center",
-            va="center",
-            fontsize=9,
-            color="white" if dark else "black",
-        )
-    return drawn
+def in_order(values: pd.Series, labels: pd.Series | None = None) -> list[str]:
+    """The distinct values in ascending order, numbers by size; or their labels in this order."""
+    table = pd.DataFrame({"value": values, "label": values if labels is None else labels})
+    numeric = is_numeric(values)
+    table = table.sort_values("value", key=pd.to_numeric if numeric else None, kind="stable")
+    return list(dict.fromkeys(table.label))
 
 
-def scatter(ax: Axes, some: pd.DataFrame, x: str, y: str, value: str) -> matplotlib.cm.ScalarMappable:
-    """A coloured point for each setting."""
-    table = some.groupby("setting").agg({x: "first", y: "first", value: "mean"})
-    across, up = (
-        pd.to_numeric(table[key]) if is_numeric(table[key]) else table[key].map(short) for key in (x, y)
-    )
-    drawn = ax.scatter(across, up, c=table[value].astype(float), cmap=MAP, s=14, rasterized=len(table) > 500)
-    for axis, values in (("x", across), ("y", up)):
-        if is_numeric(values) and wide(values.astype(float)):
-            logarithmic(ax, axis)
-    return drawn
-
-
-def in_order(values: pd.Index) -> list[str]:
-    return sorted(values, key=float if is_numeric(values.to_series()) else str)
-
-
-def logarithmic(ax: Axes, name: str) -> None:
-    """Makes the axis x or y logarithmic, its numbers plain text."""
+def set_log_scale(ax: Axes, name: str) -> None:
+    """Logarithmic axis x or y with plain numbers."""
     (ax.set_xscale if name == "x" else ax.set_yscale)("log")
     axis = ax.xaxis if name == "x" else ax.yaxis
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
 
-def wide(values: pd.Series) -> bool:
-    """Whether values are better shown on a logarithmic axis: all positive, the largest 30 times the smallest."""
+def spans_decades(values: pd.Series) -> bool:
+    """Whether values suit a logarithmic axis: all positive, the largest over 30 times the smallest."""
     return bool(values.min() > 0 and values.max() > 30 * values.min())
 
 
-def short(value: object, longest: int = 24) -> str:
+def shorten(value: object, longest: int = 24) -> str:
     text = str(value)
     return text if len(text) <= longest else text[: longest - 1] + "…"

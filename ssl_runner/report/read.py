@@ -1,4 +1,4 @@
-"""What the files of many runs say, whatever state a run is in: running, failed, killed while it wrote a line."""
+"""Read the files of many runs, in any state: running, failed, or killed while writing a line."""
 
 import csv
 import os
@@ -19,16 +19,16 @@ Row = dict[str, Any]
 
 @dataclass
 class Run:
-    """One run. A file that is missing or cannot be read leaves its fields empty.
+    """One run. Fields are empty where a file is missing or cannot be read.
 
     path       the run folder
     record     run.json
-    config     every setting of .hydra/config.yaml by its dotted name, as one would write it on the command line
-    overrides  those of .hydra/overrides.yaml, by name, without hydra's own
-    choices    the choice of every config group
-    last       the last whole row of metrics.csv
+    config     .hydra/config.yaml as dotted key -> value in command-line syntax
+    overrides  .hydra/overrides.yaml as key -> value, without Hydra's own keys
+    choices    config group -> choice
+    last       the last complete row of metrics.csv
     epochs, loss, rate    its columns epoch, loss and images_per_s, each (rows,)
-    probes     the whole rows of probe.csv
+    probes     the complete rows of probe.csv
     """
 
     path: Path
@@ -48,23 +48,24 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path], without: Path) -> list[Run]:
-    """Every run in and below the folders, once each, but for what lies in `without`, a folder below them. UsageError when there is
+    """Every run in and below the folders, once each, except those in `without`. Raises UsageError if there is
     none."""
     for folder in folders:
         if not folder.is_dir():
-            raise UsageError(f"{folder} is not a folder: give folders that runs lie below, such as outputs")
-    paths = {path.resolve(): path for folder in folders for path in find(folder, without.resolve())}
+            raise UsageError(f"{folder}: expected a folder; give folders that contain runs, such as outputs")
+    paths = {path.resolve(): path for folder in folders for path in find_runs(folder, without.resolve())}
     if not paths:
+        given = ", ".join(map(str, folders))
         raise UsageError(
-            f"no run lies below {', '.join(map(str, folders))}: give folders that ssl-run wrote to, such as outputs"
+            f"{given}: expected runs, found none; give folders that ssl-run wrote to, such as outputs"
         )
     return [read_run(path) for path in sorted(paths.values(), key=natural)]
 
 
-def find(folder: Path, without: Path) -> Iterator[Path]:
-    """The folders that hold a run.json or a .hydra, this one and below."""
-    for place, folders, files in os.walk(folder):
-        path = Path(place)
+def find_runs(folder: Path, without: Path) -> Iterator[Path]:
+    """The folders, this one and below, that contain a run.json or a .hydra."""
+    for name, folders, files in os.walk(folder):
+        path = Path(name)
         if path != folder and path.resolve() == without:
             folders.clear()
             continue
@@ -74,7 +75,7 @@ def find(folder: Path, without: Path) -> Iterator[Path]:
 
 
 def natural(path: Path) -> list[tuple[int, str]]:
-    """A sort key by which job 2 comes before job 10."""
+    """Sort key that puts job 2 before job 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
@@ -86,15 +87,14 @@ def read_run(path: Path) -> Run:
     epochs, loss, rate = (
         numbers(columns.get(name, [""] * len(rows))) for name in ("epoch", "loss", "images_per_s")
     )
-    overrides = read_yaml(hydra / "overrides.yaml")
+    overrides = read_yaml(text_of(hydra / "overrides.yaml"))
+    task_overrides = [line for line in overrides if not of_hydra(line)] if isinstance(overrides, list) else []
     return Run(
         path=path,
         record=read_record(path / "run.json"),
-        config=flat(read_yaml(hydra / "config.yaml")),
-        overrides=dict(split(line) for line in overrides if not hydras(line))
-        if isinstance(overrides, list)
-        else {},
-        choices=read_choices(hydra / "hydra.yaml"),
+        config=flatten(read_yaml(text_of(hydra / "config.yaml"))),
+        overrides=dict(split_override(line) for line in task_overrides),
+        choices=read_choices(text_of(hydra / "hydra.yaml")),
         last=dict(zip(header, map(number, rows[-1]), strict=True)) if rows else {},
         epochs=epochs,
         loss=loss,
@@ -103,8 +103,16 @@ def read_run(path: Path) -> Run:
     )
 
 
+def text_of(path: Path) -> str:
+    """The text of a file, "" if it cannot be read."""
+    try:
+        return path.read_text()
+    except (OSError, ValueError):
+        return ""
+
+
 def read_record(path: Path) -> Row:
-    """run.json, or nothing."""
+    """run.json, {} if it cannot be read."""
     try:
         record = read_json(path)
     except (OSError, ValueError):
@@ -112,26 +120,24 @@ def read_record(path: Path) -> Row:
     return record if isinstance(record, dict) else {}
 
 
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds, or nothing."""
+def read_yaml(text: str) -> Any:
+    """The content of a YAML file, None if it is empty or damaged. By libyaml: OmegaConf takes twenty times as
+    long."""
     try:
-        return yaml.load(path.read_text(), yaml.CSafeLoader)
-    except (OSError, ValueError, yaml.YAMLError):
+        return yaml.load(text, yaml.CSafeLoader)
+    except (ValueError, yaml.YAMLError):
         return None
 
 
-def read_choices(path: Path) -> dict[str, str]:
-    """The config groups' choices from Hydra's own settings, of which only these lines are parsed."""
-    try:
-        block = re.search(r"^ +choices:\n((?: {6,}.*\n)+)", path.read_text(), re.MULTILINE)
-        choices = yaml.load(block[1], yaml.CSafeLoader) if block else {}
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return {str(group): format_value(choice) for group, choice in choices.items()}
+def read_choices(hydra_yaml: str) -> dict[str, str]:
+    """The choices of config groups in Hydra's own settings. Only the lines concerned are parsed, for
+    speed."""
+    block = re.search(r"^ +choices:\n((?: {6,}.*\n)+)", hydra_yaml, re.MULTILINE)
+    return flatten(read_yaml(block[1])) if block else {}
 
 
 def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
-    """A table's header and its whole rows: a line counts once its end is written."""
+    """The header of a CSV file and its complete rows: those that end with a newline and have every column."""
     try:
         text = path.read_text(errors="replace")
         header, *rows = list(csv.reader(text[: text.rfind("\n") + 1].splitlines())) or [[]]
@@ -141,7 +147,7 @@ def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
 
 
 def number(text: str) -> float | str | None:
-    """A cell as a number where it is one, None where it is empty."""
+    """A cell as a number if it is one, None if it is empty."""
     try:
         return float(text)
     except ValueError:
@@ -149,25 +155,22 @@ def number(text: str) -> float | str | None:
 
 
 def numbers(cells: Sequence[str]) -> np.ndarray:
-    """Cells as floats; nan where one is no number."""
-    return np.array(
-        [value if isinstance(value := number(cell), float) else np.nan for cell in cells], dtype=float
-    )
+    """Cells as floats, nan for those that are not numbers."""
+    values = map(number, cells)
+    return np.array([value if isinstance(value, float) else np.nan for value in values], dtype=float)
 
 
-def flat(node: Any, path: str = "") -> dict[str, str]:
-    """Nested settings by their dotted names. Lists are values; what is no mapping at the root is nothing."""
+def flatten(node: Any, path: str = "") -> dict[str, str]:
+    """Nested options as dotted key -> value. Lists are values; anything but a mapping at the root is
+    ignored."""
     if not isinstance(node, dict):
         return {path: format_value(node)} if path else {}
-    return {
-        name: value
-        for key, child in node.items()
-        for name, value in flat(child, f"{path}.{key}" if path else str(key)).items()
-    }
+    children = ((f"{path}.{key}" if path else str(key), child) for key, child in node.items())
+    return {key: value for name, child in children for key, value in flatten(child, name).items()}
 
 
 def format_value(value: Any) -> str:
-    """A value as one would write it on the command line, the same for 25 and 25.0."""
+    """A value in command-line syntax, the same for 25 and 25.0."""
     if isinstance(value, list):
         return f"[{','.join(map(format_value, value))}]"
     if isinstance(value, dict):
@@ -177,12 +180,12 @@ def format_value(value: Any) -> str:
     return "null" if value is None else f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
-def hydras(line: Any) -> bool:
-    """Whether an override is one of Hydra's own settings, such as the run folder."""
+def of_hydra(line: Any) -> bool:
+    """Whether an override sets one of Hydra's own options, such as the run folder."""
     return str(line).lstrip("+~").startswith(("hydra.", "hydra/"))
 
 
-def split(line: Any) -> tuple[str, str]:
-    """`+optimizer.lr=0.3` -> its key and its value; a deleted key (`~key`) has the value `deleted`."""
+def split_override(line: Any) -> tuple[str, str]:
+    """`+optimizer.lr=0.3` -> its key and value. The value of a deleted key (`~key`) is `deleted`."""
     key, _, value = str(line).partition("=")
     return key.lstrip("+~"), "deleted" if key.startswith("~") else value

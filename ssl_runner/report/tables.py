@@ -1,4 +1,5 @@
-"""`ssl-report FOLDER…`: all runs below some folders as one table, plots and one HTML page, in whatever state the runs are."""
+"""Tables of many runs: one row per run, one row per configuration with confidence intervals over seeds, the
+terminal's summary."""
 
 import shutil
 from collections import Counter
@@ -10,39 +11,30 @@ from scipy.special import stdtrit
 
 from ssl_runner.report.read import Row, Run
 
-OF_A_RUN = {"seed", "resume"}  # settings in which runs of one setting may differ
-UNTOLD = {
-    "status",
-    "error",
-    "traceback",
-    "classes",
-    "pid",
-    "process_started",
-    "wall_seconds",
-    "processes",
-    "top1",
-    "val_top1",
+OF_A_RUN = {"seed", "resume"}  # options in which runs of one configuration may differ
+ELSEWHERE = {  # keys of run.json that other columns show, or that say nothing about the result
+    *("status", "error", "traceback", "classes", "pid", "process_started", "wall_seconds", "processes"),
+    *("top1", "val_top1", "relation", "loss"),
 }
-MAIN = ("val_top1", "top1")  # the results that settings are compared by
-LINES = 30  # of settings on the terminal
+MAIN = ("val_top1", "top1")  # the results by which configurations are compared
+MAX_LINES = 30  # configurations on the terminal
+PROTOCOL = ("features", "probe", "selection", "train_split", "n_train", "eval_split")
 
 
-def overridden(runs: list[Run]) -> list[str]:
+def overridden_keys(runs: list[Run]) -> list[str]:
     """V, epochs, seed, and every key that any run overrides."""
     return list(dict.fromkeys(["V", "epochs", "seed", *(key for run in runs for key in run.overrides)]))
 
 
 def runs_table(runs: list[Run], swept: list[str]) -> pd.DataFrame:
-    """A row a run, in their order: path, status and error; every key that any run overrides or that is swept, as text; top-1;
-    protocol; metrics; cost; and what else run.json says."""
-    keys = list(dict.fromkeys([*overridden(runs), *swept]))
-    parts = [state, lambda run: settings(run, keys), scores, protocol, metrics, cost, facts]
+    """One row per run: path, status, error; overridden and swept keys as text; top-1; protocol; metrics;
+    cost; run.json."""
+    keys = list(dict.fromkeys([*overridden_keys(runs), *swept]))
+    parts = [state, lambda run: options(run, keys), scores, protocol, metrics, cost, facts]
     groups = [[part(run) for run in runs] for part in parts]
-    columns = dict.fromkeys(
-        column for rows in groups for row in rows for column in row
-    )  # a part's columns stay together
+    columns = dict.fromkeys(column for rows in groups for row in rows for column in row)  # grouped by part
     merged = [
-        {column: value for row in rows for column, value in row.items()} for rows in zip(*groups, strict=True)
+        {name: value for row in rows for name, value in row.items()} for rows in zip(*groups, strict=True)
     ]
     return pd.DataFrame(merged, columns=list(columns))
 
@@ -55,13 +47,15 @@ def one_line(error: object) -> str | None:
     return " ".join(str(error or "").split()) or None
 
 
-def settings(run: Run, keys: Sequence[str]) -> Row:
-    """The run's value of each key: a group's choice, else what the resolved configuration has, else the override's text."""
+def options(run: Run, keys: Sequence[str]) -> Row:
+    """The run's value of each key: the group's choice, else the resolved configuration's value, else the
+    override's."""
     return {key: run.choices.get(key) or run.config.get(key) or run.overrides.get(key) for key in keys}
 
 
 def scores(run: Run) -> Row:
-    """The run's main result `top1` and `val_top1`, and the last of every probe as top1.<split>.<features>.<probe>."""
+    """The run's result `top1` and `val_top1`, and the last result of every probe as
+    top1.<split>.<features>.<probe>."""
     _, val = main_probe(run)
     row = {"top1": run.record.get("top1"), "val_top1": run.record.get("val_top1", val.get("top1"))}
     return row | {
@@ -70,40 +64,35 @@ def scores(run: Run) -> Row:
 
 
 def main_probe(run: Run) -> tuple[Row, Row]:
-    """The rows of probe.csv that `top1` is from: the first that was scored on the test set, and the same probe on validation."""
+    """The rows of probe.csv behind `top1`: the first one scored on the test split, and the same probe on
+    validation."""
     test = next((row for row in run.probes if row.get("eval_split") == "test"), {})
     same = [
-        row
-        for row in run.probes
-        if all(row.get(key) == test.get(key) for key in ("epoch", "probe", "features"))
+        p for p in run.probes if all(p.get(key) == test.get(key) for key in ("epoch", "probe", "features"))
     ]
     return test, next((row for row in same if row.get("eval_split") == "val"), {})
 
 
 def protocol(run: Run) -> Row:
-    """What `top1` means: which features a probe read, what it was fitted and scored on, and on which relation was trained."""
+    """How `top1` was measured: features, probe, selection, splits, and the relation of pretraining."""
     test, _ = main_probe(run)
-    names = ("features", "probe", "selection", "train_split", "n_train", "eval_split")
     relation = run.record.get("relation") or {}
-    told = {f"relation.{key}": relation.get(key) for key in ("target", "normalized", "pairs")}
-    return {
-        f"protocol.{name}": value for name, value in ({name: test.get(name) for name in names} | told).items()
-    }
+    values = {name: test.get(name) for name in PROTOCOL}
+    values |= {f"relation.{key}": relation.get(key) for key in ("target", "normalized", "pairs")}
+    return {f"protocol.{name}": value for name, value in values.items()}
 
 
 def metrics(run: Run) -> Row:
-    return {"epochs_done": run.last.get("epoch", 0), "epochs_asked": epochs_asked(run)} | {
-        f"metrics.{name}": value for name, value in run.last.items()
-    }
-
-
-def epochs_asked(run: Run) -> str | None:
-    """The epochs that the run is to have; a closed form makes passes instead."""
-    return run.config.get("solver.passes" if run.config.get("solver.name") == "closed_form" else "epochs")
+    closed_form = run.config.get("solver._target_", "").endswith(".ClosedForm") or (
+        run.config.get("solver.name") == "closed_form"  # of older runs
+    )
+    planned = run.config.get("solver.passes" if closed_form else "epochs")
+    row = {"epochs_done": run.last.get("epoch", 0), "epochs_asked": planned}
+    return row | {f"metrics.{name}": value for name, value in run.last.items()}
 
 
 def cost(run: Run) -> Row:
-    """Seconds on the wall, processes, seconds of all devices together, and the median epoch's images a second."""
+    """Wall-clock seconds, processes, seconds summed over devices, and the median images/s of an epoch."""
     wall, processes = run.record.get("wall_seconds"), run.record.get("processes") or 1
     rate = run.rate[np.isfinite(run.rate)]
     seconds = None if wall is None else wall * processes
@@ -112,67 +101,72 @@ def cost(run: Run) -> Row:
 
 
 def facts(run: Run) -> Row:
-    """What else run.json says, as run.<name>: commit, versions, device, precision, command, numbers of images and parameters…"""
-    told = {key: value for key, value in run.record.items() if key not in UNTOLD | {"relation", "loss"}}
-    nested = [(key, value if isinstance(value, dict) else {"": value}) for key, value in told.items()]
+    """The rest of run.json as run.<name>: commit, versions, device, precision, command, numbers of images and
+    parameters."""
+    rest = {key: value for key, value in run.record.items() if key not in ELSEWHERE}
+    nested = [(key, value if isinstance(value, dict) else {"": value}) for key, value in rest.items()]
     return {
         f"run.{key}.{name}".rstrip("."): value for key, values in nested for name, value in values.items()
     }
 
 
-def swept(runs: list[Run]) -> list[str]:
-    """The settings in which the runs differ, but for the seed and what follows it: overridden keys, then keys of the resolved
-    configuration that differ among runs which share all of these (a default that has changed, say). A key that a run's
-    configuration lacks does not differ."""
-    first = overridden(runs)
-    told = pd.DataFrame([run.config | settings(run, first) for run in runs])
-    differ = [str(key) for key in told if told[key].nunique() > 1 and not follows_seed(told, str(key))]
+def swept_keys(runs: list[Run]) -> list[str]:
+    """The options in which runs differ, except the seed and seeds that follow it.
+
+    These are overridden keys, then keys of the resolved configuration that differ among runs which agree in
+    all others: for example a default that has changed. A key that a run's configuration lacks does not
+    differ.
+    """
+    first = overridden_keys(runs)
+    table = pd.DataFrame([run.config | options(run, first) for run in runs])
+    differ = [str(key) for key in table if table[key].nunique() > 1 and not follows_seed(table, str(key))]
     keys = [key for key in first if key in differ]
     for key in differ:
-        if key not in keys and told.groupby(number_settings(told, keys))[key].nunique().max() > 1:
+        if key not in keys and table.groupby(number_configurations(table, keys))[key].nunique().max() > 1:
             keys.append(key)
     return keys
 
 
-def follows_seed(told: pd.DataFrame, key: str) -> bool:
-    """Whether a key only tells runs of one setting apart: the seed, or another seed that is the same wherever the seed is."""
+def follows_seed(table: pd.DataFrame, key: str) -> bool:
+    """Whether a key only separates runs of one configuration: the seed, or another seed with one value per
+    seed."""
     if key in OF_A_RUN:
         return True
-    return key.rpartition(".")[2].endswith("seed") and told.groupby("seed")[key].nunique().max() == 1
+    return key.rpartition(".")[2].endswith("seed") and table.groupby("seed")[key].nunique().max() == 1
 
 
-def number_settings(table: pd.DataFrame, keys: list[str]) -> pd.Series:
-    """The number of the setting of each row: the same where all keys are."""
+def number_configurations(table: pd.DataFrame, keys: list[str]) -> pd.Series:
+    """A number for each row, equal for rows that agree in all keys."""
     return table.groupby(keys, dropna=False, sort=False).ngroup() if keys else pd.Series(0, index=table.index)
 
 
 def finished(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """The rows of runs that are done, with the number of their `setting`; who has no seed is a seed of its own."""
+    """The rows of finished runs, with the number of their `configuration`. Runs without a seed count as
+    separate seeds."""
     results = table[(table.status == "done") & table.top1.notna()].copy()
     results["seed"] = results.seed.fillna(results.path)
-    results["setting"] = number_settings(results, keys)
+    results["configuration"] = number_configurations(results, keys)
     scored = [str(column) for column in results if column in MAIN or str(column).startswith("top1.")]
     results[scored] = results[scored].apply(pd.to_numeric, errors="coerce")
     return results
 
 
 def over_seeds(results: pd.DataFrame, by: str, values: list[str]) -> pd.DataFrame:
-    """For each value of `by`, the mean over its settings of their means over seeds, of some columns; the half-width of its 95 %
-    interval as "± column"; and the number of seeds of all its settings together, `n`.
+    """Means of the columns `values` for each value of `by`, with 95 % confidence intervals over seeds.
 
-    For m settings of n_i seeds each, whose variances over seeds are pooled into s² with f = sum (n_i - 1) degrees of freedom,
+    A mean is taken over the configurations' means over seeds. Column "± name" is the half-width of the
+    interval, `n` the number of seeds of all configurations together. For m configurations of n_i seeds, whose
+    variances over seeds are pooled into s^2 with f = sum (n_i - 1) degrees of freedom,
 
         half-width = t(f) s sqrt(sum 1 / n_i) / m
 
-    which for one setting is Student's interval; nan where no setting has a second seed. The runs of one seed are averaged first:
-    a run made twice is no second seed."""
-    seeds = (
-        results.groupby([results[by].rename("by"), "setting", "seed"], sort=False)[values]
-        .mean()
-        .astype(float)
-    )
-    settings = seeds.groupby(level=["by", "setting"], sort=False)
-    n, mean, variance = settings.count(), settings.mean(), settings.var().fillna(0)
+    which is Student's interval for one configuration, and nan if no configuration has a second seed. Runs
+    with the same seed are averaged first.
+    """
+    seeds = results.groupby([results[by].rename("by"), "configuration", "seed"], sort=False)[values]
+    means = seeds.mean().astype(float)
+    groups = means.groupby(level=["by", "configuration"], sort=False)
+    n, mean, variance = groups.count(), groups.mean(), groups.var().fillna(0)
     n = n.where(n > 0)
 
     def total(table: pd.DataFrame) -> pd.DataFrame:
@@ -181,65 +175,62 @@ def over_seeds(results: pd.DataFrame, by: str, values: list[str]) -> pd.DataFram
     f = total(n - 1)
     t = pd.DataFrame(stdtrit(f.clip(lower=1).to_numpy(), 0.975), f.index, f.columns)
     half = t * (total((n - 1) * variance) / f * total(1 / n)) ** 0.5 / total(n / n)
-    return (
-        mean.groupby(level="by", sort=False)
-        .mean()
-        .join(half.add_prefix("± "))
-        .assign(n=seeds.groupby(level="by").size())
-    )
+    table = mean.groupby(level="by", sort=False).mean().join(half.add_prefix("± "))
+    return table.assign(n=means.groupby(level="by").size())
 
 
 def summarise(results: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """A row a setting, best validation top-1 first: the keys, and every top-1 of `over_seeds`."""
-    values = [str(column) for column in results if str(column) in MAIN or str(column).startswith("top1.")]
-    values = [
-        value
-        for value in values
-        if value in MAIN or not any(results[value].equals(results[main]) for main in MAIN)
-    ]
-    summary = (
-        results.groupby("setting", sort=False)[keys].first().join(over_seeds(results, "setting", values))
-    )
+    """One row per configuration, sorted by validation top-1: the keys, and every top-1 by `over_seeds`."""
+    scored = [str(column) for column in results if str(column).startswith("top1.")]
+    repeats = [name for name in scored if any(results[name].equals(results[main]) for main in MAIN)]
+    values = [column for column in map(str, results) if column in (*MAIN, *scored) and column not in repeats]
+    configurations = results.groupby("configuration", sort=False)[keys].first()
+    summary = configurations.join(over_seeds(results, "configuration", values))
     return summary.sort_values("val_top1", ascending=False, kind="stable").reset_index(drop=True)
 
 
 def is_numeric(values: pd.Series) -> bool:
-    """Whether a setting's values are all finite numbers."""
+    """Whether all values of an option are finite numbers."""
     return bool(np.isfinite(pd.to_numeric(values.dropna(), errors="coerce")).all())
 
 
+def binned(values: pd.Series, bins: int, most: int) -> pd.Series:
+    """The values, or for numbers with more than `most` different ones their quantile bins, as text
+    `low..high`."""
+    if not is_numeric(values) or values.nunique() <= most:
+        return values
+    intervals = pd.qcut(pd.to_numeric(values), bins, duplicates="drop")
+    return intervals.map(lambda interval: f"{interval.left:.3g}..{interval.right:.3g}").astype(str)
+
+
 def effect(results: pd.DataFrame, key: str) -> float:
-    """How much validation top-1 depends on a key: the range of its means over the key's values, many numbers in five bins."""
-    values = results[key]
-    if is_numeric(values) and values.nunique() > 8:
-        values = pd.qcut(pd.to_numeric(values), 5, duplicates="drop")
-    means = results.val_top1.astype(float).groupby(values, observed=True).mean()
+    """How much validation top-1 depends on a key: the range of its means over the key's values (five bins for
+    many numbers)."""
+    means = results.val_top1.astype(float).groupby(binned(results[key], 5, 8)).mean()
     return float(np.nan_to_num(means.max() - means.min()))
 
 
 def with_interval(mean: float, half: float) -> str:
-    """`0.9660 ± 0.0021`; without an interval where there is none."""
+    """`0.9660 ± 0.0021`, without the interval if there is none."""
     return "-" if np.isnan(mean) else f"{mean:.4f}" if np.isnan(half) else f"{mean:.4f} ± {half:.4f}"
 
 
-def terminal(table: pd.DataFrame, summary: pd.DataFrame, keys: list[str]) -> str:
-    """The counts, the best settings, and what went wrong, in lines no wider than the terminal."""
+def format_terminal(table: pd.DataFrame, summary: pd.DataFrame, keys: list[str]) -> str:
+    """Counts, the best configurations and the most frequent errors, in lines that fit the terminal."""
     width = shutil.get_terminal_size((160, 24)).columns
     lines = [f"{len(table)} runs: {count_by_status(table)}"]
     if len(summary):
-        lines += [
-            "best validation top-1 first, as nothing is selected on the test set; mean ± 95 % interval over n seeds",
-            *results_lines(summary.head(LINES), keys),
-        ]
-    if len(summary) > LINES:
-        lines.append(f"and {len(summary) - LINES} more settings, in report.html")
+        lines.append("sorted by validation accuracy; mean ± 95 % confidence interval over n seeds")
+        lines += format_results(summary.head(MAX_LINES), keys)
+    if len(summary) > MAX_LINES:
+        lines.append(f"and {len(summary) - MAX_LINES} more configurations, in report.html")
     for error, paths in errors(table)[:3]:
         lines.append(f"failed ({len(paths)}): {error} [{paths[0]}]")
     return "\n".join(line if len(line) <= width else line[: width - 1] + "…" for line in lines)
 
 
-def results_lines(summary: pd.DataFrame, keys: list[str]) -> list[str]:
-    """The results first, so that what a narrow terminal cuts off are the keys of the least effect."""
+def format_results(summary: pd.DataFrame, keys: list[str]) -> list[str]:
+    """Results first, so that a narrow terminal cuts off the keys with the smallest effect."""
     columns: dict[str, list[str]] = {
         "val top-1": list(map(with_interval, summary.val_top1, summary["± val_top1"])),
         "test top-1": list(map(with_interval, summary.top1, summary["± top1"])),
@@ -248,9 +239,8 @@ def results_lines(summary: pd.DataFrame, keys: list[str]) -> list[str]:
     }
     widths = [max(map(len, [name, *cells])) for name, cells in columns.items()]
     rows = [tuple(columns), *zip(*columns.values(), strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return ["  ".join(row).rstrip() for row in padded]
 
 
 def count_by_status(table: pd.DataFrame) -> str:
@@ -258,7 +248,7 @@ def count_by_status(table: pd.DataFrame) -> str:
 
 
 def errors(table: pd.DataFrame) -> list[tuple[str, list[str]]]:
-    """Each error and the paths of the runs that it ended, the most frequent first."""
+    """Each error with the paths of the runs it ended, most frequent first."""
     failed = table[table.error.notna()]
     paths = [(str(error), list(group)) for error, group in failed.groupby("error", sort=False).path]
     return sorted(paths, key=lambda item: -len(item[1]))

@@ -1,4 +1,5 @@
-"""`ssl-plot EXPERIMENT FOLDER`: the picture of one of conf/experiment/, from the runs below a folder."""
+"""Draw the figure of an experiment of conf/experiment/ from its runs: python scripts/plot_experiment.py
+EXPERIMENT FOLDER."""
 
 import argparse
 import sys
@@ -13,13 +14,12 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 
 from ssl_runner.errors import UsageError
 from ssl_runner.loss import VICReg
 from ssl_runner.relation import Labels
-from ssl_runner.runs.files import read_json
-from ssl_runner.theory.optima import optimum
+from ssl_runner.report.read import number, read_runs
+from ssl_runner.theory import optimum
 
 COLOURS = {
     "VICReg": "#1b6ca8",
@@ -30,30 +30,28 @@ COLOURS = {
 NAMES = {
     "VICReg": "VICReg",
     "SimCLR": "SimCLR",
-    "SpectralContrastive": "SimCLR (squared)",
+    "SpectralContrastive": "spectral contrastive",
     "BarlowTwins": "Barlow Twins",
 }
-MADE_BY = {
+MADE_BY = {  # column -> option that makes ssl-run write it
     "Z": "diagnostics.every=1",
-    "moments_loss": "diagnostics.moments=20",
+    "moments_loss": "experiment=linear_regime",
     "top1.backbone": "probe.probes=[linear]",
 }
-USED = 0.1  # directions of Z with a singular value above this share of the largest count as used
+USED = 0.1  # a direction of Z counts as used if its singular value exceeds this fraction of the largest
 
 
 def main() -> None:
-    """The console script. Exits with 0 when the picture is drawn, with 1 and one line when it cannot be."""
-    parser = argparse.ArgumentParser(prog="ssl-plot", description=__doc__)
+    """Entry point of the console script. Prints a one-line message and exits with 1 on invalid input."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("experiment", choices=sorted(DRAW))
-    parser.add_argument("folder", type=Path, help="the folder that the experiment's runs lie below")
-    parser.add_argument(
-        "--out", type=Path, help="where to write the picture (default: FOLDER/EXPERIMENT.png)"
-    )
+    parser.add_argument("folder", type=Path, help="folder with the runs of the experiment")
+    parser.add_argument("--out", type=Path, help="output file (default: FOLDER/EXPERIMENT.png)")
     args = parser.parse_args()
     matplotlib.use("Agg")
     path = args.out or args.folder / f"{args.experiment}.png"
     try:
-        save(DRAW[args.experiment](read_runs(args.folder)), path)
+        save(DRAW[args.experiment](finished_runs(args.folder)), path)
     except UsageError as error:
         print(error, file=sys.stderr)
         sys.exit(1)
@@ -61,94 +59,90 @@ def main() -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes the picture. UsageError where it cannot be written."""
+    """Write the figure to `path`. Raises UsageError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130, bbox_inches="tight")
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"--out={path} cannot be written ({error}): give a .png, .pdf or .svg file"
+            f"--out={path}: expected a writable .png, .pdf or .svg file ({error}); give another one"
         ) from error
 
 
-def read_runs(folder: Path) -> pd.DataFrame:
-    """A row for every finished run below the folder: its path, every setting by its dotted name, `loss_name`, the number of
-    `classes`, the last row of metrics.csv as `metrics.*`, and test top-1 as `top1.<features>`. UsageError when there is none."""
+def finished_runs(folder: Path) -> pd.DataFrame:
+    """All finished runs below `folder`, one row per run.
+
+    Columns: `path`, all options by dotted name, `loss_name`, `solver`, the number of `classes`, the last row
+    of metrics.csv as `metrics.*`, and test top-1 of the linear probe as `top1.<features>`. Raises UsageError
+    if no run has finished.
+    """
     rows = []
-    for file in sorted(folder.rglob("run.json")):
-        path, record = file.parent, read_json(file)
-        if record["status"] != "done":
+    for run in read_runs([folder], without=folder / "report"):
+        if run.status != "done":
             continue
-        config = OmegaConf.load(path / ".hydra" / "config.yaml")
-        settings = pd.json_normalize(OmegaConf.to_container(config)).iloc[0].to_dict()  # type: ignore[arg-type]
-        metrics = pd.read_csv(path / "metrics.csv").iloc[-1].to_dict()
-        probes = pd.read_csv(path / "probe.csv")
-        probes = probes[(probes.eval_split == "test") & (probes.probe == "linear")]
-        row = {
-            "path": path,
-            **settings,
-            "loss_name": config.loss._target_.rpartition(".")[2],
-            "classes": len(record["classes"]),
-        }
-        row |= {f"metrics.{name}": value for name, value in metrics.items()}
-        row |= {f"top1.{features}": top1 for features, top1 in zip(probes.features, probes.top1, strict=True)}
-        rows.append(row)
+        row: dict[str, Any] = {"path": run.path, "classes": len(run.record["classes"])}
+        row |= {key: None if value == "null" else number(value) for key, value in run.config.items()}
+        row |= {"loss_name": run.config["loss._target_"].rpartition(".")[2]}
+        row |= {"solver": run.config["solver._target_"].rpartition(".")[2]}
+        row |= {f"metrics.{name}": value for name, value in run.last.items()}
+        tests = [p for p in run.probes if (p["eval_split"], p["probe"]) == ("test", "linear")]
+        rows.append(row | {f"top1.{probe['features']}": probe["top1"] for probe in tests})
     if not rows:
-        raise UsageError(
-            f"{folder} holds no finished run: give the folder that the experiment's commands wrote to"
-        )
+        raise UsageError(f"{folder}: expected a finished run; give the folder of the experiment's runs")
     return pd.DataFrame(rows)
 
 
 def read(path: Path, column: str) -> pd.DataFrame:
-    """A CSV of a run. UsageError when it, or the column, is missing."""
+    """Read a CSV file of a run. Raises UsageError if the file or the column is missing."""
     table = pd.read_csv(path) if path.is_file() else pd.DataFrame()
     if column not in table:
-        raise UsageError(f"{path} has no column {column}: make the run again, with {MADE_BY[column]}")
+        raise UsageError(f"{path}: expected a column {column}; repeat the run with {MADE_BY[column]}")
     return table
 
 
 def single(runs: pd.DataFrame, setting: str) -> Any:
-    """The value of a setting that all runs share. UsageError when they do not."""
+    """Return the value of an option that all runs share. Raises UsageError if they differ."""
     values = list(runs[setting].unique()) if setting in runs else []
     if len(values) != 1:
-        given = " and ".join(map(str, values)) or "no value"
+        given = " and ".join(map(str, values)) or "null"
         raise UsageError(
-            f"the runs have {given} of {setting}, and the picture is of one: give a folder whose runs share it"
+            f"{setting}={given}: expected the same value in all runs; give a folder whose runs share it"
         )
     return values[0]
 
 
 def spread(runs: pd.DataFrame, by: str, value: str) -> pd.DataFrame:
-    """Mean and standard deviation over seeds of a column, for each value of `by`."""
+    """Mean, standard deviation and count of a column over seeds, for each value of `by`."""
     return runs.groupby(by)[value].agg(["mean", "std", "count"]).fillna({"std": 0.0}).sort_index()
 
 
 def curve(axes: Axes, runs: pd.DataFrame, by: str, value: str, label: str, **style: object) -> None:
-    """Mean over seeds with bars of one standard deviation."""
+    """Draw the mean over seeds with error bars of one standard deviation."""
     table = spread(runs, by, value)
     x, mean, std = (column.to_numpy(float) for column in (table.index, table["mean"], table["std"]))
     axes.errorbar(x, mean, std, label=label, capsize=3, **style)  # type: ignore[arg-type]
 
 
 def seeds(runs: pd.DataFrame) -> str:
+    """Part of a figure title that explains the error bars."""
     return f"mean ± standard deviation over {runs.seed.nunique()} seeds"
 
 
 def of(runs: pd.DataFrame, loss: str, column: str = "path") -> pd.DataFrame:
-    """The runs of one loss. UsageError when there is none, or when one of them lacks the column."""
+    """Select the runs of one loss. Raises UsageError if there is none or one of them lacks `column`."""
     chosen = runs[runs.loss_name == loss]
     if chosen.empty:
         raise UsageError(
-            f"there is no finished run of {NAMES[loss]}: run all commands that the experiment's file lists"
+            f"{NAMES[loss]}: expected at least one finished run; run all commands of the experiment file"
         )
     lacking = chosen.path[chosen[column].isna()] if column in chosen else chosen.path
     if len(lacking):
-        raise UsageError(f"{lacking.iloc[0]} has no {column}: make the run again, with {MADE_BY[column]}")
+        raise UsageError(f"{lacking.iloc[0]}: expected {column}; repeat the run with {MADE_BY[column]}")
     return chosen
 
 
 def canvas(widths: list[float], title: str) -> tuple[Figure, list[Axes]]:
+    """Create a figure with one row of axes of the given relative widths."""
     figure = Figure(figsize=(5.2 * sum(widths), 4.2), layout="constrained")
     axes = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
     figure.suptitle(title, fontsize=11)
@@ -159,16 +153,17 @@ def canvas(widths: list[float], title: str) -> tuple[Figure, list[Axes]]:
 
 
 def rank_vs_gamma(runs: pd.DataFrame) -> Figure:
-    """How many directions Z uses, and its singular values, beside the closed form's."""
+    """Number of used directions and singular values of Z, compared with the closed form."""
     spectra = {path: read(path / "spectrum.csv", "Z") for path in runs.path}
     runs["K"] = [len(spectra[path]) for path in runs.path]
     runs["used"] = [int((USED * spectra[path].Z.max() < spectra[path].Z).sum()) for path in runs.path]
     vicreg = of(runs, "VICReg")
-    vicreg = vicreg[vicreg.gamma > 0]  # the axis is logarithmic
+    vicreg = vicreg[vicreg.gamma > 0]  # logarithmic axis
     K, classes, alpha = int(single(runs, "K")), int(single(runs, "classes")), float(single(vicreg, "alpha"))
-    N = int(single(runs, "V") * single(runs, "diagnostics.images"))
+    N = int(single(runs, "V") * single(runs, "diagnostics.num_images"))
     figure, (left, middle, right) = canvas(
-        [1, 0.6, 1], f"Directions that Z uses, G of labels ({classes} classes), K = {K}; {seeds(runs)}"
+        [1, 0.6, 1],
+        f"Used directions of Z, relation of labels ({classes} classes), K = {K}; {seeds(runs)}",
     )
     gammas = np.geomspace(vicreg.gamma.min() / 1.3, vicreg.gamma.max() * 1.3, 400)
     G = Labels(torch.arange(N) % classes, normalized=True)
@@ -215,7 +210,9 @@ def rank_vs_gamma(runs: pd.DataFrame) -> Figure:
         right.plot(k, closed, color=colour, lw=1, ls="--")
     right.plot([], [], color="gray", lw=1, ls="--", label="closed form")
     right.set(
-        xlabel="k", ylabel="k-th singular value of Z / √N", title="VICReg: points trained, lines closed form"
+        xlabel="k",
+        ylabel="k-th singular value of Z / √N",
+        title="VICReg (points: trained, lines: closed form)",
     )
     right.title.set_fontsize(9)
     right.set_ylim(-0.05, 1.65)
@@ -224,10 +221,10 @@ def rank_vs_gamma(runs: pd.DataFrame) -> Figure:
 
 
 def aligned_vs_misaligned(runs: pd.DataFrame) -> Figure:
-    """Probe accuracy against the share of rewired pairs: the linear closed form, and a network."""
-    figure, axes = canvas([1, 1], f"Relation of labels with a share p of its pairs rewired; {seeds(runs)}")
-    for ax, solver in zip(axes, ("closed_form", "gradient"), strict=True):
-        some = runs[(runs["solver.name"] == solver) & runs["relation._target_"].str.endswith("Rewired")]
+    """Probe accuracy against the fraction of rewired pairs: linear closed form and trained network."""
+    figure, axes = canvas([1, 1], f"Relation of labels, fraction p of pairs rewired; {seeds(runs)}")
+    for ax, solver in zip(axes, ("ClosedForm", "Pretraining"), strict=True):
+        some = runs[(runs.solver == solver) & runs["relation._target_"].str.endswith("Rewired")]
         vicreg, simclr, barlow = (
             of(some, loss, "top1.backbone") for loss in ("VICReg", "SimCLR", "BarlowTwins")
         )
@@ -236,27 +233,35 @@ def aligned_vs_misaligned(runs: pd.DataFrame) -> Figure:
             curve(
                 ax,
                 group,
-                "relation.p",
+                "relation.rewire_fraction",
                 "top1.backbone",
                 f"VICReg, γ = {gamma:g}",
                 color=COLOURS["VICReg"],
                 ls=style,
                 marker="o",
             )
-        curve(ax, simclr, "relation.p", "top1.backbone", "SimCLR", color=COLOURS["SimCLR"], marker="s")
+        curve(
+            ax,
+            simclr,
+            "relation.rewire_fraction",
+            "top1.backbone",
+            "SimCLR",
+            color=COLOURS["SimCLR"],
+            marker="s",
+        )
         curve(
             ax,
             barlow,
-            "relation.p",
+            "relation.rewire_fraction",
             "top1.backbone",
             "Barlow Twins",
             color=COLOURS["BarlowTwins"],
             marker="^",
         )
-        if solver == "closed_form" and "top1.lda" in runs:
+        if solver == "ClosedForm" and "top1.lda" in runs:
             lda = float(runs["top1.lda"].dropna().iloc[0])
             ax.axhline(lda, color="gray", lw=1, ls="--", label=f"LDA (scikit-learn): {lda:.3f}")
-        ax.set(xlabel="p, share of rewired pairs", ylabel="linear probe, test top-1", title=model(some))
+        ax.set(xlabel="p, fraction of rewired pairs", ylabel="linear probe, test top-1", title=model(some))
         low = float(some["top1.backbone"].min())
         ax.set_ylim(0 if low < 0.5 else low - 0.1, 1)
         ax.title.set_fontsize(9)
@@ -265,18 +270,21 @@ def aligned_vs_misaligned(runs: pd.DataFrame) -> Figure:
 
 
 def model(runs: pd.DataFrame) -> str:
-    """What some runs train, and how: backbone, solver and K."""
-    backbone, solver = single(runs, "backbone._target_").rpartition(".")[2], single(runs, "solver.name")
-    K = single(runs, "backbone.width" if (backbone, solver) == ("linear", "closed_form") else "projector.K")
+    """Title of a panel: backbone, solver and K of the runs."""
+    backbone, solver = single(runs, "backbone._target_").rpartition(".")[2], single(runs, "solver")
+    K = single(runs, "backbone.width" if (backbone, solver) == ("linear", "ClosedForm") else "projector.K")
     name = "linear model" if backbone == "linear" else backbone
-    return f"{name}, {solver.replace('_', ' ').replace('gradient', 'gradient descent')}, K = {K:g}"
+    solved = {"ClosedForm": "closed form", "Pretraining": "gradient descent"}[solver]
+    return f"{name}, {solved}, K = {K:g}"
 
 
 def low_label(runs: pd.DataFrame) -> Figure:
     """Probe accuracy against gamma with few labelled images."""
     sizes = sorted(runs["dataset.subset"].dropna().unique())
     if not sizes:
-        raise UsageError("no run has a dataset.subset: run all commands that the experiment's file lists")
+        raise UsageError(
+            "dataset.subset=null: expected runs with a number; run all commands of the experiment file"
+        )
     figure, axes = canvas([1] * len(sizes), f"Relation of labels, few labelled images; {seeds(runs)}")
     classes = single(runs, "classes")
     for ax, size in zip(axes, sizes, strict=True):
@@ -311,17 +319,18 @@ def low_label(runs: pd.DataFrame) -> Figure:
 
 
 def linear_regime(runs: pd.DataFrame) -> Figure:
-    """The linear model's loss over all rows of the moments against epochs, and the closed form's."""
+    """Loss of the linear model against epochs, and the loss of the closed form.
+
+    Both are computed over all rows used for the moments.
+    """
     losses = ["VICReg", "SpectralContrastive", "BarlowTwins"]
-    figure, axes = canvas(
-        [1, 1, 1], f"Linear model Z = XW trained by gradient descent, and its closed form; {seeds(runs)}"
-    )
+    figure, axes = canvas([1, 1, 1], f"Linear model Z = XW: gradient descent and closed form; {seeds(runs)}")
     for ax, loss in zip(axes, losses, strict=True):
         some = of(runs, loss)
-        trained, solved = some[some["solver.name"] == "gradient"], some[some["solver.name"] == "closed_form"]
+        trained, solved = some[some.solver == "Pretraining"], some[some.solver == "ClosedForm"]
         if trained.empty or solved.empty:
             raise UsageError(
-                f"{NAMES[loss]} needs runs of both solvers: run all commands that the experiment's file lists"
+                f"{NAMES[loss]}: expected runs of both solvers; run all commands of the experiment file"
             )
         tables = pd.concat([read(path / "metrics.csv", "moments_loss") for path in trained.path])
         table = tables.groupby("epoch").moments_loss.agg(["mean", "std"])
@@ -336,7 +345,9 @@ def linear_regime(runs: pd.DataFrame) -> Figure:
         )
         floor, kind = solved["metrics.loss"].mean(), solved["metrics.loss_kind"].iloc[0]
         ax.axhline(floor, color="black", lw=1, ls="--", label=f"closed form, {kind} ({solve:.1f} s)")
-        ax.set(xscale="log", xlabel="epoch", ylabel="loss over all rows of the moments", title=NAMES[loss])
+        ax.set(
+            xscale="log", xlabel="epoch", ylabel="loss over all rows used for the moments", title=NAMES[loss]
+        )
         ax.title.set_fontsize(9)
         ax.legend(fontsize=8)
     return figure
@@ -345,3 +356,7 @@ def linear_regime(runs: pd.DataFrame) -> Figure:
 DRAW: dict[str, Callable[[pd.DataFrame], Figure]] = {
     draw.__name__: draw for draw in (rank_vs_gamma, aligned_vs_misaligned, low_label, linear_regime)
 }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""The experiments' pictures show what the runs' files say."""
+"""The figures of experiments agree with the files of their runs."""
 
 import json
 import sys
@@ -9,9 +9,13 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from ssl_runner import figures
+from scripts import plot_experiment as figures
 from ssl_runner.errors import UsageError
 
+SOLVERS = {
+    "gradient": "ssl_runner.train.Pretraining",
+    "closed_form": "ssl_runner.theory.solver.ClosedForm",
+}
 TARGETS = {"vicreg": "VICReg", "simclr": "SimCLR", "squared": "SpectralContrastive", "barlow": "BarlowTwins"}
 
 
@@ -30,9 +34,13 @@ def write_run(
         "_target_": f"ssl_runner.backbone.{'linear' if solver == 'closed_form' else 'convnet'}",
         "width": 9,
     }
-    shared = {"V": 2, "diagnostics": {"images": 260}, "backbone": backbone, "projector": {"K": 64}}
+    shared = {"V": 2, "diagnostics": {"num_images": 260}, "backbone": backbone, "projector": {"K": 64}}
     config = OmegaConf.create(
-        {"loss": {"_target_": f"ssl_runner.loss.{TARGETS[loss]}"}, "solver": {"name": solver}, **shared}
+        {
+            "loss": {"_target_": f"ssl_runner.loss.{TARGETS[loss]}"},
+            "solver": {"_target_": SOLVERS[solver]},
+            **shared,
+        }
     )
     for key, value in settings.items():
         OmegaConf.update(config, key.replace("__", "."), value, force_add=True)
@@ -73,23 +81,23 @@ def points(axes, label: str) -> tuple[np.ndarray, np.ndarray]:
     return line.get_xdata(), line.get_ydata()
 
 
-def test_low_label_shows_the_mean_over_seeds(tmp_path: Path) -> None:
+def test_low_label_shows_mean_over_seeds(tmp_path: Path) -> None:
     for gamma in (1.0, 10.0):
         sweep(tmp_path, {"vicreg": {"gamma": gamma}}, dataset__subset=100, alpha=25.0)
     sweep(tmp_path, {"simclr": {"tau": 0.5}, "barlow": {}}, dataset__subset=100)
     write_run(tmp_path / "failed", "vicreg", 0.0, status="failed", seed=9, gamma=10.0, dataset__subset=100)
-    [axes] = figures.low_label(figures.read_runs(tmp_path)).axes
+    [axes] = figures.low_label(figures.finished_runs(tmp_path)).axes
     x, y = points(axes, "VICReg")
     assert list(x) == [1.0, 10.0]
     np.testing.assert_allclose(y, [0.6, 0.6])
     assert "SimCLR (0.600 ± 0.100)" in axes.get_legend_handles_labels()[1]
 
 
-def test_rank_vs_gamma_counts_directions_above_a_tenth_of_the_largest(tmp_path: Path) -> None:
+def test_rank_vs_gamma_counts_used_directions(tmp_path: Path) -> None:
     for gamma in (1.0, 50.0):
         sweep(tmp_path, {"vicreg": {"gamma": gamma}}, alpha=25.0)
     sweep(tmp_path, {"simclr": {"tau": 0.5}, "barlow": {"alpha": 0.02}})
-    left, middle, right = figures.rank_vs_gamma(figures.read_runs(tmp_path)).axes
+    left, middle, right = figures.rank_vs_gamma(figures.finished_runs(tmp_path)).axes
     x, y = points(left, "VICReg, trained")
     assert (list(x), list(y)) == ([1.0, 50.0], [20, 20])
     line = left.get_lines()[0]
@@ -100,17 +108,20 @@ def test_rank_vs_gamma_counts_directions_above_a_tenth_of_the_largest(tmp_path: 
     assert right.get_xlabel() == "k"
 
 
-def test_aligned_vs_misaligned_and_linear_regime_draw_both_solvers(tmp_path: Path) -> None:
+def test_figures_of_both_solvers_show_their_values(tmp_path: Path) -> None:
     for solver in ("gradient", "closed_form"):
         for p in (0.0, 1.0):
-            noisy = {"relation__p": p, "relation___target_": "ssl_runner.relation.builders.Rewired"}
+            noisy = {
+                "relation__rewire_fraction": p,
+                "relation___target_": "ssl_runner.relation.builders.Rewired",
+            }
             sweep(
                 tmp_path / solver,
                 {"vicreg": {"gamma": 25.0}, "simclr": {}, "barlow": {}},
                 solver=solver,
                 **noisy,
             )
-    left, right = figures.aligned_vs_misaligned(figures.read_runs(tmp_path)).axes
+    left, right = figures.aligned_vs_misaligned(figures.finished_runs(tmp_path)).axes
     assert left.get_title() == "linear model, closed form, K = 9"
     assert right.get_title() == "convnet, gradient descent, K = 64"
     for axes in (left, right):
@@ -121,18 +132,18 @@ def test_aligned_vs_misaligned_and_linear_regime_draw_both_solvers(tmp_path: Pat
 
     for solver in ("gradient", "closed_form"):
         sweep(tmp_path / "linear" / solver, {"vicreg": {}, "squared": {}, "barlow": {}}, solver=solver)
-    for axes in figures.linear_regime(figures.read_runs(tmp_path / "linear")).axes:
+    for axes in figures.linear_regime(figures.finished_runs(tmp_path / "linear")).axes:
         line = axes.get_lines()[0]
         np.testing.assert_allclose(line.get_ydata(), [4.6, 3.6])
         np.testing.assert_allclose(axes.get_lines()[1].get_ydata(), [0.6, 0.6])
 
 
-def test_what_the_pictures_say_of_the_settings_is_the_runs_own(tmp_path: Path) -> None:
+def test_labels_of_figures_use_options_of_runs(tmp_path: Path) -> None:
     other = {"classes": 4, "alpha": 7.0}
     for gamma in (1.0, 50.0):
         sweep(tmp_path, {"vicreg": {"gamma": gamma}}, **other, dataset__subset=100, K=32)
     sweep(tmp_path, {"simclr": {"tau": 0.5}, "barlow": {"alpha": 0.02}}, classes=4, dataset__subset=100, K=32)
-    runs = figures.read_runs(tmp_path)
+    runs = figures.finished_runs(tmp_path)
     figure = figures.rank_vs_gamma(runs)
     left, _, _ = figure.axes
     assert "(4 classes), K = 32" in figure.get_suptitle()
@@ -144,14 +155,14 @@ def test_what_the_pictures_say_of_the_settings_is_the_runs_own(tmp_path: Path) -
     assert "γ = α: rank falls to 3 (closed form)" in axes.get_legend_handles_labels()[1]
 
 
-def test_every_gamma_is_drawn(tmp_path: Path) -> None:
-    noisy = {"relation___target_": "ssl_runner.relation.builders.Rewired", "relation__p": 0.5}
+def test_aligned_vs_misaligned_draws_every_gamma(tmp_path: Path) -> None:
+    noisy = {"relation___target_": "ssl_runner.relation.builders.Rewired", "relation__rewire_fraction": 0.5}
     gammas = [1.0, 5.0, 25.0, 100.0, 400.0]
     for solver in ("gradient", "closed_form"):
         for gamma in gammas:
             sweep(tmp_path / solver / str(gamma), {"vicreg": {"gamma": gamma}}, solver=solver, **noisy)
         sweep(tmp_path / solver, {"simclr": {}, "barlow": {}}, solver=solver, **noisy)
-    for axes in figures.aligned_vs_misaligned(figures.read_runs(tmp_path)).axes:
+    for axes in figures.aligned_vs_misaligned(figures.finished_runs(tmp_path)).axes:
         assert axes.get_legend_handles_labels()[1][:5] == [f"VICReg, γ = {gamma:g}" for gamma in gammas]
 
 
@@ -162,26 +173,26 @@ def test_every_gamma_is_drawn(tmp_path: Path) -> None:
             "rank_vs_gamma",
             "spectrum.csv",
             {},
-            "other/spectrum.csv has no column Z: make the run again, with diagnostics.every=1",
+            "other/spectrum.csv: expected a column Z; repeat the run with diagnostics.every=1",
         ),
         (
             "linear_regime",
             "moments_loss",
             {},
-            "has no column moments_loss: make the run again, with diagnostics.moments=20",
+            "expected a column moments_loss; repeat the run with experiment=linear_regime",
         ),
-        ("rank_vs_gamma", None, {"K": 32}, "64 and 32 of K"),
-        ("low_label", None, {"classes": 4}, "10 and 4 of classes"),
-        ("low_label", None, {"alpha": 3.0}, "25.0 and 3.0 of alpha"),
-        ("aligned_vs_misaligned", None, {"projector__K": 5}, "64 and 5 of projector.K"),
+        ("rank_vs_gamma", None, {"K": 32}, "K=64 and 32"),
+        ("low_label", None, {"classes": 4}, "classes=10 and 4"),
+        ("low_label", None, {"alpha": 3.0}, "alpha=25.0 and 3.0"),
+        ("aligned_vs_misaligned", None, {"projector__K": 5}, "projector.K=64.0 and 5.0"),
     ],
 )
-def test_runs_that_do_not_go_together_are_refused(
+def test_figures_reject_incompatible_runs(
     picture: str, lost: str | None, settings: dict, message: str, tmp_path: Path
 ) -> None:
     noisy = {
         "relation___target_": "ssl_runner.relation.builders.Rewired",
-        "relation__p": 0.5,
+        "relation__rewire_fraction": 0.5,
         "alpha": 25.0,
         "gamma": 1.0,
         "tau": 0.5,
@@ -196,49 +207,51 @@ def test_runs_that_do_not_go_together_are_refused(
     elif lost:
         pd.read_csv(other / "metrics.csv").drop(columns=lost).to_csv(other / "metrics.csv", index=False)
     with pytest.raises(UsageError) as refused:
-        figures.DRAW[picture](figures.read_runs(tmp_path))
+        figures.DRAW[picture](figures.finished_runs(tmp_path))
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-def test_a_run_without_the_linear_probe_is_refused(tmp_path: Path) -> None:
+def test_low_label_rejects_run_without_linear_probe(tmp_path: Path) -> None:
     for loss in TARGETS:
         write_run(tmp_path / loss, loss, 0.5, seed=0, dataset__subset=100, alpha=25.0, gamma=1.0)
         probe = pd.read_csv(tmp_path / loss / "probe.csv")
         probe.assign(probe="knn").to_csv(tmp_path / loss / "probe.csv", index=False)
     with pytest.raises(
-        UsageError, match=r"vicreg has no top1\.backbone: make the run again, with probe\.probes=\[linear\]"
+        UsageError, match=r"vicreg: expected top1\.backbone; repeat the run with probe\.probes=\[linear\]"
     ):
-        figures.low_label(figures.read_runs(tmp_path))
+        figures.low_label(figures.finished_runs(tmp_path))
     write_run(tmp_path / "with", "vicreg", 0.5, seed=1, dataset__subset=100, alpha=25.0, gamma=1.0)
-    with pytest.raises(UsageError, match=r"vicreg has no top1\.backbone"):
-        figures.low_label(figures.read_runs(tmp_path))
+    with pytest.raises(UsageError, match=r"vicreg: expected top1\.backbone"):
+        figures.low_label(figures.finished_runs(tmp_path))
 
 
-def test_the_command_writes_a_picture_or_says_why_not(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["ssl-plot", "low_label", str(tmp_path)])
+def test_command_writes_picture_or_fails_in_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["plot_experiment.py", "low_label", str(tmp_path)])
     with pytest.raises(SystemExit) as exit_:
         figures.main()
     assert exit_.value.code == 1
     assert capsys.readouterr().err.count("\n") == 1
     sweep(tmp_path, {"vicreg": {"gamma": 1.0}}, dataset__subset=100, alpha=25.0)
-    with pytest.raises(UsageError, match="no finished run of SimCLR"):
-        figures.low_label(figures.read_runs(tmp_path))
+    with pytest.raises(UsageError, match="SimCLR: expected at least one finished run"):
+        figures.low_label(figures.finished_runs(tmp_path))
     sweep(tmp_path, {"simclr": {}, "barlow": {}}, dataset__subset=100)
     figures.main()
     picture = Path(capsys.readouterr().out.strip())
     assert picture == tmp_path / "low_label.png"
     assert picture.read_bytes()[:4] == b"\x89PNG"
     monkeypatch.setattr(
-        sys, "argv", ["ssl-plot", "low_label", str(tmp_path), "--out", str(tmp_path / "new" / "mine.png")]
+        sys,
+        "argv",
+        ["plot_experiment.py", "low_label", str(tmp_path), "--out", str(tmp_path / "new" / "mine.png")],
     )
     figures.main()
     assert (tmp_path / "new" / "mine.png").is_file()
     monkeypatch.setattr(
-        sys, "argv", ["ssl-plot", "low_label", str(tmp_path), "--out", str(tmp_path / "mine.xyz")]
+        sys, "argv", ["plot_experiment.py", "low_label", str(tmp_path), "--out", str(tmp_path / "mine.xyz")]
     )
     with pytest.raises(SystemExit):
         figures.main()
     err = capsys.readouterr().err
-    assert "mine.xyz cannot be written" in err
+    assert "mine.xyz: expected a writable .png, .pdf or .svg file" in err
     assert err.count("\n") == 1
