@@ -4,36 +4,23 @@ torch is imported only when a job runs, or in distributed runs. In a distributed
 command line.
 """
 
+import argparse
 import os
-import re
 import sys
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
-import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ssl_runner import distributed
-from ssl_runner.config import compose, rules
-from ssl_runner.errors import UsageError
+from ssl_runner.config import arguments, check, compose, hydra_internals
+from ssl_runner.config.help import help_text
+from ssl_runner.errors import UsageError, format_error
 from ssl_runner.preemption import Preempted, Preemption
-from ssl_runner.run import run
+from ssl_runner.runs import resume
 from ssl_runner.runs.files import read_json
-from ssl_runner.runs.resume import (
-    config_dir_of,
-    folder_of,
-    lock_folder,
-    refuse_changes,
-    refuse_finished,
-    refuse_occupied,
-    resume_overrides,
-    write_hydra_files,
-)
-
-FAILED: list[str] = []  # failed jobs of the sweep in this process
+from ssl_runner.version import describe_versions
 
 
 def main() -> None:
@@ -57,16 +44,10 @@ def main() -> None:
 
 
 def run_as_main(processes: int = 1) -> None:
-    """Run the command line: the part of a single process, or of rank 0 of `processes`."""
-    compose.register_resolvers()
-    compose.prefer_our_presets()
-    FAILED.clear()
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    # makes Hydra raise exceptions instead of printing a traceback and exiting
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    """Execute the command line: the part of a single process, or of rank 0 of `processes`."""
+    failed: list[str] = []  # jobs of a sweep that runs in this process
     try:
-        prepare(processes)
-        hydra.main(version_base="1.3", config_path=str(compose.CONF), config_name="config")(job)()
+        execute(processes, failed)
     except KeyboardInterrupt:
         print("interrupted; resume=<folder of the run> resumes from its last checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -74,80 +55,95 @@ def run_as_main(processes: int = 1) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        if before == "1":
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         print(format_error(error), file=sys.stderr)
         sys.exit(1)
-    finally:
-        os.environ["HYDRA_FULL_ERROR"] = before or "0"
-    if FAILED:
-        print(f"failed sweep jobs ({len(FAILED)}): {'; '.join(FAILED)}", file=sys.stderr)
+    if failed:
+        print(f"failed sweep jobs ({len(failed)}): {'; '.join(failed)}", file=sys.stderr)
         sys.exit(1)
 
 
-def prepare(processes: int = 1) -> None:
+def execute(processes: int, failed: list[str]) -> None:
+    """Parse and validate the command line, then do what it asks for. Names of failed jobs go to `failed`."""
+    parser = arguments.parser()
+    args = arguments.parse(parser)
+    if args.version:
+        print(describe_versions())
+        return
+    compose.register_resolvers()
+    compose.prefer_our_presets()
+    if args.help:
+        print(help_text(args), flush=True)
+        return
+    if not (args.hydra_help or args.info or args.shell_completion):
+        jobs = prepare(args, processes)
+        if args.multirun and args.cfg == "job":
+            print_grid(args, [overrides for overrides, _ in jobs])
+            return
+    hydra_internals.run_hydra(args, parser, partial(job, failed=failed), compose.CONF)
+
+
+def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictConfig]]:
     """Validate the command line before Hydra writes anything, and complete it for resume=<folder>.
 
-    `processes` is the number of processes of a distributed run. Raises UsageError if any job cannot run.
+    `processes` is the number of processes of a distributed run. Returns the overrides and the configuration
+    of every job. Raises UsageError if one of them cannot run.
     """
-    parser = get_args_parser()
-
-    def refuse(message: str) -> NoReturn:
-        raise UsageError(f"{message}; list the options with ssl-run --help")
-
-    parser.error = refuse  # type: ignore[method-assign]
-    args = parser.parse_args()
-    if args.help or args.hydra_help or args.info or args.shell_completion:
-        return
     given = {override.key_or_group: override for override in compose.parse(args.overrides)}
-    compose.check_plugins(given.values())
-    auto = "resume" in given and given["resume"].value() == "auto"
-    if (args.multirun or "hydra.mode" in given) and processes > 1:
+    check.check_plugins(given.values())
+    if args.multirun and processes > 1:
         raise UsageError(
             f"a sweep cannot run in {processes} processes, which together train one run;"
             " start it without torchrun or srun"
         )
-    if "resume" in given and given["resume"].value() is not None and not auto:
+    resume_from = given["resume"].value() if "resume" in given else None
+    if resume_from is None and not args.cfg:
+        for key in ("hydra.run.dir", "hydra.sweep.dir"):
+            if key in given:
+                resume.refuse_occupied(Path(str(given[key].value())))
+    elif resume_from not in (None, "auto"):
         if args.multirun:
             raise UsageError(
                 f"{given['resume'].input_line}: expected a single run; leave out -m, or use resume=auto"
             )
-        folder = Path(str(given["resume"].value())).resolve()
-        place = sys.argv.index(str(given["resume"].input_line)) + 1
-        sys.argv[place:place] = resume_overrides(
-            folder, given
-        )  # argparse requires all overrides to be adjacent
-        if args.config_dir is None:
-            sys.argv += config_dir_of(folder)
-        else:
-            sys.argv += ["--config-dir", str(Path(args.config_dir).resolve())]
-        args = parser.parse_args()
-        # relative paths are resolved against the directory in which the run was started
-        os.chdir(read_json(folder / "run.json")["cwd"])
-    else:
-        for key in ("hydra.run.dir", "hydra.sweep.dir"):
-            if key in given and not args.cfg and not auto:
-                refuse_occupied(Path(str(given[key].value())))
-    jobs = compose.check(args)
-    if (
-        (args.multirun or "hydra.mode" in given)
-        and not args.cfg
-        and not any(key.startswith("hydra/launcher") for key in given)
-    ):
-        from ssl_runner.run import check_jobs
+        plan = resume.plan_resume(Path(str(resume_from)).resolve(), given, args.config_dir)
+        args.overrides += plan.overrides
+        args.config_dir = plan.config_dir
+        os.chdir(plan.directory)
+    jobs = check.check(args)
+    if args.multirun and not args.cfg and not any(key.startswith("hydra/launcher") for key in given):
+        from ssl_runner.build import check_jobs
 
         check_jobs(jobs)
+    return jobs
 
 
-def job(cfg: DictConfig) -> float | None:
+def print_grid(args: argparse.Namespace, jobs: list[str]) -> None:
+    """Print the overrides of every job of a sweep, one line per job, and the number of jobs."""
+    overrides = compose.parse(args.overrides)
+    for number, job_overrides in enumerate(jobs):
+        print(f"#{number} {job_overrides}")
+    sampled = [str(override.input_line) for override in overrides if compose.is_sampled(override)]
+    sweeper = [str(override.input_line) for override in overrides if override.key_or_group == "hydra/sweeper"]
+    summary = f"{len(jobs)} job{'s' if len(jobs) > 1 else ''}"
+    if sweeper:
+        summary += f" in the grid, from which {sweeper[0]} samples"
+    if sampled:
+        summary += f"; not listed: {' '.join(sampled)}"
+    print(summary, flush=True)
+
+
+def job(cfg: DictConfig, failed: list[str]) -> float | None:
     """Execute one run, in the folder created by Hydra or in the one that `folder_of` returns.
 
     Returns the validation accuracy, which a sweeper may maximise, or None for a failed job of a sweep. In a
-    distributed run, rank 0 makes all decisions and the other ranks execute `follow`.
+    distributed run, rank 0 makes all decisions and the other ranks execute `run_as_follower`.
 
-    A failure is reported at once, on one line. A single run then exits; a sweep continues with its other
-    jobs.
+    A failure is reported at once, on one line. A single run then exits; a sweep adds the name of the job to
+    `failed` and continues with its other jobs.
     """
+    from ssl_runner import distributed
 
     distributed.start()
     if not distributed.is_main_process():
@@ -156,37 +152,20 @@ def job(cfg: DictConfig) -> float | None:
     made = folder = Path(hydra_config.runtime.output_dir)
     try:
         OmegaConf.resolve(cfg)
-        folder = folder_of(cfg, made)
+        folder = resume.folder_of(cfg, made)
         if folder != made and not any(made.iterdir()):
             made.rmdir()
         folder.mkdir(parents=True, exist_ok=True)
-        with lock_folder(folder):
-            record = read_json(folder / "run.json") if (folder / "run.json").exists() else None
-            if record is not None and record["status"] == "done" and cfg.resume in (None, "auto"):
-                distributed.release_ranks()
-                print(f"already done: started {record['started']}, commit {record['git_commit']}", flush=True)
-                result = record
-            else:
-                if record is None:
-                    write_hydra_files(cfg, folder)
-                else:
-                    refuse_finished(folder)
-                    refuse_changes(cfg, folder)
-                distributed.broadcast_object((OmegaConf.to_container(cfg), str(folder), str(Path.cwd())))
-                from ssl_runner.run import run
-
-                result = run(cfg, folder)
+        with resume.lock_folder(folder):
+            result = run_or_skip(cfg, folder)
     except Preempted as error:
         distributed.report_failure(error)
         print(f"{error}: resume={folder}, or the same command with resume=auto", file=sys.stderr, flush=True)
         raise
     except Exception as error:
         distributed.report_failure(error)
-        more = (
-            ""
-            if isinstance(error, UsageError) or not (folder / "run.json").exists()
-            else f" (traceback in {folder}/run.json)"
-        )
+        has_traceback = not isinstance(error, UsageError) and (folder / "run.json").exists()
+        more = f" (traceback in {folder}/run.json)" if has_traceback else ""
         if hydra_config.mode == RunMode.RUN:
             print(format_error(error) + more, file=sys.stderr)
             sys.exit(1)
@@ -194,11 +173,34 @@ def job(cfg: DictConfig) -> float | None:
         print(f"job {name}: {format_error(error)}{more}", file=sys.stderr, flush=True)
         if not hydra_config.launcher._target_.endswith("BasicLauncher"):
             raise  # a launcher in another process detects the failure only by this exception
-        FAILED.append(name)
+        failed.append(name)
         return None
     distributed.finish()
     print(f"top1={result['top1']:.4f} loss={result['loss']:.6g} run={folder}", flush=True)
     return result["val_top1"]
+
+
+def run_or_skip(cfg: DictConfig, folder: Path) -> dict[str, float]:
+    """Start or resume the run in a locked folder, on all ranks. Returns its result.
+
+    A run that is done is not repeated. Raises UsageError if it cannot be resumed with this configuration.
+    """
+    from ssl_runner import distributed
+
+    record = read_json(folder / "run.json") if (folder / "run.json").exists() else None
+    if record is not None and record["status"] == "done" and cfg.resume in (None, "auto"):
+        distributed.release_ranks()
+        print(f"already done: started {record['started']}, commit {record['git_commit']}", flush=True)
+        return record
+    if record is None:
+        resume.write_hydra_files(cfg, folder)
+    else:
+        resume.refuse_finished(folder)
+        resume.refuse_changes(cfg, folder)
+    distributed.broadcast_object((OmegaConf.to_container(cfg), str(folder), str(Path.cwd())))
+    from ssl_runner.run import run
+
+    return run(cfg, folder)
 
 
 def run_as_follower() -> float | None:
@@ -206,30 +208,17 @@ def run_as_follower() -> float | None:
 
     Returns the validation accuracy, or None if there was nothing to run.
     """
+    from ssl_runner import distributed
 
     try:
         result = {}
         if (task := distributed.broadcast_object(None)) is not None:
             cfg, folder, cwd = task
             os.chdir(cwd)  # relative paths must resolve as on rank 0
+            from ssl_runner.run import run
+
             result = run(OmegaConf.create(cfg), Path(folder))
         distributed.finish()
     except (Exception, KeyboardInterrupt) as error:  # rank 0 prints the message
         sys.exit(distributed.report_failure(error)[0])
     return result.get("val_top1")
-
-
-def format_error(error: Exception) -> str:
-    """Format an error on one line.
-
-    The exception type is prepended, unless ssl_runner defines the exception.
-    """
-    if type(error).__name__ == "UncompletedJobError":  # raised by submitit; its message contains a whole log
-        match = re.search(r"Job (\S+)", str(error))
-        return (
-            f"sweep job {match[1] if match else ''} ended without a result (killed or cancelled): see its log"
-            " in .submitit/ in the sweep folder. Other jobs keep running; when they have ended, rerun the"
-            " command with resume=auto to run only the missing jobs"
-        )
-    from_us = isinstance(error, UsageError) or type(error).__module__.startswith("ssl_runner")
-    return rules.one_line(error) if from_us else f"{type(error).__name__}: {rules.one_line(error)}"

@@ -1,8 +1,31 @@
-"""The exception for invalid user input."""
+"""The exception for invalid user input, and error messages on one line."""
+
+import re
 
 
-class UsageError(ValueError):
+class UsageError(Exception):
     """Invalid input. The message has one line: what was given, what is accepted, what to do.
 
     The command line prints only this message, without a traceback, and exits with code 1.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an exception on one line, or its type name if the message is empty."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def format_error(error: Exception) -> str:
+    """Format an error on one line.
+
+    The exception type is prepended, unless ssl_runner defines the exception.
+    """
+    if type(error).__name__ == "UncompletedJobError":  # raised by submitit; its message contains a whole log
+        match = re.search(r"Job (\S+)", str(error))
+        return (
+            f"sweep job {match[1] if match else ''} ended without a result (killed or cancelled): see its log"
+            " in .submitit/ in the sweep folder. Other jobs keep running; when they have ended, rerun the"
+            " command with resume=auto to run only the missing jobs"
+        )
+    from_us = isinstance(error, UsageError) or type(error).__module__.startswith("ssl_runner")
+    return one_line(error) if from_us else f"{type(error).__name__}: {one_line(error)}"

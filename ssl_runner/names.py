@@ -1,4 +1,5 @@
-"""Names that settings accept. Imports nothing, so that the command line can check them before it imports torch."""
+"""Names that settings accept. Imports nothing, so that the command line can check them before it imports
+torch."""
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 FORWARD = ("joint", "per_view")

@@ -22,9 +22,7 @@ from ssl_runner.preemption import EXIT, Preempted, Preemption
 from ssl_runner.relation.builders import FromNeighbors
 from ssl_runner.runs import checkpoint
 from ssl_runner.train import Pretraining
-from tests.conftest import TINY, run_folder
-from tests.test_end_to_end import start, table
-from tests.test_train import pretraining, rows, weights
+from tests.helpers import TINY, pretraining, rows, run_folder, start, table, weights
 
 
 def status(folder: Path) -> str:
@@ -80,7 +78,7 @@ def test_preempted_training_resumes_exactly(step: int, precision: str, tmp_path:
 def test_checkpoint_within_epoch_does_not_change_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ssl_runner.train.SAVE_AFTER", -1.0)
+    monkeypatch.setattr("ssl_runner.train.SAVE_INTERVAL", -1.0)
     expected = rows(pretraining())
     training, saved = pretraining(), []
     training.save = lambda state: saved.append((state["epoch"], state["step"]))
@@ -88,13 +86,13 @@ def test_checkpoint_within_epoch_does_not_change_training(
     assert [step for _, step in saved] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9]
 
 
-def test_signal_raises_at_once_or_at_end_of_held() -> None:
+def test_signal_raises_at_once_or_at_end_of_deferred() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     with Preemption() as preemption:
-        with preemption.held():
+        with preemption.deferred():
             pass
         events = []
-        with pytest.raises(Preempted, match="SIGUSR1"), preemption.held():
+        with pytest.raises(Preempted, match="SIGUSR1"), preemption.deferred():
             events += [signal.raise_signal(signal.SIGUSR1), preemption.asked]
         assert events == [None, signal.SIGUSR1]
         signal.raise_signal(signal.SIGTERM)  # ignored during shutdown
@@ -114,7 +112,7 @@ def test_submitit_handler_runs_once_on_exit() -> None:
         raise SystemExit(-1)
 
     def run() -> None:
-        with Preemption() as preemption, preemption.held():
+        with Preemption() as preemption, preemption.deferred():
             assert signal.getsignal(signal.SIGTERM) is term  # submitit keeps SIGTERM, which it ignores
             signal.raise_signal(signal.SIGUSR2)
             signal.raise_signal(signal.SIGUSR2)
@@ -206,7 +204,7 @@ def test_runs_killed_at_random_times_match_uninterrupted_run(tmp_path: Path, ssl
     Weights are bit-identical, and so are the CSVs apart from timings.
     """
     command = (
-        f"{TINY} epochs=60 probe.every=10 diagnostics.every=10 diagnostics.images=40 resume=auto"
+        f"{TINY} epochs=60 probe.every=10 diagnostics.every=10 diagnostics.num_images=40 resume=auto"
         " hydra.run.dir=run"
     )
     rng, restarts, duration = random.Random(0), 0, 0.0

@@ -1,1 +1,1 @@
-"""Configuration: composing it with Hydra (`compose`) and checking its values (`rules`)."""
+"""Configuration: compose it with Hydra (`compose`), check it (`check`, `rules`) and describe it (`help`)."""

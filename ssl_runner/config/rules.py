@@ -1,9 +1,11 @@
-"""TODO config.rules"""
+"""Rules for the values of options, the identity of a run, and parts of error messages. No Hydra, no torch."""
 
+import difflib
 import hashlib
 import json
 import math
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +118,8 @@ def check_values(config: DictConfig) -> None:
     Needs no reference configuration, so it can also check a configuration built in Python.
     """
     ours = str(config.loss.get("_target_")).startswith("ssl_runner.loss.")
-    for key, rule in (RULES | LOSS_RULES if ours else RULES).items():
+    rules = RULES | base_rules(config.relation) | (LOSS_RULES if ours else {})
+    for key, rule in rules.items():
         value = OmegaConf.select(config, key, default=MISSING)
         if value is not MISSING and not rule.accepts(value):
             raise UsageError(f"{key}={format_value(value)}: expected {rule}")
@@ -134,7 +137,8 @@ def check_values(config: DictConfig) -> None:
             or len(set(values)) < len(values)
         ):
             raise UsageError(
-                f"{key}={format_value(values)}: expected a non-empty list of {', '.join(accepted)} without repeats"
+                f"{key}={format_value(values)}: expected a non-empty list of {', '.join(accepted)}"
+                " without repeats"
             )
     resolutions = config.views.resolutions
     if resolutions is not None and not (
@@ -143,18 +147,30 @@ def check_values(config: DictConfig) -> None:
         and all(Rule(int, low=4).accepts(size) for size in resolutions)
     ):
         raise UsageError(
-            f"views.resolutions={format_value(resolutions)}: expected a list of integers >= 4, such as [16,24,32], or null"
+            f"views.resolutions={format_value(resolutions)}: expected a list of integers >= 4,"
+            " such as [16,24,32], or null"
         )
     if "backbone" not in config.probe.features:
         raise UsageError(
-            f"probe.features={format_value(config.probe.features)}: expected a list that includes backbone; add it,"
-            " because the result of a run is the accuracy of its backbone features"
+            f"probe.features={format_value(config.probe.features)}: expected a list that includes backbone;"
+            " add it, because the result of a run is the accuracy of its backbone features"
         )
     if config.optimizer.warmup_epochs > config.epochs:
         given = f"optimizer.warmup_epochs={config.optimizer.warmup_epochs}"
         raise UsageError(
             f"{given}: expected at most epochs={config.epochs}; use a shorter warmup or more epochs"
         )
+
+
+def base_rules(relation: DictConfig) -> dict[str, Rule]:
+    """Return the rules of relation.* for every nested relation: relation.base.*, relation.base.base.*, ..."""
+    rules, path, node = {}, "relation.", relation.get("base")
+    while isinstance(node, DictConfig):
+        path, node = f"{path}base.", node.get("base")
+        for key, rule in RULES.items():
+            if key.startswith("relation."):
+                rules[path + key.removeprefix("relation.")] = rule
+    return rules
 
 
 def run_id(config: DictConfig) -> str:
@@ -173,13 +189,26 @@ MISSING = object()
 
 def format_value(value: Any) -> str:
     """Format a value as on the command line, with quotes around strings such as "3", "true" and "null"."""
-    if isinstance(value, ListConfig):
+    if isinstance(value, ListConfig | list):
         return f"[{','.join(map(format_value, value))}]"
     if isinstance(value, str):
         return repr(value) if re.fullmatch(r"[-+.\d]+|true|false|null", value) else value
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def one_line(error: BaseException) -> str:
-    """Return the message of an exception on one line, or its type name if the message is empty."""
-    return " ".join(str(error).split()) or type(error).__name__
+def nearest(given: str, accepted: Iterable[str], prefix: str = "") -> str:
+    """Return " Did you mean '...'?" with the closest accepted name after `prefix`, or "" if none is close."""
+    accepted = list(accepted)
+    tails = [name for name in accepted if name.rpartition(".")[2] == given]  # lr stands for optimizer.lr
+    near = tails or difflib.get_close_matches(given, accepted, n=1)
+    return f" Did you mean '{prefix}{near[0]}'?" if near else ""
+
+
+def dotted_keys(config: DictConfig, path: str = "") -> Iterator[str]:
+    """Yield the dotted names of all values below a node."""
+    for name in map(str, config):
+        value = None if OmegaConf.is_missing(config, name) else config[name]
+        if isinstance(value, DictConfig):
+            yield from dotted_keys(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}"

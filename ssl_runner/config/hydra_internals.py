@@ -1,0 +1,95 @@
+"""Everything taken from Hydra's private API; no other module imports `hydra._internal`.
+
+Written for Hydra 1.3. tests/test_hydra_internals.py checks that these functions still behave as described.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import version
+from hydra._internal.config_repository import IConfigRepository
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import _run_hydra, create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+
+__all__ = [
+    "IConfigRepository",
+    "config_folders",
+    "config_repository",
+    "enumerate_jobs",
+    "remove_plugin_schemas",
+    "run_hydra",
+]
+
+
+@contextmanager
+def config_repository(folder: Path, config_dir: str | None) -> Iterator[IConfigRepository]:
+    """Context manager in which `hydra.compose` reads the configs in `folder` and in `config_dir`, if given.
+
+    Yields the repository of these configs. A config in `folder` precedes one of the same name in
+    `config_dir`, as with Hydra's option --config-dir.
+    """
+    search_path = create_config_search_path(str(folder.resolve()))
+    if config_dir is not None:
+        before = SearchPathQuery(provider="schema")  # the position that --config-dir gives it
+        search_path.prepend("command-line", f"file://{Path(config_dir).resolve()}", anchor=before)
+    hydra = Hydra.create_main_hydra2(task_name="check", config_search_path=search_path)
+    try:
+        yield hydra.config_loader.repository  # type: ignore[attr-defined]
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def config_folders(repository: IConfigRepository) -> list[Path]:
+    """Return the folders of a repository, in the order in which Hydra searches them."""
+    return [Path(source.path) for source in repository.get_sources() if source.scheme() == "file"]
+
+
+def enumerate_jobs(overrides: list[Override]) -> list[list[str]]:
+    """Return the overrides of every job of Hydra's grid sweep, in its order.
+
+    The list is empty if an override has no value to sweep over. Raises HydraException for a continuous range.
+    """
+    batches = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+    return batches[0] if batches else []
+
+
+def remove_plugin_schemas(folder: Path) -> None:
+    """Remove plugin configs from Hydra's ConfigStore if `folder` has a <group>/<name>.yaml of the same name.
+
+    Otherwise Hydra would validate the yaml against the plugin's schema, which has other keys.
+    """
+    Plugins.instance()  # imports the plugins, which fill the ConfigStore
+    for file in folder.glob("*/*.yaml"):
+        ConfigStore.instance().repo.get("hydra", {}).get(file.parent.name, {}).pop(file.name, None)
+
+
+def run_hydra(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, task: Callable[..., Any], folder: Path
+) -> None:
+    """Do what `hydra.main` does with the command line, given as the parsed `args` instead of sys.argv.
+
+    `folder` holds config.yaml. Exceptions of the task are raised; `hydra.main` would print them and exit.
+    """
+    version.setbase("1.3")  # no warnings about changes since Hydra 1.1
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        _run_hydra(
+            args=args,
+            args_parser=parser,
+            task_function=task,
+            config_path=str(folder),
+            config_name="config",
+        )
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = before or "0"

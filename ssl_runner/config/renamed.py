@@ -1,0 +1,53 @@
+"""Former names of options and choices, and names that other libraries use, with the names to use instead."""
+
+from ssl_runner.config.rules import format_value
+
+RENAMED = {  # former key -> key, or group
+    "dataset.location": "dataset.storage",
+    "dataset.val": "dataset.val_fraction",
+    "diagnostics.images": "diagnostics.num_images",
+    "optimizer.clip": "optimizer.clip_grad_norm",
+    "optimizer.final_lr": "optimizer.final_lr_ratio",
+    "relation.of": "relation@relation.base",
+    "relation.p": "relation.rewire_fraction",
+    "solver.name": "solver",
+    "views.sizes": "views.resolutions",
+    "views_forward": "forward",
+    "weights": "init_weights",
+}
+REMOVED = {"diagnostics.moments": "use evaluators.moments, as experiment=linear_regime does"}
+VALUES = {("views_forward", "separate"): "per_view"}  # former key and value -> value
+CHOICES = {("loss", "simclr_squared"): "spectral"}  # group and former choice -> choice
+
+SYNONYMS = {  # last part of a key -> the option of this package
+    "augmentation": "views",
+    "augmentations": "views",
+    "amp": "precision",
+    "bs": "batch_size",
+    "embedding_dim": "projector.K",
+    "encoder": "backbone",
+    "grad_clip": "optimizer.clip_grad_norm",
+    "learning_rate": "optimizer.lr",
+    "max_epochs": "epochs",
+    "model": "backbone",
+    "n_views": "V",
+    "num_epochs": "epochs",
+    "num_views": "V",
+    "output_dim": "projector.K",
+    "random_state": "seed",
+    "temperature": "tau",
+    "transforms": "views",
+    "wd": "optimizer.weight_decay",
+}
+
+
+def message(key: str, value: object) -> str | None:
+    """Return the error message for a former key, or for a former choice of the group `key`, else None."""
+    if key in REMOVED:
+        return f"{key} was removed: {REMOVED[key]}"
+    if key in RENAMED:
+        new = VALUES.get((key, str(value)), format_value(value))
+        return f"{key} was renamed: use {RENAMED[key]}={new}"
+    if (key, value) in CHOICES:
+        return f"{key}={value} was renamed: use {key}={CHOICES[key, str(value)]}"
+    return None
