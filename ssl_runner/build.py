@@ -1,4 +1,4 @@
-"""cfg -> Experiment: build every part of a run, and check all that needs data or libraries, before anything trains."""
+"""cfg -> Experiment: build every part of a run, and check what needs data or libraries, before training."""
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
@@ -17,12 +17,12 @@ from torch.optim import Optimizer
 
 from ssl_runner import distributed, optimizer
 from ssl_runner.backbone import Backbone, LinearBackbone
-from ssl_runner.config.rules import check_values, format_value, one_line
+from ssl_runner.config.rules import check_values, format_value
 from ssl_runner.data import dataset
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.loader import MultiViewLoader
 from ssl_runner.device import choose_device, choose_precision, keep_freed_memory
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, one_line
 from ssl_runner.evaluator import Evaluator
 from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel, eval_mode
@@ -34,19 +34,17 @@ from ssl_runner.runs.files import CsvLog
 from ssl_runner.solver import Solver
 from ssl_runner.views import Augment
 
-DATASET_SETTINGS = (
-    "name",
-    "val_fraction",
-    "subset",
-    "split_seed",
-    "storage",
-)  # of dataset.load, not of the reader
+# options of `dataset.load`, not of the reader
+DATASET_SETTINGS = ("name", "val_fraction", "subset", "split_seed", "storage")
 OPTIMIZER_SETTINGS = ("lr", "weight_decay", "warmup_epochs", "final_lr_ratio", "clip_grad_norm")
 
 
 @dataclass
 class Experiment:
-    """The parts of a run, built and checked. `relation` is bound to the data; users of it that keep state take a copy."""
+    """The parts of a run, built and checked.
+
+    `relation` is bound to the data. Its state belongs to the solver, which gets a copy.
+    """
 
     cfg: DictConfig
     device: torch.device
@@ -63,41 +61,51 @@ class Experiment:
 
     def solver(self, preemption: Preemption, save: Callable[[dict[str, Any]], None]) -> Solver:
         """The solver. It calls `save` with its state wherever it can resume from."""
-        cfg, parts = self.cfg, dict(model=self.model, loss=self.loss, loader=self.loader, save=save)
+        cfg = self.cfg
+        parts: dict[str, Any] = {"model": self.model, "loss": self.loss, "loader": self.loader, "save": save}
         if self.solver_class.trains:
             steps = self.loader.steps_per_epoch
-            parts |= dict(
-                optimizer=self.optimizer,
-                learning_rate=partial(
-                    optimizer.cosine,
-                    steps=cfg.epochs * steps,
-                    warmup=round(cfg.optimizer.warmup_epochs * steps),
-                    lr=cfg.optimizer.lr,
-                    final_ratio=cfg.optimizer.final_lr_ratio,
-                ),
-                precision=self.precision,
-                clip_grad_norm=cfg.optimizer.clip_grad_norm,
-                per_view=cfg.forward == "per_view",
-                preemption=preemption,
+            schedule = partial(
+                optimizer.cosine,
+                steps=cfg.epochs * steps,
+                warmup=round(cfg.optimizer.warmup_epochs * steps),
+                lr=cfg.optimizer.lr,
+                final_ratio=cfg.optimizer.final_lr_ratio,
             )
+            parts |= {
+                "optimizer": self.optimizer,
+                "learning_rate": schedule,
+                "precision": self.precision,
+                "clip_grad_norm": cfg.optimizer.clip_grad_norm,
+                "per_view": cfg.forward == "per_view",
+                "preemption": preemption,
+            }
         return build_node("solver", cfg.solver, relation=deepcopy(self.relation), **parts)
 
     def evaluators(self, folder: Path, probe_log: CsvLog) -> list[Evaluator]:
-        """What is called after every epoch: diagnostics, probes on the validation split, and the user's own."""
+        """Diagnostics, the entries of `evaluators`, and probes on the validation split."""
         cfg = self.cfg
         nodes = {"diagnostics": cfg.diagnostics} if cfg.diagnostics.every else {}
         nodes |= {f"evaluators.{name}": node for name, node in cfg.evaluators.items()}
-        parts = dict(loader=self.loader, relation=self.relation, loss=self.loss, folder=folder)
+        parts: dict[str, Any] = {
+            "loader": self.loader,
+            "relation": self.relation,
+            "loss": self.loss,
+            "folder": folder,
+        }
         evaluators: list[Evaluator] = [build_node(key, node, **parts) for key, node in nodes.items()]
         if cfg.probe.every:
             evaluators.append(ProbeEvaluator(cfg.probe.every, self.data, self.classifiers, probe_log))
+        for evaluator in evaluators:
+            evaluator.check(self.model)
         return evaluators
 
 
 def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = True) -> Experiment:
     """Build and check the parts of a run. Raises UsageError for a run that cannot work.
 
-    `data` saves reading the data set again. `init_weights=False` leaves out `cfg.init_weights`, for a run that resumes.
+    `data` saves reading the data set again. `init_weights=False` leaves out `cfg.init_weights`, for a run
+    that resumes.
     """
     check_values(cfg)
     device = choose_device(cfg.device, distributed.rank_info())
@@ -175,6 +183,8 @@ def build_node(
     try:
         return instantiate(settings, **parts, _partial_=partial, _convert_="all")
     except InstantiationException as error:
+        if isinstance(error.__cause__, torch.OutOfMemoryError | MemoryError):
+            raise error.__cause__ from error
         raise UsageError(f"{key}: {one_line(error.__cause__ or error)}") from error
 
 
@@ -184,7 +194,7 @@ def build_optimizer(cfg: DictConfig, model: SSLModel, loss: Loss) -> Optimizer:
 
 
 def check_jobs(jobs: Iterable[tuple[str, DictConfig]]) -> None:
-    """Build every job of a sweep, reading each data set once. Raises UsageError for the first that cannot run."""
+    """Build every job of a sweep, reading each data set once. Raises UsageError for the first that fails."""
     read: dict[str, DataSet] = {}
     for overrides, cfg in jobs:
         key = OmegaConf.to_yaml(cfg.dataset, resolve=True) + cfg.device
@@ -235,7 +245,10 @@ def check_blur(cfg: DictConfig, augment: Augment, data: DataSet) -> None:
 
 
 def check_fit(cfg: DictConfig, data: DataSet, relation: RelationBuilder) -> None:
-    """Bind the relation to the data set. Raises UsageError if batch size, relation and data set do not fit each other."""
+    """Bind the relation to the data set.
+
+    Raises UsageError if batch size, relation and data set do not fit each other.
+    """
     size, images, ranks = cfg.batch_size, len(data.pretrain), distributed.world_size()
     if size > images:
         raise UsageError(
@@ -245,16 +258,17 @@ def check_fit(cfg: DictConfig, data: DataSet, relation: RelationBuilder) -> None
         raise UsageError(f"batch_size={size} is split over {ranks} processes; use a multiple of {ranks}")
     if size < relation.min_batch_size:
         raise UsageError(
-            f"batch_size={size}: this relation needs at least {relation.min_batch_size} images per batch, since it looks for"
-            " neighbours within the batch; increase batch_size or lower relation.k"
+            f"batch_size={size}: this relation needs at least {relation.min_batch_size} images per batch, to"
+            " find neighbours within the batch; increase batch_size or lower relation.k"
         )
     relation.bind(data.pretrain.labels.cpu())
     if relation.needs_labels and bool((data.pretrain.y < 0).any()):
         raise UsageError(
-            f"relation: needs a label for every image, but {data.name} has unlabelled images; use relation=views"
+            f"relation: needs a label for every image, but {data.name} has unlabelled images;"
+            " use relation=views"
         )
     if relation.count_pairs(data.pretrain.indices) == 0:
         raise UsageError(
-            f"relation.path={cfg.relation.get('path')}: no pair joins two of the {images} images to pretrain on; number the images"
-            " as conf/relation/edges.yaml says (pairs with validation or test images do not count)"
+            f"relation.path={cfg.relation.get('path')}: no pair joins two of the {images} pretraining images;"
+            " number the images as conf/relation/edges.yaml says (validation and test images do not count)"
         )

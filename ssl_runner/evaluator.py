@@ -1,4 +1,4 @@
-"""Evaluators: called after every epoch with the model, they add columns to metrics.csv or write files of their own."""
+"""Evaluators: called with the model after every epoch, they add columns to metrics.csv or write files."""
 
 from typing import Any
 
@@ -6,24 +6,50 @@ from ssl_runner.model import SSLModel
 
 
 class Evaluator:
-    """Base class. A subclass names its `columns` and computes them in `evaluate`, every `every` epochs and after the last one.
+    """Base class. A subclass names its `columns` and computes them in `evaluate`.
 
-    metrics.csv has the columns of its first row, so `evaluate` returns all of `columns` each time; they are empty in other epochs.
+    `evaluate` runs every `every` epochs and, if `after_last`, after the last one; in other epochs the columns
+    are empty. An evaluator keeps no state between epochs: a resumed run builds it again. Raises
+    ValueError for every < 1.
     """
 
     columns: tuple[str, ...] = ()
+    after_last: bool = True
 
     def __init__(self, every: int = 1):
+        if every < 1:
+            raise ValueError(
+                f"every={every}: expected an integer >= 1; leave the evaluator out to turn it off"
+            )
         self.every = every
 
     def __call__(self, model: SSLModel, epoch: int, last: bool) -> dict[str, Any]:
-        """Columns of the row of `epoch`, counted from 1; `last`: no epoch follows."""
-        due = epoch % self.every == 0 or last
-        return self.evaluate(model, epoch) if due else dict.fromkeys(self.columns)
+        """Values of `columns` in the row of `epoch`, counted from 1. `last`: no epoch follows.
+
+        Raises ValueError if `evaluate` does not return exactly `columns`, since the header of metrics.csv is
+        written once.
+        """
+        due = self.after_last if last else epoch % self.every == 0
+        if not due:
+            return dict.fromkeys(self.columns)
+        values = self.evaluate(model, epoch)
+        if set(values) != set(self.columns):
+            raise ValueError(
+                f"{type(self).__name__}.evaluate returned columns {sorted(values)}: expected"
+                f" {sorted(self.columns)}; return every column each time"
+            )
+        return {name: values[name] for name in self.columns}
+
+    def check(self, model: SSLModel) -> None:
+        """Raise UsageError, before training, for a model that cannot be evaluated."""
 
     def evaluate(self, model: SSLModel, epoch: int) -> dict[str, Any]:
-        """Values of `columns` for the model. Restore the mode of its modules (`ssl_runner.model.eval_mode`)."""
+        """Values of `columns` for the model. Every rank calls this; the values of rank 0 are written.
+
+        Gradients are enabled. The modes of the model's modules must be restored
+        (`ssl_runner.model.eval_mode`).
+        """
         raise NotImplementedError
 
     def finish(self, model: SSLModel) -> None:
-        """Called once, after the last epoch."""
+        """Called by every rank after the last epoch, and again if the run is resumed after it."""

@@ -12,8 +12,9 @@ from ssl_runner.backbone import Backbone
 class SSLModel(nn.Module):
     """A backbone followed by a projector.
 
-    The loss is a function of the embeddings Z; probes and the exported weights use the backbone's features. Inputs are
-    converted to `memory_format` before the forward pass of a training step (channels-last convolutions are faster).
+    The loss is a function of the embeddings Z; probes and the exported weights use the backbone's features.
+    Inputs are converted to `memory_format` before the forward pass of a training step (channels-last
+    convolutions are faster).
     """
 
     def __init__(self, backbone: Backbone, projector: nn.Module, channels_last: bool = False):
@@ -24,7 +25,7 @@ class SSLModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W) -> embeddings Z (N, K)."""
-        return self.projector(self.backbone(x))
+        return self.projector(self.features(x))
 
     def features(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W) -> features (N, width)."""

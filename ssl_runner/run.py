@@ -1,8 +1,9 @@
-"""One run, from its configuration to its files. Reads top to bottom as the stages of the run."""
+"""One run, from its configuration to its files: the stages, top to bottom."""
 
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -22,23 +23,27 @@ from ssl_runner.runs.record import RunRecord
 
 
 def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
-    """Pretrain, probe, and write metrics.csv, probe.csv, spectrum.csv, run.json, checkpoint.pt and backbone.safetensors.
+    """Pretrain, probe, and write the files of the run to `folder`.
 
-    Resumes from the checkpoint in `folder` if there is one. Every rank calls this; the main process writes. Returns the last
-    `loss` and the first probe's top-1 on the test split (`top1`) and on the validation split (`val_top1`). Raises UsageError for
-    a run that cannot work and Preempted after a signal; run.json records whatever is raised.
+    These are metrics.csv, probe.csv, spectrum.csv, run.json, checkpoint.pt and backbone.safetensors. Resumes
+    from the checkpoint in `folder` if there is one. Every rank calls this; the main process writes.
+
+    Returns the last `loss` and the first probe's top-1 on the test split (`top1`) and on the validation split
+    (`val_top1`). Raises UsageError for a run that cannot work and Preempted after a signal; run.json records
+    every exception.
     """
     record, is_main = RunRecord(folder, run_id(cfg)), distributed.is_main_process()
     with Preemption() as preemption, record, distributed.propagate_failures(record.fail):
         resume_from = distributed.broadcast_object(checkpoint.find(folder) if is_main else None)
         experiment = build(cfg, init_weights=resume_from is None)
+        metrics, probes = (
+            CsvLog(folder / f"{name}.csv" if is_main else None) for name in ("metrics", "probe")
+        )
         save = partial(checkpoint.save, folder=folder) if is_main else lambda state: None
         solver, model = experiment.solver(preemption, save), experiment.model
-        if resume_from is not None:
+        evaluators = experiment.evaluators(folder, probes)
+        if resume_from is not None:  # last, since it restores the random states
             solver.load_state_dict(checkpoint.load(resume_from))
-        metrics, probes = (
-            CsvLog(folder / name if is_main else None) for name in ("metrics.csv", "probe.csv")
-        )
         metrics.truncate_after(solver.epoch)
         probes.truncate_after(solver.epoch)
         if cfg.compile:
@@ -49,19 +54,17 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         if is_main and cfg.views.preview:
             preview(experiment.loader, folder / "views.png")
 
-        evaluators = experiment.evaluators(folder, probes)
         for row in solver.epochs():
             for evaluator in evaluators:
-                row = row | evaluator(model, solver.epoch, last=solver.epoch == solver.total_epochs)
+                row = merge(row, evaluator(model, solver.epoch, last=solver.epoch == solver.total_epochs))
             metrics.append(row)
         for evaluator in evaluators:
             evaluator.finish(model)
         if is_main:
             checkpoint.export(model.backbone, folder / "backbone.safetensors", description(experiment))
 
-        scores: dict[
-            tuple[str, str, str], float
-        ] = {}  # top-1 by features, probe and split; the test split is scored once
+        # top-1 by features, probe and split; the test split is scored once, here
+        scores: dict[tuple[str, str, str], float] = {}
         extractors = feature_extractors(experiment)
         chosen = dict.fromkeys([solver.result_features, *cfg.probe.features])
         for features in tqdm(chosen, "probe", disable=None if is_main else True):
@@ -71,20 +74,27 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
                 scores[features, row["probe"], row["eval_split"]] = row["top1"]
         if is_main:
             print(format_table(scores), flush=True)
-        top1 = {
-            split: scores[solver.result_features, cfg.probe.probes[0], split] for split in ("val", "test")
-        }
-        result = {"loss": solver.last_row["loss"], "top1": top1["test"], "val_top1": top1["val"]}
+        test, val = (scores[solver.result_features, cfg.probe.probes[0], split] for split in ("test", "val"))
+        result = {"loss": solver.last_row["loss"], "top1": test, "val_top1": val}
         record.update(**result)
     return result
 
 
+def merge(row: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
+    """Add an evaluator's columns to a row of metrics.csv. Raises ValueError for a name that is taken."""
+    if taken := row.keys() & columns.keys():
+        raise ValueError(
+            f"evaluators: metrics.csv already has {', '.join(sorted(taken))}; rename the columns"
+        )
+    return row | columns
+
+
 def feature_extractors(experiment: Experiment) -> dict[str, Callable[[], nn.Module]]:
-    """The networks to probe by the names of `probe.features`, built on demand: the trained ones and the baselines."""
+    """The networks to probe, by the names of `probe.features`, built on demand."""
     data, model = experiment.data, experiment.model
     return {
         "backbone": lambda: model.backbone,
-        "projector": lambda: model,
+        "projector": lambda: nn.Sequential(model.backbone, model.projector),  # model may be compiled
         "random_init": experiment.fresh_backbone,
         "pixels": nn.Flatten,
         "pca": lambda: principal_components(data, model.K),
@@ -93,7 +103,7 @@ def feature_extractors(experiment: Experiment) -> dict[str, Callable[[], nn.Modu
 
 
 def facts(experiment: Experiment) -> dict[str, object]:
-    """What run.json says of the run's parts."""
+    """Fields of run.json that describe the parts of the run."""
     cfg, device, data = experiment.cfg, experiment.device, experiment.data
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -112,7 +122,7 @@ def facts(experiment: Experiment) -> dict[str, object]:
 
 
 def description(experiment: Experiment) -> dict[str, object]:
-    """What backbone.safetensors says of itself: how to rebuild the backbone and what to feed it."""
+    """Metadata of backbone.safetensors: how to rebuild the backbone, its input size and normalisation."""
     data = experiment.data
     return {
         "backbone": OmegaConf.to_container(experiment.cfg.backbone),

@@ -12,9 +12,9 @@ from ssl_runner.relation.builders import RelationBuilder
 class Solver(ABC):
     """A solver, chosen by `_target_` in conf/solver/.
 
-    It is called with model, loss, loader, relation and save as keyword arguments, and with its own settings. If `trains`, it takes
-    gradient steps and is called with optimizer, learning_rate, precision, clip_grad_norm, per_view and preemption as well;
-    otherwise it computes in float32 and float64.
+    It is called with model, loss, loader, relation and save as keyword arguments, and with its own settings.
+    If `trains`, it takes gradient steps and is called with optimizer, learning_rate, precision,
+    clip_grad_norm, per_view and preemption as well; otherwise it computes in float32 and float64.
     """
 
     trains: bool = False
@@ -34,7 +34,7 @@ class Solver(ABC):
 
     @abstractmethod
     def epochs(self) -> Iterator[dict[str, Any]]:
-        """Yield one row of metrics.csv after each remaining epoch; `epoch` is then the number of finished epochs."""
+        """Yield one row of metrics.csv after each remaining epoch, and count the finished ones in `epoch`."""
 
     @abstractmethod
     def compile(self) -> None:

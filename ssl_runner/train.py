@@ -24,7 +24,7 @@ from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.solver import Solver
 
 SAVE_INTERVAL = 600.0  # seconds between checkpoints within an epoch
-SAVE, STOP = 1, 2  # what a rank may request after a step; the maximum over all ranks is done
+SAVE, STOP = 1, 2  # what a rank may request after a step; the largest request over all ranks is executed
 
 ADVICE = "lower optimizer.lr, set optimizer.clip_grad_norm or use precision=fp32"
 
@@ -36,11 +36,13 @@ class Diverged(RuntimeError):
 class Pretraining(Solver):
     """Gradient descent on the model and the loss's own parameters, if it has any.
 
-    A checkpoint can be taken after any step and holds everything an exact resume needs: weights, optimizer, gradient scaler, data
-    order, random states, counters, and the sums of the epoch's row. `save` is called with it at the end of every epoch, before the
-    epoch's row is yielded; every ten minutes; and when `preemption` requests a stop, after which Preempted is raised.
+    A checkpoint can be taken after any step and holds everything an exact resume needs: weights, optimizer,
+    gradient scaler, data order, random states, counters, and the sums of the epoch's row. `save` is called
+    with it at the end of every epoch, before the epoch's row is yielded; every ten minutes; and when
+    `preemption` requests a stop, after which Preempted is raised.
 
-    With several ranks each holds an equal part of every batch and the same weights. The loss is that of the whole batch.
+    With several ranks each holds an equal part of every batch and the same weights. The loss is that of the
+    whole batch.
     """
 
     trains = True
@@ -81,8 +83,8 @@ class Pretraining(Solver):
     def epochs(self) -> Iterator[dict[str, Any]]:
         """Train the remaining epochs.
 
-        Yields after each: epoch, step, images_seen, seconds, images_per_s, lr, loss and the terms of the loss (the last two as
-        means over the epoch's steps). Raises Diverged if a term or a weight is not finite.
+        Yields after each: epoch, step, images_seen, seconds, images_per_s, lr, loss and the terms of the loss
+        (the last two as means over the epoch's steps). Raises Diverged if a term or a weight is not finite.
         """
         with tqdm(
             total=self.total_epochs * self.loader.steps_per_epoch * self.loader.batch_size,
@@ -178,16 +180,14 @@ class Pretraining(Solver):
         return self.loss.terms(Z, G)
 
     def _gathered_terms(self, Z: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """The terms from the embeddings of all ranks, computed by each rank, for a loss or a relation that cannot be sharded."""
+        """The terms of a loss or relation that cannot be sharded: every rank computes them from all rows."""
         shards = distributed.all_gather_replicated(Z.float()).unflatten(
             0, (distributed.world_size(), batch.V, -1)
         )
         whole = shards.transpose(0, 1).flatten(0, 2)  # view-major over the images of all ranks
         devices = [self.device] if self.device.type == "cuda" else []
         with distributed.local_only(), torch.random.fork_rng(devices):
-            torch.manual_seed(
-                self.loader.seed + self.step
-            )  # random numbers within the loss agree across ranks
+            torch.manual_seed(self.loader.seed + self.step)  # a loss draws the same numbers on all ranks
             return self._terms(whole, batch)
 
     def _save(self) -> None:
@@ -219,8 +219,8 @@ class Pretraining(Solver):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["computed_on"] != self.computed_on:
             raise UsageError(
-                f"resume: the checkpoint was computed on {state['computed_on']} and this process would compute on"
-                f" {self.computed_on}, with different results; resume where it began, or start a new run"
+                f"resume: the checkpoint was computed on {state['computed_on']}, this process computes on"
+                f" {self.computed_on}; results would differ: resume where it began, or start a new run"
             )
         for name in ("epoch", "step", "seconds", "seconds_before"):
             setattr(self, name, state[name])
@@ -244,8 +244,8 @@ class Pretraining(Solver):
 class NonFiniteGuard:
     """Stops a run whose loss is not finite, without a host-device sync.
 
-    On CUDA a step's terms are copied to the host asynchronously and checked when they have arrived, one or two steps later.
-    Elsewhere they are checked at once, before the weights are updated.
+    On CUDA a step's terms are copied to the host asynchronously and checked when they have arrived, one or
+    two steps later. Elsewhere they are checked at once, before the weights are updated.
     """
 
     def __init__(self, device: torch.device):
