@@ -1,1 +1,1 @@
-"""Benchmarks beside the tools that users would else take: `scripts/bench`, whose figures are in docs/performance.md."""
+"""Benchmarks of ssl_runner against peer libraries, run by `scripts/bench`; results: docs/performance.md."""

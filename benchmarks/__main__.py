@@ -1,4 +1,7 @@
-"""scripts/bench [GROUP ...]: each group times ours and its peers on the same work, and writes GROUP.csv and GROUP.png."""
+"""scripts/bench [GROUP ...]: time ssl_runner and peer libraries on the same work.
+
+Each group writes GROUP.csv and GROUP.png to the output folder.
+"""
 
 import argparse
 import importlib
@@ -12,14 +15,14 @@ from benchmarks import measure, picture
 from ssl_runner.device import keep_freed_memory
 
 GROUPS = {
-    "views": "random views of images, a core: torchvision on PIL, kornia",
-    "loss": "forward and backward of the losses: lightly, stable-pretraining",
-    "step": "what a training step adds to the bare forward and backward, and torch.compile",
-    "probe": "the linear probes: SGD as the peers do it, scikit-learn",
-    "startup": "from the shell to the first step",
-    "growth": "time and memory against N, K, V, image and data-set size",
-    "paper": "FLOPs and bytes of a step of resnet18 at batch 512, counted, and the floor that they set on an H100",
-    "race": "accuracy against seconds of training: lightly, stable-pretraining",
+    "views": "augmentation of images on one core: torchvision on PIL, kornia",
+    "loss": "forward and backward pass of the losses: lightly, stable-pretraining",
+    "step": "overhead of a training step over the bare forward and backward pass; torch.compile",
+    "probe": "linear probes: SGD as in lightly, scikit-learn",
+    "startup": "time from the shell to the first training step",
+    "growth": "time and memory against N, K, V, image size and data set size",
+    "paper": "FLOPs and bytes of a resnet18 step at batch size 512, and lower bounds on its time on an H100",
+    "race": "accuracy against training time: lightly, stable-pretraining",
 }
 
 
@@ -27,32 +30,34 @@ def main() -> None:
     listed = "\n".join(f"  {name:9}{what}" for name, what in GROUPS.items())
     parser = argparse.ArgumentParser(
         prog="scripts/bench",
-        description=f"{__doc__}\n\ngroups (all of them by default):\n{listed}",
+        description=f"{__doc__}\ngroups (default: all):\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help="one or more of those above")
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help="groups to run, see above")
     parser.add_argument("--full", action="store_true", help="more sizes, more rounds, a longer race")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
     parser.add_argument(
-        "--data", type=Path, help="folder with train/<class>/* and test/<class>/*, for the race"
+        "--data", type=Path, help="image folder with train/<class>/* and test/<class>/*, required by race"
     )
-    parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="where CSVs and pictures go")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="output folder")
     given = parser.parse_args()
     unknown = set(given.groups) - set(GROUPS)
     if unknown:
-        parser.error(f"no group {', '.join(sorted(unknown))}: choose from {', '.join(GROUPS)}")
+        parser.error(f"GROUP={' '.join(sorted(unknown))}: expected one or more of {', '.join(GROUPS)}")
     device = torch.device(given.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device {given.device}: this machine has no CUDA device; give cpu")
+        parser.error(f"--device={given.device}: expected a machine with a CUDA device; use --device cpu")
     groups = given.groups or list(GROUPS)
     if "race" in groups and given.data is None:
         if given.groups:
-            parser.error("the race needs images: give --data FOLDER with train/<class>/* and test/<class>/*")
+            parser.error(
+                "GROUP=race: expected --data; give --data FOLDER with train/<class>/* and test/<class>/*"
+            )
         groups.remove("race")
-        print("without --data no race")
+        print("race skipped: it requires --data")
     given.out.mkdir(parents=True, exist_ok=True)
     if device.type == "cpu":
-        keep_freed_memory()  # as a run does; for all contenders
+        keep_freed_memory()  # same allocator settings as in a run, for all contenders
     print(measure.describe(device))
     for name in groups:
         start = time.perf_counter()

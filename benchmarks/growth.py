@@ -1,7 +1,7 @@
-"""Time and memory of the losses against N, K and V, and of a training step against image and data-set size.
+"""Time and memory of the losses against N, K and V, and of a training step against image and data set size.
 
-Exponents are slopes of log time, or log memory, over log size, by least squares over the larger half of the sizes; beside them
-stands what the number of operations predicts.
+Fitted exponents are slopes of log time or log memory over log size, by least squares over the larger half of
+the sizes. Predicted exponents follow from the number of operations.
 """
 
 from collections.abc import Sequence
@@ -21,16 +21,19 @@ from ssl_runner.data.dataset import Images
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, VICReg
 from ssl_runner.projector import mlp
 from ssl_runner.relation import Labels, Relation, Views
-from ssl_runner.views.policy import Augment
+from ssl_runner.views import Augment
 
 LOSSES: dict[str, Loss] = {"VICReg": VICReg(), "Barlow": BarlowTwins(), "SimCLR": SimCLR()}
-N, K = 1024, 512  # rows and columns, where they do not vary
-Works = dict[int, measure.Work]  # by size
+N, K = 1024, 512  # rows and columns of Z when they are not varied
+Works = dict[int, measure.Work]  # size -> work
 
 
 def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[dict[str, Any]]:
-    """Rows of quantity, against, size, ms, peak_mib, and of their line the exponents ms_fitted, ms_predicted, mib_fitted and
-    mib_predicted (empty where nothing is predicted)."""
+    """One row per quantity and size: quantity, against, size, ms, peak_mib, and the exponents of the line.
+
+    The exponents are ms_fitted, ms_predicted, mib_fitted and mib_predicted. A fitted exponent is None if the
+    values are too small to measure.
+    """
     more = 1 if full else 0
     rows = []
     for name, loss in LOSSES.items():
@@ -58,7 +61,7 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
     rows += line("G@Z, labels", "classes", by_classes, 0, 0, device, full)
     rows += line(
         "training step",
-        "pixels a side",
+        "pixels per side",
         {side: training(side, device) for side in powers(5, 7 + more)},
         2,
         2,
@@ -66,18 +69,19 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
         full,
     )
     images: Works = {n: gathering(n, device) for n in powers(13, 17 + more)}
-    rows += line("a step's batch", "images in the data set", images, 0, 0, device, full)
+    rows += line("batch of a step", "images in the data set", images, 0, 0, device, full)
     return rows
 
 
 def powers(low: int, high: int) -> list[int]:
+    """Return 2**low, ..., 2**high."""
     return [2**p for p in range(low, high + 1)]
 
 
 def line(
     quantity: str, against: str, works: Works, time: float, memory: float, device: torch.device, full: bool
 ) -> list[dict[str, Any]]:
-    """One row a size: all sizes take turns. Memory is measured in order of size, before any time is."""
+    """One row per size. Memory is measured first, in order of size; then all sizes are timed in turn."""
     peaks = [measure.peak_memory(work, device) for work in works.values()]
     times = measure.interleaved(
         {str(size): work for size, work in works.items()}, device, 20.0 if full else 2.0, 7 if full else 3
@@ -96,8 +100,10 @@ def line(
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float | None]) -> float | None:
-    """The slope of log value over log size, by least squares over the larger half of the sizes, three at least. None where what
-    is measured is too small to be seen."""
+    """Slope of log value over log size, by least squares over the larger half of the sizes, at least three.
+
+    Returns None if a value is missing or not positive.
+    """
     tail = slice(min(len(sizes) // 2, len(sizes) - 3), None)
     y = np.array([value or 0.0 for value in values[tail]])
     if (y <= 0).any():
@@ -106,10 +112,12 @@ def exponent(sizes: Sequence[float], values: Sequence[float | None]) -> float | 
 
 
 def views(rows: int, V: int, device: torch.device) -> Views:
+    """Relation between V views of rows / V images."""
     return Views(rows // V, V, device=device)
 
 
 def loss_step(loss: Loss, rows: int, columns: int, V: int, device: torch.device) -> measure.Work:
+    """Forward and backward pass of a loss on random Z of shape (rows, columns)."""
     Z, G = torch.randn(rows, columns, device=device, requires_grad=True), views(rows, V, device)
 
     def step() -> None:
@@ -120,11 +128,12 @@ def loss_step(loss: Loss, rows: int, columns: int, V: int, device: torch.device)
 
 
 def product(G: Relation, columns: int) -> measure.Work:
+    """Product G @ Z with random Z of shape (N, columns)."""
     return partial(G.__matmul__, torch.randn(G.num_rows, columns, device=G.degrees.device))
 
 
 def training(side: int, device: torch.device, n: int = 32) -> measure.Work:
-    """Views, forward and backward of a small convnet, for a batch of images of some size."""
+    """Augmentation, forward and backward pass of a small convnet on n images of side x side pixels."""
     augment = Augment(
         {"all": {"crop": {"scale": [0.2, 1.0]}, "flip": 0.5, "jitter": {"p": 0.8, "brightness": 0.4}}}
     )
@@ -142,7 +151,10 @@ def training(side: int, device: torch.device, n: int = 32) -> measure.Work:
 
 
 def gathering(images: int, device: torch.device, steps: int = 16, batch_size: int = 256) -> measure.Work:
-    """The batches of some steps, out of a data set of so many images. Which ones are in it is drawn once an epoch, before."""
+    """Gathering the batches of `steps` steps from a data set of `images` images.
+
+    The indices are drawn beforehand, as once per epoch in training.
+    """
     pixels = torch.zeros(images, 3, 32, 32, dtype=torch.uint8, device=device)
     data = Images(
         pixels, torch.zeros(images, dtype=torch.long, device=device), torch.arange(images), resident=True
@@ -157,7 +169,7 @@ def gathering(images: int, device: torch.device, steps: int = 16, batch_size: in
 
 
 def draw(rows: pd.DataFrame, path: Path) -> None:
-    """A panel for each quantity and what it grows with: time and memory, log-log, with their exponents."""
+    """One log-log panel per quantity and variable: time and memory with their exponents."""
     lines = rows.groupby(["quantity", "against"], sort=False)
     across = 3
     figure, panels = plt.subplots(
@@ -182,7 +194,7 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
         axes.set_xticks(line["size"], line["size"])
         axes.minorticks_off()
         low, high = axes.get_ylim()
-        axes.set_ylim(low / 3, high * 3)  # what is flat is to look flat
+        axes.set_ylim(low / 3, high * 3)  # wide enough for constant quantities to look constant
         axes.set_title(f"{quantity}: {', '.join(exponents)}", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels.flat[len(lines) :]:

@@ -1,7 +1,8 @@
-"""Forward and backward of the losses beside lightly and stable-pretraining, and SimCLR where its similarities do not fit.
+"""Forward and backward pass of the losses, compared with lightly and stable-pretraining.
 
-The peers' losses take two views: for more, a user means them over all pairs of views, and so does this. At V = 2 the values must
-agree where the definitions do, in float64 and on views of equal statistics (docs/losses.md); else this raises.
+SimCLR is also run at a size for which the similarity matrix does not fit in memory. The peers' losses take
+two views; for V > 2 they are averaged over all pairs of views. For V = 2 the values must agree where the
+definitions do (docs/losses.md). This is checked in float64 on views with equal statistics.
 """
 
 from collections.abc import Callable
@@ -34,17 +35,21 @@ PEERS: dict[str, dict[str, PairLoss]] = {
         "SimCLR": stable_pretraining.losses.NTXEntLoss(0.5),
     },
 }
-SIZES = ((512, 2048), (2048, 512))  # originals and columns
+SIZES = ((512, 2048), (2048, 512))  # (number of images, K)
 
 
 def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[dict[str, Any]]:
-    """Rows of work, tool, ms (the median of a forward and a backward), ratio (to ours), peak_mib and agree (the relative
-    difference of the values from ours, empty where the definitions differ)."""
+    """One row per work and tool: work, tool, ms, ratio, peak_mib, agree.
+
+    `ms` is the median time of a forward and backward pass, `ratio` this time divided by ours, and `agree` the
+    relative difference of the loss value from ours (None if the definitions differ). Raises RuntimeError if
+    values that should agree do not.
+    """
     agreements = {tool: agreement(peer, device) for tool, peer in PEERS.items()}
     rows = []
     for name in OURS:
         for n, K in SIZES:
-            quickest = (n == 512) == (name == "SimCLR")  # of the two sizes, for the peer with its many pairs
+            quickest = (n == 512) == (name == "SimCLR")  # the faster of the two sizes for the peers
             for V in (2, 4, 8) if full else (2, 8) if quickest else (2,):
                 tools = PEERS if full or V == 2 else {"lightly": PEERS["lightly"]}
                 Z, G = torch.randn(V * n, K, device=device, requires_grad=True), Views(n, V, device=device)
@@ -67,7 +72,7 @@ def compared(
     budget: float,
     least: int,
 ) -> list[dict[str, Any]]:
-    """Memory first, then time, of all contenders for one piece of work."""
+    """Measure memory, then time, of all contenders for one piece of work."""
     peaks = {tool: measure.peak_memory(call, device) for tool, call in works.items()}
     times = measure.interleaved(works, device, budget, least)
     ratios = measure.versus(times)
@@ -85,7 +90,7 @@ def compared(
 
 
 def step(loss: Callable[..., Tensor], Z: Tensor, *relation: Any) -> None:
-    """A forward and a backward."""
+    """Forward and backward pass."""
     Z.grad = None
     loss(Z, *relation).backward()
 
@@ -96,14 +101,17 @@ def over_pairs(loss: PairLoss, Z: Tensor, V: int) -> Tensor:
 
 
 def dense(Z: Tensor) -> Tensor:
-    """NT-Xent as one writes it down: all similarities at once, and autograd."""
+    """Plain NT-Xent: full similarity matrix and autograd."""
     Z, N = F.normalize(Z), len(Z)
     S = (Z @ Z.T / 0.5).masked_fill(torch.eye(N, dtype=torch.bool, device=Z.device), -torch.inf)
     return F.cross_entropy(S, (torch.arange(N, device=Z.device) + N // 2) % N)
 
 
 def large(device: torch.device, full: bool) -> list[dict[str, Any]]:
-    """SimCLR beside the dense form at N = 8,192, and alone at 32,768, where that would need some 20 GiB."""
+    """SimCLR against the dense form at N = 8,192, and alone at N = 32,768.
+
+    At N = 32,768 the dense form would need about 20 GiB.
+    """
     K = 128
     Z = torch.randn(32_768, K, device=device, requires_grad=True)
     whole = partial(step, OURS["SimCLR"], Z, Views(len(Z) // 2, 2, device=device))
@@ -133,11 +141,15 @@ def large(device: torch.device, full: bool) -> list[dict[str, Any]]:
 
 
 def agreement(peer: dict[str, PairLoss], device: torch.device) -> dict[str, float]:
-    """How far a peer's values are from ours, relative. Views with the same statistics: one is the other upside down.
+    """Relative difference between a peer's loss values and ours. Raises RuntimeError if it is too large.
 
-    VICReg: the peer's covariance is that of one view, over n - 1, where ours is that of both, over 2n - 1; Z is scaled to make up
-    for it. stable-pretraining's Barlow Twins divides by the standard deviation over n - 1 and the correlation by n, so that C_kk
-    is not 1 for equal views: there is no agreement to be had.
+    The second view contains the rows of the first in reverse order, so both have the same statistics.
+
+    VICReg: the peer computes the covariance of each view with the divisor n - 1, ssl_runner that of both
+    views with the divisor 2n - 1. Z is scaled to compensate.
+
+    Barlow Twins: stable-pretraining uses the divisor n - 1 in the standard deviation but n in the
+    correlation, so C_kk is not 1 for equal views. It is not compared.
     """
     n, K = 64, 16
     a = (
@@ -156,13 +168,13 @@ def agreement(peer: dict[str, PairLoss], device: torch.device) -> dict[str, floa
     if peer is PEERS["lightly"]:
         found["Barlow"] = difference(
             BarlowTwins(5e-3, center=True)(Z, G), theirs["Barlow"], "Barlow", 1e-4
-        )  # eps differs
+        )  # a larger tolerance, as eps differs
     return found
 
 
 def difference(ours: Tensor, theirs: Tensor, what: str, most: float) -> float:
-    """The relative difference of two values. Raises RuntimeError where it is more than `most`."""
+    """Relative difference of two values. Raises RuntimeError if it exceeds `most`."""
     found = abs(ours.item() / theirs.item() - 1)
     if not found <= most:
-        raise RuntimeError(f"{what}: ours gives {ours.item():.9g}, the peer {theirs.item():.9g}")
+        raise RuntimeError(f"{what}: ssl_runner gives {ours.item():.9g}, the peer {theirs.item():.9g}")
     return found

@@ -1,4 +1,4 @@
-"""How everything here is timed: contenders take turns in one process, and what is told of each is a median over the rounds."""
+"""Time and memory measurement: contenders take turns in one process; times are medians over rounds."""
 
 import gc
 import statistics
@@ -17,13 +17,13 @@ Work = Callable[[], Any]
 
 
 def synchronize(device: torch.device) -> None:
-    """The host waits until the device has done what it was given."""
+    """Wait until all kernels queued on the device have finished. No effect on the CPU."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
 
 
 def seconds(work: Work, device: torch.device) -> float:
-    """How long one call takes, its device's part included."""
+    """Wall-clock time of one call (s), including its work on the device."""
     synchronize(device)
     start = time.perf_counter()
     work()
@@ -34,8 +34,11 @@ def seconds(work: Work, device: torch.device) -> float:
 def interleaved(
     contenders: dict[str, Work], device: torch.device, budget: float = 10.0, least: int = 3
 ) -> dict[str, float]:
-    """The median seconds of a call of each contender. One call each warms up; then rounds, in which each takes its turn, for
-    `budget` seconds and for at least so many rounds: whatever slows the machine slows all alike."""
+    """Median time per call (s) of each contender.
+
+    After one warm-up call each, all contenders are called once per round, for at least `budget` seconds and
+    `least` rounds. Taking turns exposes all contenders to the same disturbances.
+    """
     for work in contenders.values():
         seconds(work, device)
     taken: dict[str, list[float]] = {name: [] for name in contenders}
@@ -47,9 +50,12 @@ def interleaved(
 
 
 def peak_memory(work: Work, device: torch.device) -> float | None:
-    """The most MiB that one call needs beside what was held before: of the device's memory on CUDA, else of this process's
-    resident memory (Linux only; None elsewhere). Call it before anything of that size has run: what an allocator keeps for
-    later is given back first, as far as it lets go of it."""
+    """Peak memory of one call in MiB, in addition to the memory in use before it.
+
+    On CUDA this is device memory, otherwise the resident memory of this process (Linux only; None elsewhere).
+    Cached memory is returned to the system first, as far as the allocator permits. Call this function before
+    any other work of that size.
+    """
     gc.collect()
     if device.type == "cuda":
         synchronize(device)
@@ -63,24 +69,24 @@ def peak_memory(work: Work, device: torch.device) -> float | None:
         return None
     release_freed_memory()
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM, the high-water mark
     work()
     return resident("VmHWM") - before
 
 
 def resident(field: str) -> float:
-    """A line of /proc/self/status, in MiB."""
+    """Read a field of /proc/self/status in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
 
 def versus(times: dict[str, float], ours: str = "ours") -> dict[str, float]:
-    """Every contender's time as a multiple of ours: 3 means that ours is three times as fast."""
+    """Divide all times by ours: 3 means that ours is three times as fast."""
     return {name: taken / times[ours] for name, taken in times.items()}
 
 
 def describe(device: torch.device) -> str:
-    """The machine in one line, for the figures' sake."""
+    """Describe the machine in one line: processor or GPU, threads, torch version."""
     model = "CPU"
     if sys.platform == "linux":
         lines = Path("/proc/cpuinfo").read_text().splitlines()

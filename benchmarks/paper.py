@@ -1,7 +1,8 @@
-"""On paper: the FLOPs and bytes of one training step, counted operation by operation, and the time that a GPU needs for them.
+"""Roofline estimate: FLOPs and bytes of one training step, and the minimum time for them on a GPU.
 
-Nothing is timed. The network is run on tensors without data; views, loss and optimiser on the CPU, with the sizes of the real
-step. Bytes are what each operation reads and writes if nothing stays in a cache and nothing is fused: what eager execution moves.
+Nothing is timed. The network runs on fake tensors; views, loss and optimiser run on the CPU with the sizes of
+the real step. Every operation is assumed to read its inputs from memory and write its outputs to it, as in
+eager execution without caching or fusion.
 """
 
 from collections.abc import Callable
@@ -27,16 +28,16 @@ from ssl_runner.config.compose import CONF
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, VICReg
 from ssl_runner.projector import mlp
 from ssl_runner.relation import Views
-from ssl_runner.views import policy
+from ssl_runner.views import augment as views
 
 BATCH, V, K, SIDE = 512, 2, 256, 32
-PEAK = {"bf16": 989e12, "fp32": 67e12}  # FLOP/s of an H100 SXM, dense (Nvidia's data sheet)
-BANDWIDTH = 3.35e12  # bytes/s, the same
+PEAK = {"bf16": 989e12, "fp32": 67e12}  # FLOP/s of an H100 SXM, dense (Nvidia data sheet)
+BANDWIDTH = 3.35e12  # bytes/s of an H100 SXM (same source)
 LOSSES: dict[str, Callable[[], Loss]] = {"SimCLR": SimCLR, "VICReg": VICReg, "Barlow Twins": BarlowTwins}
 
 
 class Traffic(TorchDispatchMode):
-    """Counts kernels and the bytes that they read and write."""
+    """Dispatch mode that counts kernels and the bytes they read and write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,14 +53,17 @@ class Traffic(TorchDispatchMode):
 
 
 def counted(work: Callable[[], Any]) -> tuple[float, int, int]:
-    """FLOPs of products and convolutions, bytes and kernels of one call."""
+    """Count FLOPs (of matrix products and convolutions), bytes and kernels of one call."""
     with FlopCounterMode(display=False) as flops, Traffic() as traffic:
         work()
     return float(flops.get_total_flops()), traffic.bytes, traffic.kernels
 
 
 def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[dict[str, Any]]:
-    """A row for each part of a step, and the floor of the whole: the larger of FLOPs over peak and bytes over bandwidth."""
+    """One row per part of a step: work, tool, gflop, gib, kernels, floor_ms.
+
+    `floor_ms` is a lower bound on the time: the maximum of FLOPs / peak and bytes / bandwidth.
+    """
     N = BATCH * V
     rows: list[dict[str, Any]] = []
 
@@ -92,7 +96,7 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
         augment = instantiate(OmegaConf.load(CONF / "views" / f"{name}.yaml"), _convert_="all")
         images = torch.randint(0, 256, (BATCH, 3, SIDE, SIDE), dtype=torch.uint8)
         draws = torch.Generator().manual_seed(0)
-        with mock.patch.object(views, "row_by_row", policy.augment_batch):  # as on a GPU
+        with mock.patch.object(views, "augment_rows_cpu", views.augment_batch):  # as on GPUs
             add(
                 "views",
                 name,
@@ -106,22 +110,23 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
     adamw = optimizer.build([body], torch.optim.AdamW, lr=1e-3, weight_decay=1e-2)
     for parameter in body.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    adamw.step()  # makes its state
+    adamw.step()  # allocates the optimiser state
     add("optimiser", "AdamW", "fp32", counted(adamw.step))
     return rows
 
 
 def descend(loss: Loss, Z: Tensor) -> None:
+    """Build the relation, then run the forward and backward pass of the loss."""
     loss(Z, Views(BATCH, V)).backward()
 
 
 def draw(rows: pd.DataFrame, path: Path) -> None:
-    """A bar for each part: its floor in milliseconds."""
+    """One bar per part: the lower bound on its time in milliseconds."""
     figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
     labels = rows.work + ": " + rows.tool
     bars = axes.barh(labels[::-1], rows.floor_ms[::-1])
     axes.bar_label(bars, fmt="%.2f", padding=3)
-    axes.set(xscale="log", xlabel="milliseconds at the least, on an H100")
+    axes.set(xscale="log", xlabel="minimum time on an H100 (ms)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)

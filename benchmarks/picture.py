@@ -1,4 +1,4 @@
-"""Pictures of benchmarks."""
+"""Plots of benchmark results."""
 
 from pathlib import Path
 
@@ -10,14 +10,12 @@ from matplotlib import pyplot as plt
 
 
 def bars(rows: pd.DataFrame, path: Path) -> None:
-    """A bar for each tool and each piece of work: its time as a multiple of ours. `rows` has the columns work, tool, ratio."""
+    """One bar per tool and work: its time divided by ours. `rows` has the columns work, tool and ratio."""
     table = rows.pivot_table(index="work", columns="tool", values="ratio", sort=False)
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.18 * table.size + 0.2 * len(table)), layout="constrained")
     table.iloc[::-1, ::-1].plot.barh(ax=axes, width=0.8)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(
-        xscale="log", xlabel="time, as a multiple of ours (right of the line: slower than ours)", ylabel=""
-    )
+    axes.set(xscale="log", xlabel="time relative to ssl_runner (> 1: slower than ssl_runner)", ylabel="")
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

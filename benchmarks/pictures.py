@@ -1,4 +1,4 @@
-"""Images as the peers load them: PIL images out of memory, transformed one by one in loader processes."""
+"""Data loading as in the peers' examples: PIL images in memory, transformed singly in loader processes."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class Pictures(Dataset):
-    """pixels (n, H, W, 3) uint8, given as torchvision's CIFAR10 gives its images."""
+    """Images from `pixels` (n, H, W, 3) uint8, converted to PIL on access as in torchvision's CIFAR10."""
 
     def __init__(self, pixels: np.ndarray, transform: Callable[[Image.Image], Any]):
         self.pixels, self.transform = pixels, transform
@@ -24,7 +24,7 @@ class Pictures(Dataset):
 def loader(
     pixels: np.ndarray, transform: Callable[[Image.Image], Any], batch_size: int, workers: int
 ) -> DataLoader:
-    """Shuffled, whole batches."""
+    """DataLoader with shuffling; an incomplete last batch is dropped."""
     images = Pictures(pixels, transform)
     return DataLoader(
         images, batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True
@@ -32,6 +32,6 @@ def loader(
 
 
 def forever(loader: DataLoader) -> Iterator[Any]:
-    """Its batches, epoch after epoch."""
+    """Yield batches without end, epoch after epoch."""
     while True:
         yield from loader

@@ -1,4 +1,4 @@
-"""Linear probes of 50,000 features of 512 numbers: ours, SGD as the peers do it, scikit-learn."""
+"""Linear probes on 50,000 feature vectors of dimension 512: ssl_runner, SGD as in lightly, scikit-learn."""
 
 import logging
 import time
@@ -22,19 +22,19 @@ from ssl_runner.probe.protocol import accuracies, best_of, extract
 from ssl_runner.probe.ridge import RidgeProbe
 
 N, D, CLASSES, BATCH, EPOCHS = 50_000, 512, 10, 256, 100
-L2 = 10**-3.5  # of the one fit that scikit-learn does as well
-RATES = [0.01, 0.1, 1.0]  # of the bare SGD, on standardised features
+L2 = 10**-3.5  # penalty of the single fit that is compared with scikit-learn
+RATES = [0.01, 0.1, 1.0]  # learning rates of the bare SGD, on standardised features
 
 
 class Split(NamedTuple):
-    """Features (n, d) and labels (n,) of a part of a data set."""
+    """Features X (n, d) and labels y (n,) of one split of a data set."""
 
     X: Tensor
     y: Tensor
 
 
 class Features(NamedTuple):
-    """train and val are the first nine tenths and the rest of `both`."""
+    """Features of all splits: `train` is the first 90 % of `both`, and `val` the rest."""
 
     work: str
     train: Split
@@ -44,8 +44,12 @@ class Features(NamedTuple):
 
 
 def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[dict[str, Any]]:
-    """Every tool on made-up features; with `full` and `data` also on those of an untrained convnet on these images. The ratio is
-    to our linear probe: all of its path, the refit and the test score."""
+    """One row per tool and set of features: work, tool, seconds, ratio, top1, peak_mib, measured_epochs.
+
+    The features are synthetic. With `full` and `data`, features of these images from an untrained convnet are
+    added. `ratio` is the time divided by that of our linear probe, which includes the whole path of
+    penalties, the refit and the test score.
+    """
     rows = compare(made_up(device), device, full)
     if full and data is not None:
         rows += compare(of_images(data, device, out), device, full)
@@ -53,7 +57,7 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
 
 
 def compare(features: Features, device: torch.device, full: bool) -> list[dict[str, Any]]:
-    """Rows for all tools. The quick ones take turns; SGD and scikit-learn, minutes each, run once."""
+    """One row per tool. Our probes take turns; SGD and scikit-learn take minutes each and run once."""
     works: dict[str, Callable[[], float]] = {
         "ours: linear, path and refit": partial(protocol, LinearProbe, features),
         "ours: linear, one fit": partial(one_fit, features),
@@ -88,11 +92,14 @@ def compare(features: Features, device: torch.device, full: bool) -> list[dict[s
     ]
 
 
-# --- features -----------------------------------------------------------------------------------------------------------------
+# --- features ---
 
 
 def made_up(device: torch.device) -> Features:
-    """A random two-layer network on overlapping Gaussian mixtures: rectified, correlated, ill-conditioned features."""
+    """Synthetic features: overlapping Gaussian mixtures passed through a random two-layer network.
+
+    They are rectified, correlated and ill-conditioned.
+    """
     torch.manual_seed(0)
     n = N + 10_000
     y = torch.arange(n)[torch.randperm(n)] % CLASSES
@@ -101,11 +108,14 @@ def made_up(device: torch.device) -> Features:
     inputs *= (0.5 * torch.randn(n, 1)).exp()  # contrast
     first, second = torch.randn(64, 256) / 8, torch.randn(256, D) / 16
     X = ((inputs @ first).relu() @ second).relu().to(device)
-    return split(f"{N:,} x {D}, made up", Split(X[:N], y[:N].to(device)), Split(X[N:], y[N:].to(device)))
+    return split(f"{N:,} x {D}, synthetic", Split(X[:N], y[:N].to(device)), Split(X[N:], y[N:].to(device)))
 
 
 def of_images(folder: Path, device: torch.device, out: Path) -> Features:
-    """Features of an untrained convnet with 512 channels at the end, in the order of the images, shuffled."""
+    """Features of the images in `folder` from an untrained convnet with D output channels.
+
+    The training and validation images are concatenated and shuffled.
+    """
     read = partial(image_folder.folder, str(folder), None, str(out / "cache"))
     images = dataset.load(read, "folder", 0.1, None, 0, "auto", device)
     torch.manual_seed(0)
@@ -121,32 +131,40 @@ def of_images(folder: Path, device: torch.device, out: Path) -> Features:
 
 
 def split(work: str, both: Split, test: Split) -> Features:
+    """Split `both` into 90 % training and 10 % validation features."""
     most = len(both.y) * 9 // 10
     return Features(
         work, Split(both.X[:most], both.y[:most]), Split(both.X[most:], both.y[most:]), both, test
     )
 
 
-# --- contenders: top-1 on the test features, and where they run once their seconds --------------------------------------------
+# --- contenders: each returns its test top-1; those that run only once also return their time ---
 
 
 def top1(scores: Tensor, y: Tensor) -> float:
+    """Top-1 accuracy of scores (n, classes) for labels y (n,)."""
     return accuracies(scores, y)["top1"] or 0.0
 
 
 def protocol(Probe: type[LinearProbe] | type[RidgeProbe], features: Features) -> float:
-    """The penalty chosen on val from a path on train, a fit on both, the score on test: as `ssl_runner.probe.probe` does it."""
+    """Test top-1 by the protocol of `ssl_runner.probe.probe`.
+
+    The penalty is selected on val from a path fitted on train. The probe is then refitted on both.
+    """
     chosen, _ = best_of(Probe(*features.train, CLASSES).path(features.val.X), features.val.y)
     return top1(Probe(*features.both, CLASSES).scores(chosen, features.test.X), features.test.y)
 
 
 def one_fit(features: Features) -> float:
+    """Test top-1 of a single fit with penalty L2."""
     return top1(LinearProbe(*features.both, CLASSES).scores(L2, features.test.X), features.test.y)
 
 
 def sgd(train: Split, test: Split, rate: float, epochs: int) -> tuple[float, float]:
-    """Seconds and top-1 of SGD with a cosine schedule, batches of 256 by index from standardised features in memory: no loader,
-    no framework, no logging."""
+    """Time (s) and top-1 of SGD with a cosine schedule on standardised features in memory.
+
+    Batches of BATCH rows are indexed directly, without data loader, framework or logging.
+    """
     measure.synchronize(train.X.device)
     start = time.perf_counter()
     mean, std = train.X.mean(0), train.X.std(0).clamp(min=1e-6)
@@ -167,14 +185,20 @@ def sgd(train: Split, test: Split, rate: float, epochs: int) -> tuple[float, flo
 
 
 def quick(features: Features, rate: float) -> float:
-    """Validation top-1 after five epochs, which tells the learning rates apart; with --full it is after all of them."""
+    """Validation top-1 after five epochs, which suffices to select the learning rate.
+
+    With --full, the learning rate is selected after all EPOCHS instead.
+    """
     return sgd(features.train, features.val, rate, 5)[1]
 
 
 def lightly(features: Features, device: torch.device, epochs: int) -> tuple[float, float, float | None, int]:
-    """lightly's benchmarks/imagenet/resnet50/linear_eval.py, which says 90 epochs at lr 0.1 with batches of 256 a device, on
-    features: seconds of EPOCHS epochs in proportion to those run, top-1, memory, epochs run. A few epochs are a whole short
-    schedule, whose top-1 is that of the short one."""
+    """Probe of lightly's benchmarks/imagenet/resnet50/linear_eval.py, trained on precomputed features.
+
+    That script uses 90 epochs at lr 0.1 with batches of 256 per device. Returns seconds, extrapolated from
+    `epochs` to EPOCHS; top-1; peak memory in MiB; `epochs`. The schedule spans `epochs`, so top-1 is that of
+    the shorter schedule.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -199,7 +223,10 @@ def lightly(features: Features, device: torch.device, epochs: int) -> tuple[floa
 
 
 def scikit_learn(features: Features) -> tuple[float, float, float | None, None]:
-    """lbfgs at the objective of our one fit, from standardised float64 features. RuntimeError if the two optima are not one."""
+    """L-BFGS on the objective of `one_fit`, with standardised float64 features.
+
+    Returns seconds, top-1, peak memory in MiB, None. Raises RuntimeError if the optimal values differ.
+    """
     X, y = features.both
     mean, std = X.double().mean(0), X.double().std(0)
     scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0)
@@ -217,6 +244,6 @@ def scikit_learn(features: Features) -> tuple[float, float, float | None, None]:
     reached = objective(ours.W.double(), ours.b.double())
     best = objective(torch.from_numpy(theirs.coef_), torch.from_numpy(theirs.intercept_))
     if abs(reached - best) > 1e-5 * best:
-        raise RuntimeError(f"our linear probe ends at {reached:.8f}, scikit-learn's at {best:.8f}")
+        raise RuntimeError(f"objective of our linear probe: {reached:.8f}, of scikit-learn's: {best:.8f}")
     scores = torch.from_numpy(theirs.decision_function(((features.test.X.double() - mean) * scale).numpy()))
     return seconds, top1(scores, features.test.y), memory, None

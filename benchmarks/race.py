@@ -1,4 +1,4 @@
-"""Accuracy against seconds of training: ours, lightly and stable-pretraining, in alternating processes."""
+"""Accuracy against training time of ssl_runner, lightly and stable-pretraining, in alternating processes."""
 
 import json
 import math
@@ -16,13 +16,13 @@ from benchmarks.picture import plt
 LOSSES = {"simclr": "SimCLR", "vicreg": "VICReg", "barlow": "Barlow Twins"}
 SEEDS = (0, 1, 2)
 EQUAL = "ours, lightly's images"
-RATE = 1.5  # steps a second that stable-pretraining's schedule is laid out for, about what it makes here
+RATE = 1.5  # steps per second assumed for the length of stable-pretraining's schedule
 
 
 def racer(
     tool: str, loss: str, seed: int, seconds: float, marks: list[float], label: str = "", **given: Any
 ) -> list[dict[str, Any]]:
-    """Trains in a process of its own; a row for every mark."""
+    """Train in a separate process. Returns one row per mark. Raises RuntimeError if the process fails."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         task = {
@@ -44,8 +44,11 @@ def racer(
 
 
 def run(device: torch.device, full: bool, data: Path, out: Path) -> list[dict[str, Any]]:
-    """Peers train for T seconds, stable-pretraining with one seed only; ours for a third of that, which is to suffice for their
-    accuracy, and once more for as many images as lightly has seen, which tells the recipe from the throughput."""
+    """One row per loss, tool, seed and mark.
+
+    Peers train for T seconds, stable-pretraining with one seed only. ssl_runner trains for T / 3 seconds, and
+    once more for the number of images that lightly has processed, to separate the recipe from the throughput.
+    """
     T = 300.0 if full else 60.0
     shared: dict[str, Any] = {"data": str(data.resolve()), "device": str(device), "workers": 2}
     rows: list[dict[str, Any]] = []
@@ -62,7 +65,7 @@ def run(device: torch.device, full: bool, data: Path, out: Path) -> list[dict[st
 
 
 def draw(rows: pd.DataFrame, path: Path) -> None:
-    """A panel for each loss and probe: means over seeds, and every seed as a point."""
+    """One panel per loss and probe: means over seeds as lines, single seeds as points."""
     rows = rows[rows.tool != EQUAL]
     figure, panels = plt.subplots(
         2, len(LOSSES), figsize=(11, 6), sharex=True, sharey="row", layout="constrained"
@@ -76,9 +79,9 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
                 axes.scatter(of_tool.seconds, of_tool[measured], color=f"C{color}", s=12)
             axes.spines[["top", "right"]].set_visible(False)
         panels[0, column].set_title(loss)
-        panels[1, column].set_xlabel("seconds of training")
+        panels[1, column].set_xlabel("training time (s)")
     panels[0, 0].set_ylabel("linear probe, test top-1")
-    panels[1, 0].set_ylabel("nearest neighbours, test top-1")
+    panels[1, 0].set_ylabel("kNN, test top-1")
     panels[0, 0].legend(frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)

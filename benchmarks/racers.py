@@ -1,8 +1,8 @@
-"""One racer of the race: python -m benchmarks.racers '{"tool": …}' trains a network for so many seconds, then says what its
-features are worth. Every tool has the same images in memory, the same backbone and batch size; all else is its own.
+"""Child process of the race: `python -m benchmarks.racers '{"tool": ...}'` trains and probes one network.
 
-The clock runs while training only: not for imports, nor for reading the images, nor for keeping a copy of the weights at a
-mark, which is probed after the end.
+All tools use the same images in memory, the same backbone and the same batch size; everything else is their
+own. The clock runs only during training. Imports, reading of images and copying of weights do not count. At
+each mark the weights are copied; the copies are probed after training.
 """
 
 import json
@@ -24,17 +24,24 @@ from torch.utils.data import DataLoader
 from benchmarks import pictures
 from ssl_runner import build, optimizer
 from ssl_runner.backbone import convnet
-from ssl_runner.config import compose
+from ssl_runner.config.compose import CONF, prefer_our_presets, register_resolvers
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.preemption import Preempted, Preemption
-from ssl_runner.probe.protocol import evaluate
+from ssl_runner.probe import KnnProbe, LinearProbe, evaluate
 
 BATCH = 256
-WARMUP = 0.05  # of the time, in our schedule by the clock
+PROBES = {"linear": LinearProbe, "knn": KnnProbe}
+WARMUP = 0.05  # fraction of the training time, in our time-based schedule
 
 
 class Clock:
-    """Seconds of training, of which `budget` are allowed; at every mark it stops for a copy of the backbone's weights."""
+    """Training time in seconds. At each mark the clock is paused while the backbone's weights are copied.
+
+    budget   allowed training time (s)
+    marks    remaining times (s) at which the weights are copied
+    images   number of images processed so far
+    kept     copies as (elapsed seconds, images, state_dict)
+    """
 
     def __init__(self, budget: float, marks: list[float]):
         self.budget, self.marks, self.images = budget, sorted(marks), 0
@@ -43,7 +50,7 @@ class Clock:
         self.start = 0.0
 
     def tick(self) -> float:
-        """Called before each step: the seconds that are over. The first call starts the clock."""
+        """Return the elapsed seconds. Call before each step; the first call starts the clock."""
         self.start = self.start or time.perf_counter()
         elapsed = time.perf_counter() - self.start
         if self.marks and elapsed >= self.marks[0]:
@@ -59,19 +66,20 @@ class Clock:
         return elapsed
 
     def end(self) -> None:
-        """Keeps the weights as they are now, whatever the time."""
+        """Copy the current weights and end the training, regardless of the time."""
         self.marks = [0.0]
         self.tick()
 
     @property
     def over(self) -> bool:
+        """Whether all marks have been reached."""
         return not self.marks
 
 
 def settings(given: dict[str, Any]) -> DictConfig:
-    """The configuration of ours: the defaults for these images and this loss."""
-    compose.register_resolvers()
-    compose.prefer_our_presets()
+    """Compose the configuration of ssl_runner: the defaults for the given images and loss."""
+    register_resolvers()
+    prefer_our_presets()
     overrides = [
         "dataset=folder",
         f"dataset.root={given['data']}",
@@ -79,24 +87,26 @@ def settings(given: dict[str, Any]) -> DictConfig:
         f"seed={given['seed']}",
     ]
     overrides += [f"device={given['device']}", f"batch_size={BATCH}"]
-    with initialize_config_dir(str(compose.CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", overrides=overrides)
 
 
 def ours(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
-    """A run as `ssl-run` makes it, but that the learning rate follows the clock instead of the number of steps, or the
-    number of images where that is given."""
+    """Train as `ssl-run` does, but with a learning rate that follows the clock instead of the step.
+
+    If `images` is given, the learning rate follows the number of images processed.
+    """
     cfg, images = settings(given), given.get("images")
-    stages = build.build(cfg)
-    clock.backbone = stages.backbone
+    experiment = build.build(cfg)
+    backbone = clock.backbone = experiment.model.backbone
     preemption = Preemption()
-    solver: Any = runner.build_solver(cfg, stages, preemption, lambda state: None)
+    solver: Any = experiment.solver(preemption, lambda state: None)
     schedule = partial(
         optimizer.cosine,
         steps=1000,
         warmup=int(1000 * WARMUP),
         lr=cfg.optimizer.lr,
-        final=cfg.optimizer.final_lr,
+        final_ratio=cfg.optimizer.final_lr_ratio,
     )
 
     def by_the_clock(step: int) -> float:
@@ -114,11 +124,11 @@ def ours(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
     with suppress(Preempted):
         for _ in solver.epochs():
             pass
-    return stages.backbone, stages.data
+    return backbone, experiment.data
 
 
 def loader(data: DataSet, transform: Callable, workers: int) -> DataLoader:
-    """The pretraining images as the peers load them."""
+    """Data loader over the pretraining images, as in the peers' examples."""
     return pictures.loader(
         data.pretrain.images[data.pretrain.indices].permute(0, 2, 3, 1).cpu().numpy(),
         transform,
@@ -128,7 +138,7 @@ def loader(data: DataSet, transform: Callable, workers: int) -> DataLoader:
 
 
 def lightly(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
-    """The plain training loops of lightly's examples for CIFAR-10: its transforms, heads and losses, SGD at 0.06."""
+    """Train as in lightly's CIFAR-10 examples: its transforms, heads and losses, SGD with lr 0.06."""
     from lightly.loss import BarlowTwinsLoss, NTXentLoss, VICRegLoss
     from lightly.models.modules import heads
     from lightly.transforms import BYOLTransform, SimCLRTransform, VICRegTransform
@@ -171,8 +181,11 @@ def lightly(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
 
 
 def stable_pretraining(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
-    """stable-pretraining's Module under Lightning's Trainer: its transforms, its losses, a projector, LARS and a warmed-up cosine
-    as in its documentation; the schedule is as long as the steps that the time allows."""
+    """Train stable-pretraining's Module with Lightning's Trainer.
+
+    Transforms, losses, projector, LARS and the cosine schedule with warm-up are those of its documentation.
+    The schedule has budget x `steps_per_s` steps.
+    """
     import lightning
     import stable_pretraining as spt
     from stable_pretraining import forward
@@ -235,13 +248,13 @@ def stable_pretraining(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, 
         callbacks=[Watch()],
     )
     trainer.fit(module, loader(data, lambda image: several({"image": image}), given["workers"]))
-    if not clock.over:  # the schedule has ended before the time
+    if not clock.over:  # the schedule ended before the budget was used up
         clock.end()
     return backbone.to(device), data
 
 
 def peers_start(given: dict[str, Any]) -> tuple[DataSet, torch.device, Any]:
-    """What the peers share with ours: the images and the backbone."""
+    """Return what all tools share: data set, device and backbone."""
     cfg = settings(given)
     data = build.build(cfg).data
     device = torch.device(given["device"])
@@ -259,8 +272,7 @@ def main() -> None:
     for elapsed, images, weights in clock.kept:
         backbone.load_state_dict(weights)
         top1 = {
-            row["probe"]: row["top1"]
-            for row in evaluate("backbone", backbone, data, ["linear", "knn"], score_test=True)
+            row["probe"]: row["top1"] for row in evaluate("backbone", backbone, data, PROBES, score_test=True)
         }
         rows.append({"seconds": elapsed, "images": images, "linear": top1["linear"], "knn": top1["knn"]})
     Path(given["out"]).write_text(json.dumps(rows))

@@ -1,4 +1,7 @@
-"""From the shell to the first step of training, each in a process of its own: ours, and what the peers' imports alone take."""
+"""Time from the shell to the first training step, compared with the import time of the peers.
+
+Each measurement runs in its own process.
+"""
 
 import os
 import statistics
@@ -24,8 +27,8 @@ train.Pretraining._step = after_a_step
 sys.argv = ["ssl-run", *{TINY.split()}]
 cli.main()
 """
-CONTENDERS = {  # (work, tool): what the interpreter is given
-    ("the command's own part", "ours: ssl-run --cfg job"): ["-m", "ssl_runner", "--cfg", "job"],
+CONTENDERS = {  # (work, tool) -> arguments of the interpreter
+    ("print the configuration", "ours: ssl-run --cfg job"): ["-m", "ssl_runner", "--cfg", "job"],
     ("imports", "ours: ssl_runner.run"): ["-c", "import ssl_runner.run"],
     ("imports", "torch alone"): ["-c", "import torch"],
     ("imports", "torch, torchvision, timm"): ["-c", "import torch, torchvision, timm"],
@@ -39,37 +42,43 @@ CONTENDERS = {  # (work, tool): what the interpreter is given
 }
 
 
-# between us and what is measured: a process inherits the largest memory of the one that it was forked from
+# Runs between this process and the measured one: a forked process inherits the peak memory of its parent.
 LAUNCHER = """
 import os, sys, time
 start = time.perf_counter()
 _, status, usage = os.wait4(os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ), 0)
 taken = time.perf_counter() - start
-print(os.waitstatus_to_exitcode(status), taken, usage.ru_utime + usage.ru_stime, usage.ru_maxrss, file=sys.stderr)
+cpu_seconds = usage.ru_utime + usage.ru_stime
+print(os.waitstatus_to_exitcode(status), taken, cpu_seconds, usage.ru_maxrss, file=sys.stderr)
 """
 
 
 def process(arguments: list[str], folder: str) -> tuple[float, float, float]:
-    """Seconds by the clock, seconds of computing and the most MiB of memory of a process. Raises RuntimeError where it fails."""
+    """Run a process. Returns wall-clock time (s), CPU time (s) and peak memory (MiB).
+
+    Raises RuntimeError if the process fails.
+    """
     command = [sys.executable, "-S", "-c", LAUNCHER, sys.executable, *arguments]
     done = subprocess.run(
         command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
-    *said, figures = done.stderr.splitlines()
+    *messages, figures = done.stderr.splitlines()
     code, seconds, computing, peak = map(float, figures.split())
-    if code and not (said and said[-1].startswith("interrupted")):
-        raise RuntimeError(f"{' '.join(arguments)[:80]} ended with {code:.0f}: {' '.join(said)[-500:]}")
+    if code and not (messages and messages[-1].startswith("interrupted")):
+        raise RuntimeError(
+            f"{' '.join(arguments)[:80]} exited with code {code:.0f}: {' '.join(messages)[-500:]}"
+        )
     return seconds, computing, peak / (1024 if sys.platform == "linux" else 2**20)
 
 
 def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[dict[str, Any]]:
-    """On the host alone; `device` and `data` play no part."""
+    """One row per contender. Everything runs on the CPU; `device` and `data` are not used."""
     taken: dict[tuple[str, str], list[tuple[float, ...]]] = {contender: [] for contender in CONTENDERS}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(8 if full else 3):
             for contender, arguments in CONTENDERS.items():
                 measured = process(arguments, folder)
-                if turn:  # the first one fills the caches of files and of byte code
+                if turn:  # the first turn fills the file cache and the bytecode cache
                     taken[contender].append(measured)
     seconds = {contender: statistics.median(turn[0] for turn in turns) for contender, turns in taken.items()}
     ours = {work: seconds[work, tool] for work, tool in seconds if tool.startswith("ours")}

@@ -1,5 +1,8 @@
-"""A whole training step beside the bare forward and backward of its network: what views, relation, loss, optimiser and the watch
-on the loss add. lightly's step as its examples write it, torch.compile and bf16 stand beside."""
+"""Training step compared with the bare forward and backward pass of its network.
+
+The difference is the overhead of views, relation, loss, optimiser and the check for non-finite losses.
+lightly's training step (as in its examples), torch.compile and bf16 are timed as well.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,7 +27,9 @@ from ssl_runner.batch import Batch
 from ssl_runner.config.compose import CONF
 from ssl_runner.data import dataset
 from ssl_runner.data.dataset import Source
+from ssl_runner.data.loader import MultiViewLoader
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, VICReg
+from ssl_runner.model import SSLModel
 from ssl_runner.relation.builders import FromViews
 from ssl_runner.train import NonFiniteGuard, Pretraining
 
@@ -38,7 +43,7 @@ BACKBONES: dict[str, Callable[..., backbone.Backbone]] = {
 
 
 class Ours:
-    """A real run's parts on images in memory, and its steps one by one."""
+    """The components of a run on random images in memory, with methods for whole steps and their parts."""
 
     def __init__(self, name: str, loss: str, device: torch.device, precision: str = "fp32"):
         torch.manual_seed(0)
@@ -49,60 +54,49 @@ class Ours:
             images, torch.arange(n) % 10, [*"0123456789"], rows[: 3 * BATCH], rows[3 * BATCH :], rows[:0]
         )
         data = dataset.load(lambda: source, "noise", 0.1, None, 0, "auto", device)
-        body: Any = BACKBONES[name](3, SIDE)
-        body.to(device, memory_format=torch.channels_last)
-        head = projector.mlp(body.width, WIDTH, 2, K).to(device)
+        model = SSLModel(body := BACKBONES[name](3, SIDE), projector.mlp(body.width, WIDTH, 2, K), True)
+        model.to(device)
+        body.to(memory_format=torch.channels_last)
+        augment = instantiate(OmegaConf.load(CONF / "views" / f"{VIEWS[loss]}.yaml"))
+        self.loader = MultiViewLoader(data, augment, V=V, batch_size=BATCH, seed=0)
         self.training = Pretraining(
-            body,
-            head,
+            model,
             LOSSES[loss](),
-            optimizer.build([body, head], torch.optim.AdamW, 1e-3, 1e-2),
-            lambda step: 1e-3,
-            data,
-            instantiate(OmegaConf.load(CONF / "views" / f"{VIEWS[loss]}.yaml")),
+            self.loader,
             FromViews(),
-            V=V,
-            epochs=1,
-            batch_size=BATCH,
-            clip=None,
+            optimizer=optimizer.build([model], torch.optim.AdamW, 1e-3, 1e-2),
+            learning_rate=lambda step: 1e-3,
             precision=precision,
-            channels_last=True,
-            separate=False,
-            seed=0,
         )
-        self.watch, self.batches = NonFiniteGuard(device), self._batches()
-        self.X = self.views(*next(self.batches))
+        self.guard, self.batches = NonFiniteGuard(device), self._batches()
+        X, _ = next(self.batches)
+        self.X = X.contiguous(memory_format=model.memory_format)
         self.Z = torch.randn(V * BATCH, K, device=device)
 
     def _batches(self) -> Iterator[tuple[Tensor, Batch]]:
         while True:
-            yield from self.training._batches(
-                torch.randperm(len(self.training.data.pretrain))[: 2 * BATCH].view(2, BATCH)
-            )
+            yield from self.loader.batches(0)
 
     def step(self) -> None:
-        """One step as a run takes it, from the gathering of the batch on."""
-        self.training._step(*next(self.batches), 1e-3, self.watch)
+        """One training step, including the loading of the batch and its views."""
+        self.training._step(*next(self.batches), self.guard)
 
     def forward(self) -> Tensor:
+        """Forward pass of the network on fixed views, under autocast if the precision requires it."""
         training = self.training
         with torch.autocast(training.device.type, training.dtype, enabled=training.dtype is not None):
             return training.network(self.X)
 
     def bare(self) -> None:
-        """Forward and backward of the network on an X that is there already."""
+        """Forward and backward pass of the network on fixed views."""
         for parameter in self.training.parameters():
             parameter.grad = None
         self.forward().float().square().mean().backward()
 
-    # --- the parts of a step that are not the network's -----------------------------------------------------------------------
+    # --- parts of a step other than the network ---
 
-    def views(self, images: Tensor, batch: Batch) -> Tensor:
-        training, data = self.training, self.training.data
-        X = training.augment(images, V, data.mean, data.std, training.view_generator)
-        return X.contiguous(memory_format=training.memory_format)
-
-    def lose(self) -> dict[str, Tensor]:
+    def loss_gradient(self) -> dict[str, Tensor]:
+        """Relation, loss and gradient with respect to a fixed Z. Returns the terms of the loss."""
         training = self.training
         Z = self.Z.requires_grad_()
         terms = training._terms(Z, Batch(torch.arange(BATCH), self.labels, V, 10))
@@ -110,20 +104,24 @@ class Ours:
         return {name: value.detach() for name, value in terms.items()}
 
     def parts(self) -> dict[str, Work]:
+        """Return the parts of a step, each as a function to time."""
         _, batch = next(self.batches)
         self.labels = batch.labels
         self.bare()
-        terms = self.lose() | {"loss": torch.zeros((), device=self.training.device)}
+        terms = self.loss_gradient() | {"loss": torch.zeros((), device=self.training.device)}
         return {
-            "ours: batch and views": lambda: self.views(*next(self.batches)),
-            "ours: G and loss": self.lose,
+            "ours: batch and views": lambda: next(self.batches),
+            "ours: G and loss": self.loss_gradient,
             "ours: optimizer": self.training.optimizer.step,
-            "ours: watch": lambda: self.watch.put(0, terms),
+            "ours: non-finite guard": lambda: self.guard.put(0, terms),
         }
 
 
 class Lightly:
-    """lightly's training loop, as its examples write it: transforms in a DataLoader of two workers, one forward a view, SGD."""
+    """lightly's training loop, as in its examples.
+
+    It uses transforms in a DataLoader with two workers, one forward pass per view, and SGD.
+    """
 
     def __init__(self, name: str, loss: str, device: torch.device):
         torch.manual_seed(0)
@@ -153,27 +151,33 @@ class Lightly:
         self.batches = pictures.forever(pictures.loader(noise, transform, BATCH, workers=2))
 
     def step(self) -> None:
+        """One training step, including the loading of the batch."""
         first, second = (view.to(self.device) for view in next(self.batches))
         loss = self.criterion(self.network(first), self.network(second))
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        loss.item()  # its examples add the losses up as numbers
+        loss.item()  # the examples accumulate the loss as a number
 
 
 def compiled(ours: Ours) -> float:
-    """Compiles the network as compile=true does; the seconds of the first step."""
+    """Compile the network as `compile=true` does. Returns the time of the first step (s)."""
     ours.training.network.compile(dynamic=False)
     return measure.seconds(ours.step, ours.training.device)
 
 
 def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[dict[str, Any]]:
+    """One row per network, loss and contender; see `compare`."""
     return [row for name, loss in product(BACKBONES, LOSSES) for row in compare(name, loss, device, full)]
 
 
 def compare(name: str, loss: str, device: torch.device, full: bool) -> list[dict[str, Any]]:
-    """Rows of one network and loss. ResNet-18, which takes seconds a step on a CPU, is compared with all others for VICReg only,
-    unless `full`."""
+    """One row per contender: work, tool, ms, ratio, overhead, compile_s, peak_mib.
+
+    `ratio` is the time divided by that of our whole step; `overhead` is the time in excess of the bare
+    forward and backward pass, as a fraction. On a CPU, where ResNet-18 takes seconds per step, it is compared
+    with all contenders for VICReg only, unless `full`.
+    """
     quick = name == "convnet" or device.type != "cpu"
     ours = Ours(name, loss, device)
     peak = {"ours: whole step": measure.peak_memory(ours.step, device)}

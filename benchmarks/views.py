@@ -1,4 +1,4 @@
-"""Random views, from uint8 images to normalised float32: ours, torchvision on PIL one image at a time, kornia in batches."""
+"""Random views from uint8 images to normalised float32: ssl_runner, torchvision on PIL images, kornia."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,16 +15,19 @@ from torch import Tensor, nn
 
 from benchmarks import measure
 from ssl_runner.config.compose import CONF
-from ssl_runner.views.policy import Augment, odd
+from ssl_runner.views import Augment
+from ssl_runner.views.policy import odd
 
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.247, 0.2435, 0.2616]
-Make = Callable[
-    [int], Tensor
-]  # an even number of views -> two of each of half as many images, (views, 3, size, size)
+# n (even) -> n views (n, 3, size, size): two views of each of n / 2 images
+Make = Callable[[int], Tensor]
 
 
 def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[dict[str, Any]]:
-    """One row for each policy, size and tool. Memory is what one batch of views takes, the batch itself included."""
+    """One row per policy, size and tool: work, tool, views_per_s, ratio, peak_mib.
+
+    `peak_mib` is the memory for one batch of views, including the batch itself.
+    """
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -43,8 +46,9 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
 
 
 def compare(name: str, size: int, device: torch.device, full: bool) -> list[dict[str, Any]]:
+    """Rows of one policy and image size. Raises AssertionError if ours and torchvision's views differ."""
     settings = yaml.safe_load((CONF / "views" / f"{name}.yaml").read_text())["policies"]["all"]
-    batch = 512 * (8 if device.type == "cuda" else 1)  # two views of each of 256 images, as in a step
+    batch = 512 * (8 if device.type == "cuda" else 1)  # on the CPU two views of 256 images, as in a step
     images = fields(batch // 2, size)
     tools = {
         "ours": ours(settings, images.to(device)),
@@ -53,11 +57,8 @@ def compare(name: str, size: int, device: torch.device, full: bool) -> list[dict
     }
     peak = {tool: measure.peak_memory(partial(make, batch), device) for tool, make in tools.items()}
     agree(tools["ours"], tools["torchvision on PIL"], batch)
-    part = {
-        "ours": 1,
-        "torchvision on PIL": 16,
-        "kornia": 4 if device.type == "cpu" else 1,
-    }  # each turn takes about as long
+    # fractions of a batch, so that all tools take about the same time per turn
+    part = {"ours": 1, "torchvision on PIL": 16, "kornia": 4 if device.type == "cpu" else 1}
     counts = {tool: max(4, batch // part[tool]) for tool in tools}
     work: dict[str, measure.Work] = {tool: partial(make, counts[tool]) for tool, make in tools.items()}
     times = measure.interleaved(work, device, budget=20.0 if full else 8.0)
@@ -76,7 +77,7 @@ def compare(name: str, size: int, device: torch.device, full: bool) -> list[dict
 
 
 def fields(n: int, size: int) -> Tensor:
-    """Seeded images that are smooth with a little noise, as natural ones are: (n, 3, size, size) uint8."""
+    """Seeded smooth images with a little noise, like natural ones: (n, 3, size, size) uint8."""
     generator = torch.Generator().manual_seed(0)
     smooth = F.interpolate(torch.rand(n, 3, 5, 5, generator=generator), size=size, mode="bicubic")
     noise = torch.randn(n, 3, size, size, generator=generator)
@@ -84,21 +85,24 @@ def fields(n: int, size: int) -> Tensor:
 
 
 def kernel(size: int) -> int:
-    """The side of our blur's kernel by default."""
+    """Default side of the blur kernel in ssl_runner."""
     return max(3, odd(size / 10))
 
 
 def strengths(jitter: Mapping[str, float]) -> tuple[float, float, float, float]:
+    """Brightness, contrast, saturation and hue, in the order of ColorJitter's arguments."""
     return jitter["brightness"], jitter["contrast"], jitter["saturation"], jitter["hue"]
 
 
 def ours(settings: Mapping[str, Any], images: Tensor) -> Make:
+    """Views by `ssl_runner.views.Augment`."""
     augment, generator = Augment({"all": settings}), torch.Generator(images.device).manual_seed(0)
     mean, std = (torch.tensor(numbers, device=images.device) for numbers in (MEAN, STD))
     return lambda views: augment(images[: views // 2], 2, mean, std, generator)
 
 
 def torchvision_on_pil(settings: Mapping[str, Any], images: Tensor, device: torch.device) -> Make:
+    """Views by torchvision's transforms, one PIL image at a time."""
     size, jitter = images.shape[-1], settings["jitter"]
     steps = [
         T.RandomResizedCrop(size, scale=settings["crop"]["scale"]),
@@ -118,6 +122,7 @@ def torchvision_on_pil(settings: Mapping[str, Any], images: Tensor, device: torc
 
 
 def in_kornia(settings: Mapping[str, Any], images: Tensor) -> Make:
+    """Views by kornia, in batches."""
     size, jitter = images.shape[-1], settings["jitter"]
     steps = [
         K.RandomResizedCrop((size, size), scale=settings["crop"]["scale"]),
@@ -134,8 +139,12 @@ def in_kornia(settings: Mapping[str, Any], images: Tensor) -> Make:
 
 
 def agree(one: Make, other: Make, batch: int) -> None:
-    """Raises AssertionError unless mean and deviation of a view's channels, averaged over at least 256 views of the same images,
-    are the same within 5 standard errors, and 0.02 for PIL's whole numbers."""
+    """Check that two tools produce views with the same statistics.
+
+    Compares the mean and standard deviation of each channel, averaged over at least 256 views of the same
+    images. The tolerance is 5 standard errors plus 0.02, because PIL rounds to integers. Raises
+    AssertionError.
+    """
     batches = -(-256 // batch)
     for what in ("mean", "std"):
         a, b = (
@@ -145,5 +154,5 @@ def agree(one: Make, other: Make, batch: int) -> None:
         error = (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
         if ((a.mean(0) - b.mean(0)).abs() > 5 * error + 0.02).any():
             raise AssertionError(
-                f"the {what} of a view's channels is {a.mean(0).tolist()} here, {b.mean(0).tolist()} there"
+                f"{what} of the channels of a view: {a.mean(0).tolist()} versus {b.mean(0).tolist()}"
             )

@@ -1,4 +1,4 @@
-"""The frame of the benchmarks, and what they count. Nothing here times anything, and no peer is needed."""
+"""Tests of the benchmark harness and its counters. Nothing is timed, and no peer library is required."""
 
 import time
 from importlib.util import find_spec
@@ -14,9 +14,9 @@ from ssl_runner.backbone import resnet
 CPU = torch.device("cpu")
 
 
-def test_contenders_take_turns_and_give_medians() -> None:
+def test_interleaved_alternates_contenders_and_returns_medians() -> None:
     calls: list[str] = []
-    pauses = iter([0.0, 0.0, 0.2, 0.0])  # the warm-up, then three rounds
+    pauses = iter([0.0, 0.0, 0.2, 0.0])  # warm-up, then three rounds
 
     def uneven() -> None:
         calls.append("uneven")
@@ -24,46 +24,49 @@ def test_contenders_take_turns_and_give_medians() -> None:
 
     times = measure.interleaved({"uneven": uneven, "even": lambda: calls.append("even")}, CPU, budget=0.0)
     assert calls == ["uneven", "even"] * 4
-    assert times["uneven"] < 0.1  # of one slow round the median knows nothing
+    assert times["uneven"] < 0.1  # the median ignores one slow round
     assert measure.versus({"ours": 2.0, "theirs": 6.0}) == {"ours": 1.0, "theirs": 3.0}
 
 
 @pytest.mark.skipif(measure.sys.platform != "linux", reason="reads /proc")
-def test_peak_memory_sees_what_is_freed_again() -> None:
+def test_peak_memory_includes_memory_freed_before_return() -> None:
     peak = measure.peak_memory(lambda: torch.ones(64 * measure.MIB // 4).sum(), CPU)
     assert peak == pytest.approx(64, abs=8)
     assert measure.peak_memory(lambda: None, CPU) < 8
 
 
-def test_every_group_has_its_module() -> None:
+def test_groups_have_modules() -> None:
     assert all(find_spec(f"benchmarks.{name}") for name in bench.GROUPS)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["vews"], "no group vews: choose from views, loss"),
-        (["race"], "the race needs images: give --data FOLDER"),
+        (["vews"], "GROUP=vews: expected one or more of views, loss"),
+        (["race"], "GROUP=race: expected --data; give --data FOLDER"),
         pytest.param(
             ["views", "--device", "cuda"],
-            "this machine has no CUDA device",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+            "--device=cuda: expected a machine with a CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="requires a machine without CUDA"),
         ),
     ],
 )
-def test_a_benchmark_that_cannot_run_says_why(
+def test_command_rejects_invalid_arguments(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["bench", *arguments])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_:
         bench.main()
-    assert ended.value.code == 2
+    assert exit_.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_counted_flops_are_those_of_the_convolutions() -> None:
-    """A convolution multiplies and adds once for every output and weight of its own, and twice more on the way back, but for the
-    gradient of the images, which nobody needs."""
+def test_counted_matches_flops_of_convolutions() -> None:
+    """A convolution needs one multiply-add per output element and weight of its filter.
+
+    The backward pass needs as many for the gradient of the weights and again for that of the input. The first
+    layer does not compute the latter.
+    """
     network, X = resnet(3, 32, "resnet18"), torch.randn(2, 3, 32, 32)
     forward = []
 
