@@ -10,15 +10,8 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from PIL import Image
 
 from ssl_runner import cli
-
-TINY = (
-    "epochs=2 dataset.subset=200 batch_size=50 backbone.widths=[8,16] projector.width=16 projector.K=8"
-    " probe.probes=[knn] probe.features=[backbone] device=cpu precision=fp32"
-)
-
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: one thread each, subprocesses included
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -56,24 +49,3 @@ def ssl_run(
 
     yield run
     HydraConfig.instance().cfg = hydra_config
-
-
-def run_folder(out: str) -> Path:
-    """Return the run folder given by `run=` in the last line of standard output."""
-    return Path(out.strip().splitlines()[-1].partition("run=")[2])
-
-
-def make_pictures(root: Path, train: int, test: int, side: int) -> None:
-    """Write side x side noise images of two brightnesses to root/{train,test}/{dark,light}.
-
-    `train` and `test` are the numbers of images per class.
-    """
-    generator = torch.Generator().manual_seed(0)
-    for part, n in (("train", train), ("test", test)):
-        for c, name in enumerate(("dark", "light")):
-            (root / part / name).mkdir(parents=True)
-            for i in range(n):
-                pixels = torch.randint(
-                    100 * c, 100 * c + 100, (side, side, 3), generator=generator, dtype=torch.uint8
-                )
-                Image.fromarray(pixels.numpy()).save(root / part / name / f"{i}.png")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ssl_runner import distributed
+from ssl_runner.distributed import group
 
 PATIENCE = 60  # timeout in seconds
 
@@ -43,7 +44,7 @@ def _child(rank: int, W: int, port: int, queue: Any, function: Callable[..., Any
         distributed.start()
         result = function(*arguments)
         queue.put(pickle.dumps((rank, (True, result))))
-        if not distributed._group.ended.is_set():  # set if the function simulates a failing rank
+        if not group._group.ended.is_set():  # set if the function simulates a failing rank
             distributed.finish()
     except BaseException:
         queue.put(pickle.dumps((rank, (False, f"process {rank}: {traceback.format_exc()}"))))

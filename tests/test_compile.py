@@ -10,9 +10,9 @@ from torch.testing import assert_close
 from ssl_runner.backbone import Backbone, from_timm, linear, resnet, vit_tiny
 from ssl_runner.loss import Loss, SimCLR
 from ssl_runner.relation.builders import FromViews
-from ssl_runner.views.policy import Augment
-from tests.test_dataset import CPU
-from tests.test_sync import LOSSES, SMALL, steps
+from ssl_runner.views import Augment
+from tests.helpers import CPU
+from tests.test_no_host_sync import LOSSES, SMALL, steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # torch.compile's own warnings
 

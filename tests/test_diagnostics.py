@@ -1,44 +1,38 @@
 """Diagnostics against direct definitions and embeddings with known values."""
 
+import csv
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
+from ssl_runner.backbone import Backbone
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
+from ssl_runner.model import SSLModel
 from ssl_runner.relation import builders
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.theory import diagnostics, measures, optima
-from ssl_runner.theory.diagnostics import COLUMNS, Diagnostics
-from ssl_runner.views.policy import Augment
-from tests.test_dataset import load, toy
+from ssl_runner.theory.diagnostics import Diagnostics
+from tests.helpers import noise_loader
+
+NOWHERE = Path("/nonexistent")  # a folder that is not written to
 
 
 def make_diagnostics(
-    loss: Loss, relation: RelationBuilder | None = None, images: int = 40, fixed: bool = True
+    loss: Loss, relation: RelationBuilder | None = None, num_images: int = 40, folder: Path = NOWHERE
 ) -> Diagnostics:
-    source = toy()
-    source.images = torch.randint(
-        0, 256, source.images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    data = load(source)
-    relation = relation or builders.FromViews()
-    relation.bind(data.pretrain.labels)
-    augment = Augment({"all": {"crop": {"scale": [0.3, 1.0]}}})
-    return Diagnostics(data, augment, relation, loss, V=2, images=images, seed=0, fixed=fixed)
+    loader, relation = noise_loader(), relation or builders.FromViews()
+    relation.bind(loader.data.pretrain.labels)
+    return Diagnostics(loader, relation, loss, folder, every=1, num_images=num_images)
 
 
-class Network(nn.Module):
+def linear_model(K: int = 5) -> SSLModel:
     """Linear network on flattened images; batch norm and dropout make its output depend on the mode."""
-
-    def __init__(self, K: int):
-        super().__init__()
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(48, K), nn.BatchNorm1d(K), nn.Dropout(0.5))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.body(x)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+    return SSLModel(Backbone(body, 8), nn.Linear(8, K))
 
 
 @pytest.mark.parametrize(
@@ -46,14 +40,20 @@ class Network(nn.Module):
 )
 @pytest.mark.parametrize(
     "relation",
-    [builders.FromViews(), builders.FromLabels(True), builders.Rewired(), builders.FromNeighbors(2)],
+    [
+        builders.FromViews(),
+        builders.FromLabels(True),
+        builders.Rewired(builders.FromLabels()),
+        builders.FromNeighbors(2),
+    ],
+    ids=lambda relation: type(relation).__name__,
 )
 def test_row_has_every_column_and_is_deterministic(loss: Loss, relation: RelationBuilder) -> None:
-    network, head = Network(8), nn.Linear(8, 5)
-    evaluate = make_diagnostics(loss, relation)
-    row = evaluate(network, head)
-    assert tuple(row) == COLUMNS
-    again = evaluate(network, head)
+    model = linear_model()
+    diagnose = make_diagnostics(loss, relation)
+    row = diagnose(model, epoch=1, last=False)
+    assert tuple(row) == Diagnostics.columns
+    again = diagnose(model, epoch=2, last=False)
     assert {k: v for k, v in row.items() if k != "diagnostics_s"} == {
         k: v for k, v in again.items() if k != "diagnostics_s"
     }
@@ -68,51 +68,72 @@ def test_row_has_every_column_and_is_deterministic(loss: Loss, relation: Relatio
 
 
 def test_diagnostics_use_eval_mode_and_restore_network() -> None:
-    network, head = Network(8), nn.Linear(8, 5)
-    network.body[3].eval()
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    make_diagnostics(VICReg())(network, head)
-    assert network.training
-    assert not network.body[3].training
-    for name, value in network.state_dict().items():
+    model = linear_model()
+    dropout = model.backbone.body[3].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    make_diagnostics(VICReg()).evaluate(model, epoch=1)
+    assert model.training
+    assert model.backbone.training
+    assert not dropout.training
+    for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
 
 
+def test_diagnostics_leave_order_and_views_of_training_unchanged() -> None:
+    (undisturbed, _), *_ = noise_loader().batches(0)
+    loader = noise_loader()
+    diagnose = Diagnostics(loader, builders.FromViews(), VICReg(), NOWHERE, every=1, num_images=40)
+    diagnose.evaluate(linear_model(), epoch=1)
+    (X, _), *_ = loader.batches(0)
+    assert torch.equal(X, undisturbed)
+
+
 def test_subset_is_class_balanced() -> None:
-    evaluate = make_diagnostics(VICReg(), images=41)
-    assert len(evaluate.X) == 2 * len(evaluate.batch.labels)
-    counts = torch.bincount(evaluate.batch.labels)
+    diagnose = make_diagnostics(VICReg(), num_images=41)
+    assert len(diagnose.X) == 2 * len(diagnose.batch.labels)
+    counts = torch.bincount(diagnose.batch.labels)
     assert (counts == counts[0]).all()
 
 
-def test_loss_gap_of_closed_form_optimum_is_zero() -> None:
-    """The projector returns the closed-form Z regardless of its input."""
+class Constant(nn.Module):
+    """A projector that returns Z regardless of its input."""
 
-    class Optimum(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.Z = torch.empty(0)
+    def __init__(self, Z: torch.Tensor) -> None:
+        super().__init__()
+        self.Z = Z
 
-        def forward(self, features: torch.Tensor) -> torch.Tensor:
-            return self.Z
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.Z
 
-    for loss in (
-        VICReg(variance="squared", beta=25.0),
-        SimCLR(),
-        SpectralContrastive(),
-        BarlowTwins(eps=1e-12),
-    ):
-        evaluate = make_diagnostics(loss, builders.FromLabels(True))
-        head, flat = Optimum(), nn.Flatten()
-        N = len(evaluate.X)
-        G = evaluate.relation(evaluate.batch, torch.zeros(N, 3))
-        head.Z = optima.optimum(loss, G, 3).Z
-        row = evaluate(flat, head)
-        assert abs(row["loss_gap"]) < 1e-4 * max(1, abs(row["loss_floor"]))
-        assert_close(row["alignment"], 1.0, rtol=0, atol=1e-6)
-        assert_close(row["relation_label_energy"], 1.0, rtol=0, atol=1e-6)
-        for line in evaluate.spectrum(flat, head)[:2]:
-            assert_close(line["Z"], line["closed_form"], rtol=1e-4, atol=1e-4)
+
+@pytest.mark.parametrize(
+    "loss",
+    [VICReg(variance="squared", beta=25.0), SimCLR(), SpectralContrastive(), BarlowTwins(eps=1e-12)],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_loss_gap_of_closed_form_optimum_is_zero(loss: Loss) -> None:
+    diagnose = make_diagnostics(loss, builders.FromLabels(True))
+    G = diagnose.relation(diagnose.batch, torch.zeros(len(diagnose.X), 3))
+    model = SSLModel(Backbone(nn.Flatten(), 48), Constant(optima.optimum(loss, G, 3).Z))
+    row = diagnose.evaluate(model, epoch=1)
+    assert abs(row["loss_gap"]) < 1e-4 * max(1, abs(row["loss_floor"]))
+    assert_close(row["alignment"], 1.0, rtol=0, atol=1e-6)
+    assert_close(row["relation_label_energy"], 1.0, rtol=0, atol=1e-6)
+    for line in diagnose.spectrum(model)[:2]:
+        assert_close(line["Z"], line["closed_form"], rtol=1e-4, atol=1e-4)
+
+
+def test_finish_writes_singular_values_of_embeddings(tmp_path: Path) -> None:
+    """VICReg is invariant to the mean of Z, so the singular values are those of the centred Z."""
+    model = linear_model()
+    diagnose = make_diagnostics(VICReg(), folder=tmp_path)
+    (tmp_path / "spectrum.csv").write_text("left by an interrupted process\n")
+    diagnose.finish(model)
+    lines = list(csv.DictReader((tmp_path / "spectrum.csv").read_text().splitlines()))
+    _, Z = diagnose.embed(model)
+    expected = torch.linalg.svdvals((Z - Z.mean(0)).double()) / len(Z) ** 0.5
+    assert [line["k"] for line in lines] == ["1", "2", "3", "4", "5"]
+    assert_close(torch.tensor([float(line["Z"]) for line in lines]).double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_effective_rank_matches_rankme_definition() -> None:
@@ -123,15 +144,19 @@ def test_effective_rank_matches_rankme_definition() -> None:
 
 
 @pytest.mark.parametrize("shape", [(30, 8), (8, 30)])
-def test_numerical_rank_and_singular_values_match_svd(shape: tuple[int, int]) -> None:
-    for rank in (1, 3, 8):
-        Z = torch.randn(shape[0], rank) @ torch.randn(rank, shape[1])
-        values = measures.singular_values(Z)
-        assert len(values) == rank == torch.linalg.matrix_rank(Z)
-        assert_close(values, torch.linalg.svdvals(Z.double())[:rank], rtol=1e-5, atol=1e-5)
-        U = measures.left_singular_space(Z)
-        assert_close(U.T @ U, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-6)
-        assert_close(U @ (U.T @ Z.double()), Z.double(), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_numerical_rank_and_singular_values_match_svd(rank: int, shape: tuple[int, int]) -> None:
+    Z = torch.randn(shape[0], rank) @ torch.randn(rank, shape[1])
+    values = measures.singular_values(Z)
+    assert len(values) == rank == torch.linalg.matrix_rank(Z)
+    assert_close(values, torch.linalg.svdvals(Z.double())[:rank], rtol=1e-5, atol=1e-5)
+    U = measures.left_singular_space(Z)
+    assert_close(U.T @ U, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert_close(U @ (U.T @ Z.double()), Z.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(30, 8), (8, 30)])
+def test_zero_matrix_has_no_singular_values(shape: tuple[int, int]) -> None:
     assert len(measures.singular_values(torch.zeros(shape))) == 0
 
 
@@ -155,19 +180,19 @@ def test_loss_without_closed_form_leaves_theory_columns_empty() -> None:
         def _terms(self, Z, G):
             return {"square": Z.square().sum()}
 
-    row = make_diagnostics(Other())(Network(8), nn.Linear(8, 5))
-    assert tuple(row) == COLUMNS
+    row = make_diagnostics(Other()).evaluate(linear_model(), epoch=1)
+    assert tuple(row) == Diagnostics.columns
     assert row["loss_floor"] is row["alignment"] is row["relation_label_energy"] is None
     assert row["rank"] == 5
 
 
 def test_neighbours_are_recomputed_at_each_evaluation() -> None:
-    network, head = Network(8), nn.Linear(8, 5)
-    evaluate = make_diagnostics(VICReg(), builders.FromNeighbors(2), fixed=False)
-    evaluate(network, head)
-    first, _ = evaluate.known
+    model = linear_model()
+    diagnose = make_diagnostics(VICReg(), builders.FromNeighbors(2))
+    diagnose.evaluate(model, epoch=1)
+    first, _ = diagnose.known
     with torch.no_grad():
-        network.body[1].weight.normal_()
-    evaluate(network, head)
-    second, _ = evaluate.known
+        model.backbone.body[1].weight.normal_()
+    diagnose.evaluate(model, epoch=2)
+    second, _ = diagnose.known
     assert (first.dense() != second.dense()).any()

@@ -1,6 +1,5 @@
 """W ranks give the results of one process: losses, gradients, relations, batch norm, views, whole runs."""
 
-import io
 import itertools
 import os
 import signal
@@ -18,18 +17,18 @@ from torch.testing import assert_close
 
 from ssl_runner import backbone, distributed
 from ssl_runner.device import choose_device
+from ssl_runner.distributed import collectives, group
 from ssl_runner.errors import UsageError
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.preemption import Preempted, Preemption
-from ssl_runner.probe.protocol import evaluate, extract
+from ssl_runner.probe import KnnProbe, LinearProbe, RidgeProbe, evaluate, extract
 from ssl_runner.relation import Labels, Relation, Views, builders
 from ssl_runner.runs.files import read_json
 from ssl_runner.runs.record import RunRecord
 from ssl_runner.theory.diagnostics import Diagnostics
-from ssl_runner.views.policy import Augment
-from tests.conftest import TINY, run_folder
+from ssl_runner.views import Augment
+from tests.helpers import TINY, complete_rows, pretraining, rows, run_folder, weights
 from tests.processes import in_processes
-from tests.test_train import pretraining, rows, weights
 from tests.test_views import FULL
 
 LOSSES = {
@@ -97,7 +96,7 @@ def test_loss_and_averaged_gradient_match_single_process(W: int) -> None:
 def collective_calls() -> dict[str, list[tuple[str, int]]]:
     """Collectives called by each loss in forward and backward: (name, number of entries)."""
     calls: list[tuple[str, int]] = []
-    for name in ("all_reduce", distributed.ALL_GATHER, distributed.REDUCE_SCATTER):
+    for name in ("all_reduce", collectives.ALL_GATHER, collectives.REDUCE_SCATTER):
         collective = getattr(torch.distributed, name)
 
         def counted(*tensors: Tensor, name: str = name, collective=collective) -> None:
@@ -129,7 +128,7 @@ def test_collective_sizes_are_independent_of_batch_size_except_for_simclr(W: int
     assert sizes["spectral"] == [1, 1, K, K, K * K, K * K]
     assert all(name == "all_reduce" for loss in ("vicreg", "barlow", "spectral") for name, _ in found[loss])
     gathers = [call for call in found["simclr"] if call[0] != "all_reduce"]
-    assert gathers == [(distributed.ALL_GATHER, W * 40 * K), (distributed.REDUCE_SCATTER, W * 40 * K)]
+    assert gathers == [(collectives.ALL_GATHER, W * 40 * K), (collectives.REDUCE_SCATTER, W * 40 * K)]
 
 
 def network() -> nn.Module:
@@ -221,15 +220,15 @@ class Mean(Loss):
 
 TRAININGS = {
     "vicreg": lambda: pretraining(VICReg(), builders.FromViews()),
-    "vicreg V=3 separate": lambda: pretraining(VICReg(), builders.FromViews(), V=3, separate=True),
+    "vicreg V=3 per view": lambda: pretraining(VICReg(), builders.FromViews(), V=3, per_view=True),
     "simclr labels": lambda: pretraining(SimCLR(), builders.FromLabels()),
-    "barlow clipped": lambda: pretraining(BarlowTwins(), builders.FromViews(), clip=0.5),
+    "barlow clipped": lambda: pretraining(BarlowTwins(), builders.FromViews(), clip_grad_norm=0.5),
     "barlow normalized labels": lambda: pretraining(BarlowTwins(), builders.FromLabels(True)),
     "neighbors": lambda: pretraining(SimCLR(), builders.FromNeighbors(2)),
     "queue": lambda: pretraining(VICReg(), builders.FromNeighbors(2, queue=30)),
-    "noisy labels": lambda: pretraining(VICReg(), builders.Rewired("labels", 0.5)),
+    "noisy labels": lambda: pretraining(VICReg(), builders.Rewired(builders.FromLabels(), 0.5)),
     "custom loss": lambda: pretraining(Mean(), builders.FromViews()),
-    "images on the host": lambda: pretraining(VICReg(), builders.FromLabels(), location="host"),
+    "images on the host": lambda: pretraining(VICReg(), builders.FromLabels(), storage="host"),
 }
 
 
@@ -238,13 +237,12 @@ def curves(names: list[str]) -> list[tuple[list[dict], dict[str, Tensor]]]:
     trained = []
     for name in names:
         training = TRAININGS[name]()
-        training.relation.bind(training.data.pretrain.labels)
-        training.backbone.double()
-        training.projector.double()
-        training.augment = Doubled(training.augment)
-        training.backbone = distributed.sync_batchnorm(training.backbone)
-        training.projector = distributed.sync_batchnorm(training.projector)
-        training.network = distributed.data_parallel(nn.Sequential(training.backbone, training.projector))
+        model, loader = training.model.double(), training.loader
+        training.relation.bind(loader.data.pretrain.labels)
+        loader.augment = Doubled(loader.augment)
+        model.backbone = distributed.sync_batchnorm(model.backbone)
+        model.projector = distributed.sync_batchnorm(model.projector)
+        training.network = distributed.data_parallel(model)
         trained.append((rows(training), weights(training)))
     return trained
 
@@ -259,8 +257,7 @@ class Doubled:
         return self.augment(*arguments, **options).double()
 
 
-# all-gathered rows are float32
-TOLERANCE = dict.fromkeys(("neighbors", "queue", "custom loss", "noisy labels"), 1e-4)
+ALL_GATHERED = ("neighbors", "queue", "custom loss", "noisy labels")  # all-gathered rows are float32
 
 
 @pytest.mark.parametrize("W", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -271,64 +268,55 @@ def test_training_curve_matches_single_process(W: int) -> None:
         for name, (table, state), (table_of_one, state_of_one) in zip(
             TRAININGS, results, expected, strict=True
         ):
-            loose = name in ("neighbors", "queue", "custom loss", "noisy labels")
-            assert_close(
-                table,
-                table_of_one,
-                rtol=1e-4 if loose else 1e-6,
-                atol=1e-6,
-                msg=lambda text, name=name: f"{name}: {text}",
-            )
-            assert_close(
-                state,
-                state_of_one,
-                rtol=1e-2,
-                atol=1e-3 if loose else 1e-5,
-                msg=lambda text, name=name: f"{name}: {text}",
-            )
+            loose = name in ALL_GATHERED
+
+            def message(text: str, name: str = name) -> str:
+                return f"{name}: {text}"
+
+            assert_close(table, table_of_one, rtol=1e-4 if loose else 1e-6, atol=1e-6, msg=message)
+            assert_close(state, state_of_one, rtol=1e-2, atol=1e-3 if loose else 1e-5, msg=message)
 
 
 # --- probes, diagnostics, Python objects, failures ---
 
 
-def evaluate() -> tuple[Tensor, list[dict], list[dict], list[dict]]:
-    """Features, probe rows, diagnostics and spectrum of one network. Rank 0 alone has all diagnostics."""
+def evaluations() -> tuple[Tensor, list[dict], list[dict], list[dict]]:
+    """Features, probe rows, diagnostics and spectrum of one model. Rank 0 alone has all diagnostics."""
     training = pretraining()
-    network = training.backbone
-    features = extract(network, training.data.train, training.data.mean, training.data.std, batch_size=7)
-    probes = list(evaluate("backbone", network, training.data, ["linear", "knn", "ridge"], score_test=True))
-    training.relation.bind(training.data.pretrain.labels)
-    settings = {"V": 2, "images": 30, "seed": 0, "fixed": False}
-    looks = Diagnostics(training.data, training.augment, builders.FromNeighbors(2), training.loss, **settings)
-    columns = looks(network, training.projector)
-    spectrum = looks.spectrum(network, training.projector)
+    model, loader, data = training.model, training.loader, training.loader.data
+    features = extract(model.backbone, data.train, data.mean, data.std, batch_size=7)
+    classifiers = {"linear": LinearProbe, "knn": KnnProbe, "ridge": RidgeProbe}
+    probes = list(evaluate("backbone", model.backbone, data, classifiers, score_test=True))
+    neighbors = builders.FromNeighbors(2)
+    neighbors.bind(data.pretrain.labels)
+    diagnose = Diagnostics(loader, neighbors, training.loss, Path(), every=1, num_images=30)
+    columns = diagnose.evaluate(model, epoch=1)
     untimed = [{name: value for name, value in row.items() if name != "seconds"} for row in probes]
-    return features, untimed, [{**columns, "diagnostics_s": 0}], spectrum
+    return features, untimed, [{**columns, "diagnostics_s": 0}], diagnose.spectrum(model)
 
 
 @pytest.mark.parametrize("W", [2, 5])
 def test_probes_and_diagnostics_match_single_process(W: int) -> None:
     """With five ranks, some have no work."""
-    features, probes, columns, spectrum = evaluate()
-    for rank, theirs in enumerate(in_processes(W, evaluate)):
+    features, probes, columns, spectrum = evaluations()
+    for rank, theirs in enumerate(in_processes(W, evaluations)):
         assert torch.equal(theirs[0], features)
         assert theirs[1] == probes
-        for ours, table in zip(
-            (columns, spectrum) if rank == 0 else ([{"diagnostics_s": 0}], []), theirs[2:], strict=True
-        ):
+        empty = [{**dict.fromkeys(Diagnostics.columns), "diagnostics_s": 0}]
+        for ours, table in zip((columns, spectrum) if rank == 0 else (empty, []), theirs[2:], strict=True):
             # the summation order depends on the number of threads
             pd.testing.assert_frame_equal(pd.DataFrame(table), pd.DataFrame(ours), rtol=1e-6)
 
 
-def votes() -> list[int]:
-    vote = distributed.AsyncMax()
+def maxima() -> list[int]:
+    maximum = distributed.AsyncMax()
     return [
-        vote(request) for request in ((0, 0, 2, 0, 0, 0) if distributed.rank() == 1 else (0, 1, 0, 0, 0, 0))
+        maximum(value) for value in ((0, 0, 2, 0, 0, 0) if distributed.rank() == 1 else (0, 1, 0, 0, 0, 0))
     ]
 
 
-def test_vote_returns_same_value_on_all_ranks_at_each_call() -> None:
-    first, second, third = in_processes(3, votes)
+def test_async_max_returns_same_value_on_all_ranks_at_each_call() -> None:
+    first, second, third = in_processes(3, maxima)
     assert first == second == third == [0, 0, 1, 2, 0, 0]
 
 
@@ -344,16 +332,16 @@ def test_dropout_random_states_differ_between_ranks() -> None:
 
 
 def fail_on_rank_1(folder: Path, how: str) -> str:
-    """Type and message of the exception on this rank when rank 1 raises within `distributed.together`."""
+    """Type and message of the exception on this rank when rank 1 raises within `propagate_failures`."""
     try:
-        with RunRecord(folder, "x") as record, distributed.propagate_failures(record.lost):
+        with RunRecord(folder, "x") as record, distributed.propagate_failures(record.fail):
             if distributed.rank() == 1:
                 if how == "preempted":
                     raise Preempted("preempted by SIGTERM")
                 raise (UsageError if how == "refused" else KeyError)("no such thing")
             distributed.all_reduce_sum(torch.ones(3))
     except BaseException as error:
-        distributed._group.ended.set()  # stop the watching thread: this process exits by itself
+        group._group.ended.set()  # stop the watching thread: this process exits by itself
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
@@ -361,8 +349,8 @@ def fail_on_rank_1(folder: Path, how: str) -> str:
 @pytest.mark.parametrize(
     ("how", "words", "status"),
     [
-        ("refused", "Lost: rank 1 of 2: no such thing", "failed"),
-        ("raised", "Lost: rank 1 of 2: KeyError: 'no such thing'", "failed"),
+        ("refused", "PeerFailed: rank 1 of 2: no such thing", "failed"),
+        ("raised", "PeerFailed: rank 1 of 2: KeyError: 'no such thing'", "failed"),
         ("preempted", "Preempted: preempted by SIGTERM", "preempted"),
     ],
 )
@@ -376,7 +364,7 @@ def test_failure_on_one_rank_ends_the_others_with_its_message(
     assert record["processes"] == 2
 
 
-def test_place_reads_torchrun_and_slurm_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_info_reads_torchrun_and_slurm_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
     assert distributed.rank_info() is None
@@ -392,8 +380,8 @@ def test_place_reads_torchrun_and_slurm_variables(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert distributed.rank_info() == distributed.RankInfo(2, 8, 0)
-    with pytest.raises(UsageError, match="device=cuda:1 is one device, and 8 processes train"):
-        choose_device("cuda:1")
+    with pytest.raises(UsageError, match="device=cuda:1: one device for 8 processes"):
+        choose_device("cuda:1", distributed.rank_info())
 
 
 # --- command line ---
@@ -463,8 +451,8 @@ def test_all_ranks_exit_on_an_error(tmp_path: Path) -> None:
     tiny = TINY.replace("backbone.widths=[8,16]", "")
     commands = {
         f"--config-dir conf backbone=fragile {tiny} hydra.run.dir=broken":
-            "Lost: rank 1 of 2: MemoryError: too large for this one",
-        f"{TINY} batch_size=49": "batch_size=49 is shared by 2 processes: give a multiple of 2",
+            "PeerFailed: rank 1 of 2: MemoryError: too large for this one",
+        f"{TINY} batch_size=49": "batch_size=49 is split over 2 processes; use a multiple of 2",
         f"{TINY} gama=3": "Unknown option 'gama'. Did you mean 'gamma'?",
         f"-m {TINY} gamma=1,2": "start it without torchrun or srun",
     }  # fmt: skip
@@ -473,13 +461,13 @@ def test_all_ranks_exit_on_an_error(tmp_path: Path) -> None:
         process = torchrun(2, command, tmp_path)
         out, err = process.communicate()
         assert process.returncode == 1
-        assert words.removeprefix("Lost: ") in err
+        assert words.removeprefix("PeerFailed: ") in err
         assert time.monotonic() - start < 60
         assert "top1=" not in out
     record = read_json(tmp_path / "broken" / "run.json")
     assert (record["status"], record["error"]) == (
         "failed",
-        "Lost: rank 1 of 2: MemoryError: too large for this one",
+        "PeerFailed: rank 1 of 2: MemoryError: too large for this one",
     )
 
 
@@ -491,7 +479,7 @@ def test_preempted_run_resumes_with_another_world_size(ssl_run, tmp_path: Path) 
     folder = tmp_path / "mine"
     for W, epochs in ((2, 10), (1, 25)):
         process = torchrun(W, f"{command} hydra.run.dir=mine", tmp_path)
-        while process.poll() is None and not (len(written(folder / "metrics.csv")) >= epochs):
+        while process.poll() is None and not (len(complete_rows(folder / "metrics.csv")) >= epochs):
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate()
@@ -506,15 +494,6 @@ def test_preempted_run_resumes_with_another_world_size(ssl_run, tmp_path: Path) 
     assert curve.loss.to_numpy() == pytest.approx(expected.loss.to_numpy(), rel=0.05)
 
 
-def written(path: Path) -> pd.DataFrame:
-    """Read the complete lines of a CSV file that may still be written to."""
-    return (
-        pd.read_csv(io.StringIO(path.read_text().rpartition("\n")[0]))
-        if path.exists() and path.stat().st_size
-        else pd.DataFrame()
-    )
-
-
 class OwnTerms(VICReg):
     """A custom subclass of a loss, with statistics over the rows of this rank only."""
 
@@ -527,7 +506,7 @@ class OwnRelation(builders.FromViews):
         return super().__call__(batch, Z)
 
 
-def test_subclasses_do_not_inherit_reduces_and_divides() -> None:
+def test_subclasses_do_not_inherit_sharding() -> None:
     assert VICReg.supports_sharding
     assert builders.FromViews.shardable
     assert not OwnTerms.supports_sharding
@@ -536,7 +515,7 @@ def test_subclasses_do_not_inherit_reduces_and_divides() -> None:
 
 def save_slowly(folder: Path) -> str:
     """Status of a preempted run whose checkpoint takes longer to write than the grace period."""
-    distributed._group.grace = 0.5
+    group._group.grace = 0.5
     training = pretraining(epochs=2)
 
     def save(state: dict) -> None:
@@ -547,10 +526,10 @@ def save_slowly(folder: Path) -> str:
     training.save = save
     training.preemption.asked = signal.SIGUSR1
     try:
-        with Preemption(), RunRecord(folder, "x") as record, distributed.propagate_failures(record.lost):
+        with Preemption(), RunRecord(folder, "x") as record, distributed.propagate_failures(record.fail):
             list(training.epochs())
     except Preempted:
-        distributed._group.ended.set()
+        group._group.ended.set()
         return read_json(folder / "run.json")["status"]
     return "not preempted"
 

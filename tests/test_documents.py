@@ -1,4 +1,4 @@
-"""What the README shows must be what the program takes."""
+"""The pages agree with the program: their commands are accepted, and their links exist."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 
 def commands() -> list[str]:
-    """Every line of a page that calls ssl-run or ./scripts/run, without its comment."""
+    """The commands of all pages that call ssl-run or ./scripts/run, without comments."""
     lines = [line.strip() for page in PAGES for line in page.read_text().splitlines()]
     calls = [
         re.sub(r"^(\./scripts/run|ssl-run)\b", "", line)
@@ -24,11 +24,11 @@ def commands() -> list[str]:
 @pytest.mark.parametrize(
     "command", [c for c in commands() if not re.search(r"resume=|--config-dir|FOLDER", c)]
 )
-def test_every_command_shown_is_accepted(ssl_run, command: str) -> None:
-    """Composed and checked as a run would be; `--cfg job` in place of the run itself."""
+def test_commands_of_pages_are_accepted(ssl_run, command: str) -> None:
+    """The command is composed and checked as for a run, but `--cfg job` replaces the run."""
     shown = [word for word in shlex.split(command) if word not in ("-m", "--multirun")]
-    if shown != shlex.split(command):  # a sweep: its first job
-        shown = [word for word in shown if "(" not in word]  # what a search varies
+    if shown != shlex.split(command):  # a sweep: check its first job
+        shown = [word for word in shown if "(" not in word]  # ranges of a search
         shown = [word.partition(",")[0] if "=" in word and "[" not in word else word for word in shown]
     if not {"--help", "--cfg"} & set(shown):
         shown += ["--cfg", "job"]
@@ -37,12 +37,12 @@ def test_every_command_shown_is_accepted(ssl_run, command: str) -> None:
     assert out
 
 
-def test_no_placeholder_is_left() -> None:
+def test_pages_have_no_placeholders() -> None:
     for page in [*PAGES, *(ROOT / "conf").rglob("*.yaml")]:
         assert "@@" not in page.read_text()
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_of_pages_exist() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"

@@ -5,8 +5,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -18,19 +16,10 @@ import torch
 from hydra._internal.core_plugins import basic_launcher
 from omegaconf import OmegaConf
 
-from ssl_runner.theory.diagnostics import COLUMNS
-from tests.conftest import TINY, make_pictures, run_folder
+from ssl_runner.theory.diagnostics import Diagnostics
+from tests.helpers import TINY, make_pictures, run_folder, start, table
 
-TIMINGS = ("seconds", "images_per_s", "diagnostics_s", "solve_s")
 BOTH = "probe.probes=[linear,knn]"
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return [
-            {name: value for name, value in row.items() if name not in TIMINGS}
-            for row in csv.DictReader(file)
-        ]
 
 
 def test_run_writes_all_files(ssl_run, tmp_path: Path) -> None:
@@ -43,7 +32,7 @@ def test_run_writes_all_files(ssl_run, tmp_path: Path) -> None:
 
     metrics = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
     names = "epoch step images_seen seconds images_per_s lr loss variance covariance invariance"
-    assert list(metrics[0]) == [*names.split(), *COLUMNS]
+    assert list(metrics[0]) == [*names.split(), *Diagnostics.columns]
     assert [bool(row["rank"]) for row in metrics] == [False, True]  # every second epoch
     spectrum = table(folder / "spectrum.csv")
     assert [row["k"] for row in spectrum] == [str(k) for k in range(1, 9)]
@@ -117,15 +106,15 @@ def test_same_command_gives_same_csv(ssl_run, loss: str) -> None:
         "loss=barlow center=true views=barlow",
         "views=simclr",
         "views=vicreg",
-        "views=crop views_forward=separate",
+        "views=crop forward=per_view",
         "optimizer=lars",
-        "optimizer=sgd optimizer.clip=1",
+        "optimizer=sgd optimizer.clip_grad_norm=1",
         "optimizer=adamw +optimizer.eps=1e-6",
         "precision=bf16",
         "precision=fp16",
-        "dataset.location=host channels_last=false",
+        "dataset.storage=host channels_last=false",
         "projector.depth=1",
-        "views.sizes=[12,20,28]",
+        "views.resolutions=[12,20,28]",
     ],
 )
 def test_run_succeeds_with_every_option(ssl_run, settings: str) -> None:
@@ -134,14 +123,20 @@ def test_run_succeeds_with_every_option(ssl_run, settings: str) -> None:
     assert out.splitlines()[-1].startswith("top1=")
 
 
-def test_unsupported_view_sizes_are_rejected(ssl_run) -> None:
-    for settings, message in (
-        ("backbone=linear views.sizes=[16,28]", "views.sizes=[16,28]: this backbone takes no 16 x 16 pixels"),
-        ("backbone=linear solver=closed_form views.sizes=[28]", "views.sizes is for training"),
-    ):
-        code, _, err = ssl_run(f"dataset.subset=200 batch_size=50 device=cpu {settings}")
-        assert code == 1
-        assert message in err
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            "backbone=linear views.resolutions=[16,28]",
+            "views.resolutions=[16,28]: this backbone does not accept 16 x 16 images; leave 16 out",
+        ),
+        ("backbone=linear solver=closed_form views.resolutions=[28]", "views.resolutions is for training"),
+    ],
+)
+def test_unsupported_resolutions_are_rejected(ssl_run, settings: str, message: str) -> None:
+    code, _, err = ssl_run(f"dataset.subset=200 batch_size=50 device=cpu {settings}")
+    assert code == 1
+    assert message in err
 
 
 def test_noisy_accepts_every_base_relation_in_sweep(ssl_run, tmp_path: Path) -> None:
@@ -149,10 +144,10 @@ def test_noisy_accepts_every_base_relation_in_sweep(ssl_run, tmp_path: Path) -> 
     folders = []
     for settings in (
         "views,labels",
-        "neighbors +relation.k=1,3",
-        "edges +relation.path=pairs.csv relation.p=0,1",
+        "neighbors relation.base.k=1,3",
+        "edges relation.base.path=pairs.csv relation.rewire_fraction=0,1",
     ):
-        code, out, err = ssl_run(f"-m relation=noisy relation.of={settings} {TINY}")
+        code, out, err = ssl_run(f"-m relation=noisy relation@relation.base={settings} {TINY}")
         assert (code, err) == (0, "")
         folders += [run_folder(line) for line in out.splitlines() if line.startswith("top1=")]
     losses = [table(folder / "metrics.csv")[-1]["loss"] for folder in folders]
@@ -166,7 +161,7 @@ def test_noisy_accepts_every_base_relation_in_sweep(ssl_run, tmp_path: Path) -> 
 def test_neighbors_k_may_exceed_number_of_diagnostics_images(ssl_run, settings: str) -> None:
     """With k=25 and a diagnostics subset of 20 images, all images of the subset are positives."""
     code, out, err = ssl_run(
-        f"relation=neighbors relation.k=25 {settings} {TINY} diagnostics.images=20 diagnostics.every=1"
+        f"relation=neighbors relation.k=25 {settings} {TINY} diagnostics.num_images=20 diagnostics.every=1"
     )
     assert (code, err) == (0, "")
     assert all(float(row["optimal_rank"]) >= 0 for row in table(run_folder(out) / "metrics.csv"))
@@ -184,8 +179,10 @@ def test_neighbors_k_may_exceed_number_of_diagnostics_images(ssl_run, settings: 
 def test_run_succeeds_with_every_backbone(ssl_run, tmp_path: Path, settings: str) -> None:
     # not side=16: the last feature map would be a single pixel, where bf16 can fail
     make_pictures(tmp_path / "pictures", train=20, test=4, side=32)
-    tiny = "epochs=1 batch_size=10 probe.probes=[knn] probe.features=[backbone] dataset.val=0.2 device=cpu"
-    code, out, err = ssl_run(f"dataset=folder dataset.root=pictures {tiny} {settings}")
+    tiny = "epochs=1 batch_size=10 probe.probes=[knn] probe.features=[backbone] device=cpu"
+    code, out, err = ssl_run(
+        f"dataset=folder dataset.root=pictures dataset.val_fraction=0.2 {tiny} {settings}"
+    )
     assert (code, err) == (0, "")
     assert out.splitlines()[-1].startswith("top1=")
 
@@ -300,16 +297,6 @@ def test_run_does_not_overwrite_existing_run(ssl_run, tmp_path: Path) -> None:
 # --- resuming ---------------------------------------------------------------------------------------------
 
 
-def start(command: str, cwd: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "ssl_runner", *command.split()],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.mark.slow
 def test_killed_run_resumes_to_same_result(ssl_run, tmp_path: Path) -> None:
     """After SIGKILL past epoch two, resume=<folder> gives the CSVs and weights of an uninterrupted run."""
@@ -317,7 +304,7 @@ def test_killed_run_resumes_to_same_result(ssl_run, tmp_path: Path) -> None:
     process = start(f"{command} hydra.run.dir=outputs/killed", tmp_path)
     killed = tmp_path / "outputs" / "killed"
     while process.poll() is None and not (
-        (killed / "checkpoint.pt").exists() and len(table(killed / "metrics.csv")) >= 2
+        (killed / "metrics.csv").exists() and len(table(killed / "metrics.csv")) >= 2
     ):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -364,7 +351,7 @@ def test_resume_with_changed_configuration_raises_and_keeps_files(ssl_run, tmp_p
 
 def test_resume_does_not_need_initial_weights_file(ssl_run, tmp_path: Path) -> None:
     weights = run_folder(ssl_run(f"{TINY} epochs=1")[1]) / "backbone.safetensors"
-    folder = run_folder(ssl_run(f"{TINY} epochs=1 weights={weights}")[1])
+    folder = run_folder(ssl_run(f"{TINY} epochs=1 init_weights={weights}")[1])
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(record | {"status": "failed"}))
     weights.unlink()
@@ -374,11 +361,11 @@ def test_resume_does_not_need_initial_weights_file(ssl_run, tmp_path: Path) -> N
 
 def test_diagnostics_of_noisy_relation_are_unchanged_after_resume(ssl_run, tmp_path: Path) -> None:
     """The noise on the diagnostics subset is fixed, also if the base relation depends on Z."""
-    command = f"{TINY} relation=noisy relation.of=neighbors epochs=3"
+    command = f"{TINY} relation=noisy relation@relation.base=neighbors epochs=3"
     uninterrupted = run_folder(ssl_run(command)[1])
     folder = run_folder(ssl_run(command)[1])
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert state["relation"].keys() == {"generator", "of"}
+    assert state["relation"].keys() == {"generator", "base"}
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(record | {"status": "failed"}))
     before = (folder / "spectrum.csv").read_text()
@@ -411,7 +398,7 @@ def test_resume_works_from_another_directory(
 ) -> None:
     """Relative paths are resolved against the directory in which the run was started."""
     make_pictures(tmp_path / "pictures", train=10, test=2, side=8)
-    tiny = TINY.replace("dataset.subset=200", "dataset.val=0.2").replace("batch_size=50", "batch_size=8")
+    tiny = TINY.replace("subset=200", "val_fraction=0.2").replace("batch_size=50", "batch_size=8")
     code, out, err = ssl_run(f"dataset=folder dataset.root=pictures {tiny} hydra.run.dir=mine")
     assert (code, err) == (0, "")
     record = json.loads((tmp_path / "mine" / "run.json").read_text())

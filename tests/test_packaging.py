@@ -1,4 +1,4 @@
-"""A wheel and an editable install find conf/, in fresh environments that share only the dependencies."""
+"""Wheel and editable install contain conf/ and the digits. Fresh environments share only the dependencies."""
 
 import subprocess
 import sys
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PRINT_CONF = "from ssl_runner.config.compose import CONF; print(CONF)"
+PRINT_DIGITS = "from ssl_runner.data import readers; print(readers.__file__, *readers.mnist5k().images.shape)"
 
 
 def call(*command: str | Path, cwd: Path) -> str:
@@ -37,7 +39,7 @@ def fresh(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
-def test_installed_package_finds_conf(kind: str, fresh: Path, tmp_path: Path) -> None:
+def test_installed_package_has_conf_and_digits(kind: str, fresh: Path, tmp_path: Path) -> None:
     options = ["--no-deps", "--no-build-isolation", "--quiet", "--disable-pip-version-check"]
     if kind == "wheel":
         call(fresh / "python", "-m", "pip", "wheel", *options, "--wheel-dir", tmp_path, ROOT, cwd=tmp_path)
@@ -45,15 +47,14 @@ def test_installed_package_finds_conf(kind: str, fresh: Path, tmp_path: Path) ->
         call(fresh / "python", "-m", "pip", "install", *options, wheel, cwd=tmp_path)
     else:
         call(fresh / "python", "-m", "pip", "install", *options, "--editable", ROOT, cwd=tmp_path)
-    where = Path(
-        call(
-            fresh / "python", "-c", "from ssl_runner import config; print(config.CONF)", cwd=tmp_path
-        ).strip()
-    )
-    assert where.is_relative_to(ROOT if kind == "editable" else tmp_path)
+    conf = Path(call(fresh / "python", "-c", PRINT_CONF, cwd=tmp_path).strip())
+    assert conf.is_relative_to(ROOT if kind == "editable" else tmp_path)
     for command in ([fresh / "ssl-run"], [fresh / "python", "-m", "ssl_runner"]):
         assert "gamma: 7" in call(
             *command, "loss=vicreg", "gamma=7", "--cfg", "job", "--resolve", cwd=tmp_path
         )
-    packaged = {path.relative_to(where) for path in where.rglob("*.yaml")}
+    packaged = {path.relative_to(conf) for path in conf.rglob("*.yaml")}
     assert packaged == {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml")}
+    file, *shape = call(fresh / "python", "-c", PRINT_DIGITS, cwd=tmp_path).split()
+    assert shape == ["5000", "1", "28", "28"]
+    assert Path(file).with_name("mnist5k.md").is_file()  # source and licence

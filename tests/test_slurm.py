@@ -15,9 +15,7 @@ import pandas as pd
 import pytest
 
 from ssl_runner.runs.files import read_json
-from tests.conftest import TINY
-from tests.test_distributed import written
-from tests.test_end_to_end import table
+from tests.helpers import TINY, complete_rows, table
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "slurm" / "train.sbatch"
 # few steps, so that rounding errors stay small
@@ -88,7 +86,9 @@ class Cluster:
         remaining = list(folders)
 
         def sent() -> bool:
-            for folder in [folder for folder in remaining if len(written(folder / "metrics.csv")) >= rows]:
+            for folder in [
+                folder for folder in remaining if len(complete_rows(folder / "metrics.csv")) >= rows
+            ]:
                 self.slurm("scancel", f"--signal={which}", read_json(folder / "run.json")["slurm_job"] + ".0")
                 remaining.remove(folder)
             return not remaining

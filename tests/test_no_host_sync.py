@@ -1,9 +1,13 @@
-"""No step makes the host wait for a GPU, shown where there is none: every op of whole steps runs on tests/device.py's device."""
+"""Training steps cause no host-device sync.
+
+Most tests run whole steps on the emulated device of tests/device.py, which needs no GPU.
+"""
 
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,10 @@ from ssl_runner import optimizer, relation
 from ssl_runner.backbone import Backbone, convnet, resnet, vit_tiny
 from ssl_runner.batch import Batch
 from ssl_runner.config.compose import CONF
+from ssl_runner.data.loader import MultiViewLoader
 from ssl_runner.device import to_device
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
+from ssl_runner.model import SSLModel
 from ssl_runner.projector import mlp
 from ssl_runner.relation import Relation
 from ssl_runner.relation.builders import (
@@ -32,12 +38,18 @@ from ssl_runner.relation.builders import (
     Rewired,
 )
 from ssl_runner.train import NonFiniteGuard, Pretraining
-from ssl_runner.views.policy import Augment
+from ssl_runner.views import Augment
 from tests.device import OnDevice, Waits, moved, pretended
-from tests.test_dataset import CPU, load, toy
+from tests.helpers import CPU, load, toy
 
-LOSSES = {"vicreg": VICReg, "squared": partial(VICReg, variance="squared"), "simclr": SimCLR, "barlow": BarlowTwins,
-          "centred": partial(BarlowTwins, center=True), "surrogate": SpectralContrastive}  # fmt: skip
+LOSSES = {
+    "vicreg": VICReg,
+    "squared": partial(VICReg, variance="squared"),
+    "simclr": SimCLR,
+    "barlow": BarlowTwins,
+    "centred": partial(BarlowTwins, center=True),
+    "surrogate": SpectralContrastive,
+}
 OPTIMIZERS: dict[str, Callable] = {
     "adamw": torch.optim.AdamW,
     "sgd": partial(torch.optim.SGD, momentum=0.9),
@@ -50,9 +62,9 @@ RELATIONS: dict[str, Callable[[str], RelationBuilder]] = {
     "normalized labels": lambda path: FromLabels(normalized=True),
     "neighbors": lambda path: FromNeighbors(2),
     "queue": lambda path: FromNeighbors(2, queue=30, normalized=True),
-    "noisy": lambda path: Rewired("labels", normalized=True),
+    "noisy": lambda path: Rewired(FromLabels(), normalized=True),
     "edges": lambda path: FromEdges(path),
-    "noisy edges": lambda path: Rewired("edges", path=path),
+    "noisy edges": lambda path: Rewired(FromEdges(path)),
 }
 SMALL = partial(convnet, widths=[4, 8])
 POLICIES = ("simclr", "vicreg", "barlow", "digits")
@@ -73,54 +85,50 @@ def steps(
     compiler: str | None = None,
     rounds: int = 3,
 ) -> list[dict[str, Tensor]]:
-    """The values of some whole steps, from the gathering of their batches to the optimiser, on a device, by default the one that
-    is not there. A queue has neighbours from the second step on. On CUDA the first step may wait, for what is made but once."""
+    """Run whole training steps, from batch loading to optimiser, and return the logged values of each.
+
+    The default device is the emulated one. A queue is empty in the first step, so that at least two steps are
+    needed to include its neighbours. On CUDA the first step may sync, because of one-time initialisation.
+    """
     torch.manual_seed(0)
     source = toy(side=16)
     source.images = torch.randint(0, 256, source.images.shape, dtype=torch.uint8)
     data = load(source, device=device or CPU)
     of.bind(source.labels)
     body = backbone(3, 16)
-    modules = [body, mlp(body.width, 8, 2, 5), loss]
+    model = SSLModel(body, mlp(body.width, 8, 2, 5), channels_last=True)
     if device is None:
         data.pretrain = replace(
             data.pretrain, images=OnDevice(data.pretrain.images), labels=OnDevice(data.pretrain.labels)
         )
         data.mean, data.std = OnDevice(data.mean), OnDevice(data.std)
-    for module in modules:
+    for module in (model, loss):
         moved(module) if device is None else module.to(device)
     with pretended() if device is None else nullcontext():
         training = Pretraining(
-            *modules,
-            optimizer.build(modules, algorithm, 1e-2, 1e-2),
-            lambda step: 1e-2,
-            data,
-            augment,
+            model,
+            loss,
+            MultiViewLoader(data, augment, V=2, batch_size=20, seed=0),
             of,
-            V=2,
-            epochs=1,
-            batch_size=20,
+            optimizer=optimizer.build([model, loss], algorithm, 1e-2, 1e-2),
+            learning_rate=lambda step: 1e-2,
             precision=precision,
-            clip=1.0,
-            channels_last=True,
-            separate=False,
-            seed=0,
+            clip_grad_norm=1.0,
         )
         if compiler is not None:
             training.network.compile(backend=compiler, dynamic=False)
-        watch = NonFiniteGuard(training.device)
-        order = torch.randperm(60, generator=training.order_generator).view(3, 20)
+        guard = NonFiniteGuard(training.device)
         values = []
         try:
-            for images, batch in training._batches(order[:rounds]):
-                values.append(training._step(images, batch, 1e-2, watch))
+            for X, batch in islice(training.loader.batches(0), rounds):
+                values.append(training._step(X, batch, guard))
                 if device is not None and device.type == "cuda":
                     torch.cuda.set_sync_debug_mode("error")
         finally:
             if device is not None and device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
     if device is None:
-        assert len(watch.pending) == rounds, "a value was looked at before it had arrived"
+        assert len(guard.pending) == rounds, "a value was read before it arrived"
     return values
 
 
@@ -132,24 +140,23 @@ def pairs(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("of", RELATIONS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_no_loss_or_relation_makes_the_host_wait(loss: str, of: str, pairs: str) -> None:
-    views = POLICIES[
-        ([*LOSSES].index(loss) + [*RELATIONS].index(of)) % len(POLICIES)
-    ]  # every one with every loss and relation
+def test_losses_and_relations_do_not_sync(loss: str, of: str, pairs: str) -> None:
+    # every policy runs with every loss and with every relation
+    views = POLICIES[([*LOSSES].index(loss) + [*RELATIONS].index(of)) % len(POLICIES)]
     steps(LOSSES[loss](), RELATIONS[of](pairs), policy(views))
 
 
 @pytest.mark.parametrize("algorithm", OPTIMIZERS)
 @pytest.mark.parametrize("views", POLICIES)
-def test_no_views_or_optimizer_make_the_host_wait(algorithm: str, views: str) -> None:
+def test_views_and_optimizers_do_not_sync(algorithm: str, views: str) -> None:
     steps(VICReg(), FromViews(), policy(views), OPTIMIZERS[algorithm])
 
 
 @pytest.mark.parametrize(
     "algorithm", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)], ids=["adamw", "sgd"]
 )
-def test_the_scaler_of_fp16_does_not_make_the_host_wait(algorithm: Callable) -> None:
-    """A fused optimiser looks itself whether the gradients overflowed; for another one the scaler does, and waits."""
+def test_fp16_grad_scaler_syncs_only_without_fused_optimizer(algorithm: Callable) -> None:
+    """A fused optimiser checks for overflow on the device. Otherwise the scaler reads the result."""
     steps(VICReg(), FromViews(), Augment({"all": {}}), algorithm, precision="fp16")
     with pytest.raises(Waits, match="item"):
         steps(
@@ -161,16 +168,16 @@ def test_the_scaler_of_fp16_does_not_make_the_host_wait(algorithm: Callable) -> 
 @pytest.mark.parametrize(
     "backbone", [vit_tiny, partial(resnet, name="resnet18")], ids=["vit_tiny", "resnet18"]
 )
-def test_no_backbone_makes_the_host_wait(backbone: Callable) -> None:
+def test_backbones_do_not_sync(backbone: Callable) -> None:
     steps(SimCLR(), FromViews(), policy("digits"), backbone=backbone, rounds=1)
 
 
-def test_the_device_computes_what_a_cpu_does() -> None:
-    """Without random numbers, of which a device's generator gives others: the ops on it are the real ones, in their order."""
-    there, here = (
+def test_emulated_device_computes_same_values_as_cpu() -> None:
+    """The policy is empty because random numbers differ between the emulated device and the CPU."""
+    emulated, expected = (
         steps(VICReg(), FromLabels(), Augment({"all": {}}), device=device) for device in (None, CPU)
     )
-    for a, b in zip(there, here, strict=True):
+    for a, b in zip(emulated, expected, strict=True):
         for name, value in b.items():
             assert_close(a[name].values, value)
 
@@ -180,8 +187,11 @@ def test_the_device_computes_what_a_cpu_does() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("of", RELATIONS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_no_step_on_cuda_makes_the_host_wait(loss: str, of: str, precision: str, pairs: str) -> None:
-    """CUDA itself says so, for every loss and relation, and the views and optimisers in turn; fp16 needs a fused one."""
+def test_steps_on_cuda_do_not_sync(loss: str, of: str, precision: str, pairs: str) -> None:
+    """`torch.cuda.set_sync_debug_mode` raises on a sync. Views and optimisers vary with loss and relation.
+
+    fp16 requires a fused optimiser.
+    """
     turn = [*LOSSES].index(loss) + [*RELATIONS].index(of)
     views, algorithm = POLICIES[turn % len(POLICIES)], [*OPTIMIZERS.values()][turn % len(OPTIMIZERS)]
     if precision == "fp16":
@@ -196,11 +206,11 @@ def test_no_step_on_cuda_makes_the_host_wait(loss: str, of: str, precision: str,
     )
 
 
-# --- the tests above can fail -------------------------------------------------------------------------------------------------
+# --- the tests above detect syncs ---------------------------------------------------------------------------
 
 
 def spoilt(spoil: Callable[[Tensor], object]) -> Loss:
-    """VICReg that does something to Z beside."""
+    """Return VICReg with an additional call spoil(Z)."""
 
     class Spoilt(VICReg):
         def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
@@ -248,7 +258,7 @@ def spoilt(spoil: Callable[[Tensor], object]) -> Loss:
         lambda Z: torch.cuda.Event().synchronize(),
     ],
 )
-def test_what_waits_in_a_loss_is_caught(spoil: Callable[[Tensor], object]) -> None:
+def test_sync_in_loss_is_detected(spoil: Callable[[Tensor], object]) -> None:
     with pytest.raises(Waits):
         steps(spoilt(spoil), FromViews(), Augment({"all": {}}), rounds=1)
 
@@ -256,24 +266,24 @@ def test_what_waits_in_a_loss_is_caught(spoil: Callable[[Tensor], object]) -> No
 @pytest.mark.parametrize(
     "make", [lambda Z: torch.tensor([1.0], device=Z.device), lambda Z: Z + Z.new_tensor([1.0])]
 )
-def test_a_tensor_made_of_numbers_on_the_device_is_caught(make: Callable[[Tensor], object]) -> None:
-    """torch.tensor copies and waits; it asks for CUDA itself, before any of our code sees it."""
+def test_tensor_from_python_numbers_on_device_is_detected(make: Callable[[Tensor], object]) -> None:
+    """torch.tensor syncs. It initialises CUDA before it dispatches, so the error may be a RuntimeError."""
     with pytest.raises((Waits, RuntimeError)):
         steps(spoilt(make), FromViews(), Augment({"all": {}}), rounds=1)
 
 
-def test_what_does_not_wait_is_let_pass() -> None:
-    for fine in (
+def test_operations_without_sync_are_accepted() -> None:
+    for operation in (
         lambda Z: Z * torch.tensor(2.0),
         lambda Z: torch.where(Z > 0, Z, 0),
         lambda Z: Z.masked_fill(Z > 0, 1.0),
         lambda Z: Z + to_device(torch.ones(len(Z), 1), Z.device),
         lambda Z: torch.ones(3).tolist(),
     ):
-        steps(spoilt(fine), FromViews(), Augment({"all": {}}), rounds=1)
+        steps(spoilt(operation), FromViews(), Augment({"all": {}}), rounds=1)
 
 
-def test_a_relation_that_lists_its_pairs_is_caught() -> None:
+def test_sync_in_relation_is_detected() -> None:
     class Listed(RelationBuilder):
         def __call__(self, batch: Batch, Z: Tensor) -> Relation:
             i, j = (batch.labels[:, None] == batch.labels).triu(1).nonzero().T
@@ -283,13 +293,13 @@ def test_a_relation_that_lists_its_pairs_is_caught() -> None:
         steps(VICReg(), Listed(), Augment({"all": {}}), rounds=1)
 
 
-def test_neighbours_that_are_rewired_on_the_host_are_caught() -> None:
-    """The one relation that says of itself that it waits."""
+def test_sync_in_rewired_neighbors_is_detected() -> None:
+    """Rewired neighbours are the one relation that is documented to sync."""
     with pytest.raises(Waits, match="from the device to the host"):
-        steps(VICReg(), Rewired("neighbors", k=2), Augment({"all": {}}), rounds=1)
+        steps(VICReg(), Rewired(FromNeighbors(2)), Augment({"all": {}}), rounds=1)
 
 
-def test_views_of_a_mask_are_caught() -> None:
+def test_sync_in_views_is_detected() -> None:
     class Masked(Augment):
         def __call__(self, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             X = super().__call__(images, *args, **kwargs)
@@ -301,7 +311,7 @@ def test_views_of_a_mask_are_caught() -> None:
         steps(VICReg(), FromViews(), Masked({"all": {}}), rounds=1)
 
 
-def test_an_optimizer_that_looks_at_its_gradients_is_caught() -> None:
+def test_sync_in_optimizer_is_detected() -> None:
     class Careful(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:  # type: ignore[override]
             if all(p.grad.isfinite().all() for group in self.param_groups for p in group["params"]):
