@@ -1,8 +1,11 @@
-"""How the time and the traffic of a loss grow with the number of processes: python scripts/scaling.py [--rows 512] ...
+"""Time and traffic of the losses against the number of processes W.
 
-Each process has the same number of rows, whatever their number W is, so what one of them does should not grow. Counted are the
-bytes of the tensors that a process hands to collectives in one step, forward and backward, and what of it a ring sends from each
-process; timed is the processor time of one process, in one thread (gloo, on this machine, whose cores wall-clock would count).
+    python scripts/scaling.py [--rows 512] ...
+
+The number of rows per process is the same for all W, so ideally the work per process is constant. The script
+reports, per process and for one forward and backward pass, the bytes of the tensors passed to collectives,
+the bytes that a ring algorithm sends, and the CPU time in ms with one thread. All processes run on this
+machine with gloo and share its cores, so wall-clock time would not be meaningful.
 """
 
 import argparse
@@ -32,7 +35,11 @@ CLASSES = 10
 
 
 class Traffic:
-    """Counts what is handed to collectives: `payload`, the bytes of the whole tensor, and `sent`, a process's part in a ring."""
+    """Count the bytes passed to collectives.
+
+    payload   bytes of the full tensors
+    sent      bytes that one process sends if the collectives use ring algorithms
+    """
 
     def __init__(self) -> None:
         self.payload = self.sent = 0.0
@@ -40,6 +47,8 @@ class Traffic:
             setattr(dist, name, self.counting(getattr(dist, name), passes))
 
     def counting(self, collective: Callable[..., Any], passes: int) -> Callable[..., Any]:
+        """Wrap a collective; `passes` is the number of times a ring algorithm passes the tensor around."""
+
         def counted(*tensors: torch.Tensor, **options: Any) -> Any:
             whole = max(tensor.nbytes for tensor in tensors)
             self.payload += whole
@@ -50,7 +59,10 @@ class Traffic:
 
 
 def measured(rows: int, columns: int, steps: int) -> list[dict[str, Any]]:
-    """A row for every loss and relation, of this process."""
+    """Measure this process. Returns one row per loss and relation: traffic per step and median CPU time.
+
+    One warm-up step precedes the `steps` timed ones.
+    """
     traffic, table = Traffic(), []
     for name, loss in LOSSES.items():
         for relation in ("views", "labels"):
@@ -74,6 +86,7 @@ def measured(rows: int, columns: int, steps: int) -> list[dict[str, Any]]:
 
 
 def child(rank: int, W: int, port: int, queue: Any, arguments: tuple[int, int, int]) -> None:
+    """Run `measured` as one of W processes. Rank 0 puts its rows into the queue."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(W)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -88,11 +101,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=512, help="rows of Z in each process")
-    parser.add_argument("--columns", type=int, default=512, help="K")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--out", help="a CSV to write")
+    parser.add_argument("--rows", type=int, default=512, help="rows of Z per process")
+    parser.add_argument("--columns", type=int, default=512, help="columns K of Z")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="values of W")
+    parser.add_argument("--steps", type=int, default=15, help="number of timed steps")
+    parser.add_argument("--out", help="CSV file to write")
     given = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     rows: list[dict[str, Any]] = []
