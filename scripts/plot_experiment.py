@@ -42,7 +42,7 @@ USED = 0.1  # a direction of Z counts as used if its singular value exceeds this
 
 
 def main() -> None:
-    """Entry point of the console script. Prints a one-line message and exits with 1 on invalid input."""
+    """Parse the command line and draw the figure. Prints one line and exits with 1 on invalid input."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("experiment", choices=sorted(DRAW))
     parser.add_argument("folder", type=Path, help="folder with the runs of the experiment")
@@ -80,6 +80,8 @@ def finished_runs(folder: Path) -> pd.DataFrame:
     for run in read_runs([folder], without=folder / "report"):
         if run.status != "done":
             continue
+        if not {"loss._target_", "solver._target_"} <= run.config.keys() or "classes" not in run.record:
+            raise UsageError(f"{run.path}: expected a run of this version of ssl_runner; repeat it")
         row: dict[str, Any] = {"path": run.path, "classes": len(run.record["classes"])}
         row |= {key: None if value == "null" else number(value) for key, value in run.config.items()}
         row |= {"loss_name": run.config["loss._target_"].rpartition(".")[2]}

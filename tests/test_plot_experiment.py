@@ -255,3 +255,11 @@ def test_command_writes_picture_or_fails_in_one_line(tmp_path: Path, monkeypatch
     err = capsys.readouterr().err
     assert "mine.xyz: expected a writable .png, .pdf or .svg file" in err
     assert err.count("\n") == 1
+
+
+def test_run_of_earlier_version_is_rejected(tmp_path: Path) -> None:
+    write_run(tmp_path / "old", "vicreg", 0.5, seed=0, solver__name="gradient")
+    path = tmp_path / "old" / ".hydra" / "config.yaml"
+    path.write_text(path.read_text().replace("  _target_: ssl_runner.train.Pretraining\n", ""))
+    with pytest.raises(UsageError, match="old: expected a run of this version"):
+        figures.finished_runs(tmp_path)

@@ -515,3 +515,10 @@ def test_heat_map_bins_keys_with_many_numbers() -> None:
 def test_planned_epochs_of_closed_form_are_its_passes(tmp_path: Path, solver: dict) -> None:
     write_run(tmp_path / "a", 0.5, 0.5, epochs=7, solver=solver | {"passes": 3})
     assert list(make_tables(tmp_path)[0].epochs_asked) == ["3"]
+
+
+def test_effect_ignores_runs_without_the_key_and_separates_close_numbers() -> None:
+    gamma = [str(1000 + i / 100) for i in range(10)]
+    top1 = [0.1] * 2 + [0.2] * 2 + [0.3] * 2 + [0.4] * 2 + [0.5] * 2
+    results = pd.DataFrame({"gamma": [*gamma, None], "val_top1": [*top1, 0.9]})
+    assert tables.effect(results, "gamma") == pytest.approx(0.4)

@@ -31,7 +31,11 @@ def help_text(args: argparse.Namespace) -> str:
     Raises UsageError if the command line has an unknown choice.
     """
     with compose.composer(args) as composer:
-        config, hydra = composer.compose(args.overrides)
+        config, hydra = composer.compose(
+            str(override.input_line)
+            for override in compose.parse(args.overrides)
+            if not override.is_sweep_override()
+        )
         chosen = {str(group): choice for group, choice in hydra.runtime.choices.items()}
         # in the order of the defaults list of config.yaml, then the nested groups, then those of Hydra
         order = list(chosen)[::-1]

@@ -231,7 +231,10 @@ def heat(results: pd.DataFrame, one: str, other: str) -> Figure:
     some = results[results[one].notna() & results[other].notna()].copy()
     orders = {}
     for key in (one, other):
-        labels = binned(some[key], MAX_CELLS // 2, MAX_CELLS)
+        bins = binned(some[key], MAX_CELLS // 2, MAX_CELLS)
+        labels = bins.map(
+            lambda bin: f"{bin.left:.6g}..{bin.right:.6g}" if isinstance(bin, pd.Interval) else bin
+        )
         orders[key] = in_order(some[key], labels)
         some[key] = labels
     figure = Figure(figsize=(11, 4.4), layout="constrained")

@@ -195,12 +195,10 @@ def is_numeric(values: pd.Series) -> bool:
 
 
 def binned(values: pd.Series, bins: int, most: int) -> pd.Series:
-    """The values, or for numbers with more than `most` different ones their quantile bins, as text
-    `low..high`."""
+    """The values, or for more than `most` different numbers their quantile bins; missing values stay so."""
     if not is_numeric(values) or values.nunique() <= most:
         return values
-    intervals = pd.qcut(pd.to_numeric(values), bins, duplicates="drop")
-    return intervals.map(lambda interval: f"{interval.left:.3g}..{interval.right:.3g}").astype(str)
+    return pd.qcut(pd.to_numeric(values), bins, duplicates="drop").astype(object)
 
 
 def effect(results: pd.DataFrame, key: str) -> float:

@@ -79,13 +79,10 @@ def candidate_runs(made: Path) -> list[Path]:
     if hydra_config.mode == RunMode.MULTIRUN:
         sweep = Path(hydra_config.sweep.dir).absolute()
         return sorted(sweep.glob("*/run.json") if named else sweep.parent.glob("*/*/run.json"))
-    return sorted(
-        [made / "run.json"]
-        if named and (made / "run.json").exists()
-        else []
-        if named
-        else made.parent.glob("*/run.json")
-    )
+    if named:
+        own = made / "run.json"
+        return [own] if own.exists() else []
+    return sorted(made.parent.glob("*/run.json"))
 
 
 def lock_folder(folder: Path) -> AcquireReturnProxy:
@@ -164,9 +161,12 @@ def config_dir_of(folder: Path) -> str | None:
 
 def is_running(record: dict) -> bool:
     """Return whether the process that wrote run.json is still running. Always False for another host."""
-    if record["host"] != socket.gethostname() or not psutil.pid_exists(record["pid"]):
+    if record["host"] != socket.gethostname():
         return False
-    return abs(psutil.Process(record["pid"]).create_time() - record["process_started"]) < 1
+    try:
+        return abs(psutil.Process(record["pid"]).create_time() - record["process_started"]) < 1
+    except psutil.NoSuchProcess:
+        return False
 
 
 def refuse_changes(cfg: DictConfig, folder: Path) -> None:
