@@ -6,12 +6,13 @@ Each group writes GROUP.csv and GROUP.png to the output folder.
 import argparse
 import importlib
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from benchmarks import measure, picture
+from benchmarks import chart, measure
 from ssl_runner.device import keep_freed_memory
 
 GROUPS = {
@@ -23,6 +24,14 @@ GROUPS = {
     "growth": "time and memory against N, K, V, image size and data set size",
     "paper": "FLOPs and bytes of a resnet18 step at batch size 512, and lower bounds on its time on an H100",
     "race": "accuracy against training time: lightly, stable-pretraining",
+}
+PEERS = {  # group -> peer libraries that it needs
+    "views": ("kornia",),
+    "loss": ("lightly", "stable_pretraining"),
+    "step": ("lightly",),
+    "probe": ("lightly", "pytorch_lightning"),
+    "startup": ("lightly", "lightning", "stable_pretraining"),
+    "race": ("lightly", "lightning", "stable_pretraining"),
 }
 
 
@@ -55,6 +64,12 @@ def main() -> None:
             )
         groups.remove("race")
         print("race skipped: it requires --data")
+    missing = sorted({peer for name in groups for peer in PEERS.get(name, ()) if find_spec(peer) is None})
+    if missing:
+        parser.error(
+            f"GROUP={' '.join(groups)}: {', '.join(missing)} not found; run scripts/bench, which installs the"
+            f" peers, or only {', '.join(name for name in GROUPS if name not in PEERS)}"
+        )
     given.out.mkdir(parents=True, exist_ok=True)
     if device.type == "cpu":
         keep_freed_memory()  # same allocator settings as in a run, for all contenders
@@ -64,7 +79,7 @@ def main() -> None:
         group = importlib.import_module(f"benchmarks.{name}")
         rows = pd.DataFrame(group.run(device=device, full=given.full, data=given.data, out=given.out))
         rows.to_csv(given.out / f"{name}.csv", index=False)
-        getattr(group, "draw", picture.bars)(rows, given.out / f"{name}.png")
+        getattr(group, "draw", chart.bars)(rows, given.out / f"{name}.png")
         print(f"\n{name}: {GROUPS[name]} ({time.perf_counter() - start:.0f} s)")
         print(rows.to_string(index=False, float_format=lambda number: f"{number:.4g}"))
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks import measure
-from benchmarks.picture import plt
+from benchmarks.chart import plt
 from ssl_runner.backbone import convnet
 from ssl_runner.data.dataset import Images
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, VICReg

@@ -96,7 +96,7 @@ def step(loss: Callable[..., Tensor], Z: Tensor, *relation: Any) -> None:
 
 
 def over_pairs(loss: PairLoss, Z: Tensor, V: int) -> Tensor:
-    """A loss of two views, meant over all pairs of V views."""
+    """A loss of two views, averaged over all pairs of V views."""
     return torch.stack([loss(a, b) for a, b in combinations(Z.chunk(V), 2)]).mean()
 
 

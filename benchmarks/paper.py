@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.picture import plt
+from benchmarks.chart import plt
 from ssl_runner import optimizer
 from ssl_runner.backbone import resnet
 from ssl_runner.config.compose import CONF

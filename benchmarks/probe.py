@@ -147,7 +147,7 @@ def top1(scores: Tensor, y: Tensor) -> float:
 
 
 def protocol(Probe: type[LinearProbe] | type[RidgeProbe], features: Features) -> float:
-    """Test top-1 by the protocol of `ssl_runner.probe.probe`.
+    """Test top-1 by the protocol of `ssl_runner.probe.evaluate`.
 
     The penalty is selected on val from a path fitted on train. The probe is then refitted on both.
     """

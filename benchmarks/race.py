@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from benchmarks.picture import plt
+from benchmarks.chart import plt
 
 LOSSES = {"simclr": "SimCLR", "vicreg": "VICReg", "barlow": "Barlow Twins"}
 SEEDS = (0, 1, 2)

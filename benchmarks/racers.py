@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks import pictures
+from benchmarks import pil_loader
 from ssl_runner import build, optimizer
 from ssl_runner.backbone import convnet
 from ssl_runner.config.compose import CONF, prefer_our_presets, register_resolvers
@@ -129,7 +129,7 @@ def ours(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
 
 def loader(data: DataSet, transform: Callable, workers: int) -> DataLoader:
     """Data loader over the pretraining images, as in the peers' examples."""
-    return pictures.loader(
+    return pil_loader.loader(
         data.pretrain.images[data.pretrain.indices].permute(0, 2, 3, 1).cpu().numpy(),
         transform,
         BATCH,
@@ -168,7 +168,7 @@ def lightly(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
     head = head.to(device)
     sgd = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.06)
     clock.backbone = backbone
-    for views in pictures.forever(loader(data, transform, given["workers"])):
+    for views in pil_loader.forever(loader(data, transform, given["workers"])):
         clock.tick()
         if clock.over:
             return backbone, data

@@ -20,7 +20,7 @@ from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform,
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from benchmarks import measure, pictures
+from benchmarks import measure, pil_loader
 from benchmarks.measure import Work
 from ssl_runner import backbone, optimizer, projector
 from ssl_runner.batch import Batch
@@ -69,7 +69,7 @@ class Ours:
             precision=precision,
         )
         self.guard, self.batches = NonFiniteGuard(device), self._batches()
-        X, _ = next(self.batches)
+        X, self.batch = next(self.batches)
         self.X = X.contiguous(memory_format=model.memory_format)
         self.Z = torch.randn(V * BATCH, K, device=device)
 
@@ -99,14 +99,12 @@ class Ours:
         """Relation, loss and gradient with respect to a fixed Z. Returns the terms of the loss."""
         training = self.training
         Z = self.Z.requires_grad_()
-        terms = training._terms(Z, Batch(torch.arange(BATCH), self.labels, V, 10))
+        terms = training._terms(Z, self.batch)
         torch.autograd.grad(training.loss.total(terms), Z)
         return {name: value.detach() for name, value in terms.items()}
 
     def parts(self) -> dict[str, Work]:
         """Return the parts of a step, each as a function to time."""
-        _, batch = next(self.batches)
-        self.labels = batch.labels
         self.bare()
         terms = self.loss_gradient() | {"loss": torch.zeros((), device=self.training.device)}
         return {
@@ -148,7 +146,7 @@ class Lightly:
         self.network = nn.Sequential(body, head).to(device)
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.06)
         noise = np.random.default_rng(0).integers(0, 256, (2 * BATCH, SIDE, SIDE, 3), dtype=np.uint8)
-        self.batches = pictures.forever(pictures.loader(noise, transform, BATCH, workers=2))
+        self.batches = pil_loader.forever(pil_loader.loader(noise, transform, BATCH, workers=2))
 
     def step(self) -> None:
         """One training step, including the loading of the batch."""

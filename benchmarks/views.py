@@ -9,7 +9,7 @@ import kornia.augmentation as K
 import torch
 import torch.nn.functional as F
 import torchvision.transforms as T
-import yaml
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
@@ -47,7 +47,8 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
 
 def compare(name: str, size: int, device: torch.device, full: bool) -> list[dict[str, Any]]:
     """Rows of one policy and image size. Raises AssertionError if ours and torchvision's views differ."""
-    settings = yaml.safe_load((CONF / "views" / f"{name}.yaml").read_text())["policies"]["all"]
+    policies: Any = OmegaConf.to_container(OmegaConf.load(CONF / "views" / f"{name}.yaml").policies)
+    settings = policies["all"]
     batch = 512 * (8 if device.type == "cuda" else 1)  # on the CPU two views of 256 images, as in a step
     images = fields(batch // 2, size)
     tools = {
@@ -115,10 +116,8 @@ def torchvision_on_pil(settings: Mapping[str, Any], images: Tensor, device: torc
     if solarize := settings.get("solarize"):
         steps.append(T.RandomSolarize(round(255 * solarize["threshold"]), solarize["p"]))
     transform = T.Compose([*steps, T.ToTensor(), T.Normalize(MEAN, STD)])
-    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-    return lambda views: torch.stack([transform(picture) for picture in 2 * pictures[: views // 2]]).to(
-        device
-    )
+    pil_images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    return lambda views: torch.stack([transform(image) for image in 2 * pil_images[: views // 2]]).to(device)
 
 
 def in_kornia(settings: Mapping[str, Any], images: Tensor) -> Make:

@@ -22,13 +22,14 @@ import torch
 import torch.distributed as dist
 
 from ssl_runner import distributed
+from ssl_runner.distributed.collectives import ALL_GATHER, REDUCE_SCATTER
 from ssl_runner.loss import BarlowTwins, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.relation import Labels, Views
 
 LOSSES = {
     "VICReg": VICReg,
     "Barlow Twins": BarlowTwins,
-    "SimCLR (squared)": SpectralContrastive,
+    "spectral contrastive": SpectralContrastive,
     "SimCLR": SimCLR,
 }
 CLASSES = 10
@@ -43,7 +44,7 @@ class Traffic:
 
     def __init__(self) -> None:
         self.payload = self.sent = 0.0
-        for name, passes in (("all_reduce", 2), (distributed.ALL_GATHER, 1), (distributed.REDUCE_SCATTER, 1)):
+        for name, passes in (("all_reduce", 2), (ALL_GATHER, 1), (REDUCE_SCATTER, 1)):
             setattr(dist, name, self.counting(getattr(dist, name), passes))
 
     def counting(self, collective: Callable[..., Any], passes: int) -> Callable[..., Any]:
@@ -120,9 +121,11 @@ def main() -> None:
         ]
         for process in children:
             process.start()
-        rows += queue.get()
         for process in children:
             process.join()
+        if any(process.exitcode for process in children):
+            raise SystemExit(f"W={W}: a process failed, see its message above")
+        rows += queue.get()
     table = pd.DataFrame(rows)
     if given.out:
         table.to_csv(given.out, index=False)

@@ -61,6 +61,17 @@ def test_command_rejects_invalid_arguments(
     assert message in capsys.readouterr().err
 
 
+def test_command_names_missing_peers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench", "growth", "views"])
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as exit_:
+        bench.main()
+    assert exit_.value.code == 2
+    assert "GROUP=growth views: kornia not found; run scripts/bench" in capsys.readouterr().err
+
+
 def test_counted_matches_flops_of_convolutions() -> None:
     """A convolution needs one multiply-add per output element and weight of its filter.
 

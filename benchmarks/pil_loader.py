@@ -8,7 +8,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 
-class Pictures(Dataset):
+class PILImages(Dataset):
     """Images from `pixels` (n, H, W, 3) uint8, converted to PIL on access as in torchvision's CIFAR10."""
 
     def __init__(self, pixels: np.ndarray, transform: Callable[[Image.Image], Any]):
@@ -25,7 +25,7 @@ def loader(
     pixels: np.ndarray, transform: Callable[[Image.Image], Any], batch_size: int, workers: int
 ) -> DataLoader:
     """DataLoader with shuffling; an incomplete last batch is dropped."""
-    images = Pictures(pixels, transform)
+    images = PILImages(pixels, transform)
     return DataLoader(
         images, batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True
     )
