@@ -114,6 +114,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     if device.type == "cuda":
         torch.cuda.set_device(device)
     solver_class: type[Solver] = get_class(cfg.solver._target_)
+    precision = solver_precision(cfg, solver_class, device)
     loss = build_node("loss", cfg.loss).to(device)
     relation = build_node("relation", cfg.relation)
     augment = build_node("views", cfg.views, without=("preview", "resolutions"))
@@ -151,7 +152,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     return Experiment(
         cfg=cfg,
         device=device,
-        precision=solver_precision(cfg, solver_class, device),
+        precision=precision,
         data=data,
         loader=MultiViewLoader(
             data,

@@ -10,7 +10,7 @@ from torch import Tensor
 from ssl_runner.distributed import RankInfo
 from ssl_runner.errors import UsageError
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # autocast's dtype
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # malloc.h
 
 

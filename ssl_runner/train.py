@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ssl_runner import distributed
 from ssl_runner.batch import Batch
 from ssl_runner.data.loader import MultiViewLoader
-from ssl_runner.device import PRECISIONS
+from ssl_runner.device import AUTOCAST_DTYPES
 from ssl_runner.errors import UsageError
 from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel
@@ -69,7 +69,7 @@ class Pretraining(Solver):
         self.network = distributed.data_parallel(model)
         self.sharded = distributed.world_size() == 1 or (loss.supports_sharding and relation.shardable)
         self.requests = distributed.AsyncMax()
-        self.dtype = PRECISIONS[precision]
+        self.dtype = AUTOCAST_DTYPES[precision]
         self.computed_on = f"{self.device.type} in {precision}"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.forwards = loader.V if per_view else 1

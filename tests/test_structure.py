@@ -23,7 +23,7 @@ IMPORTS = """
     config          errors names
     runs            config distributed errors preemption version
 
-    views           config device
+    views           config device errors
     relation        batch device distributed errors
     loss            distributed names relation
     data            batch device distributed errors runs views

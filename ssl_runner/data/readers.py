@@ -7,7 +7,7 @@ import torch
 import torchvision
 
 from ssl_runner.data.dataset import Source, balanced_order
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, one_line
 
 NONE = np.empty(0, dtype=np.int64)
 
@@ -91,7 +91,7 @@ def _torchvision(data_set: type, root: str | None, **split: object) -> torchvisi
         return data_set(folder, download=True, **split)
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         archive = getattr(data_set, "filename", "its archive")
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UsageError(
             f"dataset.root={folder}: expected a complete copy of {data_set.__name__}, and the download"
             f" failed ({reason}); put {archive} ({getattr(data_set, 'url', 'see torchvision')}) there,"

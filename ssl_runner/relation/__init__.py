@@ -1,7 +1,7 @@
 """The relation G over the rows of Z: operators (`operators`, `derived`) and their builders (`builders`)."""
 
 from ssl_runner.relation.derived import DegreeNormalized, ViewExpanded, WithSupportSet, rewire
-from ssl_runner.relation.operators import Edges, KNearest, Labels, Relation, Views, to_float64
+from ssl_runner.relation.operators import Edges, KNearest, Labels, Relation, Views
 
 __all__ = [
     "DegreeNormalized",
@@ -13,5 +13,4 @@ __all__ = [
     "Views",
     "WithSupportSet",
     "rewire",
-    "to_float64",
 ]

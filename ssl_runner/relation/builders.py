@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssl_runner.batch import Batch
 from ssl_runner.device import to_device
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, one_line
 from ssl_runner.relation import derived, operators
 from ssl_runner.relation.operators import Relation
 
@@ -191,7 +191,7 @@ class FromEdges(RelationBuilder):
         try:
             A = operators.Edges(*read_pairs(Path(self.path).expanduser()), num_rows=len(labels))
         except (ValueError, KeyError, OSError, BadZipFile) as error:
-            raise UsageError(f"relation.path={self.path}: {' '.join(str(error).split())}") from error
+            raise UsageError(f"relation.path={self.path}: {one_line(error)}") from error
         i, j = A.edges().numpy()
         self.adjacency = scipy.sparse.csr_array(
             (np.ones(len(i), dtype=np.float32), (i, j)), shape=(len(labels),) * 2

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, one_line
 from ssl_runner.runs.files import atomic_write
 
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint-before.pt"
@@ -113,7 +113,7 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
     try:
         backbone.load_state_dict(safetensors.torch.load_file(path))
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UsageError(
             f"init_weights={path}: expected safetensors weights of this backbone; use the backbone options"
             f" of the run that wrote the file ({reason[:200]})"

@@ -24,7 +24,7 @@ from ssl_runner.theory.optima import Optimum, optimum
 OF_EMBEDDING = ("rank", "effective_rank", "alignment", "label_energy", "min_std", "mean_correlation")
 OF_LOSS = ("subset_loss", "loss_floor", "loss_gap", "floor_kind", "optimal_rank")
 OF_RELATION = ("relation_label_energy", "relation_label_energy_mean")
-FORWARD = 512  # rows per forward pass
+FORWARD_ROWS = 512  # rows per forward pass
 MAX_CORRELATED = 1024  # columns, evenly spaced, whose correlations are averaged
 
 
@@ -95,9 +95,9 @@ class Diagnostics(Evaluator):
         The rows are sharded over the ranks and all-gathered.
         """
         with eval_mode(model):
-            indices = distributed.shard_indices(len(self.X), FORWARD)
+            indices = distributed.shard_indices(len(self.X), FORWARD_ROWS)
             own = self.X[indices[distributed.rank()].to(self.X.device)]
-            features = torch.cat([model.features(x) for x in own.split(FORWARD)]).float()
+            features = torch.cat([model.features(x) for x in own.split(FORWARD_ROWS)]).float()
             features = distributed.unshard(features, indices)
             return features, model.projector(features).float()
 

@@ -24,7 +24,7 @@ from ssl_runner.theory.linear import has_linear_optimum, linear_optimum, value_o
 from ssl_runner.theory.moments import Moments
 
 CHUNK = 1024  # images per batch where G does not depend on the batch size
-FORWARD = 512  # rows per forward pass of the frozen network
+FORWARD_ROWS = 512  # rows per forward pass of the frozen network
 
 
 class ClosedForm(Solver):
@@ -213,7 +213,7 @@ def stream_moments(
     ) as bar:
         for number in range(passes):
             for views, batch in loader.batches(number, size=size):
-                X = torch.cat([frozen(x).flatten(1) for x in views.split(FORWARD)])
+                X = torch.cat([frozen(x).flatten(1) for x in views.split(FORWARD_ROWS)])
                 if type(relation) is FromLabels:
                     moments.add_classes(X, batch.labels.repeat(loader.V))
                 else:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ssl_runner.device import to_device
+from ssl_runner.errors import one_line
 from ssl_runner.views.policy import Policy
 from ssl_runner.views.sampler import Params, ParamSampler, ViewIndex
 
@@ -89,7 +90,7 @@ def numba_works() -> bool:
     try:
         import_module("numba")
     except (ImportError, OSError, AttributeError, SystemError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         print(f"numba cannot be used ({reason}): views are computed several times slower", file=sys.stderr)
         return False
     return True
