@@ -116,7 +116,7 @@ def ours(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
         if progress >= 1 and not clock.over:
             clock.end()
         if clock.over:
-            preemption.asked = signal.SIGTERM  # ends the run after this step
+            preemption.received = signal.SIGTERM  # ends the run after this step
         return schedule(min(999, int(1000 * progress)))
 
     solver.learning_rate = by_the_clock

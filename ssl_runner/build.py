@@ -115,6 +115,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
         torch.cuda.set_device(device)
     solver_class: type[Solver] = get_class(cfg.solver._target_)
     precision = solver_precision(cfg, solver_class, device)
+    torch.manual_seed(cfg.seed)  # for a loss with random initial parameters
     loss = build_node("loss", cfg.loss).to(device)
     relation = build_node("relation", cfg.relation)
     augment = build_node("views", cfg.views, without=("preview", "resolutions"))
@@ -122,6 +123,11 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
         name: build_node(f"probe.classifiers.{name}", cfg.probe.classifiers[name], partial=True)
         for name in cfg.probe.probes
     }
+    solver_class.check_loss(loss, relation)
+    if solver_class.trains:
+        build_optimizer(
+            cfg, nn.ParameterList([torch.zeros(1)])
+        )  # refuses wrong options before the data are read
     if data is None:
         reader = build_node("dataset", cfg.dataset, without=DATASET_SETTINGS, partial=True)
         with distributed.rank_zero_first():
@@ -146,7 +152,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
         projector = build_node("projector", cfg.projector, features=backbone.width).to(device)
         projector = distributed.sync_batchnorm(projector)
     model = SSLModel(backbone, projector, cfg.channels_last)
-    solver_class.check(model, loss, relation)
+    solver_class.check_model(model)
     check_resolutions(cfg, solver_class, backbone, data)
     check_blur(cfg, augment, data)
     return Experiment(
@@ -189,9 +195,9 @@ def build_node(
         raise UsageError(f"{key}: {one_line(error.__cause__ or error)}") from error
 
 
-def build_optimizer(cfg: DictConfig, model: SSLModel, loss: Loss) -> Optimizer:
+def build_optimizer(cfg: DictConfig, *modules: nn.Module) -> Optimizer:
     algorithm = build_node("optimizer", cfg.optimizer, without=OPTIMIZER_SETTINGS, partial=True)
-    return optimizer.build([model, loss], algorithm, cfg.optimizer.lr, cfg.optimizer.weight_decay)
+    return optimizer.build(modules, algorithm, cfg.optimizer.lr, cfg.optimizer.weight_decay)
 
 
 def check_jobs(jobs: Iterable[tuple[str, DictConfig]]) -> None:

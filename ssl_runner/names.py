@@ -1,5 +1,4 @@
-"""Names that settings accept. Imports nothing, so that the command line can check them before it imports
-torch."""
+"""Names that settings accept. Imports nothing, since the command line checks them before importing torch."""
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 FORWARD = ("joint", "per_view")

@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 EXIT = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, run the command again
-PATIENCE = 120.0  # seconds for which the other submitit tasks wait until task 0 has requeued the job
+REQUEUE_WAIT = 120.0  # seconds for which the other submitit tasks wait until task 0 has requeued the job
 MESSAGE = "preempted by {}; the run can be resumed from its last checkpoint"
 
 
@@ -39,9 +39,9 @@ class Preemption:
     """
 
     def __init__(self) -> None:
-        self.asked: signal.Signals | None = None  # the first signal received
+        self.received: signal.Signals | None = None  # the first signal received
         self.deferring = False
-        self.before: dict[signal.Signals, Any] = {}
+        self.original_handlers: dict[signal.Signals, Any] = {}
         self.requeue: Callable[[], None] | None = None
 
     def __enter__(self) -> Self:
@@ -51,7 +51,7 @@ class Preemption:
             }
             requeues = {which for which, handler in handlers.items() if is_submitit(handler)}
             for which in requeues - {signal.SIGTERM} or (signal.SIGTERM, signal.SIGUSR1):
-                self.before[which] = signal.signal(which, self.handle)
+                self.original_handlers[which] = signal.signal(which, self.handle)
         return self
 
     def __exit__(
@@ -61,35 +61,35 @@ class Preemption:
             if isinstance(error, Preempted) and self.requeue is not None:
                 self.requeue()  # exits the process in task 0, returns in the others
                 # if another task exited first, Slurm could kill task 0 before it has requeued the job
-                time.sleep(PATIENCE)
+                time.sleep(REQUEUE_WAIT)
         finally:
-            for which, handler in self.before.items():
+            for which, handler in self.original_handlers.items():
                 signal.signal(which, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Signal handler. Signals after the first are ignored: they must not interrupt the shutdown."""
-        if self.asked is not None:
+        if self.received is not None:
             return
-        self.asked = signal.Signals(number)
-        handler = self.before[self.asked]
+        self.received = signal.Signals(number)
+        handler = self.original_handlers[self.received]
         if is_submitit(handler):
             self.requeue = lambda: handler(number, frame)
         if not self.deferring:
-            raise Preempted(MESSAGE.format(self.asked.name))
+            raise Preempted(MESSAGE.format(self.received.name))
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Defer preemption in this context: a signal is stored in `asked`, and Preempted is raised on exit.
+        """Defer preemption in this context: a signal sets `received`, and Preempted is raised on exit.
 
-        The training loop checks `asked` after each step.
+        The training loop checks `received` after each step.
         """
         self.deferring = True
         try:
             yield
         finally:
             self.deferring = False
-        if self.asked is not None:
-            raise Preempted(MESSAGE.format(self.asked.name))
+        if self.received is not None:
+            raise Preempted(MESSAGE.format(self.received.name))
 
 
 def is_submitit(handler: Any) -> bool:

@@ -20,6 +20,7 @@ from ssl_runner.probe import evaluate, linear_discriminants, principal_component
 from ssl_runner.runs import checkpoint
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.runs.record import RunRecord
+from ssl_runner.views.augment import numba_works
 
 
 def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
@@ -108,6 +109,7 @@ def facts(experiment: Experiment) -> dict[str, object]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "precision": experiment.precision,
+        "view_kernels": "numba" if device.type == "cpu" and numba_works() else "torch",
         "relation": {
             "target": cfg.relation._target_,
             "normalized": cfg.relation.get("normalized", False),

@@ -24,8 +24,12 @@ class Solver(ABC):
     last_row: dict[str, Any]
 
     @classmethod
-    def check(cls, model: SSLModel, loss: Loss, relation: RelationBuilder) -> None:
-        """Raise UsageError if the solver cannot handle one of these."""
+    def check_loss(cls, loss: Loss, relation: RelationBuilder) -> None:
+        """Raise UsageError, before the data set is read, if the solver cannot handle the loss or relation."""
+
+    @classmethod
+    def check_model(cls, model: SSLModel) -> None:
+        """Raise UsageError if the solver cannot handle the model."""
 
     @property
     def result_features(self) -> str:

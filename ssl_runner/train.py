@@ -138,7 +138,7 @@ class Pretraining(Solver):
             bar.set_postfix(guard.latest, refresh=False)
             bar.update(self.loader.batch_size)
             save_is_due = time.perf_counter() - saved > SAVE_INTERVAL
-            request = self.requests(STOP if self.preemption.asked else SAVE if save_is_due else 0)
+            request = self.requests(STOP if self.preemption.received else SAVE if save_is_due else 0)
             if request:
                 guard.finish()
                 self.seconds += time.perf_counter() - start

@@ -3,15 +3,30 @@
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
 
 from ssl_runner.build import Experiment, build
 from ssl_runner.config.compose import CONF, register_resolvers
+from ssl_runner.errors import UsageError
+from ssl_runner.loss import Loss
 from ssl_runner.preemption import Preemption
+from ssl_runner.relation import Relation
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.theory.solver import ClosedForm
 from ssl_runner.train import Pretraining
 from tests.helpers import TINY
+
+
+class PrototypeLoss(Loss):
+    def __init__(self, prototypes: int, **options: object) -> None:
+        super().__init__()
+        self.weights = {"mean": 1.0}
+        self.prototypes = nn.Parameter(torch.randn(prototypes))
+
+    def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
+        return {"mean": (Z.mean() - self.prototypes).square().sum()}
 
 
 def experiment(overrides: str = "", tiny: str = TINY) -> Experiment:
@@ -56,3 +71,30 @@ def test_closed_form_has_no_optimizer_and_a_linear_backbone_no_projector() -> No
 @pytest.mark.parametrize(("settings", "number"), [("", 1), ("diagnostics.every=0", 0), ("probe.every=1", 2)])
 def test_evaluators_with_a_period_are_built(settings: str, number: int) -> None:
     assert len(experiment(settings).evaluators(Path(), CsvLog(None))) == number
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("optimizer=sgd +optimizer.nonsense=1", "optimizer: .*nonsense"),
+        (
+            "solver=closed_form projector=linear +loss.prototypes=3 loss._target_=tests.test_build.PrototypeLoss",
+            "PrototypeLoss has no closed form for a linear model",
+        ),
+        ("solver=closed_form projector=linear relation=neighbors relation.queue=60", "set relation.queue=0"),
+    ],
+)
+def test_unusable_parts_are_refused_before_the_data_set_is_read(settings: str, message: str) -> None:
+    missing = "dataset=stl10 dataset.root=/nonexistent epochs=1 batch_size=50 device=cpu"
+    with pytest.raises(UsageError, match=message):
+        experiment(settings, missing)
+
+
+def test_random_initial_parameters_of_a_loss_depend_on_the_seed_only() -> None:
+    """The global generator has another state in every run of a sweep."""
+    custom = "+loss.prototypes=3 loss._target_=tests.test_build.PrototypeLoss"
+    first, again, other = (
+        experiment(f"{custom} seed={seed}").loss.state_dict()["prototypes"] for seed in (0, 0, 1)
+    )
+    assert first.equal(again)
+    assert not first.equal(other)

@@ -524,7 +524,7 @@ def save_slowly(folder: Path) -> str:
             (folder / "saved").touch()
 
     training.save = save
-    training.preemption.asked = signal.SIGUSR1
+    training.preemption.received = signal.SIGUSR1
     try:
         with Preemption(), RunRecord(folder, "x") as record, distributed.propagate_failures(record.fail):
             list(training.epochs())

@@ -40,11 +40,11 @@ class AskedAfter(Preemption):
         self.training, self.step = training, step
 
     @property
-    def asked(self):
+    def received(self):
         return signal.SIGTERM if self.training.step >= self.step else None
 
-    @asked.setter
-    def asked(self, value):
+    @received.setter
+    def received(self, value):
         pass
 
 
@@ -93,7 +93,7 @@ def test_signal_raises_at_once_or_at_end_of_deferred() -> None:
             pass
         events = []
         with pytest.raises(Preempted, match="SIGUSR1"), preemption.deferred():
-            events += [signal.raise_signal(signal.SIGUSR1), preemption.asked]
+            events += [signal.raise_signal(signal.SIGUSR1), preemption.received]
         assert events == [None, signal.SIGUSR1]
         signal.raise_signal(signal.SIGTERM)  # ignored during shutdown
     with Preemption(), pytest.raises(Preempted, match="SIGTERM") as raised:

@@ -16,7 +16,7 @@ from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICR
 from ssl_runner.model import SSLModel
 from ssl_runner.relation import Labels, Views, builders
 from ssl_runner.theory import value_of
-from ssl_runner.theory.solver import ClosedForm, MomentsGap, frozen_and_matrix, stream_moments
+from ssl_runner.theory.solver import ClosedForm, MomentsGap, split_linear_layer, stream_moments
 from ssl_runner.views import Augment
 from tests.helpers import noise_loader, run_folder, table
 
@@ -279,19 +279,19 @@ def test_moments_do_not_depend_on_batch_size_for_labels() -> None:
         assert_close(getattr(first, name), getattr(second, name), rtol=1e-4, atol=1e-3)
 
 
-def test_frozen_and_matrix_returns_the_linear_layer_to_solve_for() -> None:
+def test_split_linear_layer_returns_the_linear_layer_to_solve_for() -> None:
     linear = LinearBackbone(48, 4)
-    flatten, matrix = frozen_and_matrix(SSLModel(linear, nn.Identity()))
+    flatten, matrix = split_linear_layer(SSLModel(linear, nn.Identity()))
     assert isinstance(flatten, nn.Flatten)
     assert matrix is linear.body[1]
     head = nn.Linear(4, 3)
-    assert frozen_and_matrix(SSLModel(linear, head)) == (linear, head)
+    assert split_linear_layer(SSLModel(linear, head)) == (linear, head)
 
 
 def test_model_without_linear_layer_is_rejected() -> None:
     model = SSLModel(Backbone(nn.Flatten(), 48), nn.Sequential())
     with pytest.raises(UsageError, match="solves for one linear layer"):
-        frozen_and_matrix(model)
+        split_linear_layer(model)
 
 
 @pytest.mark.parametrize(

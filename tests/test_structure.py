@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "ssl_runner"
 IMPORTS = """
     errors
     names
+    rule
     version
     batch
     backbone
@@ -20,10 +21,10 @@ IMPORTS = """
     optimizer       errors
     distributed     preemption
     device          distributed errors
-    config          errors names
+    config          errors names rule
     runs            config distributed errors preemption version
 
-    views           config device errors
+    views           device errors rule
     relation        batch device distributed errors
     loss            distributed names relation
     data            batch device distributed errors runs views
@@ -37,7 +38,7 @@ IMPORTS = """
 
     build           backbone config data device distributed errors evaluator loss model optimizer preemption
                     probe relation runs solver views
-    run             build config data distributed model preemption probe runs
+    run             build config data distributed model preemption probe runs views
     cli             build config distributed errors preemption run runs version
     __main__        cli
     report          errors runs

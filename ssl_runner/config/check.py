@@ -13,8 +13,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ssl_runner.config import compose, renamed
 from ssl_runner.config.compose import Composer
-from ssl_runner.config.rules import LOSS_RULES, RULES, Rule, check_values, dotted_keys, format_value, nearest
+from ssl_runner.config.rules import LOSS_RULES, RULES, check_values, dotted_keys, format_value, nearest
 from ssl_runner.errors import UsageError
+from ssl_runner.rule import Rule
 
 PLUGINS = {  # override -> Hydra plugin, and the extra of this package that installs it
     "hydra/launcher=slurm": ("submitit_launcher", "slurm"),
@@ -87,7 +88,7 @@ def check_job(composer: Composer, overrides: list[Override]) -> DictConfig:
         config.solver._target_.endswith(".ClosedForm")
         and config.backbone._target_ == "ssl_runner.backbone.linear"
     ):
-        check_only_matrix(config, task)
+        check_solved_backbone(config, task)
     if config.resume not in (None, "auto") and not any(o.key_or_group == "resume" for o in task):
         raise UsageError(
             f"resume={config.resume} is set in a config file: expected on the command line; move it there"
@@ -236,7 +237,7 @@ def check_node(value: Any, reference: DictConfig, name: str, key: str, open_ende
             raise UsageError(f"{key}={format_value(value)}: expected {rule or 'a list'}")
 
 
-def check_only_matrix(config: DictConfig, overrides: list[Override]) -> None:
+def check_solved_backbone(config: DictConfig, overrides: list[Override]) -> None:
     """Raise UsageError for projector options or initial weights if the solver fits the backbone."""
     solved = "solver=closed_form backbone=linear fits the backbone itself"
     for override in overrides:

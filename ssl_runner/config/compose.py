@@ -147,11 +147,9 @@ def composer(args: argparse.Namespace) -> Iterator[Composer]:
 
     Raises UsageError if --config-dir or --config-path is not a folder.
     """
-    for folder in (args.config_dir, args.config_path):
+    for option, folder in (("--config-dir", args.config_dir), ("--config-path", args.config_path)):
         if folder is not None and not Path(folder).is_dir():
-            raise UsageError(
-                f"{folder} is not a folder: --config-dir expects a folder that contains <group>/<name>.yaml"
-            )
+            raise UsageError(f"{option}={folder}: expected a folder that contains <group>/<name>.yaml")
     folder = Path(args.config_path or CONF)
     with hydra_internals.config_repository(folder, args.config_dir) as repository:
         yield Composer(repository, args.config_name or "config")

@@ -39,18 +39,18 @@ class SpectralContrastive(Loss):
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
         if self.center:
             Z = Z - all_reduce_sharded(Z.mean(0)) / world_size()
-        ZZ, ZGZ = all_reduce_replicated(Z.T @ Z), all_reduce_replicated(Z.T @ (G @ Z))
+        ZZ, ZGZ_trace = all_reduce_replicated(Z.T @ Z), all_reduce_replicated((Z * (G @ Z)).sum())
         total = all_reduce_replicated(G.degrees.to(Z).sum())
         square_norm = all_reduce_replicated(G.square_norm.to(Z))
-        return self.of_products(ZZ, ZGZ, world_size() * len(Z), total, square_norm)
+        return self.of_products(ZZ, ZGZ_trace, world_size() * len(Z), total, square_norm)
 
     def of_products(
-        self, ZZ: Tensor, ZGZ: Tensor, N: int, total: Tensor, square_norm: Tensor
+        self, ZZ: Tensor, ZGZ_trace: Tensor, N: int, total: Tensor, square_norm: Tensor
     ) -> dict[str, Tensor]:
-        """Compute the terms from Z'Z and Z'GZ (K, K), total = sum_ij G_ij and square_norm = sum_ij G_ij^2."""
+        """The terms from Z'Z (K, K), tr(Z'GZ), total = sum_ij G_ij and square_norm = sum_ij G_ij^2."""
         if self.reduction == "sum":
-            return {"repulsion": ZZ.square().sum(), "attraction": -2 * ZGZ.trace(), "constant": square_norm}
-        return {"repulsion": ZZ.square().sum() / N**2, "attraction": -2 * ZGZ.trace() / total.clamp(min=1)}
+            return {"repulsion": ZZ.square().sum(), "attraction": -2 * ZGZ_trace, "constant": square_norm}
+        return {"repulsion": ZZ.square().sum() / N**2, "attraction": -2 * ZGZ_trace / total.clamp(min=1)}
 
     def target_scale(self, N: int, total: Tensor) -> float:
         """The scale t of the target: the loss fits ZZ' to t G. `total` is sum_ij G_ij."""

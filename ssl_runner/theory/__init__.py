@@ -1,6 +1,4 @@
-"""Closed-form optima of the losses for free embeddings and linear models, and measures that compare a model
-with them.
-"""
+"""Closed-form optima of the losses for free embeddings and linear models, and distances to them."""
 
 from ssl_runner.theory.linear import LinearOptimum, linear_optimum, value_of
 from ssl_runner.theory.optima import EXACT, LOWER, UPPER, Optimum, optimum

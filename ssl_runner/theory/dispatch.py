@@ -22,7 +22,7 @@ class ExactTypeDispatch(Generic[P, R]):
         self.registry: dict[type, Callable[Concatenate[Any, P], R]] = {}
 
     def register(self, function: F) -> F:
-        """Use `function` for the class that annotates its first parameter. Raises TypeError without one."""
+        """Use `function` for the class that annotates its first parameter, or raise TypeError."""
         cls = get_type_hints(function).get(function.__code__.co_varnames[0])
         if not isinstance(cls, type):
             raise TypeError(f"{function.__name__}: expected a class as the annotation of the first parameter")

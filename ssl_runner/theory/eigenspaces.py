@@ -259,16 +259,16 @@ def component_eigenspaces(
             for own, vector in zip(members, known, strict=True):
                 block = graph[own][:, own]
                 deflated = np.empty((m, 0)) if matrix == "adjacency" else vector[:, None]
-                least = -np.inf if matrix == "laplacian" else TIE_TOLERANCE
+                smallest = -np.inf if matrix == "laplacian" else TIE_TOLERANCE
                 number = min(missing, m - deflated.shape[1])
-                values, vectors = lanczos(block, deflated, number, top, spread, least)
+                values, vectors = lanczos(block, deflated, number, top, spread, smallest)
                 found.append((values[None], vectors[None], own[None]))
     candidates = np.concatenate([values.ravel() for values, _, _ in found]) if found else np.empty(0)
     candidates = np.sort(candidates[candidates > top - spread / 2])[::-1]
     if not len(candidates):
         return first
-    least = candidates[min(missing, len(candidates)) - 1] - TIE_TOLERANCE * max(1.0, abs(candidates[0]))
-    values, vectors = select_eigenpairs(found, max(least, top - spread / 2), len(d))
+    threshold = candidates[min(missing, len(candidates)) - 1] - TIE_TOLERANCE * max(1.0, abs(candidates[0]))
+    values, vectors = select_eigenpairs(found, max(threshold, top - spread / 2), len(d))
     rest = group_ties(values, vectors)
     if matrix == "laplacian":
         for space in rest:
@@ -287,16 +287,16 @@ def component_blocks(graph: scipy.sparse.csr_array, members: np.ndarray) -> np.n
 
 
 def select_eigenpairs(
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]], least: float, N: int
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]], threshold: float, N: int
 ) -> tuple[np.ndarray, scipy.sparse.csr_array]:
-    """Eigenpairs of the components with a value of at least `least`: values (k,), sparse vectors (N, k).
+    """Eigenpairs of the components with a value of at least `threshold`: values (k,), sparse vectors (N, k).
 
     found: eigenvalues (c, q), eigenvectors (c, m, q) and rows (c, m) of c components of m rows each.
     """
     chosen: list[np.ndarray] = []
     data, rows, columns = [], [], []
     for values, vectors, members in found:
-        component, pair = np.nonzero(values >= least)
+        component, pair = np.nonzero(values >= threshold)
         selected = vectors[component, :, pair]  # (pairs, m)
         data.append(selected.ravel())
         rows.append(members[component].ravel())

@@ -17,9 +17,9 @@ def lanczos(
     k: int,
     top: float,
     spread: float,
-    least: float,
+    smallest: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Largest eigenpairs of A (m, m) above `least`, orthogonal to known eigenvectors (m, r).
+    """Largest eigenpairs of A (m, m) above `smallest`, orthogonal to known eigenvectors (m, r).
 
     Returns values (s,) in descending order and vectors (m, s): the k largest, or all if there are fewer, and
     those that are tied with the k-th. All eigenvalues of A must be at most `top`, and within `spread` of the
@@ -53,14 +53,14 @@ def lanczos(
         if inverse is not None:
             new = shift - 1 / new
         kth = np.sort(values)[-k] if len(values) >= k else -np.inf
-        if new.max() < max(kth - tie, least):
+        if new.max() < max(kth - tie, smallest):
             break
         vectors, _ = np.linalg.qr(vectors - found @ (found.T @ vectors))
         found, values = np.concatenate([found, vectors], 1), np.concatenate([values, new])
         number = 1 if len(values) == k else 2 * number
     order = np.argsort(-values)
     if len(order):
-        order = order[values[order] >= max(values[order[min(k, len(order)) - 1]] - tie, least)]
+        order = order[values[order] >= max(values[order[min(k, len(order)) - 1]] - tie, smallest)]
     return values[order], found[:, r:][:, order]
 
 

@@ -57,7 +57,7 @@ def spectral_value_of(loss: SpectralContrastive, Z: CentredMoments) -> float:
     """|Z'Z|_F^2 and tr(Z'GZ), of centred Z if the loss centres."""
     Z = Z if loss.center else Z.about_zero()
     total, square_norm = (torch.tensor(scalar, dtype=torch.float64) for scalar in (Z.total, Z.square_norm))
-    return float(loss.total(loss.of_products(Z.XHX, Z.XGX, Z.N, total, square_norm)))
+    return float(loss.total(loss.of_products(Z.XHX, Z.XGX.trace(), Z.N, total, square_norm)))
 
 
 @value_of.register
@@ -73,7 +73,7 @@ class LinearOptimum:
     """Closed form of one loss on the moments of X: Z = X W + bias.
 
     form             name of the method
-    loss             loss that `value` refers to: the given one, or its squared surrogate
+    loss             loss that `value` refers to: the given one, or its surrogate
     kind             EXACT: no W and bias have a lower value; UPPER: an upper bound of the minimum
     W, bias          (D, K) and (K,)
     value            loss at W and bias, over all N rows at once

@@ -61,10 +61,10 @@ class Optimum:
     form             name of the method
     kind             EXACT: `value` is the minimum; UPPER: an upper bound, attained by Z; LOWER: a lower bound
     value            loss at the optimum
-    singular_values  (K,) of Z, descending, zero-padded; without Z, those of the squared surrogate
+    singular_values  (K,) of Z, descending, zero-padded; without Z, those of SpectralContrastive
     spaces           eigenspaces that contain Z's columns, and the number of dimensions used of each
     canonicalize     removes from Z (N, K) what the loss is invariant to (mean, row or column norms); float64
-    build_embedding          builds Z (N, K); None if the bound has no embedding
+    build_embedding  builds Z (N, K); None if the bound has no embedding
     """
 
     form: str

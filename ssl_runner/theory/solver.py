@@ -1,5 +1,4 @@
-"""The closed-form solver: the exact linear map on frozen features, from second moments over batches of
-views."""
+"""The closed-form solver: the optimal linear map of frozen features, from second moments of views."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -52,14 +51,17 @@ class ClosedForm(Solver):
         self.last_row: dict[str, Any] = {}
 
     @classmethod
-    def check(cls, model: SSLModel, loss: Loss, relation: RelationBuilder) -> None:
+    def check_loss(cls, loss: Loss, relation: RelationBuilder) -> None:
         if not has_linear_optimum(loss):
             raise UsageError(
                 f"solver=closed_form: {type(loss).__name__} has no closed form for a linear model"
             )
         if relation.uses_memory:
             raise UsageError("solver=closed_form needs positive pairs within one batch; set relation.queue=0")
-        frozen_and_matrix(model)
+
+    @classmethod
+    def check_model(cls, model: SSLModel) -> None:
+        split_linear_layer(model)
 
     @property
     def result_features(self) -> str:
@@ -79,7 +81,7 @@ class ClosedForm(Solver):
 
     def _solve(self) -> None:
         start = time.perf_counter()
-        frozen, matrix = frozen_and_matrix(self.model)
+        frozen, matrix = split_linear_layer(self.model)
         moments = stream_moments(
             frozen, matrix.in_features, self.loader, self.relation, self.total_epochs
         ).centred()
@@ -151,7 +153,7 @@ class MomentsGap(Evaluator):
         """Compute the moments and the closed form. Raises UsageError for a model that is not linear."""
         if not isinstance(model.backbone, LinearBackbone) or not isinstance(model.projector, nn.Identity):
             raise UsageError("MomentsGap is for a linear model; use backbone=linear projector=identity")
-        frozen, matrix = frozen_and_matrix(model)
+        frozen, matrix = split_linear_layer(model)
         with distributed.local_only():
             moments = stream_moments(
                 frozen, matrix.in_features, self.loader, deepcopy(self.relation), self.passes
@@ -160,13 +162,13 @@ class MomentsGap(Evaluator):
         self.best = linear_optimum(self.loss, self.moments, model.K)
 
     def evaluate(self, model: SSLModel, epoch: int) -> dict[str, Any]:
-        _, matrix = frozen_and_matrix(model)
+        _, matrix = split_linear_layer(model)
         W, bias = (parameter.detach().cpu().double() for parameter in (matrix.weight.T, matrix.bias))
         value = value_of(self.best.loss, self.moments.transform(W, self.moments.mean @ W + bias))
         return dict(zip(self.columns, (value, self.best.value, self.best.kind), strict=True))
 
 
-def frozen_and_matrix(model: SSLModel) -> tuple[nn.Module, nn.Linear]:
+def split_linear_layer(model: SSLModel) -> tuple[nn.Module, nn.Linear]:
     """The frozen part of the model, and the linear layer to solve for.
 
     Raises UsageError if there is no such layer.

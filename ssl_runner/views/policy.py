@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_runner.config.rules import Rule
 from ssl_runner.device import to_device
+from ssl_runner.rule import Rule
 from ssl_runner.views.color import blend_weights, color_jitter, hue_weights, luma, solarize
 from ssl_runner.views.geometry import full_boxes, gaussian_blur, random_affines, random_boxes, resample
 from ssl_runner.views.sampler import Params, ParamSampler

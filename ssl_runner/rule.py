@@ -1,0 +1,48 @@
+"""A rule for the value of an option. Imports neither Hydra nor torch."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Rule:
+    """Accepted values of an option: a type with bounds or a set of choices, and null if `optional`.
+
+    `low` and `high` are inclusive; `open_low` excludes `low`. An int is accepted where a float is expected.
+    """
+
+    kind: type[int] | type[float] | type[bool] | type[str]
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+
+    def accepts(self, value: Any) -> bool:
+        if value is None:
+            return self.optional
+        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not self.kind:
+            return False
+        if self.choices:
+            return value in self.choices
+        if self.kind in (int, float) and isinstance(value, (int, float)):
+            above = value > self.low if self.open_low else value >= self.low
+            return above and value <= self.high and math.isfinite(value)
+        return True
+
+    def __str__(self) -> str:
+        if self.choices:
+            text = "one of " + ", ".join(self.choices)
+        else:
+            text = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[self.kind]
+            if self.high < math.inf:
+                bounds = (
+                    f"> {self.low} and <= {self.high}" if self.open_low else f"from {self.low} to {self.high}"
+                )
+                text += f" {bounds}"
+            elif self.low > -math.inf:
+                text += f" {'>' if self.open_low else '>='} {self.low}"
+        return text + (" or null" if self.optional else "")
