@@ -177,7 +177,8 @@ INVALID = [
     ("gamma=1,2", "gamma=1,2 is a sweep: add -m"),
     ("+epochs=3", "write epochs=3"),
     ("~epochs", "epochs cannot be removed"),
-    ("--config-dir nowhere", "nowhere is not a folder"),
+    ("--config-dir nowhere", "--config-dir=nowhere: expected a folder"),
+    ("--config-path nowhere", "nowhere: expected a folder that contains <group>/<name>.yaml"),
     # entries of open maps
     ("evaluators.norm._target_=pkg.Norm", "Add it as a new argument: +evaluators.norm._target_=pkg.Norm"),
     ("+evaluators.norm.every=1", "expected a _target_; add +evaluators.norm._target_=<module>.<class>"),
