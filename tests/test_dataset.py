@@ -208,6 +208,45 @@ def test_stl10_unlabelled_images_are_used_for_pretraining_only(tmp_path: Path, u
         assert ((part.y >= 0) & (part.y < 10)).all()
 
 
+@pytest.fixture
+def complete_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small CIFAR-10 whose checksums torchvision verifies. Any use of the network raises an error."""
+    base = tmp_path / "images" / "cifar-10-batches-py"
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    for seed, name in enumerate(names):
+        cifar_file(base / name, 10, "labels", seed)
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"c{i}" for i in range(10)]}))
+
+    def md5(name: str) -> str:
+        return hashlib.md5((base / name).read_bytes()).hexdigest()
+
+    cls = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(cls, "train_list", [[name, md5(name)] for name in names[:5]])
+    monkeypatch.setattr(cls, "test_list", [[name, md5(name)] for name in names[5:]])
+    monkeypatch.setattr(cls, "meta", cls.meta | {"md5": md5("batches.meta")})
+
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise AssertionError("network used")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    return base
+
+
+@pytest.mark.parametrize("root", [".", "cifar-10-batches-py", ".."])
+def test_complete_files_are_found_without_network(complete_cifar10: Path, root: str) -> None:
+    """The root is the folder around the data set, the data set's own folder, or the folder above both."""
+    data = readers.cifar10(str((complete_cifar10.parent / root).resolve()))
+    assert (len(data.train), len(data.test)) == (50, 10)
+    assert readers.cifar10(str(complete_cifar10.parent), size=16, channels=1).images.shape == (60, 1, 16, 16)
+
+
+def test_corrupt_file_is_not_read(complete_cifar10: Path) -> None:
+    (complete_cifar10 / "test_batch").write_bytes(b"x")
+    with pytest.raises(AssertionError, match="network used"):  # torchvision downloads it again
+        readers.cifar10(str(complete_cifar10.parent))
+
+
 @pytest.mark.parametrize("read", [readers.cifar10, readers.cifar100, readers.stl10])
 def test_failed_download_raises_one_line_usage_error(
     read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,7 @@ IMPORTS = """
     names
     version
     batch
-    backbone
+    backbone        names
     projector
     preemption
     optimizer       errors

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ssl_runner.errors import UsageError
-from ssl_runner.names import FEATURES, FORWARD, PRECISIONS, REDUCTIONS, STORAGE, VARIANCES
+from ssl_runner.names import FEATURES, FORWARD, PRECISIONS, REDUCTIONS, STEMS, STORAGE, VARIANCES
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Rule:
     low: float = -math.inf
     high: float = math.inf
     open_low: bool = False
-    choices: tuple[str, ...] = ()
+    choices: tuple[str | int, ...] = ()
     optional: bool = False
 
     def accepts(self, value: Any) -> bool:
@@ -45,7 +45,7 @@ class Rule:
 
     def __str__(self) -> str:
         if self.choices:
-            text = "one of " + ", ".join(self.choices)
+            text = "one of " + ", ".join(map(str, self.choices))
         else:
             text = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[self.kind]
             if self.high < math.inf:
@@ -81,7 +81,9 @@ RULES = {
     "dataset.storage": Rule(str, choices=STORAGE),
     "dataset.root": Rule(str, optional=True),
     "dataset.size": Rule(int, low=4, optional=True),
+    "dataset.channels": Rule(int, choices=(1, 3), optional=True),
     "backbone.width": _positive(int),
+    "backbone.stem": Rule(str, choices=STEMS),
     "projector.width": _positive(int),
     "projector.depth": _positive(int),
     "projector.K": _positive(int),
@@ -90,6 +92,8 @@ RULES = {
     "optimizer.warmup_epochs": Rule(float, low=0),
     "optimizer.final_lr_ratio": Rule(float, low=0, high=1),
     "optimizer.clip_grad_norm": _positive(float, optional=True),
+    "optimizer.trust_coeff": _positive(float),
+    "optimizer.trust_clip": Rule(bool),
     "relation.k": _positive(int),
     "relation.queue": Rule(int, low=0),
     "relation.path": Rule(str, optional=True),
