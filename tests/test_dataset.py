@@ -312,9 +312,9 @@ def test_folder_cache_is_reused_while_files_are_unchanged(
     first = read_folder(pictures).images.clone()
     decode, decoded = image_folder._decode, []
 
-    def counting(files, size, target):
+    def counting(files, size, target, channels):
         decoded.append(target)
-        decode(files, size, target)
+        decode(files, size, target, channels)
 
     monkeypatch.setattr(image_folder, "_decode", counting)
     assert torch.equal(read_folder(pictures).images, first)

@@ -81,6 +81,8 @@ RULES = {
     "dataset.storage": Rule(str, choices=STORAGE),
     "dataset.root": Rule(str, optional=True),
     "dataset.size": Rule(int, low=4, optional=True),
+    **{f"dataset.{name}": Rule(str) for name in ("image", "label", "train", "test")},
+    "dataset.unlabeled": Rule(str, optional=True),
     "dataset.channels": Rule(int, choices=(1, 3), optional=True),
     "backbone.width": _positive(int),
     "backbone.stem": Rule(str, choices=STEMS),

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
+from ssl_runner.data import decode
 from ssl_runner.data.dataset import Source
 from ssl_runner.data.readers import NONE
 from ssl_runner.errors import UsageError
@@ -51,7 +53,19 @@ def folder(root: str | None, size: int | None, cache: str) -> Source:
     ]
     split = sum(len(of_class) for of_class in listed["train"].values())
 
-    signature = hashlib.sha256(f"{base} {size}".encode())
+    images, _ = decode_files(files, size, cache)
+    rows = np.arange(len(files))
+    return Source(images, torch.tensor(labels), classes, rows[:split], rows[split:], NONE, mapped=True)
+
+
+def decode_files(
+    files: Sequence[Path], size: int | None, cache: str, channels: int = 3
+) -> tuple[Tensor, dict[int, str]]:
+    """Return all images, (n, channels, side, side) uint8, in a memory-mapped file, and no broken ones.
+
+    Images are decoded once, in parallel, into a file in `cache`. Raises UsageError as `folder` does.
+    """
+    signature = hashlib.sha256(f"{decode.VERSION} {size} {channels}".encode())
     for file in files:
         try:
             status = file.stat()
@@ -59,7 +73,7 @@ def folder(root: str | None, size: int | None, cache: str) -> Source:
             raise UsageError(
                 f"{file}: expected a readable file ({error.strerror}); repair or remove it"
             ) from error
-        signature.update(f"{file.relative_to(base)} {status.st_size} {status.st_mtime_ns}\n".encode())
+        signature.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
     decoded = Path(cache).expanduser() / f"folder-{signature.hexdigest()[:32]}.npy"
     try:
         decoded.parent.mkdir(parents=True, exist_ok=True)
@@ -68,10 +82,8 @@ def folder(root: str | None, size: int | None, cache: str) -> Source:
             f"dataset.cache={cache}: expected a writable folder ({error.strerror}); set another one"
         ) from error
     if not decoded.is_file():
-        _decode(files, size, decoded)
-    images = torch.from_numpy(np.load(decoded, mmap_mode="c"))
-    rows = np.arange(len(files))
-    return Source(images, torch.tensor(labels), classes, rows[:split], rows[split:], NONE, mapped=True)
+        _decode(files, size, decoded, channels)
+    return torch.from_numpy(np.load(decoded, mmap_mode="c")), {}
 
 
 def _class_files(base: Path, part: str) -> dict[str, list[Path]]:
@@ -111,13 +123,13 @@ def _class_files(base: Path, part: str) -> dict[str, list[Path]]:
     return found
 
 
-def _decode(files: Sequence[Path], size: int | None, target: Path) -> None:
+def _decode(files: Sequence[Path], size: int | None, target: Path, channels: int) -> None:
     """Decode image files and write them to `target` as one .npy array (n, 3, side, side) uint8.
 
     The write is atomic. `side` is `size`, or the side of the first image if `size` is None. Raises UsageError
     if the first image is not square, or if another one has a different size.
     """
-    shape = _read(files[0], size).shape
+    shape = _read(files[0], size, channels).shape
     if shape[1] != shape[2]:
         raise UsageError(
             f"{files[0]}: expected a square image, found {shape[2]} x {shape[1]} pixels;"
@@ -126,7 +138,7 @@ def _decode(files: Sequence[Path], size: int | None, target: Path) -> None:
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *shape)}
     with atomic_write(target, concurrent=True) as array, ThreadPoolExecutor(os.cpu_count()) as threads:
         np.lib.format.write_array_header_1_0(array, header)
-        decoded = threads.map(lambda file: _read(file, size), files)
+        decoded = threads.map(lambda file: _read(file, size, channels), files)
         for row, image in enumerate(
             tqdm(decoded, "decode", total=len(files), unit="images", unit_scale=True, disable=None)
         ):
@@ -140,25 +152,10 @@ def _decode(files: Sequence[Path], size: int | None, target: Path) -> None:
             array.write(image.tobytes())
 
 
-def _read(file: Path, size: int | None) -> np.ndarray:
-    """Return one image as RGB, (3, height, width) uint8.
-
-    The EXIF orientation is applied, 16-bit values are scaled to 8 bits, and transparency is composited over
-    white. With `size`, the image is centre-cropped to a square and resized to size x size. Raises UsageError
-    if the file is not a readable image.
-    """
+def _read(file: Path, size: int | None, channels: int) -> np.ndarray:
+    """The pixels of a file. Raises UsageError if it is not a readable image."""
     try:
         with Image.open(file) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            if upright.has_transparency_data:
-                upright = Image.alpha_composite(
-                    Image.new("RGBA", upright.size, "white"), upright.convert("RGBA")
-                )
-            rgb = upright.convert("RGB")
+            return decode.pixels(image, size, channels)
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise UsageError(f"{file}: expected a readable image ({error}); repair or remove it") from error
-    if size is not None and rgb.size != (size, size):
-        rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(rgb).transpose(2, 0, 1)
