@@ -7,3 +7,4 @@ STORAGE = ("auto", "device", "host")
 VARIANCES = ("hinge", "squared")
 REDUCTIONS = ("mean", "sum")
 FEATURES = ("backbone", "projector", "random_init", "pixels", "pca", "lda")
+ON_ERROR = ("refuse", "skip")  # dataset.on_error
