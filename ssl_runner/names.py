@@ -8,3 +8,4 @@ VARIANCES = ("hinge", "squared")
 REDUCTIONS = ("mean", "sum")
 STEMS = ("auto", "cifar", "pool", "imagenet")
 FEATURES = ("backbone", "projector", "random_init", "pixels", "pca", "lda")
+ON_ERROR = ("refuse", "skip")  # dataset.on_error

@@ -26,7 +26,7 @@ IMPORTS = """
     views           config device errors
     relation        batch device distributed errors
     loss            distributed names relation
-    data            batch device distributed errors runs views
+    data            batch device distributed errors names runs views
     model           backbone
     evaluator       model
     solver          loss model relation

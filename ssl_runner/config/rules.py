@@ -6,18 +6,20 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ssl_runner.errors import UsageError
-from ssl_runner.names import FEATURES, FORWARD, PRECISIONS, REDUCTIONS, STEMS, STORAGE, VARIANCES
+from ssl_runner.names import FEATURES, FORWARD, ON_ERROR, PRECISIONS, REDUCTIONS, STEMS, STORAGE, VARIANCES
 
 
 @dataclass
 class Rule:
     """Accepted values of an option: a type with bounds or a set of choices, and null if `optional`.
+
+    `many` also accepts a non-empty list of such values.
 
     `low` and `high` are inclusive; `open_low` excludes `low`. An int is accepted where a float is expected.
     """
@@ -28,10 +30,14 @@ class Rule:
     open_low: bool = False
     choices: tuple[str | int, ...] = ()
     optional: bool = False
+    many: bool = False
 
     def accepts(self, value: Any) -> bool:
         if value is None:
             return self.optional
+        if self.many and isinstance(value, ListConfig):
+            one = replace(self, many=False, optional=False)
+            return len(value) > 0 and all(map(one.accepts, value))
         if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not self.kind:
@@ -55,7 +61,7 @@ class Rule:
                 text += f" {bounds}"
             elif self.low > -math.inf:
                 text += f" {'>' if self.open_low else '>='} {self.low}"
-        return text + (" or null" if self.optional else "")
+        return text + (" or a list of these" if self.many else "") + (" or null" if self.optional else "")
 
 
 def _positive(kind: type[int] | type[float], optional: bool = False) -> Rule:
@@ -76,10 +82,14 @@ RULES = {
     "init_weights": Rule(str, optional=True),
     "resume": Rule(str, optional=True),
     "dataset.val_fraction": Rule(float, low=0, high=0.9, open_low=True),
+    "dataset.test_fraction": Rule(float, low=0, high=0.9),
     "dataset.subset": _positive(int, optional=True),
     "dataset.split_seed": Rule(int, low=0, high=2**32 - 1),
     "dataset.storage": Rule(str, choices=STORAGE),
     "dataset.root": Rule(str, optional=True),
+    "dataset.files": Rule(str, optional=True),
+    "dataset.labels": Rule(bool, optional=True),
+    "dataset.on_error": Rule(str, choices=ON_ERROR),
     "dataset.size": Rule(int, low=4, optional=True),
     **{f"dataset.{name}": Rule(str) for name in ("image", "label", "train", "test")},
     "dataset.unlabeled": Rule(str, optional=True),
@@ -125,6 +135,8 @@ def check_values(config: DictConfig) -> None:
     """
     ours = str(config.loss.get("_target_")).startswith("ssl_runner.loss.")
     rules = RULES | base_rules(config.relation) | (LOSS_RULES if ours else {})
+    if str(config.dataset.get("_target_")).endswith(".image_folder.folder"):
+        rules["dataset.root"] = replace(RULES["dataset.root"], many=True)
     for key, rule in rules.items():
         value = OmegaConf.select(config, key, default=MISSING)
         if value is not MISSING and not rule.accepts(value):
