@@ -66,6 +66,17 @@ def test_saved_images_and_labels_are_read(saved: Path) -> None:
         assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(original))
 
 
+def test_test_split_and_labels_may_be_left_out(saved: Path) -> None:
+    without_test = read(saved, test=None, unlabeled="more")
+    assert without_test.labels.tolist() == [0, 1, 2] * 3 + [-1] * 5
+    assert (len(without_test.train), len(without_test.test), len(without_test.unlabeled)) == (9, 0, 5)
+    without_labels = read(saved, label=None, train="more", test="not read", unlabeled="train")
+    assert without_labels.classes == []
+    assert without_labels.labels.tolist() == [-1] * 14
+    assert (len(without_labels.train), len(without_labels.test)) == (0, 0)
+    assert without_labels.unlabeled.tolist() == [*range(14)]
+
+
 def test_images_are_decoded_once(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = read(saved).images.clone()
     monkeypatch.setattr(hugging_face, "_write", None)
@@ -107,7 +118,7 @@ def test_missing_labels_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"test": "val"}, "dataset.test=val: expected a split of .*; use one of train, test, more"),
+        ({"test": "val"}, "dataset.test=val: expected a split; use one of train, test, more"),
         ({"label": "y"}, "dataset.label=y: expected a column of .* use one of image, label"),
         ({"image": "label"}, "dataset.image=label: expected a column of images, found ClassLabel"),
         ({"label": "image"}, "dataset.label=image: expected one value for each image"),
@@ -148,6 +159,7 @@ def test_run_on_saved_data_set(ssl_run, tmp_path: Path) -> None:
     code, out, err = ssl_run(
         f"dataset=hf dataset.name={path} dataset.size=16 dataset.channels=1 dataset.cache={tmp_path}/cache"
         " dataset.val_fraction=0.2 epochs=1 batch_size=18 backbone.widths=[8] projector.width=8 projector.K=4"
-        " probe.probes=[knn] probe.features=[backbone] diagnostics.every=0 device=cpu precision=fp32"
+        " probe.probes=[knn] probe.features=[backbone] views=none diagnostics.every=0"
+        " device=cpu precision=fp32"
     )
     assert (code, "top1=" in out) == (0, True), err

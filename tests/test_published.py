@@ -56,16 +56,15 @@ def read(reader: Reader, root: Path, size: int | None = 64, channels: int | None
 
 
 @pytest.mark.parametrize("around", [False, True])
-def test_tiny_imagenet_has_published_images_and_labels(
-    tiny: Path, around: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tiny_imagenet_has_published_images_and_labels(tiny: Path, around: bool) -> None:
     data = read(published.tiny_imagenet, tiny.parent if around else tiny)
     assert data.images.shape == (10, 3, 64, 64)
     assert data.classes == ["crane", "goldfish"]  # sorted by WordNet ID
     assert data.labels.tolist() == [0, 0, 0, 1, 1, 1, 0, 1, 1, 0]
     assert (data.train.tolist(), data.test.tolist()) == ([*range(6)], [*range(6, 10)])
     assert data.images[:, 0, 32, 32].tolist() == [100, 101, 102, 0, 1, 2, 200, 201, 202, 203]
-    assert capsys.readouterr().err.splitlines()[-1].endswith("test: 1 unlabelled test images are not used")
+    assert str(data.skipped) == "skipped 1 file: 1 unlabelled test images"
+    assert data.layout == "tiny-imagenet-200"
 
 
 def test_imagenette_has_published_images_and_labels(nette: Path) -> None:

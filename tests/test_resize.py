@@ -1,5 +1,7 @@
 """`dataset.size` and `dataset.channels`: compared with torchvision and Pillow, image by image."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from ssl_runner.data import readers, resize
+from ssl_runner.data import image_folder, readers, resize
 from ssl_runner.data.dataset import Source
 from tests.helpers import load
 
@@ -86,3 +88,17 @@ def test_mnist5k_takes_size_and_channels() -> None:
     assert large.images.shape == (5000, 3, 32, 32)
     assert torch.equal(large.labels, published.labels)
     assert np.array_equal(large.test, published.test)
+
+
+def test_folder_takes_channels(tmp_path: Path) -> None:
+    root = tmp_path / "pictures"
+    for image, name in zip(noise(2, 3, 12, 12).images, ("a", "b"), strict=True):
+        (root / name).mkdir(parents=True)
+        for number in range(2):
+            to_pil(image).save(root / name / f"{number}.png")
+    grey, colour = (
+        image_folder.folder(str(root), None, str(tmp_path / "cache"), channels=channels).images
+        for channels in (1, None)
+    )
+    assert (grey.shape, colour.shape) == ((4, 1, 12, 12), (4, 3, 12, 12))
+    assert torch.equal(grey, resize.luma(colour))

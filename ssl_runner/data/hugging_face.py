@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from ssl_runner.data import decode
 from ssl_runner.data.dataset import Source
-from ssl_runner.data.readers import NONE
 from ssl_runner.errors import UsageError, one_line
 from ssl_runner.runs.files import atomic_write
 
@@ -26,20 +25,21 @@ BLOCK = 1000  # images decoded before they are written
 def hf(
     path: str | None,
     image: str,
-    label: str,
+    label: str | None,
     train: str,
-    test: str,
+    test: str | None,
     unlabeled: str | None,
     size: int | None,
     channels: int | None,
     cache: str,
 ) -> Source:
-    """Return a data set of images with one label each.
+    """Return a data set of images, with one label each or without labels.
 
     path             folder written by `save_to_disk`, or what `load_dataset` accepts: a name on the Hub,
                      downloaded to the cache of `datasets`, or a folder of data files
-    image, label     names of the columns
-    train, test      names of the splits; `unlabeled` has more images for pretraining, or is None
+    image, label     names of the columns; without a `label`, `train` is unlabelled, and `test` is not read
+    train, test      names of the splits; `test` may be None
+    unlabeled        name of a split with more images for pretraining, or None
     size             images are centre-cropped to a square and resized to size x size; None for images that
                      are square and of one size already
     channels         1 or 3, None for 3
@@ -48,36 +48,32 @@ def hf(
     Raises UsageError if `datasets` is not installed, if the data set, a split or a column is missing, if an
     image cannot be read, or if a label is missing.
     """
-    parts = {"train": train, "test": test} | ({"unlabeled": unlabeled} if unlabeled is not None else {})
     splits = _load(path)
-    for key, name in parts.items():
-        if name not in splits:
-            raise UsageError(
-                f"dataset.{key}={name}: expected a split of {path}; use one of {', '.join(map(str, splits))}"
-            )
-    for part, name in parts.items():
-        columns = {"image": image} if part == "unlabeled" else {"image": image, "label": label}
-        for key, column in columns.items():
-            if column not in splits[name].column_names:
+    labelled = {"train": train, "test": test} if label is not None else {}
+    wanted = {"train": train} | labelled | {"unlabeled": unlabeled}
+    parts = {part: _split(splits, f"dataset.{part}={name}", name) for part, name in wanted.items() if name}
+    for part, data in parts.items():
+        for key, column in {"image": image, "label": label if part in labelled else None}.items():
+            if column is not None and column not in data.column_names:
                 raise UsageError(
-                    f"dataset.{key}={column}: expected a column of {path} ({name}); use one of"
-                    f" {', '.join(splits[name].column_names)}"
+                    f"dataset.{key}={column}: expected a column of {path} ({wanted[part]}); use one of"
+                    f" {', '.join(data.column_names)}"
                 )
-    chosen = [splits[name] for name in parts.values()]
-    names, labels = _labels(chosen[:2], label)
-    images = _images(chosen, image, size, channels or 3, cache)
-    ends = np.cumsum([len(data) for data in chosen])
-    rows = np.arange(ends[-1])
+    classes, labels = _labels([parts[part] for part in parts if part in labelled], label)
+    images = _images(list(parts.values()), image, size, channels or 3, cache)
+    rows = np.arange(len(images))
+    n = len(parts["train"]) if labelled else 0
     labels = np.concatenate([labels, np.full(len(rows) - len(labels), -1)])
+    known = int((labels >= 0).sum())
     return Source(
-        images,
-        torch.from_numpy(labels),
-        names,
-        rows[: ends[0]],
-        rows[ends[0] : ends[1]],
-        rows[ends[1] :] if unlabeled is not None else NONE,
-        mapped=True,
+        images, torch.from_numpy(labels), classes, rows[:n], rows[n:known], rows[known:], mapped=True
     )
+
+
+def _split(splits: dict[str, Any], given: str, name: str) -> Any:
+    if name not in splits:
+        raise UsageError(f"{given}: expected a split; use one of {', '.join(map(str, splits))}")
+    return splits[name]
 
 
 def _load(path: str | None) -> dict[str, Any]:
@@ -105,13 +101,16 @@ def _load(path: str | None) -> dict[str, Any]:
     return dict(found) if isinstance(found, dict) else {"train": found}
 
 
-def _labels(splits: list[Any], column: str) -> tuple[list[str], np.ndarray]:
+def _labels(splits: list[Any], column: str | None) -> tuple[list[str], np.ndarray]:
     """Return class names and the labels (n,) int64 of all splits, one after another.
 
     A `ClassLabel` has names and numbers. Of other columns, the sorted values in the first split are the
-    classes.
+    classes. Returns no names and no labels for no splits.
     """
     import datasets
+
+    if not splits:
+        return [], np.empty(0, dtype=np.int64)
 
     feature = splits[0].features[column]
     names = getattr(feature, "names", None)

@@ -39,8 +39,9 @@ def folder(
     files: str | None = None,
     labels: bool | None = None,
     on_error: str = "refuse",
+    channels: int | None = None,
 ) -> Source:
-    """Return image files of any format Pillow reads as RGB, from one or more folders or from a list.
+    """Return image files of any format Pillow reads, from one or more folders or from a list.
 
     root       folder, or folders with the same layout (`layouts.read_layout`)
     size       with `size`, images are centre-cropped to a square and resized to size x size; without it they
@@ -49,6 +50,7 @@ def folder(
     files      instead of root: a CSV list (`file_list.read_list`)
     labels     whether sub-folders are classes, None to decide by looking
     on_error   "refuse" or "skip" files that cannot be read
+    channels   3 for RGB, 1 for luma, None for 3
 
     Raises UsageError if the layout is unknown, if an image cannot be read, if the sizes differ, or if `cache`
     is not writable.
@@ -63,7 +65,7 @@ def folder(
     else:
         listing = read_layout(_roots(root), labels, skip)
     listing = _readable(listing, skip)
-    images, broken = decode_files(listing.files, size, cache, skip_broken=skip)
+    images, broken = decode_files(listing.files, size, cache, channels or 3, skip)
     for row in broken:
         listing.skipped.add("broken", listing.files[row])
     return _source(listing, images, broken)

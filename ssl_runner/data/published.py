@@ -1,8 +1,8 @@
 """Tiny ImageNet and Imagenette, read from folders that hold them as published. They are not downloaded."""
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from ssl_runner.data.dataset import Source
 from ssl_runner.data.image_folder import decode_files
 from ssl_runner.data.readers import NONE
+from ssl_runner.data.skipped import Skipped
 from ssl_runner.errors import UsageError
 
 TINY_IMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -35,8 +36,8 @@ Labelled = list[tuple[Path, str]]  # image files, each with the WordNet ID of it
 def tiny_imagenet(root: str | None, size: int | None, channels: int | None, cache: str) -> Source:
     """Return Tiny ImageNet: 100,000 training images, and the 10,000 validation images as the test split.
 
-    `root` is tiny-imagenet-200 or the folder around it. The published test images have no labels and are not
-    used, which one line on standard error reports. Images are decoded once into a file in `cache`, as those
+    `root` is tiny-imagenet-200 or the folder around it. The published test images have no labels and are
+    skipped. Images are decoded once into a file in `cache`, as those
     of `dataset=folder`. `size` is 64 as published; `channels` is 1 or 3, with None for 3.
 
     Raises UsageError if the folder is missing or is not complete.
@@ -53,9 +54,11 @@ def tiny_imagenet(root: str | None, size: int | None, channels: int | None, cach
             f" extract {TINY_IMAGENET} again"
         )
     words = dict(line.split("\t", 1) for line in _lines(base / "words.txt", TINY_IMAGENET))
-    if unused := sum(1 for _ in (base / "test").rglob("*.JPEG")):
-        print(f"{base / 'test'}: {unused} unlabelled test images are not used", file=sys.stderr, flush=True)
-    return _source(train, test, {one: words[one] for one in ids}, size, channels, cache)
+    data = _source(train, test, {one: words.get(one, one) for one in ids}, size, channels, cache)
+    skipped = Skipped()
+    for file in sorted((base / "test").rglob("*.JPEG")):
+        skipped.add("unlabelled test images", file)
+    return replace(data, layout=base.name, skipped=skipped)
 
 
 def imagenette(root: str | None, size: int | None, channels: int | None, cache: str) -> Source:
@@ -72,7 +75,7 @@ def imagenette(root: str | None, size: int | None, channels: int | None, cache: 
         [(file, one) for one in IMAGENETTE_CLASSES for file in _images(base / part / one, IMAGENETTE)]
         for part in ("train", "val")
     )
-    return _source(train, test, IMAGENETTE_CLASSES, size, channels, cache)
+    return replace(_source(train, test, IMAGENETTE_CLASSES, size, channels, cache), layout=base.name)
 
 
 def _source(
