@@ -147,7 +147,7 @@ def decode_files(
     decoded = Path(cache).expanduser() / f"folder-{signature.hexdigest()[:32]}.npy"
     try:
         decoded.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{decoded}.lock"):
+        with FileLock(decoded.with_suffix(".lock")):
             if not (decoded.is_file() and decoded.with_suffix(".json").is_file()):
                 _decode(files, size, channels, decoded, skip_broken)
     except OSError as error:
