@@ -1,12 +1,16 @@
 """Backbones: images (B, C, H, W) -> features (B, width). Probes are fitted on these features."""
 
 import difflib
+import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, nn
+
+from ssl_runner.names import STEMS
 
 SMALL_IMAGE = 64  # pixels per side: up to this size ResNets use the CIFAR stem
 
@@ -48,21 +52,48 @@ def convnet(channels: int, image_size: int, widths: Sequence[int] = (32, 64, 128
     return Backbone(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), widths[-1])
 
 
-def resnet(channels: int, image_size: int, name: str, weights: str | None = None) -> Backbone:
+def resnet(
+    channels: int, image_size: int, name: str, weights: str | None = None, stem: str = "auto"
+) -> Backbone:
     """A torchvision ResNet, optionally with pretrained weights.
 
-    Images of up to 64 pixels per side get the CIFAR stem (3x3 convolution, stride 1, no pooling).
-    Larger images get the ImageNet stem.
+    stem  cifar     3x3 convolution, stride 1, no pooling
+          pool      3x3 convolution, stride 1, and the max-pooling, which halves the side
+          imagenet  7x7 convolution, stride 2, and the max-pooling: torchvision's own
+          auto      cifar for images of up to 64 pixels per side, imagenet for larger ones
+
+    A first convolution that differs from that of the pretrained network has new weights. One line on standard
+    error reports it. Raises ValueError for an unknown stem.
     """
+    if stem not in STEMS:
+        raise ValueError(f"backbone.stem={stem}: expected one of {', '.join(STEMS)}; use auto")
+    if stem == "auto":
+        stem = "cifar" if image_size <= SMALL_IMAGE else "imagenet"
     body = torchvision.models.get_model(name, weights=weights)
     width = body.fc.in_features
     body.fc = nn.Identity()
-    if image_size <= SMALL_IMAGE:
+    new_convolution = True
+    if stem in ("cifar", "pool"):
         body.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
-        body.maxpool = nn.Identity()
     elif channels != 3:
         body.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+    else:
+        new_convolution = False
+    if stem == "cifar":
+        body.maxpool = nn.Identity()
+    if weights is not None and new_convolution:
+        report_unused(name, weights, stem, channels)
     return Backbone(body, width)
+
+
+@cache
+def report_unused(name: str, weights: str, stem: str, channels: int) -> None:
+    """Write to standard error, once per process, that the pretrained first convolution is not used."""
+    print(
+        f"backbone.weights={weights}: conv1.weight of {name} is not used (stem={stem} with {channels}"
+        " channels has another shape); it is trained from its random initial values",
+        file=sys.stderr,
+    )
 
 
 def from_timm(channels: int, image_size: int, name: str, **settings: Any) -> Backbone:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from ssl_runner import distributed, optimizer
 from ssl_runner.backbone import Backbone, LinearBackbone
+from ssl_runner.config.compose import CONF
 from ssl_runner.config.rules import check_values, format_value
 from ssl_runner.data import dataset
 from ssl_runner.data.dataset import DataSet
@@ -35,7 +36,7 @@ from ssl_runner.solver import Solver
 from ssl_runner.views import Augment
 
 # options of `dataset.load`, not of the reader
-DATASET_SETTINGS = ("name", "val_fraction", "subset", "split_seed", "storage")
+DATASET_SETTINGS = ("name", "val_fraction", "test_fraction", "subset", "split_seed", "storage")
 OPTIMIZER_SETTINGS = ("lr", "weight_decay", "warmup_epochs", "final_lr_ratio", "clip_grad_norm")
 
 
@@ -268,6 +269,8 @@ def check_fit(cfg: DictConfig, data: DataSet, relation: RelationBuilder) -> None
             f"batch_size={size}: this relation needs at least {relation.min_batch_size} images per batch, to"
             " find neighbours within the batch; increase batch_size or lower relation.k"
         )
+    if not data.classes:
+        check_unlabelled(cfg, data)
     relation.bind(data.pretrain.labels.cpu())
     if relation.needs_labels and bool((data.pretrain.y < 0).any()):
         raise UsageError(
@@ -279,3 +282,14 @@ def check_fit(cfg: DictConfig, data: DataSet, relation: RelationBuilder) -> None
             f"relation.path={cfg.relation.get('path')}: no pair joins two of the {images} pretraining images;"
             " number the images as conf/relation/edges.yaml says (validation and test images do not count)"
         )
+
+
+def check_unlabelled(cfg: DictConfig, data: DataSet) -> None:
+    """Raise UsageError for probes that are asked for, since they need labels."""
+    default = OmegaConf.load(CONF / "probe" / "default.yaml")
+    for key in ("every", "probes", "features"):
+        if cfg.probe[key] != OmegaConf.select(default, key):
+            raise UsageError(
+                f"probe.{key}={format_value(cfg.probe[key])}: expected the default, since {data.name} has no"
+                " labels and probes need them; leave it out, or use labelled images"
+            )

@@ -176,11 +176,12 @@ def job(cfg: DictConfig, failed: list[str]) -> float | None:
         failed.append(name)
         return None
     distributed.finish()
-    print(f"top1={result['top1']:.4f} loss={result['loss']:.6g} run={folder}", flush=True)
+    top1 = "" if result["top1"] is None else f"top1={result['top1']:.4f} "
+    print(f"{top1}loss={result['loss']:.6g} run={folder}", flush=True)
     return result["val_top1"]
 
 
-def run_or_skip(cfg: DictConfig, folder: Path) -> dict[str, float]:
+def run_or_skip(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     """Start or resume the run in a locked folder, on all ranks. Returns its result.
 
     A run that is done is not repeated. Raises UsageError if it cannot be resumed with this configuration.

@@ -5,4 +5,6 @@ FORWARD = ("joint", "per_view")
 STORAGE = ("auto", "device", "host")
 VARIANCES = ("hinge", "squared")
 REDUCTIONS = ("mean", "sum")
+STEMS = ("auto", "cifar", "pool", "imagenet")
 FEATURES = ("backbone", "projector", "random_init", "pixels", "pca", "lda")
+ON_ERROR = ("refuse", "skip")  # dataset.on_error

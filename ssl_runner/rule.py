@@ -1,13 +1,17 @@
 """A rule for the value of an option. Imports neither Hydra nor torch."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from omegaconf import ListConfig
 
 
 @dataclass
 class Rule:
     """Accepted values of an option: a type with bounds or a set of choices, and null if `optional`.
+
+    `many` also accepts a non-empty list of such values.
 
     `low` and `high` are inclusive; `open_low` excludes `low`. An int is accepted where a float is expected.
     """
@@ -16,12 +20,16 @@ class Rule:
     low: float = -math.inf
     high: float = math.inf
     open_low: bool = False
-    choices: tuple[str, ...] = ()
+    choices: tuple[str | int, ...] = ()
     optional: bool = False
+    many: bool = False
 
     def accepts(self, value: Any) -> bool:
         if value is None:
             return self.optional
+        if self.many and isinstance(value, ListConfig):
+            one = replace(self, many=False, optional=False)
+            return len(value) > 0 and all(map(one.accepts, value))
         if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not self.kind:
@@ -35,7 +43,7 @@ class Rule:
 
     def __str__(self) -> str:
         if self.choices:
-            text = "one of " + ", ".join(self.choices)
+            text = "one of " + ", ".join(map(str, self.choices))
         else:
             text = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[self.kind]
             if self.high < math.inf:
@@ -45,4 +53,4 @@ class Rule:
                 text += f" {bounds}"
             elif self.low > -math.inf:
                 text += f" {'>' if self.open_low else '>='} {self.low}"
-        return text + (" or null" if self.optional else "")
+        return text + (" or a list of these" if self.many else "") + (" or null" if self.optional else "")

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ssl_runner import distributed
 from ssl_runner.build import Experiment, build
 from ssl_runner.config.rules import run_id
+from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.loader import preview
 from ssl_runner.model import count_parameters
 from ssl_runner.preemption import Preemption
@@ -23,14 +24,16 @@ from ssl_runner.runs.record import RunRecord
 from ssl_runner.views.augment import numba_works
 
 
-def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
+def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     """Pretrain, probe, and write the files of the run to `folder`.
 
     These are metrics.csv, probe.csv, spectrum.csv, run.json, checkpoint.pt and backbone.safetensors. Resumes
     from the checkpoint in `folder` if there is one. Every rank calls this; the main process writes.
 
     Returns the last `loss` and the first probe's top-1 on the test split (`top1`) and on the validation split
-    (`val_top1`). Raises UsageError for a run that cannot work and Preempted after a signal; run.json records
+    (`val_top1`). Without test images, `top1` is `val_top1`; without labels, both are None.
+
+    Raises UsageError for a run that cannot work and Preempted after a signal; run.json records
     every exception.
     """
     record, is_main = RunRecord(folder, run_id(cfg)), distributed.is_main_process()
@@ -51,7 +54,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
             solver.compile()
         record.update(**facts(experiment))
         if is_main:
-            print(headline(cfg, record), flush=True)
+            print("\n".join([headline(cfg, record), *notes(experiment.data)]), flush=True)
         if is_main and cfg.views.preview:
             preview(experiment.loader, folder / "views.png")
 
@@ -67,16 +70,21 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         # top-1 by features, probe and split; the test split is scored once, here
         scores: dict[tuple[str, str, str], float] = {}
         extractors = feature_extractors(experiment)
-        chosen = dict.fromkeys([solver.result_features, *cfg.probe.features])
+        data = experiment.data
+        chosen = dict.fromkeys([solver.result_features, *cfg.probe.features] if data.classes else [])
         for features in tqdm(chosen, "probe", disable=None if is_main else True):
             network = extractors[features]()
-            for row in evaluate(features, network, experiment.data, experiment.classifiers, score_test=True):
+            for row in evaluate(
+                features, network, data, experiment.classifiers, score_test=len(data.test) > 0
+            ):
                 probes.append({"epoch": solver.epoch, **row})
                 scores[features, row["probe"], row["eval_split"]] = row["top1"]
-        if is_main:
-            print(format_table(scores), flush=True)
-        test, val = (scores[solver.result_features, cfg.probe.probes[0], split] for split in ("test", "val"))
-        result = {"loss": solver.last_row["loss"], "top1": test, "val_top1": val}
+        if is_main and scores:
+            print(format_table(scores, "test" if len(data.test) else "val"), flush=True)
+        val, test = (
+            scores.get((solver.result_features, cfg.probe.probes[0], split)) for split in ("val", "test")
+        )
+        result = {"loss": solver.last_row["loss"], "top1": val if test is None else test, "val_top1": val}
         record.update(**result)
     return result
 
@@ -117,6 +125,8 @@ def facts(experiment: Experiment) -> dict[str, object]:
         },
         "images": {split: len(getattr(data, split)) for split in ("pretrain", "train", "val", "test")},
         "classes": data.classes,
+        "layout": data.layout,
+        "skipped": data.skipped.record(),
         "parameters": {
             name: count_parameters(getattr(experiment.model, name)) for name in ("backbone", "projector")
         },
@@ -139,22 +149,34 @@ def headline(cfg: DictConfig, record: RunRecord) -> str:
     """One line: data set and splits, views and positives, parameters, device and precision."""
     content = record.content
     images = " ".join(f"{split}={n}" for split, n in content["images"].items())
+    layout = f" ({content['layout']})" if content["layout"] else ""
     positives = content["relation"]["target"].split(".")[-1].removeprefix("From").lower()
     positives += " (normalized)" if content["relation"]["normalized"] else ""
     parameters = " ".join(f"{module}={n:,}" for module, n in content["parameters"].items())
     processes = f"{content['processes']} x " if content["processes"] > 1 else ""
     where = f"{processes}{content['device']} {content['precision']}"
     return (
-        f"{cfg.dataset.name} {images} | V={cfg.V} positives: {positives} | {parameters} parameters | {where}"
+        f"{cfg.dataset.name}{layout} {images} | V={cfg.V} positives: {positives} | {parameters} parameters"
+        f" | {where}"
     )
 
 
-def format_table(scores: dict[tuple[str, str, str], float]) -> str:
-    """Top-1 on the test split as lines of text: one row per kind of features, one column per probe."""
+def notes(data: DataSet) -> list[str]:
+    """Lines after the headline: the skipped files, and what is left out without labels or test images."""
+    lines = [str(data.skipped)] if str(data.skipped) else []
+    if not data.classes:
+        lines.append("probes are off: the images have no labels")
+    elif not len(data.test):
+        lines.append("no test images: the result is the top-1 on the validation split, which also selects")
+    return lines
+
+
+def format_table(scores: dict[tuple[str, str, str], float], split: str) -> str:
+    """Top-1 on a split as lines of text: one row per kind of features, one column per probe."""
     probes = list(dict.fromkeys(probe for _, probe, _ in scores))
-    lines = [f"{'test top-1':<12}" + "".join(f"{probe:>9}" for probe in probes)]
+    lines = [f"{f'{split} top-1':<12}" + "".join(f"{probe:>9}" for probe in probes)]
     for features in dict.fromkeys(features for features, _, _ in scores):
         lines.append(
-            f"{features:<12}" + "".join(f"{scores[features, probe, 'test']:>9.4f}" for probe in probes)
+            f"{features:<12}" + "".join(f"{scores[features, probe, split]:>9.4f}" for probe in probes)
         )
     return "\n".join(lines)

@@ -39,6 +39,61 @@ def test_resnet_stem_depends_on_image_size(name: str, width: int) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("stem", "kernel", "stride", "sides"),
+    [("cifar", 3, 1, (96, 96)), ("pool", 3, 1, (96, 48)), ("imagenet", 7, 2, (48, 24))],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resnet_stem_has_shapes_of_published_network(
+    stem: str, kernel: int, stride: int, sides: tuple[int, int], channels: int
+) -> None:
+    """`sides` of the maps after conv1 and before layer1, for images of 96 pixels, whatever `auto` selects.
+
+    cifar: Chen et al. 2020, appendix B.9. pool: Ermolov et al. 2021 for STL-10 and Tiny ImageNet.
+    """
+    body = backbone.resnet(channels, 96, "resnet18", stem=stem).body
+    assert body.conv1.weight.shape == (64, channels, kernel, kernel)
+    assert body.conv1.stride == (stride, stride)
+    x = torch.zeros(1, channels, 96, 96)
+    with torch.no_grad():
+        x = body.conv1(x)
+        assert x.shape[-1] == sides[0]
+        x = body.maxpool(body.relu(body.bn1(x)))
+        assert x.shape[-1] == sides[1]
+        assert body.layer4(body.layer3(body.layer2(body.layer1(x)))).shape[-1] == sides[1] // 8
+
+
+@pytest.mark.parametrize(("size", "stem"), [(32, "cifar"), (64, "cifar"), (65, "imagenet")])
+def test_resnet_stem_auto_equals_named_stem(size: int, stem: str) -> None:
+    networks = []
+    for name in ("auto", stem):
+        torch.manual_seed(0)
+        networks.append(backbone.resnet(3, size, "resnet18", stem=name))
+    assert str(networks[0]) == str(networks[1])
+    for a, b in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_unknown_resnet_stem_raises_value_error() -> None:
+    with pytest.raises(ValueError, match=r"backbone\.stem=tiny: expected one of auto, cifar"):
+        backbone.resnet(3, 32, "resnet18", stem="tiny")
+
+
+def test_pretrained_convolution_that_the_stem_replaces_is_reported_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    get_model = torchvision.models.get_model
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights: get_model(name))
+    backbone.report_unused.cache_clear()
+    backbone.resnet(3, 32, "resnet18", weights="DEFAULT", stem="imagenet")
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        backbone.resnet(3, 32, "resnet18", weights="DEFAULT", stem="pool")
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("backbone.weights=DEFAULT: conv1.weight of resnet18 is not used (stem=pool with 3")
+    backbone.report_unused.cache_clear()
+
+
 def test_linear_backbone_is_one_matrix_product() -> None:
     model = backbone.linear(3, 4, width=5)
     x = torch.randn(7, 3, 4, 4)

@@ -90,6 +90,14 @@ INVALID = [
     ("dataset.subset=0", "dataset.subset=0: expected an integer >= 1 or null"),
     ("dataset.storage=disk", "dataset.storage=disk: expected one of auto, device, host"),
     ("precision=fp8", "precision=fp8: expected one of auto, fp32, bf16, fp16"),
+    ("dataset.size=2", "dataset.size=2: expected an integer >= 4 or null"),
+    ("dataset.channels=2", "dataset.channels=2: expected one of 1, 3 or null"),
+    (
+        "backbone=resnet18 backbone.stem=tiny",
+        "backbone.stem=tiny: expected one of auto, cifar, pool, imagenet",
+    ),
+    ("optimizer=lars optimizer.trust_clip=1", "optimizer.trust_clip=1: expected true or false"),
+    ("optimizer=lars optimizer.trust_coeff=0", "optimizer.trust_coeff=0: expected a number > 0"),
     ("device=gpu", "device=gpu: expected one of auto, cpu, cuda, cuda:<number>, mps"),
     ("forward=both", "forward=both: expected one of joint, per_view"),
     (

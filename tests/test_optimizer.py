@@ -8,10 +8,13 @@ from functools import partial
 import pytest
 import timm.optim
 import torch
+from hydra import compose, initialize_config_dir
 from torch import nn
 from torch.testing import assert_close
 
 from ssl_runner import optimizer
+from ssl_runner.build import OPTIMIZER_SETTINGS, build_node
+from ssl_runner.config.compose import CONF
 
 
 def model() -> nn.Module:
@@ -40,6 +43,24 @@ def test_lars_step_matches_formula(weight_decay: float) -> None:
     for parameter, (w, g) in zip(net.parameters(), before, strict=True):
         adapted = lr * trust * w.norm() / (g.norm() + weight_decay * w.norm()) * (g + weight_decay * w)
         step = lr * g if w.ndim == 1 else adapted
+        assert_close(parameter.detach(), w - step, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("trust", [0.001, 1000.0])  # the trust ratio is below lr, and above it
+def test_lars_trust_clip_limits_the_adapted_rate_to_lr(trust: float) -> None:
+    """LARC: the rate of a layer is min(trust |w| / (|g| + wd |w|), lr) with trust_clip=true."""
+    options = ["optimizer=lars", f"optimizer.trust_coeff={trust}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert compose("config", options).optimizer.trust_clip is False
+        cfg = compose("config", [*options, "optimizer.trust_clip=true"])
+    algorithm = build_node("optimizer", cfg.optimizer, without=OPTIMIZER_SETTINGS, partial=True)
+    net, lr, wd = model(), 0.3, 0.1
+    net(torch.randn(8, 3)).square().sum().backward()
+    before = [(parameter.detach().clone(), parameter.grad.clone()) for parameter in net.parameters()]
+    optimizer.build([net], algorithm, lr=lr, weight_decay=wd).step()
+    for parameter, (w, g) in zip(net.parameters(), before, strict=True):
+        ratio = trust * w.norm() / (g.norm() + wd * w.norm())
+        step = lr * g if w.ndim == 1 else min(ratio, torch.tensor(lr)) * (g + wd * w)
         assert_close(parameter.detach(), w - step, rtol=1e-4, atol=1e-6)
 
 

@@ -15,7 +15,7 @@ IMPORTS = """
     rule
     version
     batch
-    backbone
+    backbone        names
     projector
     preemption
     optimizer       errors
@@ -27,7 +27,7 @@ IMPORTS = """
     views           device errors rule
     relation        batch device distributed errors
     loss            distributed names relation
-    data            batch device distributed errors runs views
+    data            batch device distributed errors names runs views
     model           backbone
     evaluator       model
     solver          loss model relation

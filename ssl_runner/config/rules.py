@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ssl_runner.errors import UsageError
-from ssl_runner.names import FEATURES, FORWARD, PRECISIONS, REDUCTIONS, STORAGE, VARIANCES
+from ssl_runner.names import FEATURES, FORWARD, ON_ERROR, PRECISIONS, REDUCTIONS, STEMS, STORAGE, VARIANCES
 from ssl_runner.rule import Rule
 
 
@@ -32,12 +32,20 @@ RULES = {
     "init_weights": Rule(str, optional=True),
     "resume": Rule(str, optional=True),
     "dataset.val_fraction": Rule(float, low=0, high=0.9, open_low=True),
+    "dataset.test_fraction": Rule(float, low=0, high=0.9),
     "dataset.subset": _positive(int, optional=True),
     "dataset.split_seed": Rule(int, low=0, high=2**32 - 1),
     "dataset.storage": Rule(str, choices=STORAGE),
     "dataset.root": Rule(str, optional=True),
+    "dataset.files": Rule(str, optional=True),
+    "dataset.labels": Rule(bool, optional=True),
+    "dataset.on_error": Rule(str, choices=ON_ERROR),
     "dataset.size": Rule(int, low=4, optional=True),
+    **{f"dataset.{name}": Rule(str) for name in ("image", "train")},
+    **{f"dataset.{name}": Rule(str, optional=True) for name in ("label", "test", "unlabeled")},
+    "dataset.channels": Rule(int, choices=(1, 3), optional=True),
     "backbone.width": _positive(int),
+    "backbone.stem": Rule(str, choices=STEMS),
     "projector.width": _positive(int),
     "projector.depth": _positive(int),
     "projector.K": _positive(int),
@@ -46,6 +54,8 @@ RULES = {
     "optimizer.warmup_epochs": Rule(float, low=0),
     "optimizer.final_lr_ratio": Rule(float, low=0, high=1),
     "optimizer.clip_grad_norm": _positive(float, optional=True),
+    "optimizer.trust_coeff": _positive(float),
+    "optimizer.trust_clip": Rule(bool),
     "relation.k": _positive(int),
     "relation.queue": Rule(int, low=0),
     "relation.path": Rule(str, optional=True),
@@ -75,6 +85,8 @@ def check_values(config: DictConfig) -> None:
     """
     ours = str(config.loss.get("_target_")).startswith("ssl_runner.loss.")
     rules = RULES | base_rules(config.relation) | (LOSS_RULES if ours else {})
+    if str(config.dataset.get("_target_")).endswith(".image_folder.folder"):
+        rules["dataset.root"] = replace(RULES["dataset.root"], many=True)
     for key, rule in rules.items():
         value = OmegaConf.select(config, key, default=MISSING)
         if value is not MISSING and not rule.accepts(value):

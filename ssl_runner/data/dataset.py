@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-import pandas as pd
 import psutil
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from ssl_runner.data.skipped import Skipped
+from ssl_runner.data.splits import balanced_order, hold_out
 from ssl_runner.device import release_freed_memory, to_device
 from ssl_runner.errors import UsageError
 
@@ -21,8 +21,9 @@ MEMORY_FRACTION = 0.5  # storage="auto": largest fraction of the free device mem
 class Source:
     """All images of a data set, and the indices of each split, as returned by its reader.
 
-    images (n, C, H, W) uint8; labels (n,) int64, -1 if unlabelled; classes: class names; train, test and
-    unlabeled: indices of images.
+    images (n, C, H, W) uint8; labels (n,) int64, -1 if unlabelled; classes: class names, empty if all images
+    are unlabelled; train, test and unlabeled: indices of images; val: the same, None to hold out some of
+    `train`; layout: how the files are arranged, in words; skipped: files that were not read.
     """
 
     images: Tensor
@@ -32,6 +33,9 @@ class Source:
     test: np.ndarray
     unlabeled: np.ndarray
     mapped: bool = False  # True if `images` is a memory-mapped file, read page by page on access
+    val: np.ndarray | None = None
+    layout: str = ""
+    skipped: Skipped = field(default_factory=Skipped)
 
 
 @dataclass
@@ -111,13 +115,14 @@ class Prefetcher:
 
 @dataclass
 class DataSet:
-    """The splits of one data set.
+    """The splits of one data set. Without labels, `classes`, `train`, `val` and `test` are empty.
 
     pretrain   `train` and all unlabelled images
     train      labelled training images without `val`
     val        held out from the training images; selects hyperparameters and joins the training set only for
                the final probe fit
-    test       evaluated once
+    test       evaluated once; empty if the data set has no test images
+    layout     how its files are arranged, in words; skipped: files that were not read
     mean, std  (C,) per-channel statistics of the pretraining images, with pixels in [0, 1]
     """
 
@@ -129,6 +134,8 @@ class DataSet:
     test: Images
     mean: Tensor
     std: Tensor
+    layout: str = ""
+    skipped: Skipped = field(default_factory=Skipped)
 
     @property
     def channels(self) -> int:
@@ -147,42 +154,44 @@ def load(
     split_seed: int,
     storage: str,
     device: torch.device,
+    test_fraction: float = 0.0,
 ) -> DataSet:
     """Read a data set, subsample its training images, hold out the validation split and store the images.
 
-    source        reader that returns all images
-    name          of the data set, for error messages and reports
-    val_fraction  fraction of the training images to hold out, stratified by class
-    subset        number of training images to keep, class-balanced, or None for all; also the largest number
-                  of unlabelled images to keep
-    split_seed    seed of the subset and of the validation split
-    storage       where to store the images: "device", "host", or "auto" for the device if they use at most
-                  half of its free memory
-    device        on which labels and statistics, and images in device memory, are stored
+    source         reader that returns all images
+    name           of the data set, for error messages and reports
+    val_fraction   fraction of the training images to hold out, stratified by class; not used for a data set
+                   with a validation split
+    subset         number of training images to keep, class-balanced, or None for all; also the largest number
+                   of unlabelled images to keep
+    split_seed     seed of the subset and of the splits
+    storage        where to store the images: "device", "host", or "auto" for the device if they use at most
+                   half of its free memory
+    device         on which labels and statistics, and images in device memory, are stored
+    test_fraction  fraction of the training images that become the test split, stratified by class, before
+                   `subset`
 
-    Raises UsageError if `subset` is out of range, if a class would have no training or no validation image,
-    or if `storage` is "device" and the images do not fit.
+    Raises UsageError if `subset` is out of range, if no validation or test image can be held out, if the
+    data set has a test split besides `test_fraction`, or if `storage` is "device" and the images do not fit.
     """
     data = source()
-    train, unlabeled = data.train, data.unlabeled
+    train, test, unlabeled = data.train, data.test, data.unlabeled
     labels = data.labels.numpy()
+    if test_fraction:
+        train, test = _split_test(data, name, test_fraction, split_seed)
     if subset is not None:
-        if not len(data.classes) <= subset <= len(train):
+        trained, what = (train, "training") if data.classes else (unlabeled, "unlabelled")
+        least = max(1, len(data.classes))
+        if not least <= subset <= len(trained):
             raise UsageError(
-                f"dataset.subset={subset}: expected an integer from {len(data.classes)} to {len(train)}, the"
-                f" numbers of classes and training images of {name}; use null for all images"
+                f"dataset.subset={subset}: expected an integer from {least} to {len(trained)}, the"
+                f" numbers of classes and {what} images of {name}; use null for all images"
             )
         train = train[balanced_order(labels[train], split_seed)[:subset]]
         unlabeled = np.random.default_rng(split_seed).permutation(unlabeled)[:subset]
-    counts = np.bincount(labels[train], minlength=len(data.classes))
-    held_out = round(val_fraction * len(train))
-    if counts.min() < 2 or not len(data.classes) <= held_out <= len(train) - len(data.classes):
-        raise UsageError(
-            f"dataset.val_fraction={val_fraction}: expected at least one training and one validation image"
-            f" per class, from {len(train)} training images in {len(data.classes)} classes (the smallest,"
-            f" {data.classes[counts.argmin()]}, has {counts.min()}); use more images or another fraction"
-        )
-    train, val = train_test_split(train, test_size=held_out, stratify=labels[train], random_state=split_seed)
+    val = data.val if data.val is not None else unlabeled[:0]
+    if data.val is None and data.classes:
+        train, val = _held_out("dataset.val_fraction", val_fraction, data, train, split_seed)
 
     images, resident = store_images(data, storage, device)
     label_tensor = data.labels.to(device)
@@ -198,20 +207,35 @@ def load(
         pretrain=pretrain,
         train=split(train),
         val=split(val),
-        test=split(data.test),
+        test=split(test),
         mean=mean.to(device),
         std=std.to(device),
+        layout=data.layout,
+        skipped=data.skipped,
     )
 
 
-def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Return a random permutation (n,) that cycles through the classes of labels (n,).
+def _split_test(data: Source, name: str, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The training images without, and the images of, a test split. Raises UsageError if it has no use."""
+    if len(data.test) or not data.classes:
+        has = f"{len(data.test)} test images" if len(data.test) else "no labels"
+        raise UsageError(f"dataset.test_fraction={fraction}: expected 0, since {name} has {has}; set it to 0")
+    return _held_out("dataset.test_fraction", fraction, data, data.train, seed)
 
-    Every prefix of it is as class-balanced as possible.
-    """
-    shuffled = np.random.default_rng(seed).permutation(len(labels))
-    turn = pd.Series(labels[shuffled]).groupby(labels[shuffled]).cumcount().to_numpy()
-    return shuffled[np.argsort(turn, kind="stable")]
+
+def _held_out(
+    key: str, fraction: float, data: Source, rows: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`hold_out`. Raises UsageError, which names the option `key`, if it holds nothing out."""
+    labels = data.labels.numpy()
+    if (parts := hold_out(rows, labels, fraction, seed)) is None:
+        counts = np.bincount(labels[rows], minlength=len(data.classes))
+        raise UsageError(
+            f"{key}={fraction}: expected at least one held-out image, and one training image per class, from"
+            f" {len(rows)} training images in {len(data.classes)} classes (the smallest,"
+            f" {data.classes[counts.argmin()]}, has {counts.min()}); use more images or another fraction"
+        )
+    return parts
 
 
 def store_images(data: Source, storage: str, device: torch.device) -> tuple[Tensor, bool]:

@@ -14,7 +14,7 @@ from ssl_runner.report.read import Row, Run
 OF_A_RUN = {"seed", "resume"}  # options in which runs of one configuration may differ
 ELSEWHERE = {  # keys of run.json that other columns show, or that say nothing about the result
     *("status", "error", "traceback", "classes", "pid", "process_started", "wall_seconds", "processes"),
-    *("top1", "val_top1", "relation", "loss"),
+    *("top1", "val_top1", "relation", "loss", "skipped"),
 }
 MAIN = ("val_top1", "top1")  # the results by which configurations are compared
 MAX_LINES = 30  # configurations on the terminal
@@ -65,8 +65,10 @@ def scores(run: Run) -> Row:
 
 def main_probe(run: Run) -> tuple[Row, Row]:
     """The rows of probe.csv behind `top1`: the first one scored on the test split, and the same probe on
-    validation."""
+    validation. For data without test images, both are the first one of the last epoch."""
     test = next((row for row in run.probes if row.get("eval_split") == "test"), {})
+    if (run.record.get("images") or {}).get("test") == 0 and run.status == "done":
+        test = next((row for row in run.probes if row.get("epoch") == run.probes[-1].get("epoch")), {})
     same = [
         p for p in run.probes if all(p.get(key) == test.get(key) for key in ("epoch", "probe", "features"))
     ]

@@ -54,7 +54,8 @@ class Diagnostics(Evaluator):
                                 a tied eigenspace
     relation_label_energy_mean  the same, as the mean over these choices
 
-    Columns that need a closed form are empty for a loss without one. `finish` writes spectrum.csv to
+    Columns that need a closed form are empty for a loss without one, and columns of labels for a data set
+    without labels, whose subset is drawn from the pretraining images. `finish` writes spectrum.csv to
     `folder`.
     """
 
@@ -78,12 +79,15 @@ class Diagnostics(Evaluator):
     ):
         super().__init__(every)
         data, classes = loader.data, len(loader.data.classes)
-        y = data.train.y.cpu()
+        images = data.train if classes else data.pretrain
+        y = images.y.cpu()
         number = min(num_images, len(y))
-        number -= number % classes if number >= classes else 0
+        number -= number % classes if number >= classes > 0 else 0
         chosen = torch.from_numpy(balanced_order(y.numpy(), loader.seed)[:number])
-        self.X, self.batch = loader.fixed_batch(data.train, chosen)
-        self.Y = F.one_hot(self.batch.labels.cpu(), classes).double().repeat(loader.V, 1)  # (N, C)
+        self.X, self.batch = loader.fixed_batch(images, chosen)
+        self.Y: Tensor | None = None  # (N, C)
+        if classes:
+            self.Y = F.one_hot(self.batch.labels.cpu(), classes).double().repeat(loader.V, 1)
         self.relation, self.loss, self.folder = relation.frozen_copy(), loss, folder
         # G and the optimum, if they do not depend on Z
         self.known: tuple[Relation, Optimum | None] | None = None
@@ -125,7 +129,9 @@ class Diagnostics(Evaluator):
         with torch.no_grad():
             subset_loss = float(self.loss(Z, G))
         row = of_embedding(Z, self.Y, best)
-        most, mean = measures.label_energy_of_optimum(self.Y, best) if best else (None, None)
+        most = mean = None
+        if best is not None and self.Y is not None:
+            most, mean = measures.label_energy_of_optimum(self.Y, best)
         row |= {
             "subset_loss": subset_loss,
             "loss_floor": best.value if best else None,
@@ -170,15 +176,15 @@ class Diagnostics(Evaluator):
         ]
 
 
-def of_embedding(Z: Tensor, Y: Tensor, best: Optimum | None) -> dict[str, Any]:
-    """The columns OF_EMBEDDING of an embedding Z (N, K) with one-hot labels Y (N, C)."""
+def of_embedding(Z: Tensor, Y: Tensor | None, best: Optimum | None) -> dict[str, Any]:
+    """The columns OF_EMBEDDING of an embedding Z (N, K) with one-hot labels Y (N, C), None without labels."""
     Z = Z.cpu()
     values = measures.singular_values(Z)
     return {
         "rank": len(values),
         "effective_rank": effective_rank(values),
         "alignment": measures.alignment(Z, best) if best else None,
-        "label_energy": measures.label_energy(Z, Y),
+        "label_energy": None if Y is None else measures.label_energy(Z, Y),
         "min_std": float(Z.std(0).min()),
         "mean_correlation": mean_correlation(Z),
     }
