@@ -29,7 +29,7 @@ from ssl_runner.model import SSLModel, eval_mode
 from ssl_runner.preemption import Preemption
 from ssl_runner.probe import Classifier, ProbeEvaluator
 from ssl_runner.relation.builders import RelationBuilder
-from ssl_runner.runs import checkpoint
+from ssl_runner.runs import weights
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.solver import Solver
 from ssl_runner.views import Augment
@@ -139,7 +139,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
 
     backbone = distributed.sync_batchnorm(fresh_backbone())
     if cfg.init_weights is not None and init_weights:
-        checkpoint.load_backbone(backbone, Path(cfg.init_weights).expanduser())
+        weights.load_backbone(backbone, Path(cfg.init_weights).expanduser())
     if isinstance(backbone, LinearBackbone) and not solver_class.trains:
         projector: nn.Module = nn.Identity()  # the backbone itself is solved for
     else:
