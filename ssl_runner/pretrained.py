@@ -81,8 +81,8 @@ def _to_pil(image: Image.Image | np.ndarray | Tensor) -> Image.Image:
             return Image.fromarray(np.ascontiguousarray(array))
     given = f"{type(image).__name__} {getattr(image, 'dtype', '')} {tuple(getattr(image, 'shape', ()))}"
     raise UsageError(
-        f"image={given}: expected a PIL image, a uint8 array (H, W) or (H, W, 3), or a uint8 tensor (C, H, W);"
-        " convert one image at a time"
+        f"image={given}: expected a PIL image, a uint8 array (H, W) or (H, W, 3), or a uint8 tensor (C, H, W)"
+        "; convert one image at a time"
     )
 
 
@@ -183,9 +183,10 @@ def _rebuild(file: Path, part: str, node: dict[str, Any]) -> nn.Module:
     try:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:
+        reason = one_line(error.__cause__ or error)
         raise UsageError(
-            f"path={file}: cannot rebuild the {part} {node['_target_']} ({one_line(error.__cause__ or error)});"
-            " make its module importable, in the version that trained it"
+            f"path={file}: cannot rebuild the {part} {node['_target_']} ({reason})"
+            "; make its module importable, in the version that trained it"
         ) from error
 
 
@@ -194,6 +195,6 @@ def _load_weights(module: nn.Module, file: Path) -> None:
         weights.load_exported(module, file)
     except RuntimeError as error:
         raise UsageError(
-            f"path={file}: expected the tensors of its own header ({one_line(error)[:200]}); use the version of"
-            " ssl_runner and of the model's library that wrote the file"
+            f"path={file}: expected the tensors of its own header ({one_line(error)[:200]}); use the version"
+            " of ssl_runner and of the model's library that wrote the file"
         ) from error

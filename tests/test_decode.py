@@ -87,6 +87,7 @@ def test_values_of_no_scale_raise_value_error(values) -> None:
 
 def test_16_bit_colour_that_uses_12_bits_raises_value_error() -> None:
     """Pillow cannot write 16-bit colour, so the file is written by hand."""
+
     def png(value: int) -> Image.Image:
         row = b"\0" + struct.pack(">3H", value, 0, 0) * 2
         chunks = [
