@@ -51,7 +51,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
             solver.compile()
         record.update(**facts(experiment))
         if is_main:
-            print(headline(cfg, record), flush=True)
+            print(*filter(None, [experiment.initial_weights, headline(cfg, record)]), sep="\n", flush=True)
         if is_main and cfg.views.preview:
             preview(experiment.loader, folder / "views.png")
 

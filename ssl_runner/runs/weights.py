@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_runner.errors import UsageError, one_line
+from ssl_runner.runs import foreign
 from ssl_runner.runs.files import atomic_write
 
 BACKBONE, PROJECTOR = "backbone.safetensors", "projector.safetensors"
@@ -61,21 +62,51 @@ def load_exported(module: nn.Module, path: Path) -> None:
     module.load_state_dict({names.get(name, name): tensor for name, tensor in state.items()})
 
 
-def load_backbone(backbone: nn.Module, path: Path) -> None:
-    """Load weights written by `export` into a backbone of the same architecture.
+def load_backbone(backbone: nn.Module, path: Path) -> str:
+    """Load initial weights into a backbone. Returns a line that states which tensors were loaded.
 
-    Raises UsageError if the file does not exist, is not a safetensors file, or does not match the backbone.
+    A file that `export` wrote must contain all tensors of the backbone. From another safetensors file, or
+    from a checkpoint of torch.save, the tensors with the backbone's names and shapes are loaded. `foreign`
+    describes which names are recognised.
+
+    Raises UsageError if the file does not exist, cannot be read without executing pickled code, does not
+    match the backbone (own files) or has none of its tensors (other files).
     """
     if not path.is_file():
         accepted = "a file, not a folder" if path.is_dir() else "an existing file"
         raise UsageError(
-            f"init_weights={path}: expected {accepted}; give the backbone.safetensors of a finished run"
+            f"init_weights={path}: expected {accepted}; give the backbone.safetensors of a finished run, or"
+            " a checkpoint of torchvision, timm, lightly or solo-learn"
         )
-    try:
-        load_exported(backbone, path)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        reason = one_line(error)
+    full = backbone.state_dict()
+    plain = plain_names(full)
+    if is_exported(path):
+        try:
+            load_exported(backbone, path)
+        except RuntimeError as error:
+            reason = one_line(error)[:200]
+            raise UsageError(
+                f"init_weights={path}: expected safetensors weights of this backbone; use the backbone"
+                f" options of the run that wrote the file ({reason})"
+            ) from error
+        return f"init_weights: {len(full)} of {len(full)} tensors matched"
+    body = backbone if plain is full else backbone.get_submodule("body")
+    found = foreign.match(body, plain, content := foreign.read(path))
+    if found.size == 0:
+        present = [name for _, state in foreign.state_dicts(content) for name in state]
         raise UsageError(
-            f"init_weights={path}: expected safetensors weights of this backbone; use the backbone options"
-            f" of the run that wrote the file ({reason[:200]})"
-        ) from error
+            f"init_weights={path}: expected tensors of this backbone ({foreign.shorten(list(plain), 2)}),"
+            f" found {foreign.shorten(present, 2) or 'no tensors'}; choose the backbone that the file was"
+            " saved from"
+        )
+    names = dict(zip(plain, full, strict=True))
+    backbone.load_state_dict({names[name]: tensor for name, tensor in found.found.items()}, strict=False)
+    return f"init_weights: {found}"
+
+
+def is_exported(path: Path) -> bool:
+    """Return whether `export` wrote the file."""
+    try:
+        return read_header(path) is not None
+    except (OSError, safetensors.SafetensorError):
+        return False
