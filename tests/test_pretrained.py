@@ -1,7 +1,9 @@
 """`ssl_runner.load`: the features of a run's probes, from its folder alone."""
 
+import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import safetensors.torch
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 
 import ssl_runner
@@ -24,6 +26,9 @@ from ssl_runner.pretrained import Transform
 from ssl_runner.probe.protocol import extract
 from ssl_runner.runs import weights
 from tests.helpers import TINY, make_pictures, run_folder
+
+PAGE = (Path(__file__).parent.parent / "docs" / "weights.md").read_text()
+PROGRAMS = dict(re.findall(r'```python title="(\S+)"\n(.*?)```', PAGE, re.DOTALL))
 
 CONVNET = {"_target_": "ssl_runner.backbone.convnet", "widths": [4, 8]}
 MLP = {"_target_": "ssl_runner.projector.mlp", "width": 6, "depth": 2, "K": 5}
@@ -57,6 +62,76 @@ def export(folder: Path, node: dict[str, Any] = CONVNET, image_size: int = 8, ch
     weights.export(body, folder / weights.BACKBONE, header)
     weights.export(head, folder / weights.PROJECTOR, header)
     return network
+
+
+def run_program(name: str, folder: Path, x: Tensor) -> Tensor:
+    """Run a program of docs/weights.md in a process without ssl_runner. Returns its features of x."""
+    torch.save(x, folder / "x.pt")
+    program = (
+        f"import sys\nsys.modules['ssl_runner'] = None\n{PROGRAMS[name]}\n"
+        "import torch\n"
+        "with torch.no_grad():\n"
+        "    torch.save(model(torch.load('x.pt')), 'features.pt')\n"
+        "assert not [name for name in sys.modules if name.startswith('ssl_runner.')]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if name == "torchvision_resnet.py":
+        assert done.stdout == "['fc.weight', 'fc.bias']\n"
+    return torch.load(folder / "features.pt")
+
+
+@pytest.mark.parametrize(
+    ("program", "node", "image_size"),
+    [
+        ("torchvision_resnet.py", {"_target_": "ssl_runner.backbone.resnet", "name": "resnet18"}, 96),
+        ("torchvision_small.py", {"_target_": "ssl_runner.backbone.resnet", "name": "resnet18"}, 32),
+        ("timm_vit.py", {"_target_": "ssl_runner.backbone.vit_tiny"}, 96),
+    ],
+)
+def test_exported_backbone_loads_without_ssl_runner(
+    program: str, node: dict[str, str], image_size: int, tmp_path: Path
+) -> None:
+    network = export(tmp_path, node, image_size)
+    x = torch.randn(3, 3, image_size, image_size)
+    with torch.no_grad():
+        expected = network[0](x)
+    torch.testing.assert_close(run_program(program, tmp_path, x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "name"), [("torchvision_resnet.py", "resnet18"), ("timm_vit.py", "vit_tiny")]
+)
+def test_backbone_of_a_run_loads_without_ssl_runner(program: str, name: str, ssl_run, tmp_path: Path) -> None:
+    """One epoch from the command line. The expected weights are those of checkpoint.pt."""
+    make_pictures(tmp_path / "images", train=20, test=2, side=96)
+    code, out, err = ssl_run(
+        f"dataset=folder dataset.root={tmp_path}/images dataset.cache={tmp_path} backbone={name} epochs=1"
+        " batch_size=9 diagnostics.every=0 probe.probes=[knn] probe.features=[backbone] device=cpu"
+    )
+    assert (code, err) == (0, "")
+    settings = {"name": name} if name == "resnet18" else {}
+    network = getattr(backbone, name.replace("18", ""))(3, 96, **settings)
+    network.load_state_dict(torch.load(run_folder(out) / "checkpoint.pt", weights_only=True)["backbone"])
+    x = torch.randn(3, 3, 96, 96)
+    with torch.no_grad():
+        expected = network.eval()(x)
+    actual = run_program(program, run_folder(out), x)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_preprocessing_of_the_page_is_that_of_load(tmp_path: Path) -> None:
+    export(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    inside, outside = {}, {}
+    with contextlib.chdir(tmp_path):
+        Path("run").symlink_to(".")
+        exec(PROGRAMS["load.py"], inside)
+        exec(PROGRAMS["preprocess.py"], outside)
+    with torch.no_grad():
+        torch.testing.assert_close(inside["features"], inside["model"](outside["x"]), rtol=1e-5, atol=1e-5)
 
 
 def test_import_of_package_is_light() -> None:
