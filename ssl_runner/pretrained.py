@@ -26,7 +26,7 @@ WITHOUT_WEIGHTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Transform:
     """Preprocessing of one image, as in the probes of the run.
 

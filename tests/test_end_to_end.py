@@ -73,6 +73,9 @@ def test_run_writes_all_files(ssl_run, tmp_path: Path) -> None:
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert {f"body.{name}" for name in exported} == state["backbone"].keys()
     assert all(torch.equal(exported[name], state["backbone"][f"body.{name}"]) for name in exported)
+    exported = safetensors.torch.load_file(folder / "projector.safetensors")
+    assert exported.keys() == state["projector"].keys()
+    assert all(torch.equal(exported[name], state["projector"][name]) for name in exported)
 
 
 def test_exported_backbone_can_be_rebuilt_from_its_header(ssl_run) -> None:

@@ -206,6 +206,36 @@ def test_load_rebuilds_settings_and_width(tmp_path: Path) -> None:
     torch.testing.assert_close(embed(x), network(x), rtol=0, atol=0)
 
 
+def test_embeddings_without_projector_are_the_features(tmp_path: Path) -> None:
+    export(tmp_path)
+    model, _ = ssl_runner.load(tmp_path)
+    header = model.settings | {"projector": None}
+    (tmp_path / "alone").mkdir()
+    weights.export(model.backbone, tmp_path / "alone" / weights.BACKBONE, header)
+    embed, _ = ssl_runner.load(tmp_path / "alone", with_projector=True)
+    x = torch.randn(5, 3, 8, 8)
+    torch.testing.assert_close(embed(x), model(x), rtol=0, atol=0)
+
+
+def test_load_downloads_no_initial_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The options of a run that began with pretrained weights would download them again."""
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *args, **kwargs: pytest.fail("download"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for node in (
+        {"_target_": "ssl_runner.backbone.resnet", "name": "resnet18", "weights": "DEFAULT"},
+        {"_target_": "ssl_runner.backbone.from_timm", "name": "resnet10t", "pretrained": True},
+    ):
+        plain = {key: value for key, value in node.items() if key not in ("weights", "pretrained")}
+        export(tmp_path, plain, image_size=32)
+        header = weights.read_header(tmp_path / weights.BACKBONE) | {"backbone": node}
+        file = tmp_path / weights.BACKBONE
+        tensors = safetensors.torch.load_file(file)
+        safetensors.torch.save_file(tensors, file, {weights.HEADER: json.dumps(header)})
+        state = ssl_runner.load(file)[0].backbone.body.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
+
+
 def test_load_accepts_files_with_body_prefix(tmp_path: Path) -> None:
     network = export(tmp_path)
     file = tmp_path / weights.BACKBONE
