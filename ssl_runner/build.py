@@ -30,7 +30,7 @@ from ssl_runner.model import SSLModel, eval_mode
 from ssl_runner.preemption import Preemption
 from ssl_runner.probe import Classifier, ProbeEvaluator
 from ssl_runner.relation.builders import RelationBuilder
-from ssl_runner.runs import checkpoint
+from ssl_runner.runs import weights
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.solver import Solver
 from ssl_runner.views import Augment
@@ -59,6 +59,7 @@ class Experiment:
     solver_class: type[Solver]
     classifiers: dict[str, Classifier]  # in the order of probe.probes
     fresh_backbone: Callable[[], Backbone]  # with the initial weights of the run's seed
+    initial_weights: str | None  # line that states what `init_weights` loaded
 
     def solver(self, preemption: Preemption, save: Callable[[dict[str, Any]], None]) -> Solver:
         """The solver. It calls `save` with its state wherever it can resume from."""
@@ -145,8 +146,9 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
         )
 
     backbone = distributed.sync_batchnorm(fresh_backbone())
+    initial_weights = None
     if cfg.init_weights is not None and init_weights:
-        checkpoint.load_backbone(backbone, Path(cfg.init_weights).expanduser())
+        initial_weights = weights.load_backbone(backbone, Path(cfg.init_weights).expanduser())
     if isinstance(backbone, LinearBackbone) and not solver_class.trains:
         projector: nn.Module = nn.Identity()  # the backbone itself is solved for
     else:
@@ -177,6 +179,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
         solver_class=solver_class,
         classifiers=classifiers,
         fresh_backbone=fresh_backbone,
+        initial_weights=initial_weights,
     )
 
 

@@ -36,6 +36,8 @@ IMPORTS = """
     theory          backbone data distributed errors evaluator loss model relation runs solver
     probe           data distributed errors evaluator model runs views
 
+    pretrained      data errors runs views
+
     build           backbone config data device distributed errors evaluator loss model optimizer preemption
                     probe relation runs solver views
     run             build config data distributed model preemption probe runs views
