@@ -198,7 +198,7 @@ def run_or_skip(cfg: DictConfig, folder: Path) -> dict[str, float]:
         resume.refuse_finished(folder)
         resume.refuse_changes(cfg, folder)
     distributed.broadcast_object((OmegaConf.to_container(cfg), str(folder), str(Path.cwd())))
-    from ssl_runner.run import run
+    from ssl_runner.pipeline import run
 
     return run(cfg, folder)
 
@@ -215,7 +215,7 @@ def run_as_follower() -> float | None:
         if (task := distributed.broadcast_object(None)) is not None:
             cfg, folder, cwd = task
             os.chdir(cwd)  # relative paths must resolve as on rank 0
-            from ssl_runner.run import run
+            from ssl_runner.pipeline import run
 
             result = run(OmegaConf.create(cfg), Path(folder))
         distributed.finish()

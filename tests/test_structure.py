@@ -37,8 +37,8 @@ IMPORTS = """
 
     build           backbone config data device distributed errors evaluator loss model optimizer preemption
                     probe relation runs solver views
-    run             build config data distributed model preemption probe runs
-    cli             build config distributed errors preemption run runs version
+    pipeline        build config data distributed model preemption probe runs
+    cli             build config distributed errors pipeline preemption runs version
     __main__        cli
     report          errors runs
 """
