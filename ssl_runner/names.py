@@ -3,6 +3,7 @@ torch."""
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 FORWARD = ("joint", "per_view")
+KEEP = ("last", "best")
 STORAGE = ("auto", "device", "host")
 VARIANCES = ("hinge", "squared")
 REDUCTIONS = ("mean", "sum")

@@ -40,6 +40,7 @@ IMPORTS = """
     pipeline        build config data distributed model preemption probe runs
     cli             build config distributed errors pipeline preemption runs version
     __main__        cli
+    api             cli config errors runs
     report          errors runs
 """
 
