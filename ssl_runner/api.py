@@ -50,15 +50,18 @@ def run(*overrides: str, folder: str | Path | None = None, config_dir: str | Pat
         words.append(f"hydra.run.dir={resume.quote(Path(folder).resolve())}")
     if config_dir is not None:
         words.append(f"--config-dir={Path(config_dir).resolve()}")
-    done: dict[Path, dict[str, float]] = {}
+    ended: list[tuple[Path, dict[str, float]] | Exception] = []
     parser = arguments.parser()
     with hydra_internals.preserved_state(), contextlib.chdir(Path.cwd()):
         compose.register_resolvers()
         compose.prefer_our_presets()
         args = arguments.parse(parser, words)
         cli.prepare(args, processes=1)
-        hydra_internals.run_hydra(args, parser, partial(job, done=done), compose.CONF)
-    [(path, result)] = done.items()
+        hydra_internals.run_hydra(args, parser, partial(job, ended=ended), compose.CONF)
+    [outcome] = ended
+    if isinstance(outcome, Exception):
+        raise outcome
+    path, result = outcome
     return Result(
         folder=path,
         metrics=pd.read_csv(path / "metrics.csv"),
@@ -79,8 +82,11 @@ def refuse_unsupported(overrides: tuple[str, ...], folder: str | Path | None) ->
         raise UsageError("run: expected a single process; start several with torchrun -m ssl_runner")
 
 
-def job(cfg: DictConfig, done: dict[Path, dict[str, float]]) -> None:
-    """Execute the run and add its folder and result to `done`."""
-    folder = cli.choose_folder(cfg, Path(HydraConfig.get().runtime.output_dir))
-    with resume.lock_folder(folder):
-        done[folder] = cli.run_or_skip(cfg, folder)
+def job(cfg: DictConfig, ended: list[tuple[Path, dict[str, float]] | Exception]) -> None:
+    """Execute the run and add its folder and result to `ended`, or its error, which Hydra would print."""
+    try:
+        folder = cli.choose_folder(cfg, Path(HydraConfig.get().runtime.output_dir))
+        with resume.lock_folder(folder):
+            ended.append((folder, cli.run_or_skip(cfg, folder)))
+    except Exception as error:
+        ended.append(error)

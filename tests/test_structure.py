@@ -37,7 +37,7 @@ IMPORTS = """
 
     build           backbone config data device distributed errors evaluator loss model optimizer preemption
                     probe relation runs solver views
-    pipeline        build config data distributed model preemption probe runs
+    pipeline        build data distributed model preemption probe runs
     cli             build config distributed errors pipeline preemption runs version
     __main__        cli
     api             cli config errors runs
