@@ -29,7 +29,7 @@ cli.main()
 """
 CONTENDERS = {  # (work, tool) -> arguments of the interpreter
     ("print the configuration", "ours: ssl-run --cfg job"): ["-m", "ssl_runner", "--cfg", "job"],
-    ("imports", "ours: ssl_runner.run"): ["-c", "import ssl_runner.run"],
+    ("imports", "ours: ssl_runner.pipeline"): ["-c", "import ssl_runner.pipeline"],
     ("imports", "torch alone"): ["-c", "import torch"],
     ("imports", "torch, torchvision, timm"): ["-c", "import torch, torchvision, timm"],
     ("imports", "lightly"): ["-c", "import lightly.loss, lightly.models, lightly.transforms"],

@@ -28,10 +28,11 @@ from ssl_runner.evaluator import Evaluator
 from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel, eval_mode
 from ssl_runner.preemption import Preemption
-from ssl_runner.probe import Classifier, ProbeEvaluator
+from ssl_runner.probe import BestEpoch, Classifier, ProbeEvaluator
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.runs import weights
 from ssl_runner.runs.files import CsvLog
+from ssl_runner.runs.schedule import Schedule
 from ssl_runner.solver import Solver
 from ssl_runner.views import Augment
 
@@ -61,22 +62,30 @@ class Experiment:
     fresh_backbone: Callable[[], Backbone]  # with the initial weights of the run's seed
     initial_weights: str | None  # line that states what `init_weights` loaded
 
-    def solver(self, preemption: Preemption, save: Callable[[dict[str, Any]], None]) -> Solver:
-        """The solver. It calls `save` with its state wherever it can resume from."""
+    def solver(
+        self,
+        preemption: Preemption,
+        save: Callable[[dict[str, Any]], None],
+        schedule: Schedule | None = None,
+    ) -> Solver:
+        """The solver. It calls `save` with its state wherever it can resume from.
+
+        `schedule` has several parts for a run that was extended.
+        """
         cfg = self.cfg
         parts: dict[str, Any] = {"model": self.model, "loss": self.loss, "loader": self.loader, "save": save}
         if self.solver_class.trains:
-            steps = self.loader.steps_per_epoch
-            schedule = partial(
-                optimizer.cosine,
-                steps=cfg.epochs * steps,
-                warmup=round(cfg.optimizer.warmup_epochs * steps),
+            learning_rate = partial(
+                optimizer.learning_rate,
+                schedule=schedule or [{"from_epoch": 0, "to_epoch": cfg.epochs}],
+                steps_per_epoch=self.loader.steps_per_epoch,
+                warmup_epochs=cfg.optimizer.warmup_epochs,
                 lr=cfg.optimizer.lr,
                 final_ratio=cfg.optimizer.final_lr_ratio,
             )
             parts |= {
                 "optimizer": self.optimizer,
-                "learning_rate": schedule,
+                "learning_rate": learning_rate,
                 "precision": self.precision,
                 "clip_grad_norm": cfg.optimizer.clip_grad_norm,
                 "per_view": cfg.forward == "per_view",
@@ -97,7 +106,8 @@ class Experiment:
         }
         evaluators: list[Evaluator] = [build_node(key, node, **parts) for key, node in nodes.items()]
         if cfg.probe.every:
-            evaluators.append(ProbeEvaluator(cfg.probe.every, self.data, self.classifiers, probe_log))
+            kind = BestEpoch if cfg.probe.keep == "best" else ProbeEvaluator
+            evaluators.append(kind(cfg.probe.every, self.data, self.classifiers, probe_log))
         for evaluator in evaluators:
             evaluator.check(self.model)
         return evaluators

@@ -18,7 +18,7 @@ from ssl_runner.config import arguments, check, compose, hydra_internals
 from ssl_runner.config.help import help_text
 from ssl_runner.errors import UsageError, format_error
 from ssl_runner.preemption import Preempted, Preemption
-from ssl_runner.runs import resume
+from ssl_runner.runs import resume, schedule
 from ssl_runner.runs.files import read_json
 from ssl_runner.version import describe_versions
 
@@ -151,11 +151,7 @@ def job(cfg: DictConfig, failed: list[str]) -> float | None:
     hydra_config = HydraConfig.get()
     made = folder = Path(hydra_config.runtime.output_dir)
     try:
-        OmegaConf.resolve(cfg)
-        folder = resume.folder_of(cfg, made)
-        if folder != made and not any(made.iterdir()):
-            made.rmdir()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = choose_folder(cfg, made)
         with resume.lock_folder(folder):
             result = run_or_skip(cfg, folder)
     except Preempted as error:
@@ -181,6 +177,16 @@ def job(cfg: DictConfig, failed: list[str]) -> float | None:
     return result["val_top1"]
 
 
+def choose_folder(cfg: DictConfig, made: Path) -> Path:
+    """Resolve the configuration and create the folder of its run: `made`, or that of an earlier run."""
+    OmegaConf.resolve(cfg)
+    folder = resume.folder_of(cfg, made)
+    if folder != made and not any(made.iterdir()):
+        made.rmdir()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def run_or_skip(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     """Start or resume the run in a locked folder, on all ranks. Returns its result.
 
@@ -195,11 +201,13 @@ def run_or_skip(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         return record
     if record is None:
         resume.write_hydra_files(cfg, folder)
+    elif schedule.is_extension(cfg, folder):
+        schedule.extend(cfg, folder)
     else:
         resume.refuse_finished(folder)
         resume.refuse_changes(cfg, folder)
     distributed.broadcast_object((OmegaConf.to_container(cfg), str(folder), str(Path.cwd())))
-    from ssl_runner.run import run
+    from ssl_runner.pipeline import run
 
     return run(cfg, folder)
 
@@ -216,7 +224,7 @@ def run_as_follower() -> float | None:
         if (task := distributed.broadcast_object(None)) is not None:
             cfg, folder, cwd = task
             os.chdir(cwd)  # relative paths must resolve as on rank 0
-            from ssl_runner.run import run
+            from ssl_runner.pipeline import run
 
             result = run(OmegaConf.create(cfg), Path(folder))
         distributed.finish()

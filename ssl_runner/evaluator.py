@@ -9,8 +9,8 @@ class Evaluator:
     """Base class. A subclass names its `columns` and computes them in `evaluate`.
 
     `evaluate` runs every `every` epochs and, if `after_last`, after the last one; in other epochs the columns
-    are empty. An evaluator keeps no state between epochs: a resumed run builds it again. Raises
-    ValueError for every < 1.
+    are empty. A resumed run builds the evaluator again: what it keeps between epochs is in `state_dict`.
+    Raises ValueError for every < 1.
     """
 
     columns: tuple[str, ...] = ()
@@ -51,5 +51,15 @@ class Evaluator:
         """
         raise NotImplementedError
 
-    def finish(self, model: SSLModel) -> None:
-        """Called by every rank after the last epoch, and again if the run is resumed after it."""
+    def finish(self, model: SSLModel) -> dict[str, Any] | None:
+        """Called by every rank after the last epoch, and again if the run is resumed after it.
+
+        May return fields of run.json.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """State to store in every checkpoint. It may hold only what `torch.load(weights_only=True)` reads."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from what `state_dict` returned."""

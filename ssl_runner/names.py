@@ -2,6 +2,7 @@
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 FORWARD = ("joint", "per_view")
+KEEP = ("last", "best")
 STORAGE = ("auto", "device", "host")
 VARIANCES = ("hinge", "squared")
 REDUCTIONS = ("mean", "sum")

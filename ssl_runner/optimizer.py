@@ -1,7 +1,7 @@
 """Optimiser with parameter groups, and the learning-rate schedule."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,24 @@ def build(
         return algorithm([group for group in groups if group["params"]], lr=lr, **fused)
     except (TypeError, ValueError) as error:
         raise UsageError(f"optimizer: {error}") from error
+
+
+def learning_rate(
+    step: int,
+    schedule: Sequence[Mapping[str, int]],
+    steps_per_epoch: int,
+    warmup_epochs: float,
+    lr: float,
+    final_ratio: float,
+) -> float:
+    """Return the learning rate of a step, counted over all epochs.
+
+    Each part of the schedule, from `from_epoch` to `to_epoch`, has a warm-up and a cosine of its own. The
+    part that began last applies.
+    """
+    begun = [part for part in schedule if part["from_epoch"] * steps_per_epoch <= step]
+    first, end = (begun[-1][name] * steps_per_epoch for name in ("from_epoch", "to_epoch"))
+    return cosine(step - first, end - first, round(warmup_epochs * steps_per_epoch), lr, final_ratio)
 
 
 def cosine(step: int, steps: int, warmup: int, lr: float, final_ratio: float) -> float:

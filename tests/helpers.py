@@ -2,6 +2,7 @@
 
 import csv
 import io
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from ssl_runner.model import SSLModel
 from ssl_runner.projector import mlp
 from ssl_runner.relation.builders import FromViews, RelationBuilder
 from ssl_runner.solver import Solver
-from ssl_runner.train import Pretraining
+from ssl_runner.train import NonFiniteGuard, Pretraining
 from ssl_runner.views import Augment
 
 CPU = torch.device("cpu")
@@ -155,6 +157,18 @@ def start(command: str, cwd: Path) -> subprocess.Popen:
 def run_folder(out: str) -> Path:
     """Return the run folder given by `run=` in the last line of standard output."""
     return Path(out.strip().splitlines()[-1].partition("run=")[2])
+
+
+def preempt_after(step: int, patch: pytest.MonkeyPatch) -> None:
+    """Make a training in this process receive SIGTERM in its `step`-th step, counted from 1."""
+    put = NonFiniteGuard.put
+
+    def put_and_preempt(self: NonFiniteGuard, number: int, values: dict[str, Tensor]) -> None:
+        put(self, number, values)
+        if number == step - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    patch.setattr(NonFiniteGuard, "put", put_and_preempt)
 
 
 def make_pictures(root: Path, train: int, test: int, side: int) -> None:

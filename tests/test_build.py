@@ -78,7 +78,8 @@ def test_evaluators_with_a_period_are_built(settings: str, number: int) -> None:
     [
         ("optimizer=sgd +optimizer.nonsense=1", "optimizer: .*nonsense"),
         (
-            "solver=closed_form projector=linear +loss.prototypes=3 loss._target_=tests.test_build.PrototypeLoss",
+            "solver=closed_form projector=linear +loss.prototypes=3"
+            " loss._target_=tests.test_build.PrototypeLoss",
             "PrototypeLoss has no closed form for a linear model",
         ),
         ("solver=closed_form projector=linear relation=neighbors relation.queue=60", "set relation.queue=0"),

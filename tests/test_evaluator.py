@@ -9,9 +9,9 @@ import pytest
 from ssl_runner.backbone import convnet
 from ssl_runner.evaluator import Evaluator
 from ssl_runner.model import SSLModel
+from ssl_runner.pipeline import merge
 from ssl_runner.probe import KnnProbe, ProbeEvaluator
 from ssl_runner.projector import identity
-from ssl_runner.run import merge
 from ssl_runner.runs.files import CsvLog
 from tests.helpers import noise_loader, table
 

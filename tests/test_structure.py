@@ -40,9 +40,10 @@ IMPORTS = """
 
     build           backbone config data device distributed errors evaluator loss model optimizer preemption
                     probe relation runs solver views
-    run             build config data distributed model preemption probe runs views
-    cli             build config distributed errors preemption run runs version
+    pipeline        build data distributed model preemption probe runs views
+    cli             build config distributed errors pipeline preemption runs version
     __main__        cli
+    api             cli config errors runs
     report          errors runs
 """
 

@@ -1,6 +1,7 @@
 """The arguments of `ssl-run`: overrides and options, in Hydra's grammar."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,13 +45,13 @@ def parser() -> Parser:
     return parser
 
 
-def parse(parser: Parser) -> argparse.Namespace:
-    """Parse sys.argv. Overrides and options may be given in any order.
+def parse(parser: Parser, words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse `words`, by default those of sys.argv. Overrides and options may be given in any order.
 
     `hydra.mode=MULTIRUN` sets `multirun`. The + of `+experiment=<name>` is dropped: the group is in the
     defaults list, where Hydra refuses it. Raises UsageError for an unknown option.
     """
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(words)
     if args.config_path is not None:
         args.config_path = str(Path(args.config_path).resolve())  # Hydra would start from a module's folder
     args.multirun = args.multirun or "hydra.mode=MULTIRUN" in args.overrides

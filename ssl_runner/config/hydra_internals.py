@@ -20,12 +20,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
 
 __all__ = [
     "IConfigRepository",
     "config_folders",
     "config_repository",
     "enumerate_jobs",
+    "preserved_state",
     "remove_plugin_schemas",
     "run_hydra",
 ]
@@ -71,6 +73,20 @@ def remove_plugin_schemas(folder: Path) -> None:
     Plugins.instance()  # imports the plugins, which fill the ConfigStore
     for file in folder.glob("*/*.yaml"):
         ConfigStore.instance().repo.get("hydra", {}).get(file.parent.name, {}).pop(file.name, None)
+
+
+@contextmanager
+def preserved_state() -> Iterator[None]:
+    """Context manager in which Hydra starts without global state, and which restores that of the caller."""
+    state, before = Singleton.get_state(), os.environ.get("HYDRA_FULL_ERROR")
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        Singleton.set_state(state)
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def run_hydra(

@@ -11,7 +11,17 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ssl_runner.errors import UsageError
-from ssl_runner.names import FEATURES, FORWARD, ON_ERROR, PRECISIONS, REDUCTIONS, STEMS, STORAGE, VARIANCES
+from ssl_runner.names import (
+    FEATURES,
+    FORWARD,
+    KEEP,
+    ON_ERROR,
+    PRECISIONS,
+    REDUCTIONS,
+    STEMS,
+    STORAGE,
+    VARIANCES,
+)
 from ssl_runner.rule import Rule
 
 
@@ -64,6 +74,7 @@ RULES = {
     "solver.passes": _positive(int),
     "solver.ridge": Rule(float, low=0),
     "probe.every": Rule(int, low=0),
+    "probe.keep": Rule(str, choices=KEEP),
     "diagnostics.every": Rule(int, low=0),
     "diagnostics.num_images": Rule(int, low=2),
 }
@@ -119,6 +130,8 @@ def check_values(config: DictConfig) -> None:
             f"views.resolutions={format_value(resolutions)}: expected a list of integers >= 4,"
             " such as [16,24,32], or null"
         )
+    if config.probe.keep == "best" and not config.probe.every:
+        raise UsageError("probe.keep=best: expected probe.every >= 1; add probe.every=1, or use keep=last")
     if "backbone" not in config.probe.features:
         raise UsageError(
             f"probe.features={format_value(config.probe.features)}: expected a list that includes backbone;"

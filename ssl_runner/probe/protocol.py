@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from ssl_runner import distributed
 from ssl_runner.data.dataset import DataSet, Images
-from ssl_runner.evaluator import Evaluator
-from ssl_runner.model import SSLModel, eval_mode
-from ssl_runner.runs.files import CsvLog
+from ssl_runner.model import eval_mode
 from ssl_runner.views import normalize, to_unit
 
 
@@ -97,24 +95,6 @@ def evaluate(
     rows = distributed.all_gather_object([list(fit(name)) for name in names[distributed.rank() :: ranks]])
     for number in range(len(names)):
         yield from rows[number % ranks][number // ranks]
-
-
-class ProbeEvaluator(Evaluator):
-    """Probe the backbone on the validation split, every `every` epochs. Appends rows to probe.csv.
-
-    The last epoch is left to the final probes of the run.
-    """
-
-    after_last = False
-
-    def __init__(self, every: int, data: DataSet, classifiers: Mapping[str, Classifier], log: CsvLog):
-        super().__init__(every)
-        self.data, self.classifiers, self.log = data, classifiers, log
-
-    def evaluate(self, model: SSLModel, epoch: int) -> dict[str, Any]:
-        for row in evaluate("backbone", model.backbone, self.data, self.classifiers, score_test=False):
-            self.log.append({"epoch": epoch, **row})
-        return {}
 
 
 def best_of(path: Iterable[tuple[float, Tensor]], y: Tensor, patience: int = 2) -> tuple[float, Tensor]:

@@ -27,10 +27,11 @@ class RunRecord:
     `status` is `running` on entry and `done` on exit. It is `preempted` after a Preempted exception, and
     `failed`, with error and traceback, after any other exception.
 
-    When a run resumes, `wall_seconds` (s) continues from its previous value and `starts` increases by one.
+    `facts` are further fields. When a run resumes, `wall_seconds` (s) continues from its previous value and
+    `starts` increases by one.
     """
 
-    def __init__(self, folder: Path, identity: str):
+    def __init__(self, folder: Path, identity: str, **facts: Any):
         self.path = folder / "run.json"
         self.start = time.time()
         before = read_json(self.path) if self.path.exists() else {}
@@ -55,7 +56,7 @@ class RunRecord:
                 "python": platform.python_version(),
                 **{name: version(name) for name in LIBRARIES},
             },
-        }
+        } | facts
 
     def update(self, **facts: Any) -> None:
         """Add or update fields, then write the file."""

@@ -125,7 +125,8 @@ def plan_resume(folder: Path, given: Collection[str], config_dir: str | None) ->
             f"resume={folder}: expected the folder of a run; give one that contains run.json and .hydra"
         )
     record = read_json(folder / "run.json")
-    refuse_finished(folder)
+    if "epochs" not in given:  # more epochs extend a finished run
+        refuse_finished(folder)
     if not Path(record["cwd"]).is_dir():
         raise UsageError(
             f"resume={folder}: the working directory of the run, {record['cwd']}, no longer exists;"
@@ -138,18 +139,26 @@ def plan_resume(folder: Path, given: Collection[str], config_dir: str | None) ->
     first = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
     overrides = compose.parse(map(str, first))
     added = [str(override.input_line) for override in overrides if override.key_or_group not in given]
-    quoted = str(folder).replace("'", "\\'")
     return ResumePlan(
-        overrides=[*added, f"hydra.run.dir='{quoted}'"],
+        overrides=[*added, f"hydra.run.dir={quote(folder)}"],
         config_dir=str(Path(config_dir).resolve()) if config_dir is not None else config_dir_of(folder),
         directory=Path(record["cwd"]),
     )
 
 
+def quote(path: Path) -> str:
+    """Return a path in quotes, as the value of an override."""
+    escaped = str(path).replace("'", "\\'")
+    return f"'{escaped}'"
+
+
 def refuse_finished(folder: Path) -> None:
     """Raise UsageError if the run is done."""
     if read_json(folder / "run.json")["status"] == "done":
-        raise UsageError(f"resume={folder}: this run is done; start a new run to change options")
+        raise UsageError(
+            f"resume={folder}: this run is done; add epochs=<more> to train it longer, or start a new run to"
+            " change other options"
+        )
 
 
 def config_dir_of(folder: Path) -> str | None:
@@ -173,6 +182,11 @@ def refuse_changes(cfg: DictConfig, folder: Path) -> None:
     """Raise UsageError if `cfg` differs from the saved configuration of the run, apart from `resume`."""
     saved = OmegaConf.load(folder / ".hydra" / "config.yaml")
     assert isinstance(saved, DictConfig)
+    refuse_differences(cfg, saved)
+
+
+def refuse_differences(cfg: DictConfig, saved: DictConfig) -> None:
+    """Raise UsageError if two configurations differ, apart from `resume`."""
     for key in dict.fromkeys([*rules.dotted_keys(saved), *rules.dotted_keys(cfg)]):
         then, now = OmegaConf.select(saved, key), OmegaConf.select(cfg, key)
         if then != now and key != "resume":

@@ -1,7 +1,6 @@
 """One run, from its configuration to its files: the stages, top to bottom."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from tqdm import tqdm
 
 from ssl_runner import __version__, distributed
 from ssl_runner.build import Experiment, build
-from ssl_runner.config.rules import run_id
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.loader import preview
 from ssl_runner.model import count_parameters
@@ -21,6 +19,7 @@ from ssl_runner.probe import evaluate, linear_discriminants, principal_component
 from ssl_runner.runs import checkpoint, weights
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.runs.record import RunRecord
+from ssl_runner.runs.schedule import identity, read_schedule
 from ssl_runner.views.augment import numba_works
 
 
@@ -37,18 +36,27 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     Raises UsageError for a run that cannot work and Preempted after a signal; run.json records
     every exception.
     """
-    record, is_main = RunRecord(folder, run_id(cfg)), distributed.is_main_process()
+    schedule, is_main = read_schedule(folder, cfg.epochs), distributed.is_main_process()
+    record = RunRecord(folder, identity(cfg, schedule), schedule=schedule)
     with Preemption() as preemption, record, distributed.propagate_failures(record.fail):
         resume_from = distributed.broadcast_object(checkpoint.find(folder) if is_main else None)
         experiment = build(cfg, init_weights=resume_from is None)
         metrics, probes = (
             CsvLog(folder / f"{name}.csv" if is_main else None) for name in ("metrics", "probe")
         )
-        save = partial(checkpoint.save, folder=folder) if is_main else lambda state: None
-        solver, model = experiment.solver(preemption, save), experiment.model
+
+        def save(state: dict[str, Any]) -> None:
+            if is_main:
+                states = [evaluator.state_dict() for evaluator in evaluators]
+                checkpoint.save(state | {"evaluators": states}, folder)
+
+        solver, model = experiment.solver(preemption, save, schedule), experiment.model
         evaluators = experiment.evaluators(folder, probes)
         if resume_from is not None:  # last, since it restores the random states
-            solver.load_state_dict(checkpoint.load(resume_from))
+            state = checkpoint.load(resume_from)
+            for evaluator, kept in zip(evaluators, state.pop("evaluators"), strict=True):
+                evaluator.load_state_dict(kept)
+            solver.load_state_dict(state)
         metrics.truncate_after(solver.epoch)
         probes.truncate_after(solver.epoch)
         if cfg.compile:
@@ -56,8 +64,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         record.update(**facts(experiment))
         if is_main:
             lines = [experiment.initial_weights, headline(cfg, record), *notes(experiment.data)]
-            print(*filter(None, lines), sep="
-", flush=True)
+            print(*filter(None, lines), sep="\n", flush=True)
         if is_main and cfg.views.preview:
             preview(experiment.loader, folder / "views.png")
 
@@ -66,7 +73,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
                 row = merge(row, evaluator(model, solver.epoch, last=solver.epoch == solver.total_epochs))
             metrics.append(row)
         for evaluator in evaluators:
-            evaluator.finish(model)
+            record.update(**(evaluator.finish(model) or {}))
         if is_main:
             weights.export(model.backbone, folder / weights.BACKBONE, description(experiment))
             weights.export(model.projector, folder / weights.PROJECTOR, description(experiment))

@@ -1,0 +1,92 @@
+"""Runs from Python, for example in a notebook: `ssl_runner.run` does what `ssl-run` does."""
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from ssl_runner import cli
+from ssl_runner.config import arguments, compose, hydra_internals
+from ssl_runner.errors import UsageError
+from ssl_runner.runs import resume
+
+RESULT = ("loss", "top1", "val_top1")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    folder     the run folder, absolute
+    metrics    metrics.csv, one row per epoch
+    probes     probe.csv, one row per probe, features and split
+    result     last `loss`, and `top1` (test) and `val_top1` of the first probe, in [0, 1]
+    """
+
+    folder: Path
+    metrics: pd.DataFrame = field(repr=False)
+    probes: pd.DataFrame = field(repr=False)
+    result: dict[str, float | None]
+
+
+def run(*overrides: str, folder: str | Path | None = None, config_dir: str | Path | None = None) -> Result:
+    """Train and probe, as `ssl-run <overrides>` does: `run("loss=vicreg", "gamma=25")`.
+
+    Writes the same files to the same folder, outputs/<dataset>/<loss>/<time>-<id>, or to `folder`.
+    `config_dir` is a folder with configs of your own (`--config-dir`). The working directory, signal handlers
+    and Hydra's global state are restored; torch's random state is not.
+
+    Raises UsageError, with the message that `ssl-run` prints, for invalid input, and any error of the
+    training itself. SIGTERM and SIGUSR1 raise Preempted, a SystemExit, in the main thread.
+    """
+    refuse_unsupported(overrides, folder)
+    words = list(overrides)
+    if folder is not None:
+        words.append(f"hydra.run.dir={resume.quote(Path(folder).resolve())}")
+    if config_dir is not None:
+        words.append(f"--config-dir={Path(config_dir).resolve()}")
+    ended: list[tuple[Path, dict[str, float | None]] | Exception] = []
+    parser = arguments.parser()
+    with hydra_internals.preserved_state(), contextlib.chdir(Path.cwd()):
+        compose.register_resolvers()
+        compose.prefer_our_presets()
+        args = arguments.parse(parser, words)
+        cli.prepare(args, processes=1)
+        hydra_internals.run_hydra(args, parser, partial(job, ended=ended), compose.CONF)
+    [outcome] = ended
+    if isinstance(outcome, Exception):
+        raise outcome
+    path, result = outcome
+    return Result(
+        folder=path,
+        metrics=pd.read_csv(path / "metrics.csv"),
+        probes=pd.read_csv(path / "probe.csv"),
+        result={name: result[name] for name in RESULT if name in result},
+    )
+
+
+def refuse_unsupported(overrides: tuple[str, ...], folder: str | Path | None) -> None:
+    """Raise UsageError for what only the command line can do, and for a folder that is given twice."""
+    for line in overrides:
+        if line.startswith("-") or line == "hydra.mode=MULTIRUN":
+            raise UsageError(f"{line}: expected <group>=<name> or <key>=<value>; write a sweep as a loop")
+    twice = [line for line in overrides if line.startswith(("hydra.run.dir=", "resume="))]
+    if folder is not None and twice and twice[0] != "resume=auto":
+        raise UsageError(f"folder={folder}: expected no folder together with {twice[0]}; leave one out")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("run: expected a single process; start several with torchrun -m ssl_runner")
+
+
+def job(cfg: DictConfig, ended: list[tuple[Path, dict[str, float | None]] | Exception]) -> None:
+    """Execute the run and add its folder and result to `ended`, or its error, which Hydra would print."""
+    try:
+        folder = cli.choose_folder(cfg, Path(HydraConfig.get().runtime.output_dir))
+        with resume.lock_folder(folder):
+            ended.append((folder, cli.run_or_skip(cfg, folder)))
+    except Exception as error:
+        ended.append(error)

@@ -1,0 +1,138 @@
+"""The planned epochs of a run: one part for a run as it was started, one more for every extension."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+from ssl_runner.config import compose, rules
+from ssl_runner.errors import UsageError
+from ssl_runner.runs import resume
+from ssl_runner.runs.files import read_json, write_json
+
+# Parts in order, {"from_epoch": a, "to_epoch": b}: the learning rate of epochs a + 1 .. b has a warm-up and a
+# decay of its own. A part that an extension cut short keeps its planned to_epoch.
+Schedule = list[dict[str, int]]
+
+RESULTS = ("run.json", ".hydra", "*.csv", "*.safetensors", "*.png")
+
+
+def read_schedule(folder: Path, epochs: int) -> Schedule:
+    """Return the schedule in run.json, or that of a new run of `epochs` epochs."""
+    record = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+    return record.get("schedule") or [{"from_epoch": 0, "to_epoch": epochs}]
+
+
+def identity(cfg: DictConfig, schedule: Schedule) -> str:
+    """Return the identity of a run. It differs for an extended run and one planned for as many epochs."""
+    return "-after-".join([rules.run_id(cfg), *(str(part["from_epoch"]) for part in schedule[1:])])
+
+
+def is_extension(cfg: DictConfig, folder: Path) -> bool:
+    """Return whether the command line asks for other epochs than the run in `folder` was planned for."""
+    planned = read_schedule(folder, saved_config(folder).epochs)[-1]["to_epoch"]
+    return cfg.resume not in (None, "auto") and cfg.epochs != planned
+
+
+def extend(cfg: DictConfig, folder: Path) -> None:
+    """Plan more epochs for the run in `folder`, which must be locked. `cfg` is its configuration with these.
+
+    The new part begins after the epoch of the last checkpoint. The results of a finished run are copied to
+    epochs-<planned>/, and its configuration to .hydra/config-<planned>.yaml. Raises UsageError, before
+    anything is written, if the run cannot be extended.
+    """
+    saved, record = saved_config(folder), read_json(folder / "run.json")
+    schedule = read_schedule(folder, saved.epochs)
+    planned = schedule[-1]["to_epoch"]
+    new_run = f"start a new run with init_weights={folder}/backbone.safetensors"
+    if cfg.epochs < planned:
+        raise UsageError(
+            f"epochs={cfg.epochs}: expected more than the {planned} epochs that {folder} was planned for;"
+            " give more, or start a new run"
+        )
+    solver: Any = get_class(cfg.solver._target_)
+    if not solver.trains:
+        raise UsageError(
+            f"epochs={cfg.epochs}: expected a solver that trains, to extend a run; start a new run"
+        )
+    if cfg.views.resolutions is not None:
+        raise UsageError(
+            f"epochs={cfg.epochs}: expected views.resolutions=null, to extend a run, since its sizes are"
+            f" spread over the planned epochs; {new_run}"
+        )
+    refuse_other_changes(cfg, saved)
+    begin = next_epoch(folder)
+    if record["status"] == "done" and begin < planned:
+        raise UsageError(f"epochs={cfg.epochs}: {folder} has no checkpoint of its last epoch; {new_run}")
+    if cfg.epochs - begin < cfg.optimizer.warmup_epochs:
+        raise UsageError(
+            f"epochs={cfg.epochs}: expected at least {begin} + optimizer.warmup_epochs, which is"
+            f" {begin + cfg.optimizer.warmup_epochs}; give more epochs"
+        )
+    if record["status"] == "done":
+        copy_results(folder, folder / f"epochs-{planned}")
+    write_config(saved, cfg.epochs, planned, folder)
+    parts = [part for part in schedule if part["from_epoch"] < begin]
+    parts.append({"from_epoch": begin, "to_epoch": cfg.epochs})
+    write_json(folder / "run.json", record | {"status": "preempted", "schedule": parts})
+
+
+def saved_config(folder: Path) -> DictConfig:
+    """Return the configuration in .hydra/."""
+    saved = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    assert isinstance(saved, DictConfig)
+    return saved
+
+
+def refuse_other_changes(cfg: DictConfig, saved: DictConfig) -> None:
+    """Raise UsageError for a change of another option than `epochs`.
+
+    Options that follow `epochs`, such as `every: ${epochs}`, may change with it. They are updated in `saved`.
+    """
+    given = {override.key_or_group for override in compose.parse(HydraConfig.get().overrides.task)}
+    before = saved.epochs
+    for key in list(rules.dotted_keys(saved)):
+        follows = OmegaConf.select(saved, key) == before and OmegaConf.select(cfg, key) == cfg.epochs
+        if key == "epochs" or (follows and key not in given):
+            OmegaConf.update(saved, key, cfg.epochs)
+    resume.refuse_differences(cfg, saved)
+
+
+def next_epoch(folder: Path) -> int:
+    """Return the number of epochs that are complete once that of the last checkpoint is.
+
+    A checkpoint is written within an epoch or at its end, and counts the epochs before that one.
+    """
+    from ssl_runner.runs import checkpoint  # imports torch
+
+    path = checkpoint.find(folder)
+    return 0 if path is None else checkpoint.load(path)["epoch"] + 1
+
+
+def copy_results(folder: Path, target: Path) -> None:
+    """Copy the files of a finished run, except its checkpoints, to `target`, unless that exists."""
+    if target.exists():
+        return
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for path in (path for pattern in RESULTS for path in folder.glob(pattern)):
+        copy = shutil.copytree if path.is_dir() else shutil.copy2
+        copy(path, partial / path.name)
+    os.replace(partial, target)
+
+
+def write_config(config: DictConfig, epochs: int, planned: int, folder: Path) -> None:
+    """Write the configuration and overrides of the extended run to .hydra/; keep the configuration before."""
+    hydra = folder / ".hydra"
+    before = hydra / f"config-{planned}.yaml"
+    if not before.exists():
+        shutil.copy2(hydra / "config.yaml", before)
+    overrides = [str(line) for line in OmegaConf.load(hydra / "overrides.yaml")]
+    overrides = [line for line in overrides if not line.startswith("epochs=")]
+    OmegaConf.save(OmegaConf.create([*overrides, f"epochs={epochs}"]), hydra / "overrides.yaml")
+    OmegaConf.save(config, hydra / "config.yaml")

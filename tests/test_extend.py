@@ -1,0 +1,198 @@
+"""More epochs than planned: resume=<folder> epochs=<more> continues a run with a schedule of its own."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from ssl_runner import optimizer
+from ssl_runner.report.read import read_runs
+from ssl_runner.runs import checkpoint
+from tests.helpers import TINY, preempt_after, run_folder, table
+
+BASE = f"{TINY} optimizer.warmup_epochs=0.5 diagnostics.every=0"
+
+
+def record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())
+
+
+def config(folder: Path, name: str = "config.yaml") -> Any:
+    return OmegaConf.load(folder / ".hydra" / name)
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    states = [checkpoint.load(checkpoint.find(folder)) for folder in (one, other)]
+    return all(
+        torch.equal(value, states[1][part][name])
+        for part in ("backbone", "projector")
+        for name, value in states[0][part].items()
+    )
+
+
+def test_learning_rate_restarts_in_every_part() -> None:
+    """Two parts are two cosines; the second one starts where it begins, not where the first was to end."""
+    options = {"warmup_epochs": 1.5, "lr": 0.3, "final_ratio": 0.1}
+    schedule = [{"from_epoch": 0, "to_epoch": 10}, {"from_epoch": 4, "to_epoch": 9}]
+    rates = [optimizer.learning_rate(step, schedule, 6, **options) for step in range(54)]
+    first = [optimizer.cosine(step, 60, 9, 0.3, 0.1) for step in range(24)]
+    second = [optimizer.cosine(step, 30, 9, 0.3, 0.1) for step in range(30)]
+    assert rates == first + second
+    assert max(rates) == 0.3
+
+
+def test_finished_run_is_extended(ssl_run, tmp_path: Path) -> None:
+    folder = run_folder(ssl_run(f"{BASE} probe.every=1")[1])
+    before, identity = files(folder), record(folder)["identity"]
+    code, out, err = ssl_run(f"resume={folder} epochs=5")
+    assert (code, err) == (0, "")
+    assert run_folder(out) == folder
+
+    old, new = table(folder / "epochs-2" / "metrics.csv"), table(folder / "metrics.csv")
+    assert new[:2] == old
+    assert [int(row["step"]) for row in new] == [3, 6, 9, 12, 15]
+    expected = [optimizer.cosine(step, 9, 2, 0.002, 0.0) for step in (2, 5, 8)]
+    assert [float(row["lr"]) for row in new[2:]] == expected
+    assert record(folder)["schedule"] == [{"from_epoch": 0, "to_epoch": 2}, {"from_epoch": 2, "to_epoch": 5}]
+    assert record(folder)["status"] == "done"
+    assert record(folder)["identity"] != identity
+    assert [row["epoch"] for row in table(folder / "probe.csv")] == ["1", "2", "3", "4", "5", "5"]
+
+    kept = {
+        path.relative_to(folder / "epochs-2"): content for path, content in files(folder / "epochs-2").items()
+    }
+    originals = {path.relative_to(folder): content for path, content in before.items()}
+    assert kept.items() <= originals.items()
+    assert {path.name for path in originals.keys() - kept.keys()} == {
+        "checkpoint.pt",
+        "checkpoint-before.pt",
+        ".lock",
+    }
+    assert config(folder).epochs == 5
+    assert config(folder, "config-2.yaml").epochs == 2
+    assert "epochs=5" in config(folder, "overrides.yaml")
+    assert "epochs=2" not in config(folder, "overrides.yaml")
+    reported = {run.path: run.config["epochs"] for run in read_runs([folder], tmp_path / "report")}
+    assert reported == {folder: "5", folder / "epochs-2": "2"}
+
+    for command in (f"resume={folder}", f"resume={folder} epochs=5"):
+        assert "this run is done; add epochs=<more> to train it longer" in ssl_run(command)[2]
+    assert ssl_run(f"resume={folder} epochs=6")[0] == 0  # once more
+    assert [part["to_epoch"] for part in record(folder)["schedule"]] == [2, 5, 6]
+
+
+@pytest.mark.parametrize("step", [7, 11, 15])
+def test_extended_run_that_is_preempted_resumes_exactly(
+    step: int, ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 7 to 15 belong to the new part: its first step, the middle of an epoch, and the last step."""
+    whole = run_folder(
+        ssl_run(f"{BASE} probe.every=1 relation=neighbors relation.queue=60 hydra.run.dir=whole")[1]
+    )
+    mine = tmp_path / "mine"
+    shutil.copytree(whole, mine)
+    assert ssl_run(f"resume={whole} epochs=5")[0] == 0
+    with monkeypatch.context() as patch:
+        preempt_after(step, patch)
+        assert ssl_run("resume=mine epochs=5")[0] == 75
+    assert record(mine)["status"] == "preempted"
+    assert ssl_run("resume=mine epochs=5" if step == 11 else "resume=mine")[0] == 0
+    for name in ("metrics.csv", "probe.csv"):
+        assert table(mine / name) == table(whole / name)
+    assert same_weights(mine, whole)
+    for key in ("schedule", "identity", "top1", "loss"):
+        assert record(mine)[key] == record(whole)[key]
+
+
+@pytest.mark.parametrize(("step", "begin"), [(2, 1), (3, 1), (4, 2)])
+def test_unfinished_run_is_extended_after_the_epoch_of_its_checkpoint(
+    step: int, begin: int, ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupted epoch ends with the earlier learning rates."""
+    with monkeypatch.context() as patch:
+        preempt_after(step, patch)
+        assert ssl_run(f"{BASE} epochs=4 hydra.run.dir=mine")[0] == 75
+    assert ssl_run("resume=mine epochs=6")[0] == 0
+    assert record(tmp_path / "mine")["schedule"] == [
+        {"from_epoch": 0, "to_epoch": 4},
+        {"from_epoch": begin, "to_epoch": 6},
+    ]
+    steps = [3 * epoch - 1 for epoch in range(1, 7)]
+    expected = [
+        optimizer.cosine(at, 12, 2, 0.002, 0.0)
+        if at < 3 * begin
+        else optimizer.cosine(at - 3 * begin, 18 - 3 * begin, 2, 0.002, 0.0)
+        for at in steps
+    ]
+    assert [float(row["lr"]) for row in table(tmp_path / "mine" / "metrics.csv")] == expected
+    assert not (tmp_path / "mine" / "epochs-4").exists()
+    assert config(tmp_path / "mine", "config-4.yaml").epochs == 4
+
+
+def test_options_that_follow_epochs_follow_an_extension(ssl_run, tmp_path: Path) -> None:
+    """As `every: ${epochs}` of a recipe. An option that is given must not change."""
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    recipe = "# @package _global_\nepochs: 2\nprobe:\n  every: ${epochs}\n"
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(recipe)
+    tiny = BASE.replace("epochs=2 ", "", 1)
+    folder = run_folder(ssl_run(f"--config-dir conf experiment=mine {tiny}")[1])
+    assert "Cannot change V (2 -> 3)" in ssl_run(f"resume={folder} epochs=3 V=3")[2]
+    assert ssl_run(f"resume={folder} epochs=3")[0] == 0
+    assert config(folder).probe.every == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "command", "message"),
+    [
+        ("", "epochs=1", "epochs=1: expected more than the 2 epochs that"),
+        (
+            "optimizer.warmup_epochs=2",
+            "epochs=3",
+            "expected at least 2 + optimizer.warmup_epochs, which is 4",
+        ),
+        ("views.resolutions=[16,28]", "epochs=4", "expected views.resolutions=null, to extend a run"),
+        (
+            "solver=closed_form backbone=convnet projector=linear",
+            "epochs=4",
+            "expected a solver that trains, to extend a run; start a new run",
+        ),
+        ("", "epochs=4 gamma=3", "Cannot change gamma (10.0 -> 3) when resuming"),
+    ],
+)
+def test_extension_is_refused_in_one_line(
+    settings: str, command: str, message: str, ssl_run, tmp_path: Path
+) -> None:
+    tiny = BASE if "projector" not in settings else BASE.replace("projector.width=16 ", "")
+    code, _, err = ssl_run(f"{tiny} {settings} hydra.run.dir=mine")
+    assert (code, err) == (0, "")
+    before = files(tmp_path / "mine")
+    code, out, err = ssl_run(f"resume=mine {command}")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert message in err
+    assert files(tmp_path / "mine") == before
+
+
+def test_finished_run_without_checkpoint_is_not_extended(ssl_run, tmp_path: Path) -> None:
+    folder = run_folder(ssl_run(f"{BASE} epochs=1")[1])
+    (folder / "checkpoint.pt").unlink()
+    _, _, err = ssl_run(f"resume={folder} epochs=3")
+    assert "has no checkpoint of its last epoch; start a new run with init_weights=" in err
+    assert record(folder)["status"] == "done"
+
+
+def test_resume_auto_does_not_take_an_extended_run_for_a_longer_one(ssl_run, tmp_path: Path) -> None:
+    """Its learning rates differ from those of a run that was planned for as many epochs."""
+    command = f"{BASE} resume=auto"
+    folder = run_folder(ssl_run(f"{command} epochs=1")[1])
+    assert ssl_run(f"resume={folder} epochs=2")[0] == 0
+    longer = run_folder(ssl_run(f"{command} epochs=2")[1])
+    assert longer != folder
+    assert len(record(longer)["schedule"]) == 1
