@@ -27,7 +27,7 @@ from ssl_runner.evaluator import Evaluator
 from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel, eval_mode
 from ssl_runner.preemption import Preemption
-from ssl_runner.probe import Classifier, ProbeEvaluator
+from ssl_runner.probe import Classifier, LayerFeatures, ProbeEvaluator
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.runs import checkpoint
 from ssl_runner.runs.files import CsvLog
@@ -118,34 +118,23 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     loss = build_node("loss", cfg.loss).to(device)
     relation = build_node("relation", cfg.relation)
     augment = build_node("views", cfg.views, without=("preview", "resolutions"))
-    classifiers = {
-        name: build_node(f"probe.classifiers.{name}", cfg.probe.classifiers[name], partial=True)
-        for name in cfg.probe.probes
-    }
-    if data is None:
-        reader = build_node("dataset", cfg.dataset, without=DATASET_SETTINGS, partial=True)
-        with distributed.rank_zero_first():
-            data = dataset.load(
-                reader, device=device, **{name: cfg.dataset[name] for name in DATASET_SETTINGS}
-            )
-    check_fit(cfg, data, relation)
-
-    def fresh_backbone() -> Backbone:
-        torch.manual_seed(cfg.seed)
-        backbone = build_node("backbone", cfg.backbone, channels=data.channels, image_size=data.image_size)
-        return backbone.to(
-            device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format
+    if "finetune" in cfg.probe.probes:
+        raise UsageError(
+            "probe.probes=[finetune]: expected probes of frozen features; run ssl-probe FOLDER probe=finetune"
+            " after the run"
         )
-
+    classifiers = build_classifiers(cfg, cfg.probe.probes)
+    if data is None:
+        data = read_data(cfg, device)
+    check_fit(cfg, data, relation)
+    fresh_backbone = partial(build_backbone, cfg, data, device)
     backbone = distributed.sync_batchnorm(fresh_backbone())
     if cfg.init_weights is not None and init_weights:
         checkpoint.load_backbone(backbone, Path(cfg.init_weights).expanduser())
-    if isinstance(backbone, LinearBackbone) and not solver_class.trains:
-        projector: nn.Module = nn.Identity()  # the backbone itself is solved for
-    else:
-        projector = build_node("projector", cfg.projector, features=backbone.width).to(device)
-        projector = distributed.sync_batchnorm(projector)
+    projector = distributed.sync_batchnorm(build_projector(cfg, backbone, device))
     model = SSLModel(backbone, projector, cfg.channels_last)
+    if cfg.probe.layer is not None:
+        LayerFeatures(backbone, cfg.probe.layer)  # checks the name before training
     solver_class.check(model, loss, relation)
     check_resolutions(cfg, solver_class, backbone, data)
     check_blur(cfg, augment, data)
@@ -187,6 +176,37 @@ def build_node(
         if isinstance(error.__cause__, torch.OutOfMemoryError | MemoryError):
             raise error.__cause__ from error
         raise UsageError(f"{key}: {one_line(error.__cause__ or error)}") from error
+
+
+def build_classifiers(cfg: DictConfig, names: Iterable[str]) -> dict[str, Classifier]:
+    """The classifiers of frozen features with these names, in the same order."""
+    return {
+        name: build_node(f"probe.classifiers.{name}", cfg.probe.classifiers[name], partial=True)
+        for name in names
+    }
+
+
+def read_data(cfg: DictConfig, device: torch.device) -> DataSet:
+    """Read the data set. Raises UsageError if it cannot be read."""
+    reader = build_node("dataset", cfg.dataset, without=DATASET_SETTINGS, partial=True)
+    with distributed.rank_zero_first():
+        return dataset.load(reader, device=device, **{name: cfg.dataset[name] for name in DATASET_SETTINGS})
+
+
+def build_backbone(cfg: DictConfig, data: DataSet, device: torch.device) -> Backbone:
+    """The backbone for these images, with the initial weights of the run's seed."""
+    torch.manual_seed(cfg.seed)
+    backbone = build_node("backbone", cfg.backbone, channels=data.channels, image_size=data.image_size)
+    memory_format = torch.channels_last if cfg.channels_last else torch.contiguous_format
+    return backbone.to(device, memory_format=memory_format)
+
+
+def build_projector(cfg: DictConfig, backbone: Backbone, device: torch.device) -> nn.Module:
+    """The projector, the identity if the solver sets the weights of a linear backbone."""
+    solver_class: type[Solver] = get_class(cfg.solver._target_)
+    if isinstance(backbone, LinearBackbone) and not solver_class.trains:
+        return nn.Identity()
+    return build_node("projector", cfg.projector, features=backbone.width).to(device)
 
 
 def build_optimizer(cfg: DictConfig, model: SSLModel, loss: Loss) -> Optimizer:
