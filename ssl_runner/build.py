@@ -29,7 +29,7 @@ from ssl_runner.model import SSLModel, eval_mode
 from ssl_runner.preemption import Preemption
 from ssl_runner.probe import Classifier, LayerFeatures, ProbeEvaluator
 from ssl_runner.relation.builders import RelationBuilder
-from ssl_runner.runs import checkpoint
+from ssl_runner.runs import weights
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.solver import Solver
 from ssl_runner.views import Augment
@@ -130,8 +130,12 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     fresh_backbone = partial(build_backbone, cfg, data, device)
     backbone = distributed.sync_batchnorm(fresh_backbone())
     if cfg.init_weights is not None and init_weights:
-        checkpoint.load_backbone(backbone, Path(cfg.init_weights).expanduser())
-    projector = distributed.sync_batchnorm(build_projector(cfg, backbone, device))
+        weights.load_backbone(backbone, Path(cfg.init_weights).expanduser())
+    if isinstance(backbone, LinearBackbone) and not solver_class.trains:
+        projector: nn.Module = nn.Identity()  # the backbone itself is solved for
+    else:
+        projector = build_node("projector", cfg.projector, features=backbone.width).to(device)
+        projector = distributed.sync_batchnorm(projector)
     model = SSLModel(backbone, projector, cfg.channels_last)
     if cfg.probe.layer is not None:
         LayerFeatures(backbone, cfg.probe.layer)  # checks the name before training
@@ -199,14 +203,6 @@ def build_backbone(cfg: DictConfig, data: DataSet, device: torch.device) -> Back
     backbone = build_node("backbone", cfg.backbone, channels=data.channels, image_size=data.image_size)
     memory_format = torch.channels_last if cfg.channels_last else torch.contiguous_format
     return backbone.to(device, memory_format=memory_format)
-
-
-def build_projector(cfg: DictConfig, backbone: Backbone, device: torch.device) -> nn.Module:
-    """The projector, the identity if the solver sets the weights of a linear backbone."""
-    solver_class: type[Solver] = get_class(cfg.solver._target_)
-    if isinstance(backbone, LinearBackbone) and not solver_class.trains:
-        return nn.Identity()
-    return build_node("projector", cfg.projector, features=backbone.width).to(device)
 
 
 def build_optimizer(cfg: DictConfig, model: SSLModel, loss: Loss) -> Optimizer:

@@ -8,14 +8,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from ssl_runner import distributed
+from ssl_runner import __version__, distributed
 from ssl_runner.build import Experiment, build
 from ssl_runner.config.rules import run_id
 from ssl_runner.data.loader import preview
 from ssl_runner.model import count_parameters
 from ssl_runner.preemption import Preemption
 from ssl_runner.probe import evaluate, feature_networks, label_draws
-from ssl_runner.runs import checkpoint
+from ssl_runner.runs import checkpoint, weights
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.runs.record import RunRecord
 
@@ -23,8 +23,9 @@ from ssl_runner.runs.record import RunRecord
 def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Pretrain, probe, and write the files of the run to `folder`.
 
-    These are metrics.csv, probe.csv, spectrum.csv, run.json, checkpoint.pt and backbone.safetensors. Resumes
-    from the checkpoint in `folder` if there is one. Every rank calls this; the main process writes.
+    These are metrics.csv, probe.csv, spectrum.csv, run.json, checkpoint.pt, backbone.safetensors and
+    projector.safetensors. Resumes from the checkpoint in `folder` if there is one. Every rank calls this; the
+    main process writes.
 
     Returns the last `loss` and the first probe's top-1 on the test split (`top1`) and on the validation split
     (`val_top1`). Raises UsageError for a run that cannot work and Preempted after a signal; run.json records
@@ -59,7 +60,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         for evaluator in evaluators:
             evaluator.finish(model)
         if is_main:
-            checkpoint.export(model.backbone, folder / "backbone.safetensors", description(experiment))
+            weights.export(model.backbone, folder / weights.BACKBONE, description(experiment))
+            weights.export(model.projector, folder / weights.PROJECTOR, description(experiment))
 
         # top-1 by features, probe and split; the test split is scored once, here
         scores: dict[tuple[str, str, str], float] = {}
@@ -111,12 +113,21 @@ def facts(experiment: Experiment) -> dict[str, object]:
 
 
 def description(experiment: Experiment) -> dict[str, object]:
-    """Metadata of backbone.safetensors: how to rebuild the backbone, its input size and normalisation."""
-    data = experiment.data
+    """Metadata of the exported weights: how to rebuild the networks and how to preprocess their input.
+
+    `projector` is None if the embeddings are the features.
+    """
+    cfg, data, model = experiment.cfg, experiment.data, experiment.model
+    identity = isinstance(model.projector, nn.Identity)
     return {
-        "backbone": OmegaConf.to_container(experiment.cfg.backbone),
+        "version": __version__,
+        "backbone": OmegaConf.to_container(cfg.backbone, resolve=True),
+        "width": model.backbone.width,
+        "projector": None if identity else OmegaConf.to_container(cfg.projector, resolve=True),
+        "K": model.K,
         "channels": data.channels,
         "image_size": data.image_size,
+        "resize": "centre crop to a square, bicubic",
         "mean": data.mean.tolist(),
         "std": data.std.tolist(),
     }

@@ -71,8 +71,8 @@ def test_run_writes_all_files(ssl_run, tmp_path: Path) -> None:
 
     exported = safetensors.torch.load_file(folder / "backbone.safetensors")
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert exported.keys() == state["backbone"].keys()
-    assert all(torch.equal(exported[name], state["backbone"][name]) for name in exported)
+    assert {f"body.{name}" for name in exported} == state["backbone"].keys()
+    assert all(torch.equal(exported[name], state["backbone"][f"body.{name}"]) for name in exported)
 
 
 def test_exported_backbone_can_be_rebuilt_from_its_header(ssl_run) -> None:
@@ -83,7 +83,7 @@ def test_exported_backbone_can_be_rebuilt_from_its_header(ssl_run) -> None:
     with safetensors.safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["ssl_runner"])
     backbone = instantiate(header["backbone"], channels=header["channels"], image_size=header["image_size"])
-    backbone.load_state_dict(safetensors.torch.load_file(path))
+    backbone.body.load_state_dict(safetensors.torch.load_file(path))
     assert len(header["mean"]) == header["channels"] == 1
 
 

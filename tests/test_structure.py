@@ -35,6 +35,8 @@ IMPORTS = """
     theory          backbone data distributed errors evaluator loss model relation runs solver
     probe           backbone data device distributed errors evaluator model optimizer runs views
 
+    pretrained      data errors runs views
+
     build           backbone config data device distributed errors evaluator loss model optimizer preemption
                     probe relation runs solver views
     run             build config data distributed model preemption probe runs

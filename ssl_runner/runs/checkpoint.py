@@ -1,17 +1,14 @@
-"""Checkpoints with a checksum, which are loaded without executing pickled code, and exported weights."""
+"""Checkpoints with a checksum, which are loaded without executing pickled code."""
 
 import hashlib
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors.torch
 import torch
-from torch import nn
 
-from ssl_runner.errors import UsageError, one_line
+from ssl_runner.errors import UsageError
 from ssl_runner.runs.files import atomic_write
 
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint-before.pt"
@@ -84,37 +81,3 @@ def is_intact(path: Path) -> bool:
 def load(path: Path) -> dict[str, Any]:
     """Load the state that `save` wrote, onto the CPU, without executing pickled code."""
     return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def export(backbone: nn.Module, path: Path, metadata: dict[str, Any]) -> None:
-    """Write the weights of the backbone to a safetensors file.
-
-    `metadata`, the information needed to rebuild the backbone and preprocess its input, is stored in the
-    header as JSON.
-    """
-    state = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in backbone.state_dict().items()
-    }
-    with atomic_write(path) as file:
-        file.write(safetensors.torch.save(state, {"ssl_runner": json.dumps(metadata)}))
-
-
-def load_backbone(backbone: nn.Module, path: Path) -> None:
-    """Load weights written by `export` into a backbone of the same architecture.
-
-    Raises UsageError if the file does not exist, is not a safetensors file, or does not match the backbone.
-    """
-    if not path.is_file():
-        accepted = "a file, not a folder" if path.is_dir() else "an existing file"
-        raise UsageError(
-            f"init_weights={path}: expected {accepted}; give the backbone.safetensors of a finished run"
-        )
-    try:
-        backbone.load_state_dict(safetensors.torch.load_file(path))
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        reason = one_line(error)
-        raise UsageError(
-            f"init_weights={path}: expected safetensors weights of this backbone; use the backbone options"
-            f" of the run that wrote the file ({reason[:200]})"
-        ) from error

@@ -1,0 +1,53 @@
+"""One image, in any mode that Pillow reads -> uint8 pixels."""
+
+import numpy as np
+from PIL import Image, ImageOps
+
+VERSION = 2  # of the pixels that `pixels` returns; part of the name of a cache
+
+
+def pixels(image: Image.Image, size: int | None, channels: int = 3) -> np.ndarray:
+    """Return the first frame of an image as (channels, H, W) uint8, with channels 3 (RGB) or 1 (luminance).
+
+    The EXIF orientation is applied, and transparency is composited over white. With `size`, the image is
+    centre-cropped to a square and resized to size x size with a bicubic filter.
+
+    8-bit modes and palettes keep their values, and 1-bit images become 0 and 255. The scale of wider values
+    is chosen per file, by its largest value:
+
+    integers   < 256 are 8-bit values, < 4096 are scaled by 255 / 4095, <= 65535 are divided by 256
+    floats     <= 1 are scaled by 255; from 2 on as integers
+
+    Raises ValueError for values outside 0 ... 65535, for NaN, for floats with a maximum between 1 and 2, and
+    for 16-bit colour whose values use at most 12 bits: Pillow reads the upper 8 bits of it only.
+    """
+    deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode[0] in "IF":
+        upright = Image.fromarray(_to_8_bits(np.asarray(upright)))
+    elif deep and 0 < np.asarray(upright)[..., :3].max() < 16:
+        raise ValueError("16-bit colour that uses at most 12 bits: convert it to 8 bits per channel")
+    if upright.has_transparency_data:
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
+    plain = upright.convert("RGB" if channels == 3 else "L")
+    if size is not None and plain.size != (size, size):
+        plain = ImageOps.fit(plain, (size, size), Image.Resampling.BICUBIC)
+    array = np.asarray(plain)
+    return array.transpose(2, 0, 1) if array.ndim == 3 else array[None]
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Scale the values (H, W) of a 16-bit, 32-bit or float image to uint8, as `pixels` states."""
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= 65535):
+        raise ValueError(f"values from {low:g} to {high:g}, expected 0 to 65535")
+    if values.dtype.kind == "f":
+        if high <= 1:
+            return (values * 255).round().astype(np.uint8)
+        if high < 2:
+            raise ValueError(f"float values up to {high:g}, expected 0 to 1, 0 to 255 or 0 to 65535")
+    if high < 256:
+        return values.round().clip(0, 255).astype(np.uint8)
+    if high < 4096:
+        return (values * (255 / 4095)).round().clip(0, 255).astype(np.uint8)
+    return (values // 256).astype(np.uint8)
