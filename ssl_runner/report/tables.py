@@ -86,7 +86,8 @@ def own_probes(run: Run) -> list[Row]:
 
 def mean_of(values: list[object]) -> object:
     """The mean of numbers, the last value if one is missing or not a number."""
-    return np.mean(values).item() if all(isinstance(value, float) for value in values) else values[-1]
+    finite = [value for value in values if isinstance(value, float)]
+    return sum(finite) / len(finite) if len(finite) == len(values) else values[-1]
 
 
 def main_probe(run: Run) -> tuple[Row, Row]:
