@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ssl_runner import build
 from ssl_runner.data.dataset import DataSet
-from ssl_runner.device import choose_device, choose_precision
+from ssl_runner.device import choose_device, choose_precision, keep_freed_memory
 from ssl_runner.errors import UsageError
 from ssl_runner.evaluation.finished import read_data
 from ssl_runner.model import SSLModel
@@ -34,6 +34,8 @@ def probe(folder: Path, cfg: DictConfig) -> str:
     """
     device = choose_device(cfg.device)
     precision = choose_precision(cfg.precision, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     with resume.lock_folder(folder):
         network, transform = load(folder, device, with_projector="projector" in cfg.probe.features)
         backbone: Any = network.backbone
