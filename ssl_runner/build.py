@@ -28,7 +28,7 @@ from ssl_runner.evaluator import Evaluator
 from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel, eval_mode
 from ssl_runner.preemption import Preemption
-from ssl_runner.probe import BestEpoch, Classifier, ProbeEvaluator
+from ssl_runner.probe import BestEpoch, Classifier, LayerFeatures, ProbeEvaluator
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.runs import weights
 from ssl_runner.runs.files import CsvLog
@@ -131,30 +131,19 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     loss = build_node("loss", cfg.loss).to(device)
     relation = build_node("relation", cfg.relation)
     augment = build_node("views", cfg.views, without=("preview", "resolutions"))
-    classifiers = {
-        name: build_node(f"probe.classifiers.{name}", cfg.probe.classifiers[name], partial=True)
-        for name in cfg.probe.probes
-    }
-    solver_class.check_loss(loss, relation)
-    if solver_class.trains:
-        build_optimizer(
-            cfg, nn.ParameterList([torch.zeros(1)])
-        )  # refuses wrong options before the data are read
-    if data is None:
-        reader = build_node("dataset", cfg.dataset, without=DATASET_SETTINGS, partial=True)
-        with distributed.rank_zero_first():
-            data = dataset.load(
-                reader, device=device, **{name: cfg.dataset[name] for name in DATASET_SETTINGS}
-            )
-    check_fit(cfg, data, relation)
-
-    def fresh_backbone() -> Backbone:
-        torch.manual_seed(cfg.seed)
-        backbone = build_node("backbone", cfg.backbone, channels=data.channels, image_size=data.image_size)
-        return backbone.to(
-            device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format
+    if "finetune" in cfg.probe.probes:
+        raise UsageError(
+            "probe.probes=[finetune]: expected probes of frozen features; run ssl-probe FOLDER probe=finetune"
+            " after the run"
         )
-
+    classifiers = build_classifiers(cfg, cfg.probe.probes)
+    solver_class.check_loss(loss, relation)
+    if solver_class.trains:  # wrong options are refused before the data set is read
+        build_optimizer(cfg, nn.ParameterList([torch.zeros(1)]))
+    if data is None:
+        data = read_data(cfg, device)
+    check_fit(cfg, data, relation)
+    fresh_backbone = partial(build_backbone, cfg, data, device)
     backbone = distributed.sync_batchnorm(fresh_backbone())
     initial_weights = None
     if cfg.init_weights is not None and init_weights:
@@ -166,6 +155,8 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
         projector = distributed.sync_batchnorm(projector)
     model = SSLModel(backbone, projector, cfg.channels_last)
     solver_class.check_model(model)
+    if cfg.probe.layer is not None:
+        LayerFeatures(backbone, cfg.probe.layer)  # checks the name before training
     check_resolutions(cfg, solver_class, backbone, data)
     check_blur(cfg, augment, data)
     return Experiment(
@@ -207,6 +198,29 @@ def build_node(
         if isinstance(error.__cause__, torch.OutOfMemoryError | MemoryError):
             raise error.__cause__ from error
         raise UsageError(f"{key}: {one_line(error.__cause__ or error)}") from error
+
+
+def build_classifiers(cfg: DictConfig, names: Iterable[str]) -> dict[str, Classifier]:
+    """The classifiers of frozen features with these names, in the same order."""
+    return {
+        name: build_node(f"probe.classifiers.{name}", cfg.probe.classifiers[name], partial=True)
+        for name in names
+    }
+
+
+def read_data(cfg: DictConfig, device: torch.device) -> DataSet:
+    """Read the data set. Raises UsageError if it cannot be read."""
+    reader = build_node("dataset", cfg.dataset, without=DATASET_SETTINGS, partial=True)
+    with distributed.rank_zero_first():
+        return dataset.load(reader, device=device, **{name: cfg.dataset[name] for name in DATASET_SETTINGS})
+
+
+def build_backbone(cfg: DictConfig, data: DataSet, device: torch.device) -> Backbone:
+    """The backbone for these images, with the initial weights of the run's seed."""
+    torch.manual_seed(cfg.seed)
+    backbone = build_node("backbone", cfg.backbone, channels=data.channels, image_size=data.image_size)
+    memory_format = torch.channels_last if cfg.channels_last else torch.contiguous_format
+    return backbone.to(device, memory_format=memory_format)
 
 
 def build_optimizer(cfg: DictConfig, *modules: nn.Module) -> Optimizer:

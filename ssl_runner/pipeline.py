@@ -1,6 +1,5 @@
 """One run, from its configuration to its files: the stages, top to bottom."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.loader import preview
 from ssl_runner.model import count_parameters
 from ssl_runner.preemption import Preemption
-from ssl_runner.probe import evaluate, linear_discriminants, principal_components
+from ssl_runner.probe import evaluate, feature_networks, label_draws
 from ssl_runner.runs import checkpoint, weights
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.runs.record import RunRecord
@@ -80,16 +79,19 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
 
         # top-1 by features, probe and split; the test split is scored once, here
         scores: dict[tuple[str, str, str], float] = {}
-        extractors = feature_extractors(experiment)
-        data = experiment.data
-        chosen = dict.fromkeys([solver.result_features, *cfg.probe.features] if data.classes else [])
-        for features in tqdm(chosen, "probe", disable=None if is_main else True):
-            network = extractors[features]()
-            for row in evaluate(
-                features, network, data, experiment.classifiers, score_test=len(data.test) > 0
-            ):
+        data, layer = experiment.data, cfg.probe.layer
+        networks = feature_networks(data, model, experiment.fresh_backbone, layer)
+        layers = [] if layer is None else [f"backbone.{layer}"]
+        chosen = [solver.result_features, *cfg.probe.features, *layers] if data.classes else []
+        draws = [None, *label_draws(data.train.y, cfg.probe.labels, cfg.probe.draws, cfg.dataset.split_seed)]
+        for features in tqdm(dict.fromkeys(chosen), "probe", disable=None if is_main else True):
+            rows = evaluate(
+                features, networks[features](), data, experiment.classifiers, len(data.test) > 0, draws
+            )
+            for row in rows:
                 probes.append({"epoch": solver.epoch, **row})
-                scores[features, row["probe"], row["eval_split"]] = row["top1"]
+                if "draw" not in row:
+                    scores[features, row["probe"], row["eval_split"]] = row["top1"]
         if is_main and scores:
             print(format_table(scores, "test" if len(data.test) else "val"), flush=True)
         val, test = (
@@ -107,19 +109,6 @@ def merge(row: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
             f"evaluators: metrics.csv already has {', '.join(sorted(taken))}; rename the columns"
         )
     return row | columns
-
-
-def feature_extractors(experiment: Experiment) -> dict[str, Callable[[], nn.Module]]:
-    """The networks to probe, by the names of `probe.features`, built on demand."""
-    data, model = experiment.data, experiment.model
-    return {
-        "backbone": lambda: model.backbone,
-        "projector": lambda: nn.Sequential(model.backbone, model.projector),  # model may be compiled
-        "random_init": experiment.fresh_backbone,
-        "pixels": nn.Flatten,
-        "pca": lambda: principal_components(data, model.K),
-        "lda": lambda: linear_discriminants(data),
-    }
 
 
 def facts(experiment: Experiment) -> dict[str, object]:
@@ -194,9 +183,10 @@ def notes(data: DataSet) -> list[str]:
 def format_table(scores: dict[tuple[str, str, str], float], split: str) -> str:
     """Top-1 on a split as lines of text: one row per kind of features, one column per probe."""
     probes = list(dict.fromkeys(probe for _, probe, _ in scores))
-    lines = [f"{f'{split} top-1':<12}" + "".join(f"{probe:>9}" for probe in probes)]
+    width = max(12, *(len(features) + 1 for features, _, _ in scores))
+    lines = [f"{f'{split} top-1':<{width}}" + "".join(f"{probe:>9}" for probe in probes)]
     for features in dict.fromkeys(features for features, _, _ in scores):
         lines.append(
-            f"{features:<12}" + "".join(f"{scores[features, probe, split]:>9.4f}" for probe in probes)
+            f"{features:<{width}}" + "".join(f"{scores[features, probe, split]:>9.4f}" for probe in probes)
         )
     return "\n".join(lines)

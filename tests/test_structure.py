@@ -34,7 +34,7 @@ IMPORTS = """
 
     train           batch data device distributed errors loss model preemption relation solver
     theory          backbone data distributed errors evaluator loss model relation runs solver
-    probe           data distributed errors evaluator model runs views
+    probe           backbone data device distributed errors evaluator model optimizer runs views
 
     pretrained      data errors runs views
 

@@ -12,7 +12,7 @@ class Parser(argparse.ArgumentParser):
     """Parser whose errors are UsageErrors."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; list the options with ssl-run --help")
+        raise UsageError(f"{message}; list the options with {self.prog} --help")
 
 
 def parser() -> Parser:

@@ -75,6 +75,12 @@ RULES = {
     "solver.ridge": Rule(float, low=0),
     "probe.every": Rule(int, low=0),
     "probe.keep": Rule(str, choices=KEEP),
+    "probe.layer": Rule(str, optional=True),
+    "probe.draws": _positive(int),
+    "probe.finetune.epochs": _positive(int),
+    "probe.finetune.batch_size": Rule(int, low=2),
+    "probe.finetune.lr": _positive(float),
+    "probe.finetune.weight_decay": Rule(float, low=0),
     "diagnostics.every": Rule(int, low=0),
     "diagnostics.num_images": Rule(int, low=2),
 }
@@ -106,7 +112,7 @@ def check_values(config: DictConfig) -> None:
     if not DEVICES.fullmatch(str(config.device)):
         raise UsageError(f"device={config.device}: expected one of auto, cpu, cuda, cuda:<number>, mps")
     for key, accepted in (
-        ("probe.probes", tuple(map(str, config.probe.classifiers))),
+        ("probe.probes", probe_names(config.probe)),
         ("probe.features", FEATURES),
     ):
         values = OmegaConf.select(config, key)
@@ -120,6 +126,7 @@ def check_values(config: DictConfig) -> None:
                 f"{key}={format_value(values)}: expected a non-empty list of {', '.join(accepted)}"
                 " without repeats"
             )
+    check_shares(config.probe.get("labels"))
     resolutions = config.views.resolutions
     if resolutions is not None and not (
         isinstance(resolutions, ListConfig)
@@ -141,6 +148,26 @@ def check_values(config: DictConfig) -> None:
         given = f"optimizer.warmup_epochs={config.optimizer.warmup_epochs}"
         raise UsageError(
             f"{given}: expected at most epochs={config.epochs}; use a shorter warmup or more epochs"
+        )
+
+
+def probe_names(probe: DictConfig) -> tuple[str, ...]:
+    """Return the names that `probe.probes` accepts."""
+    return (*map(str, probe.classifiers), *(["finetune"] if "finetune" in probe else []))
+
+
+def check_shares(labels: Any) -> None:
+    """Raise UsageError if `probe.labels` is neither null nor a list of distinct shares in (0, 1]."""
+    share = Rule(float, 0, 1, open_low=True)
+    if labels is not None and not (
+        isinstance(labels, ListConfig)
+        and labels
+        and all(share.accepts(value) and value is not None for value in labels)
+        and len(set(labels)) == len(labels)
+    ):
+        raise UsageError(
+            f"probe.labels={format_value(labels)}: expected a list of different numbers > 0 and <= 1, such as"
+            " [0.01,0.1], or null"
         )
 
 

@@ -1,22 +1,28 @@
 """Probes: classifiers of frozen features, and the baselines that they are compared with."""
 
-from ssl_runner.probe.baselines import linear_discriminants, principal_components
 from ssl_runner.probe.during_training import BestEpoch, ProbeEvaluator
+from ssl_runner.probe.finetune import FineTuning, finetune
 from ssl_runner.probe.knn import KnnProbe
 from ssl_runner.probe.linear import LinearProbe
+from ssl_runner.probe.networks import LayerFeatures, feature_networks
 from ssl_runner.probe.protocol import Classifier, Probe, evaluate, extract
 from ssl_runner.probe.ridge import RidgeProbe
+from ssl_runner.probe.shares import LabelDraw, label_draws
 
 __all__ = [
     "BestEpoch",
     "Classifier",
+    "FineTuning",
     "KnnProbe",
+    "LabelDraw",
+    "LayerFeatures",
     "LinearProbe",
     "Probe",
     "ProbeEvaluator",
     "RidgeProbe",
     "evaluate",
     "extract",
-    "linear_discriminants",
-    "principal_components",
+    "feature_networks",
+    "finetune",
+    "label_draws",
 ]

@@ -2,7 +2,8 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ssl_runner import distributed
 from ssl_runner.data.dataset import DataSet, Images
 from ssl_runner.model import eval_mode
+from ssl_runner.probe.shares import LabelDraw
 from ssl_runner.views import normalize, to_unit
 
 
@@ -52,7 +54,12 @@ def extract(network: nn.Module, images: Images, mean: Tensor, std: Tensor, batch
 
 
 def evaluate(
-    features: str, network: nn.Module, data: DataSet, classifiers: Mapping[str, Classifier], score_test: bool
+    features: str,
+    network: nn.Module,
+    data: DataSet,
+    classifiers: Mapping[str, Classifier],
+    score_test: bool,
+    draws: Sequence[LabelDraw | None] = (None,),
 ) -> Iterator[dict[str, Any]]:
     """Yield rows of probe.csv for one network. `features` is the name of its features in the table.
 
@@ -60,6 +67,9 @@ def evaluate(
     then fitted on both and scored once on `test`. top1 and top5 are fractions in [0, 1]; top5 is None for
     five classes or fewer. `seconds` covers the probe and the extraction of the features that it is fitted on.
     The classifiers are distributed over the ranks.
+
+    `draws` are the subsets of `train` to fit on, None for all of it. For a subset, `val` only selects: the
+    probe that is scored on `test` is fitted on the subset alone.
     """
     start = time.perf_counter()
     X, X_val = (extract(network, part, data.mean, data.std) for part in (data.train, data.val))
@@ -67,9 +77,13 @@ def evaluate(
     extraction = time.perf_counter() - start
     X_test = extract(network, data.test, data.mean, data.std) if score_test else None
 
-    def fit(name: str) -> Iterator[dict[str, Any]]:
+    def fit(draw: LabelDraw | None, name: str) -> Iterator[dict[str, Any]]:
         start = time.perf_counter()
-        probe = classifiers[name](X, y, classes)
+        X_fit, y_fit = X, y
+        if draw is not None:
+            positions = draw.positions.to(X.device)
+            X_fit, y_fit = X[positions], y[positions]
+        probe = classifiers[name](X_fit, y_fit, classes)
         chosen, scores = best_of(probe.path(X_val), y_val)
         selection = f"{probe.hyperparameter}={chosen:g} (val)"
 
@@ -77,23 +91,27 @@ def evaluate(
             return {
                 "probe": name,
                 "features": features,
+                "dataset": data.name,
                 "train_split": train_split,
                 "eval_split": eval_split,
                 "selection": selection,
                 "n_train": n_train,
                 **accuracies(scores, y),
                 "seconds": extraction + time.perf_counter() - start,
+                **(draw.columns() if draw is not None else {}),
             }
 
-        yield row("train", "val", len(y), scores, y_val)
-        if X_test is not None:
+        yield row("train", "val", len(y_fit), scores, y_val)
+        if X_test is not None and draw is not None:
+            yield row("train", "test", len(y_fit), probe.scores(chosen, X_test), data.test.y)
+        elif X_test is not None:
             X_both, y_both = torch.cat([X, X_val]), torch.cat([y, y_val])
             scores = classifiers[name](X_both, y_both, classes).scores(chosen, X_test)
             yield row("train+val", "test", len(y_both), scores, data.test.y)
 
-    names, ranks = list(classifiers), distributed.world_size()
-    rows = distributed.all_gather_object([list(fit(name)) for name in names[distributed.rank() :: ranks]])
-    for number in range(len(names)):
+    tasks, ranks = list(product(draws, classifiers)), distributed.world_size()
+    rows = distributed.all_gather_object([list(fit(*task)) for task in tasks[distributed.rank() :: ranks]])
+    for number in range(len(tasks)):
         yield from rows[number % ranks][number // ranks]
 
 

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from ssl_runner.report.read import Run
-from ssl_runner.report.tables import binned, is_numeric, number_configurations, over_seeds
+from ssl_runner.report.tables import binned, is_numeric, number_configurations, over_seeds, own_probes
 
 COLOURS = [
     "#0072b2",
@@ -128,7 +128,7 @@ def loss_points(run: Run) -> list[tuple]:
 
 def probe_points(run: Run) -> list[tuple]:
     """(epoch, validation top-1) of the first probe, for a run that was probed at several epochs."""
-    val = [row for row in run.probes if row.get("eval_split") == "val"]
+    val = [row for row in own_probes(run) if row.get("eval_split") == "val"]
     same = [row for row in val if all(row.get(key) == val[0].get(key) for key in ("features", "probe"))]
     several = len({row.get("epoch") for row in same}) > 1
     return [(row.get("epoch"), row.get("top1")) for row in same] if several else []

@@ -55,23 +55,49 @@ def options(run: Run, keys: Sequence[str]) -> Row:
 
 def scores(run: Run) -> Row:
     """The run's result `top1` and `val_top1`, and the last result of every probe as
-    top1.<split>.<features>.<probe>."""
+    top1.<split>.<features>.<probe>, with .<dataset> for another data set and .labels=<share> for a share of
+    the labels, as the mean over its draws."""
     _, val = main_probe(run)
     row = {"top1": run.record.get("top1"), "val_top1": run.record.get("val_top1", val.get("top1"))}
-    return row | {
-        f"top1.{p.get('eval_split')}.{p.get('features')}.{p.get('probe')}": p.get("top1") for p in run.probes
-    }
+    results: dict[str, dict[object, object]] = {}  # name -> draw -> top-1
+    for probe in run.probes:
+        results.setdefault(probe_name(run, probe), {})[probe.get("draw")] = probe.get("top1")
+    return row | {name: mean_of(list(draws.values())) for name, draws in results.items()}
+
+
+def probe_name(run: Run, probe: Row) -> str:
+    """The name of the result in a row of probe.csv. Rows without a data set are of the run's own."""
+    name = f"top1.{probe.get('eval_split')}.{probe.get('features')}.{probe.get('probe')}"
+    if is_elsewhere(run, probe):
+        name += f".{probe['dataset']}"
+    share = probe.get("label_share")
+    return name if share is None else f"{name}.labels={share:g}"
+
+
+def is_elsewhere(run: Run, probe: Row) -> bool:
+    """Whether a row of probe.csv is about another data set than the run's."""
+    return probe.get("dataset") not in (None, run.config.get("dataset.name"))
+
+
+def own_probes(run: Run) -> list[Row]:
+    """The rows of probe.csv about the run's own data set and all of its labels."""
+    return [p for p in run.probes if not is_elsewhere(run, p) and p.get("label_share") is None]
+
+
+def mean_of(values: list[object]) -> object:
+    """The mean of numbers, the last value if one is missing or not a number."""
+    finite = [value for value in values if isinstance(value, float)]
+    return sum(finite) / len(finite) if len(finite) == len(values) else values[-1]
 
 
 def main_probe(run: Run) -> tuple[Row, Row]:
     """The rows of probe.csv behind `top1`: the first one scored on the test split, and the same probe on
     validation. For data without test images, both are the first one of the last epoch."""
-    test = next((row for row in run.probes if row.get("eval_split") == "test"), {})
-    if (run.record.get("images") or {}).get("test") == 0 and run.status == "done":
-        test = next((row for row in run.probes if row.get("epoch") == run.probes[-1].get("epoch")), {})
-    same = [
-        p for p in run.probes if all(p.get(key) == test.get(key) for key in ("epoch", "probe", "features"))
-    ]
+    probes = own_probes(run)
+    test = next((row for row in probes if row.get("eval_split") == "test"), {})
+    if (run.record.get("images") or {}).get("test") == 0 and run.status == "done" and probes:
+        test = next((row for row in probes if row.get("epoch") == probes[-1].get("epoch")), {})
+    same = [p for p in probes if all(p.get(key) == test.get(key) for key in ("epoch", "probe", "features"))]
     return test, next((row for row in same if row.get("eval_split") == "val"), {})
 
 

@@ -30,7 +30,9 @@ def atomic_write(path: Path, concurrent: bool = False) -> Iterator[BinaryIO]:
 
 
 class CsvLog:
-    """CSV file to which rows are appended. The first row determines the columns.
+    """CSV file to which rows are appended. The first row determines the order of the columns.
+
+    A row with new columns extends the header: the file is rewritten, with empty cells in the earlier rows.
 
     With path=None nothing is written, as needed on all ranks but 0.
     """
@@ -42,30 +44,49 @@ class CsvLog:
         """Append a row. It is on disk (fsync) when this method returns."""
         if self.path is None:
             return
-        new = not self.path.exists() or self.path.stat().st_size == 0
+        header = self._header()
+        columns = [*header, *(name for name in row if name not in header)]
+        if header and columns != header:
+            _, rows = self._read()
+            self._write(columns, [cells + [""] * (len(columns) - len(cells)) for cells in rows])
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            if new:
-                writer.writerow(row)
-            writer.writerow(row.values())
+            if not header:
+                writer.writerow(columns)
+            writer.writerow([row.get(name) for name in columns])
             file.flush()
             os.fsync(file.fileno())
 
-    def truncate_after(self, epoch: int) -> None:
+    def truncate_after(self, epoch: float) -> None:
         """Drop all rows after `epoch`, and an incomplete last line left by a crash.
 
         A resumed run writes these rows again.
         """
         if self.path is None or not self.path.exists():
             return
-        text = self.path.read_text("utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        header, *rows = list(csv.reader(whole.splitlines())) or [[]]
-        kept = [row for row in rows if int(row[header.index("epoch")]) <= epoch]
+        header, rows = self._read()
+        self._write(header, [row for row in rows if int(row[header.index("epoch")]) <= epoch])
+
+    def _header(self) -> list[str]:
+        """The columns of the file, [] if it does not exist or is empty."""
+        if self.path is None or not self.path.exists():
+            return []
+        with open(self.path, newline="", encoding="utf-8") as file:
+            return next(csv.reader(file), [])
+
+    def _read(self) -> tuple[list[str], list[list[str]]]:
+        """The header and the cells of all complete lines."""
+        text = self.path.read_text("utf-8") if self.path is not None else ""
+        header, *rows = list(csv.reader(text[: text.rfind("\n") + 1].splitlines())) or [[]]
+        return header, rows
+
+    def _write(self, header: list[str], rows: list[list[str]]) -> None:
+        """Replace the file atomically."""
         lines = io.StringIO(newline="")
-        csv.writer(lines, lineterminator="\n").writerows([header, *kept] if header else [])
-        with atomic_write(self.path) as file:
-            file.write(lines.getvalue().encode())
+        csv.writer(lines, lineterminator="\n").writerows([header, *rows] if header else [])
+        if self.path is not None:
+            with atomic_write(self.path) as file:
+                file.write(lines.getvalue().encode())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

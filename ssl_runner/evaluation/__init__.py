@@ -1,0 +1,1 @@
+"""Finished runs: probe them again, and write their features to a file."""

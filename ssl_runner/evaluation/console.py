@@ -1,0 +1,24 @@
+"""Exit codes and one-line errors, as those of ssl-run, for commands that evaluate a finished run."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from ssl_runner.errors import format_error
+
+
+def call(command: Callable[[], None]) -> None:
+    """Execute a command. An error is printed on one line, with exit code 1; Ctrl-C exits with 130."""
+    try:
+        command()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of stdout closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(format_error(error), file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,168 @@
+"""Features of a trained network for a data set or a folder of images, written block by block."""
+
+import os
+import struct
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ssl_runner.data.dataset import DataSet, Images
+from ssl_runner.errors import UsageError, one_line
+from ssl_runner.evaluation.tables import FORMATS, Block, check_target
+from ssl_runner.pretrained import Pretrained, Transform
+from ssl_runner.runs.files import atomic_write
+from ssl_runner.views import normalize, to_unit
+
+# formats that Pillow registers but that are not images to embed
+DOCUMENTS = {"EPS", "HDF5", "MPEG", "GRIB", "BUFR", "FITS", "WMF", "PSD"}
+UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, UsageError, Image.DecompressionBombError)
+
+Batches = Iterator[tuple[Tensor, Block]]  # normalised images (n, C, S, S), and columns that describe them
+
+
+@dataclass
+class Folder:
+    """The image files in and below a folder, sorted by path.
+
+    With `skip_errors`, files that cannot be read are named in `unreadable` and left out.
+    """
+
+    root: Path
+    skip_errors: bool = False
+    unreadable: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        endings = {
+            ending
+            for ending, kind in Image.registered_extensions().items()
+            if kind in Image.OPEN and kind not in DOCUMENTS
+        }
+        found = sorted(path for path in self.root.rglob("*") if path.is_file())
+        hidden = [path for path in found if any(p.startswith(".") for p in path.relative_to(self.root).parts)]
+        self.files = [path for path in found if path.suffix.lower() in endings and path not in set(hidden)]
+        self.others = len(found) - len(self.files)
+        if not self.files:
+            raise UsageError(f"{self.root}: expected image files (.jpg, .png, .webp, ...), found none;"
+                             " give another folder")  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, path: Path) -> str:
+        """The path within the folder; bytes that are not UTF-8 as \\x escapes."""
+        return os.fsencode(path.relative_to(self.root)).decode("utf-8", "backslashreplace")
+
+    def batches(self, transform: Transform, batch_size: int, device: torch.device) -> Batches:
+        """Yield all images, with the column `path`. Threads decode two batches ahead.
+
+        Raises UsageError for a file that cannot be read, unless `skip_errors`.
+        """
+        chunks = iter([self.files[i : i + batch_size] for i in range(0, len(self.files), batch_size)])
+        waiting: deque[list[Future]] = deque()
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            try:
+                while True:
+                    while len(waiting) < 3 and (chunk := next(chunks, None)):
+                        waiting.append([threads.submit(self.read, path, transform) for path in chunk])
+                    if not waiting:
+                        return
+                    read = [result.result() for result in waiting.popleft()]
+                    kept = [(path, image) for path, image in read if image is not None]
+                    if kept:
+                        x = torch.stack([image for _, image in kept]).to(device)
+                        yield x, {"path": np.array([self.name(path) for path, _ in kept])}
+            finally:
+                threads.shutdown(wait=True, cancel_futures=True)
+
+    def read(self, path: Path, transform: Transform) -> tuple[Path, Tensor | None]:
+        """One image after the transform, or None if it is to be left out."""
+        try:
+            with Image.open(path) as image:
+                return path, transform(image)
+        except UNREADABLE as error:
+            if not self.skip_errors:
+                raise UsageError(
+                    f"{self.name(path)}: expected a readable image ({one_line(error)}); repair or remove it,"
+                    " or give --skip-errors"
+                ) from error
+            self.unreadable.append(self.name(path))
+            return path, None
+
+
+def splits(data: DataSet) -> dict[str, Images]:
+    """Every image of the data set once, by split: train, val, test, unlabeled."""
+    labelled = torch.cat([data.train.indices, data.val.indices])
+    rest = data.pretrain.indices[~torch.isin(data.pretrain.indices, labelled)]
+    unlabeled = Images(data.pretrain.images, data.pretrain.labels, rest, data.pretrain.resident)
+    return {"train": data.train, "val": data.val, "test": data.test, "unlabeled": unlabeled}
+
+
+def data_set_batches(data: DataSet, batch_size: int) -> Batches:
+    """Yield all images of a data set, with the columns `index`, `split`, `label` (-1: none) and `class`.
+
+    `index` counts the images of the data set in the order of its reader. `class` is "" without a label.
+    """
+    names = np.array([*map(str, data.classes), ""])  # the last one for label -1
+    for split, images in splits(data).items():
+        if not len(images):
+            continue
+        order = torch.arange(len(images))
+        loaded = images.batches(order, batch_size, data.mean.device)
+        for (pixels, y), indices in zip(loaded, images.indices.split(batch_size), strict=True):
+            labels = y.cpu().numpy()
+            columns = {"index": indices.numpy(), "split": np.full(len(labels), split), "label": labels}
+            yield normalize(to_unit(pixels), data.mean, data.std), columns | {"class": names[labels]}
+
+
+@torch.inference_mode()
+def embed(network: Pretrained, batches: Batches, total: int, projections: bool, write: Callable) -> int:
+    """Write the features (n, width) of all images, and with `projections` the embeddings (n, K).
+
+    `write` is called with one Block per batch. Returns the number of images.
+    """
+    rows = 0
+    with tqdm(total=total, desc="embed", unit="images", unit_scale=True, disable=None) as bar:
+        for x, columns in batches:
+            features = network.backbone(x).flatten(1).float()
+            block = {**columns, "features": features.cpu().numpy()}
+            if projections and network.projector is not None:
+                block["projections"] = network.projector(features).float().cpu().numpy()
+            write(block)
+            rows += len(x)
+            bar.update(len(x))
+    return rows
+
+
+def embed_to_file(
+    network: Pretrained, batches: Batches, total: int, projections: bool, target: Path, overwrite: bool
+) -> int:
+    """Write the table of `embed` to a .npz, .csv or .parquet file, atomically. Returns the number of images.
+
+    Raises UsageError if `target` exists and `overwrite` is False, or if no image is left.
+    """
+    check_target(target, overwrite)
+    with atomic_write(target) as file:
+        table = FORMATS[target.suffix.lower()](file, target.parent)
+        rows = embed(network, batches, total, projections, table.write)
+        if not rows:
+            raise UsageError(f"-o {target}: expected at least one readable image, found none")
+        table.close()
+    return rows
+
+
+def report_skipped(folder: Folder) -> None:
+    """Write one line to standard error for each kind of file that was left out."""
+    if folder.others:
+        print(f"skipped {folder.others} files that are hidden or no images", file=sys.stderr)
+    if folder.unreadable:
+        names = ", ".join(sorted(folder.unreadable))
+        print(f"skipped {len(folder.unreadable)} unreadable images: {names}", file=sys.stderr)

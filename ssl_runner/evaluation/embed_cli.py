@@ -1,0 +1,83 @@
+"""`ssl-embed`: write the features of a trained network for a data set or a folder of images to a file."""
+
+import argparse
+from pathlib import Path
+
+from ssl_runner.config import arguments
+from ssl_runner.errors import UsageError
+from ssl_runner.evaluation import console
+
+DESCRIPTION = """\
+Write the features of the trained network of a finished run to a file.
+
+The images are those of the run's data set, of another data set, or all image files in and below FOLDER. Images of a folder are cropped and resized to the size of the network.
+"""
+EPILOG = """\
+columns: features; projections; for a folder path; for a data set index, split, label (-1: none), class
+  .npz       one array per column: np.load("features.npz")["features"]
+  .csv       features_0, features_1, ...
+  .parquet   lists of float32; needs pyarrow
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = arguments.Parser(
+        prog="ssl-embed",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished run")
+    parser.add_argument(
+        "source", metavar="SOURCE", nargs="*", help="FOLDER, or dataset=<name> and dataset.<option>=<value>"
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, help="file to write: .npz, .csv or .parquet")
+    parser.add_argument("--projections", action="store_true", help="also write the projector's output")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:<number> or mps")
+    parser.add_argument("--batch-size", type=int, default=256, help="images per forward pass (256)")
+    parser.add_argument("--skip-errors", action="store_true", help="leave out images that cannot be read")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    parser.add_argument("--config-dir", help="folder with configs of your own (default: that of the run)")
+    return parser
+
+
+def main() -> None:
+    """Entry point of `ssl-embed`. Exit codes: 0, 1 after an error, 130 after Ctrl-C."""
+    console.call(execute)
+
+
+def execute() -> None:
+    """Validate the command line, then write the features."""
+    args = parser().parse_intermixed_args()
+    if args.batch_size < 1:
+        raise UsageError(f"--batch-size={args.batch_size}: expected an integer >= 1")
+    source = Path(args.source[0]) if len(args.source) == 1 else None
+    folder = source if source is not None and (source.is_dir() or "=" not in source.name) else None
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"{folder}: expected a folder of images, or dataset=<name>; give one of them")
+
+    from ssl_runner.device import choose_device, keep_freed_memory
+    from ssl_runner.evaluation import embed
+    from ssl_runner.evaluation.finished import config_of, read_data
+    from ssl_runner.evaluation.tables import check_target
+    from ssl_runner.pretrained import load
+
+    check_target(args.out, args.overwrite)
+    device = choose_device(args.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    if folder is not None:
+        images = embed.Folder(folder, args.skip_errors)
+        network, transform = load(args.run, device, with_projector=args.projections)
+        batches, total = images.batches(transform, args.batch_size, device), len(images)
+    else:
+        cfg = config_of(args.run, args.source, args.config_dir)
+        network, transform = load(args.run, device, with_projector=args.projections)
+        data = read_data(cfg, transform, device)
+        batches = embed.data_set_batches(data, args.batch_size)
+        total = sum(map(len, embed.splits(data).values()))
+    rows = embed.embed_to_file(network, batches, total, args.projections, args.out, args.overwrite)
+    if folder is not None:
+        embed.report_skipped(images)
+    print(f"{rows} images, {network.backbone.width} features each: {args.out}", flush=True)

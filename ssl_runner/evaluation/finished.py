@@ -1,0 +1,133 @@
+"""A finished run: its configuration with other data or probes, and the data set as its network takes it.
+
+This module does not import torch before data is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from ssl_runner.config import check, compose
+from ssl_runner.config.rules import check_values
+from ssl_runner.errors import UsageError
+from ssl_runner.runs import resume
+from ssl_runner.runs.files import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from ssl_runner.data.dataset import DataSet
+    from ssl_runner.pretrained import Transform
+
+SETTABLE = ("dataset", "probe", "device", "precision")  # groups and options that an evaluation may change
+PATHS = ("root", "files", "cache")  # options of a data set that may be relative paths
+
+
+def config_of(folder: Path, lines: list[str], config_dir: str | None = None) -> DictConfig:
+    """Return the configuration of a finished run, with the overrides `lines` of SETTABLE.
+
+    `dataset=<name>` or `probe=<name>` replaces the whole group by its defaults. Any other option keeps the
+    value of the run. Relative paths that the run was given stay relative to its working directory.
+
+    Raises UsageError if there is no finished run in the folder, or for an override that is not accepted.
+    """
+    record = finished_record(folder)
+    given = compose.parse(lines)
+    check_settable(given)
+    keys = {override.key_or_group for override in given}
+    config: Any = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    choices = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.choices
+    composed = compose_groups(
+        [f"{group}={choices[group]}" for group in ("dataset", "probe") if group not in keys] + lines,
+        config_dir or resume.config_dir_of(folder),
+    )
+    name, root = config.dataset.name, config.dataset.get("root")
+    for path in PATHS:
+        if config.dataset.get(path) is not None:
+            config.dataset[path] = absolute(config.dataset[path], Path(record["cwd"]))
+    for group in ("dataset", "probe"):
+        config[group] = composed[group] if group in keys else OmegaConf.merge(composed[group], config[group])
+    for key in keys - {"dataset", "probe"}:
+        OmegaConf.update(config, key, OmegaConf.select(composed, key), force_add=True)
+    another = config.dataset.get("root") != root and "dataset.root" in keys
+    if another and config.dataset.name == name and "dataset.name" not in keys:
+        config.dataset.name = f"{name}:{Path(str(config.dataset.root)).name}"  # not the run's own data
+    check_values(config)
+    return config
+
+
+def finished_record(folder: Path) -> dict[str, Any]:
+    """Return run.json. Raises UsageError if the folder has no finished run."""
+    if not (folder / "run.json").is_file() or not (folder / ".hydra" / "hydra.yaml").is_file():
+        raise UsageError(
+            f"{folder}: expected the folder of a run; give one that contains run.json and .hydra"
+        )
+    record = read_json(folder / "run.json")
+    if record["status"] != "done":
+        raise UsageError(
+            f"{folder}: expected a finished run, found status {record['status']}; finish it with"
+            f" ssl-run resume={folder}"
+        )
+    return record
+
+
+def check_settable(given: Iterable[Override]) -> None:
+    """Raise UsageError for an override that an evaluation of a finished run does not take."""
+    for override in given:
+        if override.key_or_group.partition(".")[0] not in SETTABLE:
+            raise UsageError(
+                f"{override.input_line}: expected options of {', '.join(SETTABLE)}; leave it out, the network"
+                " is trained already"
+            )
+        if override.is_sweep_override():
+            raise UsageError(f"{override.input_line}: expected one value; write a list as [a,b]")
+
+
+def compose_groups(lines: list[str], config_dir: str | None) -> DictConfig:
+    """Compose and validate a configuration, with all interpolations resolved."""
+    compose.register_resolvers()
+    compose.prefer_our_presets()
+    args = argparse.Namespace(
+        overrides=lines, config_dir=config_dir, config_path=None, config_name=None, multirun=False
+    )
+    [(_, composed)] = check.check(args)
+    OmegaConf.resolve(composed)
+    return composed
+
+
+def absolute(path: Any, base: Path) -> Any:
+    """The path, or each of a list of paths, as an absolute path; relative ones are in `base`."""
+    if isinstance(path, ListConfig):
+        return [absolute(one, base) for one in path]
+    return str(base / Path(path).expanduser())
+
+
+def read_data(cfg: DictConfig, transform: Transform, device: torch.device) -> DataSet:
+    """Read the data set of `cfg` for a network with this transform, whose mean and std it gets.
+
+    Images are resized to the size of the network if the data set has the option `size` and it is not set.
+    Raises UsageError for images of another size or with other channels.
+    """
+    from ssl_runner import build
+
+    size, channels = transform.image_size, transform.channels
+    cfg = cfg.copy()
+    for name, value in (("size", size), ("channels", channels)):
+        if name in cfg.dataset and cfg.dataset[name] is None:
+            cfg.dataset[name] = value
+    data = build.read_data(cfg, device)
+    if (data.image_size, data.channels) != (size, channels):
+        settings = [f"dataset.{name}" for name in ("size", "channels") if name in cfg.dataset]
+        todo = f"set {' and '.join(settings)}" if settings else "use another data set"
+        raise UsageError(
+            f"dataset={data.name}: expected {size} x {size} pixels and {channels} channels, as the network"
+            f" takes them, found {data.image_size} x {data.image_size} and {data.channels}; {todo}"
+        )
+    return replace(data, mean=transform.mean.to(device), std=transform.std.to(device))

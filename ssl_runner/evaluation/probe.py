@@ -1,0 +1,103 @@
+"""Probe a finished run again, on its own or another data set, and append the rows to its probe.csv."""
+
+import math
+import statistics
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from tqdm import tqdm
+
+from ssl_runner import build
+from ssl_runner.data.dataset import DataSet
+from ssl_runner.device import choose_device, choose_precision, keep_freed_memory
+from ssl_runner.errors import UsageError
+from ssl_runner.evaluation.finished import read_data
+from ssl_runner.model import SSLModel
+from ssl_runner.pretrained import load
+from ssl_runner.probe import FineTuning, LabelDraw, evaluate, feature_networks, finetune, label_draws
+from ssl_runner.runs import resume
+from ssl_runner.runs.files import CsvLog
+
+
+def probe(folder: Path, cfg: DictConfig) -> str:
+    """Probe the exported network of the run in `folder` as `cfg` says. Returns a table of the results.
+
+    The rows are appended to probe.csv, with the last epoch of the run. With `probe.labels` only the shares of
+    the labels are probed. Raises UsageError if the data set has no labels, or other images than the network
+    takes.
+    """
+    device = choose_device(cfg.device)
+    precision = choose_precision(cfg.precision, device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    with resume.lock_folder(folder):
+        network, transform = load(folder, device, with_projector="projector" in cfg.probe.features)
+        backbone: Any = network.backbone
+        model = SSLModel(backbone, network.projector or nn.Identity(), cfg.channels_last)
+        model.to(memory_format=model.memory_format)
+        data = read_data(cfg, transform, device)
+        if not data.classes:
+            raise UsageError(f"dataset={data.name}: expected images with labels, found none; use another one")
+        print(headline(folder, data, device), flush=True)
+        log, rows = CsvLog(folder / "probe.csv"), []
+        log.truncate_after(math.inf)  # an incomplete last line
+        epoch = int(pd.read_csv(folder / "metrics.csv").epoch.iloc[-1])
+        for row in probe_rows(cfg, model, data, device, precision):
+            log.append({"epoch": epoch, **row})
+            rows.append(row)
+    return format_results(rows)
+
+
+def probe_rows(
+    cfg: DictConfig, model: SSLModel, data: DataSet, device: torch.device, precision: str
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of all probes that `cfg.probe` names."""
+    shares = label_draws(data.train.y, cfg.probe.labels, cfg.probe.draws, cfg.dataset.split_seed)
+    draws: list[LabelDraw | None] = [*shares] or [None]
+    frozen = [name for name in cfg.probe.probes if name != "finetune"]
+    networks = feature_networks(
+        data, model, partial(build.build_backbone, cfg, data, device), cfg.probe.layer
+    )
+    layers = [] if cfg.probe.layer is None else [f"backbone.{cfg.probe.layer}"]
+    classifiers = build.build_classifiers(cfg, frozen)
+    for features in tqdm([*cfg.probe.features, *layers] if frozen else [], "probe", disable=None):
+        yield from evaluate(features, networks[features](), data, classifiers, len(data.test) > 0, draws)
+    if "finetune" in cfg.probe.probes:
+        settings: Any = OmegaConf.to_container(cfg.probe.finetune)
+        yield from finetune(model, data, FineTuning(**settings), draws, precision, cfg.seed)
+
+
+def headline(folder: Path, data: DataSet, device: torch.device) -> str:
+    """One line: data set and splits, run, device."""
+    images = " ".join(f"{split}={len(getattr(data, split))}" for split in ("train", "val", "test"))
+    return f"{data.name} {images} | network of {folder} | {device}"
+
+
+def format_results(rows: list[dict[str, Any]]) -> str:
+    """Top-1 of every probe and split, one line per probe: the mean and standard deviation over draws."""
+    results: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for row in rows:
+        key = (row["features"], row["probe"], f"{row['label_share']:g}" if "label_share" in row else "all")
+        results.setdefault(key, {}).setdefault(row["eval_split"], []).append(row["top1"])
+    lines = [("features", "probe", "labels", "val top-1", "test top-1")]
+    for key, scores in results.items():
+        lines.append((*key, mean_and_spread(scores.get("val", [])), mean_and_spread(scores.get("test", []))))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
+    ]
+    return "\n".join(line.rstrip() for line in padded)
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """`0.9660`, with ` ± ` and the standard deviation if there are several values, `-` without values."""
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"

@@ -1,0 +1,80 @@
+"""The networks whose features are probed, by name, and the output of one layer as features."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssl_runner.backbone import Backbone
+from ssl_runner.data.dataset import DataSet
+from ssl_runner.errors import UsageError
+from ssl_runner.model import SSLModel
+from ssl_runner.probe.baselines import linear_discriminants, principal_components
+
+
+def feature_networks(
+    data: DataSet, model: SSLModel, fresh_backbone: Callable[[], Backbone], layer: str | None
+) -> dict[str, Callable[[], nn.Module]]:
+    """The networks to probe, by the names of `probe.features`, built on demand.
+
+    With `layer`, "backbone.<layer>" gives the output of this layer.
+    """
+    networks: dict[str, Callable[[], nn.Module]] = {
+        "backbone": lambda: model.backbone,
+        "projector": lambda: nn.Sequential(model.backbone, model.projector),  # model may be compiled
+        "random_init": fresh_backbone,
+        "pixels": nn.Flatten,
+        "pca": lambda: principal_components(data, model.K),
+        "lda": lambda: linear_discriminants(data),
+    }
+    if layer is not None:
+        networks[f"backbone.{layer}"] = lambda: LayerFeatures(model.backbone, layer)
+    return networks
+
+
+class LayerFeatures(nn.Module):
+    """The pooled output of one module of a backbone: images (N, C, H, W) -> features (N, width).
+
+    A map (N, D, h, w) is averaged over its positions and tokens (N, T, D) over T. Raises UsageError if the
+    backbone has no module of this name, or in `forward` if its output has another form.
+    """
+
+    def __init__(self, backbone: nn.Module, layer: str):
+        super().__init__()
+        self.body = getattr(backbone, "body", backbone)
+        self.layer = layer
+        if layer not in dict(self.body.named_modules()) or not layer:
+            names = ", ".join(name for name, _ in self.body.named_children()) or "none"
+            raise UsageError(
+                f"probe.layer={layer}: expected the name of a module of the backbone; use one of {names},"
+                " or of a module inside one"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled: list[Tensor] = []
+
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            pooled.append(self.pool(output))  # at once: a following layer may overwrite its input
+
+        handle = self.body.get_submodule(self.layer).register_forward_hook(keep)
+        try:
+            self.body(x)
+        finally:
+            handle.remove()
+        if not pooled:
+            raise UsageError(
+                f"probe.layer={self.layer}: expected a module that the forward pass calls; use another one"
+            )
+        return pooled[-1]
+
+    def pool(self, output: Any) -> Tensor:
+        """The output of the layer as (N, width)."""
+        dimensions = output.ndim if isinstance(output, Tensor) else 0
+        if dimensions not in (2, 3, 4):
+            found = f"shape {tuple(output.shape)}" if dimensions else type(output).__name__
+            raise UsageError(
+                f"probe.layer={self.layer}: expected an output of shape (N, D), (N, T, D) or (N, D, h, w),"
+                f" found {found}; use another layer"
+            )
+        return torch.mean(output, {3: (1,), 4: (2, 3)}[dimensions]) if dimensions > 2 else output
