@@ -14,6 +14,7 @@ from ssl_runner import distributed
 from ssl_runner.build import Experiment, build
 from ssl_runner.config.rules import run_id
 from ssl_runner.data.loader import preview
+from ssl_runner.embedding_map import write_map
 from ssl_runner.model import count_parameters
 from ssl_runner.preemption import Preemption
 from ssl_runner.probe import evaluate, linear_discriminants, principal_components
@@ -25,8 +26,9 @@ from ssl_runner.runs.record import RunRecord
 def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     """Pretrain, probe, and write the files of the run to `folder`.
 
-    These are metrics.csv, probe.csv, spectrum.csv, run.json, checkpoint.pt and backbone.safetensors. Resumes
-    from the checkpoint in `folder` if there is one. Every rank calls this; the main process writes.
+    These are metrics.csv, probe.csv, spectrum.csv, run.json, checkpoint.pt, backbone.safetensors, and the map
+    of the embedding. Resumes from the checkpoint in `folder` if there is one. Every rank calls this; the main
+    process writes.
 
     Returns the last `loss` and the first probe's top-1 on the test split (`top1`) and on the validation split
     (`val_top1`). Raises UsageError for a run that cannot work and Preempted after a signal; run.json records
@@ -74,6 +76,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
                 scores[features, row["probe"], row["eval_split"]] = row["top1"]
         if is_main:
             print(format_table(scores), flush=True)
+        if cfg.embedding.method != "none":
+            network = extractors[solver.result_features]()
+            write_map(network, experiment.data, folder, **cfg.embedding, seed=cfg.dataset.split_seed)
         test, val = (scores[solver.result_features, cfg.probe.probes[0], split] for split in ("test", "val"))
         result = {"loss": solver.last_row["loss"], "top1": test, "val_top1": val}
         record.update(**result)

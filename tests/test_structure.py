@@ -37,7 +37,8 @@ IMPORTS = """
 
     build           backbone config data device distributed errors evaluator loss model optimizer preemption
                     probe relation runs solver views
-    run             build config data distributed model preemption probe runs
+    embedding_map   data distributed probe runs
+    run             build config data distributed embedding_map model preemption probe runs
     cli             build config distributed errors preemption run runs version
     __main__        cli
     report          errors runs

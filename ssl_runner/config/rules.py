@@ -7,12 +7,13 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ssl_runner.errors import UsageError
-from ssl_runner.names import FEATURES, FORWARD, PRECISIONS, REDUCTIONS, STORAGE, VARIANCES
+from ssl_runner.names import FEATURES, FORWARD, MAPS, PRECISIONS, REDUCTIONS, STORAGE, VARIANCES
 
 
 @dataclass
@@ -97,6 +98,8 @@ RULES = {
     "solver.passes": _positive(int),
     "solver.ridge": Rule(float, low=0),
     "probe.every": Rule(int, low=0),
+    "embedding.method": Rule(str, choices=MAPS),
+    "embedding.images": _positive(int),
     "diagnostics.every": Rule(int, low=0),
     "diagnostics.num_images": Rule(int, low=2),
 }
@@ -149,6 +152,10 @@ def check_values(config: DictConfig) -> None:
         raise UsageError(
             f"views.resolutions={format_value(resolutions)}: expected a list of integers >= 4,"
             " such as [16,24,32], or null"
+        )
+    if OmegaConf.select(config, "embedding.method") == "umap" and find_spec("umap") is None:
+        raise UsageError(
+            "embedding.method=umap: expected umap-learn to be installed; run pip install 'ssl_runner[umap]'"
         )
     if "backbone" not in config.probe.features:
         raise UsageError(
