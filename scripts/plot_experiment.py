@@ -1,5 +1,8 @@
-"""Draw the figure of an experiment of conf/experiment/ from its runs: python scripts/plot_experiment.py
-EXPERIMENT FOLDER."""
+"""Draw the figure of an experiment: python scripts/plot_experiment.py EXPERIMENT FOLDER.
+
+FOLDER holds the runs that the header of conf/experiment/EXPERIMENT.yaml starts. The script is in the source
+tree only, not in the installed package.
+"""
 
 import argparse
 import sys
@@ -43,7 +46,7 @@ USED = 0.1  # a direction of Z counts as used if its singular value exceeds this
 
 def main() -> None:
     """Parse the command line and draw the figure. Prints one line and exits with 1 on invalid input."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiment", choices=sorted(DRAW))
     parser.add_argument("folder", type=Path, help="folder with the runs of the experiment")
     parser.add_argument("--out", type=Path, help="output file (default: FOLDER/EXPERIMENT.png)")
@@ -102,13 +105,13 @@ def read(path: Path, column: str) -> pd.DataFrame:
     return table
 
 
-def single(runs: pd.DataFrame, setting: str) -> Any:
+def single(runs: pd.DataFrame, option: str) -> Any:
     """Return the value of an option that all runs share. Raises UsageError if they differ."""
-    values = list(runs[setting].unique()) if setting in runs else []
+    values = list(runs[option].unique()) if option in runs else []
     if len(values) != 1:
         given = " and ".join(map(str, values)) or "null"
         raise UsageError(
-            f"{setting}={given}: expected the same value in all runs; give a folder whose runs share it"
+            f"{option}={given}: expected the same value in all runs; give a folder whose runs share it"
         )
     return values[0]
 
@@ -178,8 +181,8 @@ def rank_vs_gamma(runs: pd.DataFrame) -> Figure:
         ylabel=f"singular values of Z above {USED:.0%} of the largest",
     )
     ticks: list[str] = []
-    for loss, setting, symbol, marker in (("SimCLR", "tau", "τ", "s"), ("BarlowTwins", "alpha", "α", "^")):
-        for value, group in of(runs, loss).groupby(setting):
+    for loss, option, symbol, marker in (("SimCLR", "tau", "τ", "s"), ("BarlowTwins", "alpha", "α", "^")):
+        for value, group in of(runs, loss).groupby(option):
             mean, std = group.used.mean(), group.used.std()
             middle.errorbar([len(ticks)], [mean], [std], fmt=marker, color=COLOURS[loss], capsize=3)
             ticks.append(f"{NAMES[loss].split()[0]}\n{symbol} = {value:g}")

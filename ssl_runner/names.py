@@ -7,5 +7,6 @@ STORAGE = ("auto", "device", "host")
 VARIANCES = ("hinge", "squared")
 REDUCTIONS = ("mean", "sum")
 STEMS = ("auto", "cifar", "pool", "imagenet")
+MAPS = ("pca", "tsne", "umap", "none")
 FEATURES = ("backbone", "projector", "random_init", "pixels", "pca", "lda")
 ON_ERROR = ("refuse", "skip")  # dataset.on_error

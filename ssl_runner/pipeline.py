@@ -12,6 +12,7 @@ from ssl_runner import __version__, distributed
 from ssl_runner.build import Experiment, build
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.loader import preview
+from ssl_runner.embedding_map import write_map
 from ssl_runner.model import count_parameters
 from ssl_runner.preemption import Preemption
 from ssl_runner.probe import evaluate, feature_networks, label_draws
@@ -25,9 +26,9 @@ from ssl_runner.views.augment import numba_works
 def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     """Pretrain, probe, and write the files of the run to `folder`.
 
-    These are metrics.csv, probe.csv, spectrum.csv, run.json, checkpoint.pt, backbone.safetensors and
-    projector.safetensors. Resumes from the checkpoint in `folder` if there is one. Every rank calls this; the
-    main process writes.
+    These are metrics.csv, probe.csv, spectrum.csv, run.json, checkpoint.pt, the weights in
+    backbone.safetensors and projector.safetensors, and the map of the embedding. Resumes from the checkpoint
+    in `folder` if there is one. Every rank calls this; the main process writes.
 
     Returns the last `loss` and the first probe's top-1 on the test split (`top1`) and on the validation split
     (`val_top1`). Without test images, `top1` is `val_top1`; without labels, both are None.
@@ -99,6 +100,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         )
         result = {"loss": solver.last_row["loss"], "top1": val if test is None else test, "val_top1": val}
         record.update(**result)
+        if cfg.embedding.method != "none":
+            shown = networks[solver.result_features]()
+            write_map(shown, data, folder, **cfg.embedding, seed=cfg.dataset.split_seed)
     return result
 
 

@@ -35,6 +35,7 @@ TIMINGS = ("seconds", "images_per_s", "diagnostics_s", "solve_s")
 TINY = (
     "epochs=2 dataset.subset=200 batch_size=50 backbone.widths=[8,16] projector.width=16 projector.K=8"
     " probe.probes=[knn] probe.features=[backbone] device=cpu precision=fp32"
+    " embedding.method=none"
 )
 
 

@@ -406,7 +406,10 @@ def torchrun(W: int, command: str, cwd: Path) -> subprocess.Popen:
 @pytest.mark.slow
 @pytest.mark.parametrize("W", [2, 4])
 def test_run_under_torchrun_matches_single_process(W: int, ssl_run, tmp_path: Path) -> None:
-    command = f"{TINY} batch_size=48 relation=labels epochs=3 probe.every=1 probe.probes=[linear,knn]"
+    command = (
+        f"{TINY} batch_size=48 relation=labels epochs=3 probe.every=1 probe.probes=[linear,knn]"
+        " embedding.method=pca"
+    )
     whole = run_folder(ssl_run(f"{command} hydra.run.dir=one")[1])
     out, err = torchrun(W, f"{command} hydra.run.dir=several", tmp_path).communicate()
     several = tmp_path / "several"
@@ -424,6 +427,8 @@ def test_run_under_torchrun_matches_single_process(W: int, ssl_run, tmp_path: Pa
         axis=None
     )
     assert (probes[0].top1 - probes[1].top1).abs().max() < 0.11  # `val` has 20 images
+    maps = [pd.read_csv(folder / "embedding.csv")[["index", "label"]] for folder in (whole, several)]
+    pd.testing.assert_frame_equal(*maps)
     assert sorted(path.name for path in several.iterdir()) == sorted(path.name for path in whole.iterdir())
     if W == 2:  # the run is already done
         process = torchrun(W, f"{command} hydra.run.dir=several resume=auto", tmp_path)

@@ -1,5 +1,6 @@
 """ssl-report: tables, plots and page agree with the files of runs in any state."""
 
+import base64
 import json
 import os
 import re
@@ -15,8 +16,8 @@ import pytest
 import yaml
 from scipy import stats
 
-from ssl_runner.report import cli, plots, tables
-from ssl_runner.report.read import Run, format_value, read_run, read_runs
+from ssl_runner.report import cli, page, plots, tables
+from ssl_runner.report.read import Run, canonical_value, read_run, read_runs
 from tests.helpers import TINY
 
 METRICS = "epoch,step,loss,images_per_s,floor_kind\n1,3,9.5,100.0,\n2,6,7.5,300.0,exact\n"
@@ -48,7 +49,7 @@ def write_run(
         group, _, name = key.rpartition("__")
         (nested.setdefault(group, {}) if group else nested)[name] = value
     lines = list(overrides) or [
-        f"{key.replace('__', '.')}={format_value(value)}" for key, value in config.items()
+        f"{key.replace('__', '.')}={canonical_value(value)}" for key, value in config.items()
     ]
     (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(nested))
     (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(lines))
@@ -347,9 +348,9 @@ def test_page_escapes_content_of_runs(tmp_path: Path) -> None:
     write_run(tmp_path / "c", status="failed", gamma=3, name="c", record={"error": evil, "traceback": evil})
     cli.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", evil)
     text = (tmp_path / "report" / "report.html").read_text()
-    page = Page(text)
-    assert page.tags.count("script") == 1
-    assert all(target.startswith("data:") for target in page.targets)
+    parsed = Page(text)
+    assert parsed.tags.count("script") == 1
+    assert all(target.startswith("data:") for target in parsed.targets)
     assert "<script>alert" not in text
     for file in (tmp_path / "report").glob("*.svg"):
         ElementTree.fromstring(file.read_text())
@@ -362,13 +363,51 @@ def test_page_is_well_formed_and_self_contained(tmp_path: Path) -> None:
         )
     cli.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", "a & b")
     text = (tmp_path / "report" / "report.html").read_text()
-    page = Page(text)
-    assert page.open == []
-    assert page.tags.count("img") == 3
-    assert all(target.startswith(("#", "data:")) for target in page.targets)
+    parsed = Page(text)
+    assert parsed.open == []
+    assert parsed.tags.count("img") == 3
+    assert all(target.startswith(("#", "data:")) for target in parsed.targets)
     assert not re.search(r"https?:|@import|url\((?!#)", text)
-    assert len(page.ids) == len(set(page.ids))
+    assert len(parsed.ids) == len(set(parsed.ids))
     assert "<title>ssl-report: a &amp; b</title>" in text
+
+
+def test_page_shows_embeddings_of_first_runs(tmp_path: Path) -> None:
+    for i in range(page.MAX_MAPS + 2):
+        folder = write_run(tmp_path / f"run <{i}>", 0.5, 0.5, seed=i)
+        for name in page.EMBEDDING_ALTS:
+            (folder / name).write_bytes(f"{name} {i}".encode())
+    (tmp_path / "run <0>" / "neighbors.png").unlink()
+    write_run(tmp_path / "run without pictures", 0.5, 0.5)
+    cli.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", "title")
+    text = (tmp_path / "report" / "report.html").read_text()
+    shown = Page(text)
+    assert shown.open == []
+    contents = [base64.b64decode(target.rpartition(",")[2]).decode("latin-1") for target in shown.targets]
+    names = ("embedding.png", "neighbors.png")
+    expected = ["embedding.png 0", *(f"{name} {i}" for i in range(1, page.MAX_MAPS) for name in names)]
+    assert contents[-len(expected) :] == expected
+    assert "The first 12 runs are shown; 2 more have the pictures in their folders." in text
+
+
+def test_page_pictures_have_alternative_texts(tmp_path: Path) -> None:
+    for i in range(4):
+        folder = write_run(tmp_path / str(i), 0.5, 0.5, gamma=i // 2, V=2 + i % 2)
+        (folder / "embedding.png").write_bytes(b"")
+    cli.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", "title")
+    alts = re.findall(r'<img alt="([^"]*)"', (tmp_path / "report" / "report.html").read_text())
+    assert alts[:3] == list(page.ALTS.values())
+    assert alts[3:] == [f"{page.EMBEDDING_ALTS['embedding.png']} (run {tmp_path / str(i)})" for i in range(4)]
+
+
+def test_page_lists_options_shared_by_all_runs(tmp_path: Path) -> None:
+    for gamma in (1, 2):
+        write_run(tmp_path / str(gamma), 0.5, 0.5, gamma=gamma, epochs=7)
+    cli.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", "title")
+    [shared] = re.findall(
+        "Options shared by all runs: (.*)</p>", (tmp_path / "report/report.html").read_text()
+    )
+    assert re.findall("<code>(.*?)</code>", shared) == ["V=2", "epochs=7"]
 
 
 def test_plots_show_means(tmp_path: Path) -> None:
@@ -478,6 +517,16 @@ def test_report_of_a_thousand_runs_stays_small(tmp_path: Path, monkeypatch, caps
     assert (code, err) == (0, "")
     assert out.startswith("1000 runs: 1000 done\n")
     assert (tmp_path / "report" / "report.html").stat().st_size < 3e6
+
+
+def test_ssl_report_checks_arguments_before_it_imports_matplotlib(tmp_path: Path) -> None:
+    code = (
+        "import sys; from ssl_runner.report.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as exit: assert exit.code == 1 and 'matplotlib' not in sys.modules"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=env, capture_output=True)
 
 
 def test_ssl_report_imports_neither_torch_nor_hydra(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ IMPORTS = """
 
     build           backbone config data device distributed errors evaluator loss model optimizer preemption
                     probe relation runs solver views
-    pipeline        build data distributed model preemption probe runs views
+    embedding_map   data distributed probe runs
+    pipeline        build data distributed embedding_map model preemption probe runs views
     cli             build config distributed errors pipeline preemption runs version
     __main__        cli
     api             cli config errors runs

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -15,6 +16,7 @@ from ssl_runner.names import (
     FEATURES,
     FORWARD,
     KEEP,
+    MAPS,
     ON_ERROR,
     PRECISIONS,
     REDUCTIONS,
@@ -81,6 +83,8 @@ RULES = {
     "probe.finetune.batch_size": Rule(int, low=2),
     "probe.finetune.lr": _positive(float),
     "probe.finetune.weight_decay": Rule(float, low=0),
+    "embedding.method": Rule(str, choices=MAPS),
+    "embedding.images": _positive(int),
     "diagnostics.every": Rule(int, low=0),
     "diagnostics.num_images": Rule(int, low=2),
 }
@@ -139,6 +143,10 @@ def check_values(config: DictConfig) -> None:
         )
     if config.probe.keep == "best" and not config.probe.every:
         raise UsageError("probe.keep=best: expected probe.every >= 1; add probe.every=1, or use keep=last")
+    if OmegaConf.select(config, "embedding.method") == "umap" and find_spec("umap") is None:
+        raise UsageError(
+            "embedding.method=umap: expected umap-learn to be installed; run pip install 'ssl_runner[umap]'"
+        )
     if "backbone" not in config.probe.features:
         raise UsageError(
             f"probe.features={format_value(config.probe.features)}: expected a list that includes backbone;"

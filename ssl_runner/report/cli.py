@@ -5,15 +5,13 @@ import sys
 from pathlib import Path
 
 from ssl_runner.errors import UsageError
-from ssl_runner.report import page, plots
 from ssl_runner.report.read import Run, read_runs
 from ssl_runner.report.tables import effect, finished, format_terminal, runs_table, summarise, swept_keys
 from ssl_runner.runs.files import atomic_write
 
 
 def main() -> None:
-    """Console script `ssl-report`. Exits with 1 and one line on standard error if the report cannot be
-    written."""
+    """Console script `ssl-report`. Exits with 1 and one line on standard error on failure."""
     parser = argparse.ArgumentParser(prog="ssl-report", description=__doc__)
     parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="contains runs, at any depth")
     parser.add_argument("--out", type=Path, help="output folder (default: report in the first FOLDER)")
@@ -28,8 +26,12 @@ def main() -> None:
 
 
 def report(runs: list[Run], out: Path, title: str) -> str:
-    """Write the report into `out` and return its summary for the terminal. Raises UsageError if it cannot be
-    written."""
+    """Write the report into `out` and return its summary for the terminal.
+
+    Raises UsageError if it cannot be written.
+    """
+    from ssl_runner.report import page, plots  # matplotlib loads slowly: not before the arguments are checked
+
     keys = swept_keys(runs)
     table = runs_table(runs, keys)
     results = finished(table, keys)

@@ -2,6 +2,7 @@
 
 import time
 from base64 import b64encode
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ssl_runner import __version__
 from ssl_runner.report.plots import NAMES
 from ssl_runner.report.read import Run
-from ssl_runner.report.tables import count_by_status, errors, one_line, with_interval
+from ssl_runner.report.tables import count_by_status, error_text, errors, overridden_keys, with_interval
 
 CAPTIONS = {
     "curves": "Training curves: mean over the runs of a configuration. With few configurations the band"
@@ -22,6 +23,16 @@ CAPTIONS = {
     " top-1.",
     "heat": "Mean top-1 over the two options with the largest effect on validation top-1, averaged over other"
     " options and seeds.",
+}
+ALTS = {
+    "curves": "Line plots of the training loss, and of validation top-1 if it was probed, against the epoch,"
+    " with one line per configuration",
+    "keys": "Plots of validation and test top-1 against each option that differs between runs",
+    "heat": "Two heat maps, of mean validation top-1 and of mean test top-1, over the values of two options",
+}
+EMBEDDING_ALTS = {  # files of a run folder
+    "embedding.png": "Scatter plot of the features of images in two dimensions, coloured by class",
+    "neighbors.png": "Rows of pictures: an image, followed by its nearest training images",
 }
 RUN_COLUMNS = {
     "metrics.loss": "loss",
@@ -52,6 +63,7 @@ PROTOCOL_COLUMNS = {
 }
 TITLES = {"val_top1": "validation top-1", "top1": "test top-1"}
 MAX_ERRORS = 50
+MAX_MAPS = 12  # runs whose embedding is shown
 Cell = tuple[str, float | str]  # displayed text, sort key
 
 
@@ -67,10 +79,11 @@ def render(
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
-    options = table.columns[3 : table.columns.get_loc("top1")]
-    same = [key for key in options if key not in ("seed", *keys) and table[key].nunique() == 1]
-    tracebacks = {one_line(run.record.get("error")): run.record.get("traceback") for run in reversed(runs)}
+    options = [key for key in overridden_keys(runs) if key not in ("seed", *keys)]
+    same = [key for key in options if table[key].nunique() == 1]
+    tracebacks = {error_text(run.record.get("error")): run.record.get("traceback") for run in reversed(runs)}
     found = [(error, paths, tracebacks.get(error)) for error, paths in errors(table)]
+    mapped = [run for run in runs if any((run.path / name).is_file() for name in EMBEDDING_ALTS)]
     return environment.get_template("report.html").render(
         title=title,
         version=__version__,
@@ -81,14 +94,25 @@ def render(
         summary=summary_table(summary, keys),
         runs=table_of_runs(table, keys),
         pictures=[
-            (name, CAPTIONS[name], b64encode(pictures[f"{name}.png"]).decode())
+            (ALTS[name], CAPTIONS[name], b64encode(pictures[f"{name}.png"]).decode())
             for name in NAMES
             if f"{name}.png" in pictures
         ],
+        maps=[(str(run.path), embedding_pictures(run)) for run in mapped[:MAX_MAPS]],
+        more_maps=len(mapped) - MAX_MAPS,
         errors=found[:MAX_ERRORS],
         more_errors=len(found) - MAX_ERRORS,
         protocols=protocols(table),
     )
+
+
+def embedding_pictures(run: Run) -> list[tuple[str, str]]:
+    """Alternative text and content, in base64, of each picture of the embedding in the run folder."""
+    found = []
+    for name, alt in EMBEDDING_ALTS.items():
+        with suppress(OSError):  # no such file: the run has not finished, or embedding.method is none
+            found.append((alt, b64encode((run.path / name).read_bytes()).decode()))
+    return found
 
 
 def summary_table(summary: pd.DataFrame, keys: list[str]) -> tuple[list[str], list[list[Cell]]]:
@@ -136,8 +160,7 @@ def cell(value: object) -> Cell:
 
 
 def protocols(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: the protocols, machines and versions of finished runs, and how many runs share
-    each."""
+    """Header and rows: protocol, machine and versions of finished runs, with the number of runs of each."""
     done = table[(table.status == "done") & table.top1.notna()]
     columns = [column for column in PROTOCOL_COLUMNS if column in done]
     facts = done[columns].copy()

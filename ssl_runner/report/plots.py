@@ -83,8 +83,7 @@ def panels(number: int, extra: float) -> tuple[Figure, list[Axes]]:
 
 
 def curves(runs: list[Run], table: pd.DataFrame, keys: list[str]) -> Figure | None:
-    """Loss against epoch, one panel per kind of loss, and validation top-1 if it was probed during
-    training."""
+    """Loss against epoch, one panel per kind of loss, and validation top-1 if `probe.every` was set."""
     shown = table[table.status != "failed"].assign(configuration=number_configurations(table, keys))
     names = [runs[i].config.get("loss._target_", "").rpartition(".")[2] or "unknown" for i in shown.index]
     content = {
@@ -135,8 +134,10 @@ def probe_points(run: Run) -> list[tuple]:
 
 
 def draw_lines(ax: Axes, values: pd.DataFrame, colours: dict[Any, str]) -> None:
-    """One line per configuration, the mean over its runs; for few configurations a band from the lowest to
-    the highest run."""
+    """One line per configuration, the mean over its runs.
+
+    For few configurations, a band spans the lowest to the highest run.
+    """
     configurations = values.configuration.unique()
     few, many = len(configurations) <= MAX_LABELLED, len(configurations) > 50
     style: Any = {"lw": 1.6 if few else 0.6 if many else 1, "alpha": 1 if few else 0.7, "rasterized": many}
@@ -175,8 +176,10 @@ def curve_colours(shown: pd.DataFrame, keys: list[str]) -> tuple[dict[Any, str],
 
 
 def by_key(results: pd.DataFrame, keys: list[str]) -> Figure:
-    """Top-1 against each key, averaged over the others, with 95 % intervals: points for numbers, bars for
-    names."""
+    """Top-1 against each key, averaged over the others, with 95 % intervals.
+
+    Numbers are drawn as points, names as bars.
+    """
     figure, axes = panels(len(keys), 0.5)
     for ax, key in zip(axes, keys, strict=False):
         table = over_seeds(results[results[key].notna()], key, list(SPLITS))
@@ -226,8 +229,10 @@ def draw_bars(ax: Axes, table: pd.DataFrame) -> None:
 
 
 def heat(results: pd.DataFrame, one: str, other: str) -> Figure:
-    """Mean top-1 over two keys, on validation and on test; keys with many numbers are binned at their
-    quantiles."""
+    """Mean top-1 over two keys, on validation and on test.
+
+    Keys with many numbers are binned at their quantiles.
+    """
     some = results[results[one].notna() & results[other].notna()].copy()
     orders = {}
     for key in (one, other):

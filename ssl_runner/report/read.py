@@ -48,8 +48,10 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path], without: Path) -> list[Run]:
-    """Every run in and below the folders, once each, except those in `without`. Raises UsageError if there is
-    none."""
+    """Every run in and below the folders, once each, except those in `without`.
+
+    Raises UsageError if there is none.
+    """
     for folder in folders:
         if not folder.is_dir():
             raise UsageError(f"{folder}: expected a folder; give folders that contain runs, such as outputs")
@@ -121,8 +123,10 @@ def read_record(path: Path) -> Row:
 
 
 def read_yaml(text: str) -> Any:
-    """The content of a YAML file, None if it is empty or damaged. By libyaml: OmegaConf takes twenty times as
-    long."""
+    """The content of a YAML file, None if it is empty or damaged.
+
+    libyaml parses it: OmegaConf takes twenty times as long.
+    """
     try:
         return yaml.load(text, yaml.CSafeLoader)
     except (ValueError, yaml.YAMLError):
@@ -130,8 +134,7 @@ def read_yaml(text: str) -> Any:
 
 
 def read_choices(hydra_yaml: str) -> dict[str, str]:
-    """The choices of config groups in Hydra's own settings. Only the lines concerned are parsed, for
-    speed."""
+    """The choices of config groups, from hydra.yaml. Only the lines concerned are parsed, for speed."""
     block = re.search(r"^ +choices:\n((?: {6,}.*\n)+)", hydra_yaml, re.MULTILINE)
     return flatten(read_yaml(block[1])) if block else {}
 
@@ -161,20 +164,19 @@ def numbers(cells: Sequence[str]) -> np.ndarray:
 
 
 def flatten(node: Any, path: str = "") -> dict[str, str]:
-    """Nested options as dotted key -> value. Lists are values; anything but a mapping at the root is
-    ignored."""
+    """Nested options as dotted key -> value. A list is a value; without a mapping at the root, none."""
     if not isinstance(node, dict):
-        return {path: format_value(node)} if path else {}
+        return {path: canonical_value(node)} if path else {}
     children = ((f"{path}.{key}" if path else str(key), child) for key, child in node.items())
     return {key: value for name, child in children for key, value in flatten(child, name).items()}
 
 
-def format_value(value: Any) -> str:
-    """A value in command-line syntax, the same for 25 and 25.0."""
+def canonical_value(value: Any) -> str:
+    """A value as text that is equal for equal values: 25 and 25.0 give the same."""
     if isinstance(value, list):
-        return f"[{','.join(map(format_value, value))}]"
+        return f"[{','.join(map(canonical_value, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{format_value(child)}' for key, child in value.items())}}}"
+        return f"{{{','.join(f'{key}:{canonical_value(child)}' for key, child in value.items())}}}"
     if isinstance(value, bool):
         return str(value).lower()
     return "null" if value is None else f"{value:.12g}" if isinstance(value, float) else str(value)

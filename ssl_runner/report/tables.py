@@ -1,5 +1,4 @@
-"""Tables of many runs: one row per run, one row per configuration with confidence intervals over seeds, the
-terminal's summary."""
+"""Tables of many runs: one row per run or per configuration, with confidence intervals over seeds."""
 
 import shutil
 from collections import Counter
@@ -27,8 +26,11 @@ def overridden_keys(runs: list[Run]) -> list[str]:
 
 
 def runs_table(runs: list[Run], swept: list[str]) -> pd.DataFrame:
-    """One row per run: path, status, error; overridden and swept keys as text; top-1; protocol; metrics;
-    cost; run.json."""
+    """One row per run.
+
+    The columns are path, status, error; overridden and swept keys as text; top-1; protocol; metrics; cost;
+    run.json.
+    """
     keys = list(dict.fromkeys([*overridden_keys(runs), *swept]))
     parts = [state, lambda run: options(run, keys), scores, protocol, metrics, cost, facts]
     groups = [[part(run) for run in runs] for part in parts]
@@ -40,23 +42,25 @@ def runs_table(runs: list[Run], swept: list[str]) -> pd.DataFrame:
 
 
 def state(run: Run) -> Row:
-    return {"path": str(run.path), "status": run.status, "error": one_line(run.record.get("error"))}
+    return {"path": str(run.path), "status": run.status, "error": error_text(run.record.get("error"))}
 
 
-def one_line(error: object) -> str | None:
+def error_text(error: object) -> str | None:
+    """The error in run.json on one line, None if there is none."""
     return " ".join(str(error or "").split()) or None
 
 
 def options(run: Run, keys: Sequence[str]) -> Row:
-    """The run's value of each key: the group's choice, else the resolved configuration's value, else the
-    override's."""
+    """The run's value of each key: a group's choice, or the value in the configuration or the overrides."""
     return {key: run.choices.get(key) or run.config.get(key) or run.overrides.get(key) for key in keys}
 
 
 def scores(run: Run) -> Row:
-    """The run's result `top1` and `val_top1`, and the last result of every probe as
-    top1.<split>.<features>.<probe>, with .<dataset> for another data set and .labels=<share> for a share of
-    the labels, as the mean over its draws."""
+    """`top1` and `val_top1`, and the last result of every probe as top1.<split>.<features>.<probe>.
+
+    `.<dataset>` follows for another data set, and `.labels=<share>` for a share of the labels, as the mean
+    over its draws.
+    """
     _, val = main_probe(run)
     row = {"top1": run.record.get("top1"), "val_top1": run.record.get("val_top1", val.get("top1"))}
     results: dict[str, dict[object, object]] = {}  # name -> draw -> top-1
@@ -91,8 +95,11 @@ def mean_of(values: list[object]) -> object:
 
 
 def main_probe(run: Run) -> tuple[Row, Row]:
-    """The rows of probe.csv behind `top1`: the first one scored on the test split, and the same probe on
-    validation. For data without test images, both are the first one of the last epoch."""
+    """The rows of probe.csv behind `top1` and `val_top1`.
+
+    These are the first row of the test split, and the row of the same probe on the validation split. For data
+    without test images, both are the first row of the last epoch.
+    """
     probes = own_probes(run)
     test = next((row for row in probes if row.get("eval_split") == "test"), {})
     if (run.record.get("images") or {}).get("test") == 0 and run.status == "done" and probes:
@@ -129,8 +136,7 @@ def cost(run: Run) -> Row:
 
 
 def facts(run: Run) -> Row:
-    """The rest of run.json as run.<name>: commit, versions, device, precision, command, numbers of images and
-    parameters."""
+    """The rest of run.json as run.<name>: commit, versions, device, numbers of images, and so on."""
     rest = {key: value for key, value in run.record.items() if key not in ELSEWHERE}
     nested = [(key, value if isinstance(value, dict) else {"": value}) for key, value in rest.items()]
     return {
@@ -156,8 +162,10 @@ def swept_keys(runs: list[Run]) -> list[str]:
 
 
 def follows_seed(table: pd.DataFrame, key: str) -> bool:
-    """Whether a key only separates runs of one configuration: the seed, or another seed with one value per
-    seed."""
+    """Whether a key only separates runs of one configuration.
+
+    This holds for the seed, and for another seed that has one value per seed.
+    """
     if key in OF_A_RUN:
         return True
     return key.rpartition(".")[2].endswith("seed") and table.groupby("seed")[key].nunique().max() == 1
@@ -169,8 +177,10 @@ def number_configurations(table: pd.DataFrame, keys: list[str]) -> pd.Series:
 
 
 def finished(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """The rows of finished runs, with the number of their `configuration`. Runs without a seed count as
-    separate seeds."""
+    """The rows of finished runs, with the number of their `configuration`.
+
+    Runs without a seed count as separate seeds.
+    """
     results = table[(table.status == "done") & table.top1.notna()].copy()
     results["seed"] = results.seed.fillna(results.path)
     results["configuration"] = number_configurations(results, keys)
@@ -230,8 +240,7 @@ def binned(values: pd.Series, bins: int, most: int) -> pd.Series:
 
 
 def effect(results: pd.DataFrame, key: str) -> float:
-    """How much validation top-1 depends on a key: the range of its means over the key's values (five bins for
-    many numbers)."""
+    """The range of mean validation top-1 over the values of a key; many numbers are put in five bins."""
     means = results.val_top1.astype(float).groupby(binned(results[key], 5, 8)).mean()
     return float(np.nan_to_num(means.max() - means.min()))
 
