@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor
 
 from ssl_runner.data import dataset, readers
-from ssl_runner.data.dataset import DataSet
+from ssl_runner.data.dataset import DataSet, Source
 from ssl_runner.data.splits import hold_out
 from ssl_runner.errors import UsageError
 from tests.helpers import CPU, load, toy

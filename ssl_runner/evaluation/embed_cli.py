@@ -10,7 +10,8 @@ from ssl_runner.evaluation import console
 DESCRIPTION = """\
 Write the features of the trained network of a finished run to a file.
 
-The images are those of the run's data set, of another data set, or all image files in and below FOLDER. Images of a folder are cropped and resized to the size of the network.
+The images are those of the run's data set, of another data set, or all image files in and below FOLDER.
+Images of a folder are cropped and resized to the size of the network.
 """
 EPILOG = """\
 columns: features; projections; for a folder path; for a data set index, split, label (-1: none), class

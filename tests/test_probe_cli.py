@@ -1,0 +1,215 @@
+"""ssl-probe on finished runs: rows, label shares, layers, fine-tuning, refusals."""
+
+import csv
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from ssl_runner.backbone import Backbone, convnet, resnet
+from ssl_runner.data.dataset import DataSet, Source
+from ssl_runner.errors import UsageError
+from ssl_runner.evaluation import probe_cli
+from ssl_runner.model import SSLModel
+from ssl_runner.probe import (
+    FineTuning,
+    LayerFeatures,
+    LinearProbe,
+    evaluate,
+    extract,
+    finetune,
+    label_draws,
+)
+from ssl_runner.report import tables
+from ssl_runner.report.read import read_run
+from tests.helpers import TINY, load, table
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that keeps the finished run between tests."""
+    return tmp_path_factory.mktemp("cached") / "run"
+
+
+@pytest.fixture
+def finished(ssl_run, cached: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run of one epoch."""
+    if not cached.exists():
+        code, _, err = ssl_run(f"{TINY} epochs=1 diagnostics.every=0 hydra.run.dir='{cached}'")
+        assert (code, err) == (0, "")
+    return shutil.copytree(cached, tmp_path / "run")
+
+
+@pytest.fixture
+def ssl_probe(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str], tuple[int, str, str]]:
+    """Return a function that runs `ssl-probe` on the finished run in-process."""
+
+    def run(settings: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ssl-probe", str(finished), *shlex.split(settings)])
+        try:
+            probe_cli.main()
+            code = 0
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_ssl_probe_repeats_the_rows_of_the_run(ssl_probe, finished: Path) -> None:
+    before = table(finished / "probe.csv")
+    assert ssl_probe("")[0] == 0
+    assert table(finished / "probe.csv") == before * 2
+
+
+def test_ssl_probe_appends_rows_of_another_data_set_that_the_report_names(ssl_probe, finished: Path) -> None:
+    name = "dataset=mnist5k dataset.subset=100 dataset.name=fewer"
+    assert ssl_probe(name)[0] == 0
+    rows = table(finished / "probe.csv")
+    assert {row["dataset"] for row in rows} >= {"mnist5k", "fewer"}
+    scores = tables.scores(read_run(finished))
+    assert scores["top1.test.backbone.knn"] == float(rows[1]["top1"]) == scores["top1"]
+    assert scores["top1.test.backbone.knn.fewer"] == float(rows[-1]["top1"])
+
+
+def test_ssl_probe_extends_the_header_of_an_earlier_probe_csv(ssl_probe, finished: Path) -> None:
+    with open(finished / "probe.csv", newline="") as file:
+        rows = [{k: v for k, v in row.items() if k != "dataset"} for row in csv.DictReader(file)]
+    with open(finished / "probe.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert ssl_probe("probe.labels=[0.1] probe.draws=2")[0] == 0
+    after = table(finished / "probe.csv")
+    assert [row["dataset"] for row in after] == ["", "", *["mnist5k"] * 4]
+    assert [row["draw"] for row in after] == ["", "", "0", "0", "1", "1"]
+    assert [row["n_train"] for row in after[2:]] == ["18"] * 4
+    scores = tables.scores(read_run(finished))
+    assert scores["top1.test.backbone.knn"] == float(after[1]["top1"])
+    shared = [float(row["top1"]) for row in after[2:] if row["eval_split"] == "test"]
+    assert scores["top1.test.backbone.knn.labels=0.1"] == pytest.approx(np.mean(shared))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("epochs=3", "epochs=3: expected options of dataset, probe, device, precision"),
+        ("probe.labels=[2]", "probe.labels=[2]: expected a list of different numbers"),
+        ("probe.labels=0.1,0.2", "expected one value; write a list as [a,b]"),
+        (
+            "probe.layer=nope",
+            "probe.layer=nope: expected the name of a module of the backbone; use one of 0,",
+        ),
+        ("probe=none", "Unknown probe 'none'"),
+        ("dataset.sise=3", "Unknown option 'dataset.sise'"),
+    ],
+)
+def test_ssl_probe_rejects_invalid_settings_in_one_line(ssl_probe, settings: str, message: str) -> None:
+    code, _, err = ssl_probe(settings)
+    assert code == 1
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_ssl_run_rejects_finetune(ssl_run) -> None:
+    code, _, err = ssl_run(f"{TINY.replace('probe.probes=[knn]', 'probe=finetune')}")
+    assert code == 1
+    assert "run ssl-probe FOLDER probe=finetune after the run" in err
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 1.0])
+def test_label_draws_are_class_balanced_nested_and_seeded(share: float) -> None:
+    y = torch.arange(200) % 7
+    draws = label_draws(y, [share], 3, seed=5)
+    for draw in draws:
+        counts = torch.bincount(y[draw.positions], minlength=7)
+        assert counts.min() >= 1
+        assert counts.max() - counts.min() <= 1
+        assert len(draw.positions.unique()) == len(draw.positions) == max(7, round(share * 200))
+    again = label_draws(y, [share, 1.0], 3, seed=5)
+    assert all(torch.equal(a.positions, b.positions) for a, b in zip(draws, again[:3], strict=True))
+    whole = again[3].positions
+    assert torch.equal(whole[: len(draws[0].positions)], draws[0].positions)
+
+
+def test_evaluate_fits_a_share_on_its_rows_alone() -> None:
+    data = blobs()
+    [draw] = label_draws(data.train.y, [0.2], 1, seed=0)
+    rows = list(evaluate("pixels", nn.Flatten(), data, {"linear": LinearProbe}, True, [draw]))
+    X, X_val = (extract(nn.Flatten(), part, data.mean, data.std) for part in (data.train, data.val))
+    probe = LinearProbe(X[draw.positions], data.train.y[draw.positions], 2)
+    accuracy = {l2: (s.argmax(1) == data.val.y).float().mean().item() for l2, s in probe.path(X_val)}
+    assert rows[0]["top1"] == pytest.approx(max(accuracy.values()))
+    assert [row["train_split"] for row in rows] == ["train", "train"]
+    assert rows[1]["n_train"] == len(draw.positions)
+    assert rows[1]["top1"] <= 1
+
+
+def test_layer_features_match_a_forward_hook_for_maps_and_before_in_place_layers() -> None:
+    x = torch.randn(3, 3, 16, 16)
+    for backbone, layer in ((resnet(3, 16, "resnet18"), "layer3"), (convnet(3, 16, [4, 8]), "1")):
+        backbone.eval()
+        kept: list[torch.Tensor] = []
+        module = backbone.body.get_submodule(layer)
+        handle = module.register_forward_hook(lambda m, i, output, kept=kept: kept.append(output.clone()))
+        backbone(x)
+        handle.remove()
+        assert_close(LayerFeatures(backbone, layer)(x), kept[0].mean((2, 3)))
+
+
+def test_layer_features_average_tokens_and_keep_vectors() -> None:
+    body = nn.Sequential(nn.Flatten(2), nn.Linear(16, 5), nn.Flatten())
+    x = torch.randn(2, 3, 4, 4)
+    assert_close(LayerFeatures(Backbone(body, 15), "1")(x), body[:2](x).mean(1))
+    assert_close(LayerFeatures(Backbone(body, 15), "2")(x), body(x))
+    with pytest.raises(UsageError, match="expected the name of a module of the backbone; use one of 0, 1, 2"):
+        LayerFeatures(Backbone(body, 15), "layer9")
+
+
+def blobs(side: int = 8, n: int = 120) -> DataSet:
+    """Two classes of random stripes, horizontal and vertical, which no linear map of pixels separates."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % 2
+    lines = (torch.rand(n, 1, side, 1, generator=generator) > 0.5).expand(-1, 3, side, side)
+    images = torch.where(labels.view(-1, 1, 1, 1) == 0, lines, lines.transpose(2, 3)).to(torch.uint8) * 200
+    rows = np.arange(n)
+    return load(Source(images, labels, ["a", "b"], rows[:80], rows[80:], rows[:0]), val_fraction=0.25)
+
+
+def test_finetune_beats_the_frozen_probe_repeats_and_leaves_the_model() -> None:
+    data = blobs()
+    torch.manual_seed(0)
+    model = SSLModel(convnet(3, 8, [4]), nn.Identity())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    options = FineTuning(epochs=25, batch_size=16, lr=0.02, weight_decay=0.0, policy={"flip": 0.5})
+    rows = list(finetune(model, data, options, [None], "fp32", seed=0))
+    frozen = list(evaluate("backbone", model.backbone, data, {"linear": LinearProbe}, True))
+    assert rows[1]["top1"] >= frozen[1]["top1"]
+    assert rows[1]["top1"] > 0.9
+    assert [row["eval_split"] for row in rows] == ["val", "test"]
+    again = list(finetune(model, data, options, [None], "fp32", seed=0))
+    drop = {"seconds"}
+    assert [{k: v for k, v in r.items() if k not in drop} for r in again] == [
+        {k: v for k, v in r.items() if k not in drop} for r in rows
+    ]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_finetune_of_ssl_probe_adds_rows(ssl_probe, finished: Path) -> None:
+    code, out, err = ssl_probe("probe=finetune probe.finetune.epochs=1 probe.labels=[0.2] probe.draws=1")
+    assert code == 0, err
+    rows = [row for row in table(finished / "probe.csv") if row["probe"] == "finetune"]
+    assert [(row["eval_split"], row["selection"], row["n_train"]) for row in rows] == [
+        ("val", "epoch=1 (val)", "36"),
+        ("test", "epoch=1 (val)", "36"),
+    ]
+    assert "finetune" in out
