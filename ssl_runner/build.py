@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from torch.optim import Optimizer
 
 from ssl_runner import distributed, optimizer
 from ssl_runner.backbone import Backbone, LinearBackbone
-from ssl_runner.config.compose import CONF
-from ssl_runner.config.rules import check_values, format_value
+from ssl_runner.checks import check_blur, check_fit, check_resolutions
+from ssl_runner.config.rules import check_values
 from ssl_runner.data import dataset
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.loader import MultiViewLoader
@@ -26,7 +25,7 @@ from ssl_runner.device import choose_device, choose_precision, keep_freed_memory
 from ssl_runner.errors import UsageError, one_line
 from ssl_runner.evaluator import Evaluator
 from ssl_runner.loss import Loss
-from ssl_runner.model import SSLModel, eval_mode
+from ssl_runner.model import SSLModel
 from ssl_runner.preemption import Preemption
 from ssl_runner.probe import BestEpoch, Classifier, LayerFeatures, ProbeEvaluator
 from ssl_runner.relation.builders import RelationBuilder
@@ -34,7 +33,6 @@ from ssl_runner.runs import weights
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.runs.schedule import Schedule
 from ssl_runner.solver import Solver
-from ssl_runner.views import Augment
 
 # options of `dataset.load`, not of the reader
 DATASET_SETTINGS = ("name", "val_fraction", "test_fraction", "subset", "split_seed", "storage")
@@ -247,76 +245,3 @@ def solver_precision(cfg: DictConfig, solver: type[Solver], device: torch.device
             f"precision={cfg.precision}: {solver.__name__} computes in fp32 and fp64; use auto or fp32"
         )
     return "fp32"
-
-
-def check_resolutions(cfg: DictConfig, solver: type[Solver], backbone: Backbone, data: DataSet) -> None:
-    """Raise UsageError for resolutions that the backbone does not accept, or that no training would use."""
-    if cfg.views.resolutions is None:
-        return
-    if not solver.trains:
-        raise UsageError(
-            f"views.resolutions is for training, and {solver.__name__} does not train; leave it out"
-        )
-    for side in dict.fromkeys(cfg.views.resolutions):
-        try:
-            with torch.no_grad(), eval_mode(backbone):
-                backbone(torch.zeros(1, data.channels, side, side, device=data.mean.device))
-        except (RuntimeError, AssertionError, ValueError) as error:
-            given = f"views.resolutions={format_value(cfg.views.resolutions)}"
-            raise UsageError(
-                f"{given}: this backbone does not accept {side} x {side} images; leave {side} out"
-            ) from error
-
-
-def check_blur(cfg: DictConfig, augment: Augment, data: DataSet) -> None:
-    """Raise UsageError for a blur kernel that is larger than the views."""
-    side = data.image_size
-    policies = augment.policies if isinstance(augment, Augment) else []  # a user's views may have none
-    for policy, view_side in product(policies, cfg.views.resolutions or [side]):
-        try:
-            policy.kernel((side, side), (view_side, view_side))
-        except ValueError as error:
-            raise UsageError(f"views: {error}") from error
-
-
-def check_fit(cfg: DictConfig, data: DataSet, relation: RelationBuilder) -> None:
-    """Bind the relation to the data set.
-
-    Raises UsageError if batch size, relation and data set do not fit each other.
-    """
-    size, images, ranks = cfg.batch_size, len(data.pretrain), distributed.world_size()
-    if size > images:
-        raise UsageError(
-            f"batch_size={size}: {data.name} has {images} images to pretrain on; use at most {images}"
-        )
-    if size % ranks:
-        raise UsageError(f"batch_size={size} is split over {ranks} processes; use a multiple of {ranks}")
-    if size < relation.min_batch_size:
-        raise UsageError(
-            f"batch_size={size}: this relation needs at least {relation.min_batch_size} images per batch, to"
-            " find neighbours within the batch; increase batch_size or lower relation.k"
-        )
-    if not data.classes:
-        check_unlabelled(cfg, data)
-    relation.bind(data.pretrain.labels.cpu())
-    if relation.needs_labels and bool((data.pretrain.y < 0).any()):
-        raise UsageError(
-            f"relation: needs a label for every image, but {data.name} has unlabelled images;"
-            " use relation=views"
-        )
-    if relation.count_pairs(data.pretrain.indices) == 0:
-        raise UsageError(
-            f"relation.path={cfg.relation.get('path')}: no pair joins two of the {images} pretraining images;"
-            " number the images as conf/relation/edges.yaml says (validation and test images do not count)"
-        )
-
-
-def check_unlabelled(cfg: DictConfig, data: DataSet) -> None:
-    """Raise UsageError for probes that are asked for, since they need labels."""
-    default = OmegaConf.load(CONF / "probe" / "default.yaml")
-    for key in ("every", "probes", "features"):
-        if cfg.probe[key] != OmegaConf.select(default, key):
-            raise UsageError(
-                f"probe.{key}={format_value(cfg.probe[key])}: expected the default, since {data.name} has no"
-                " labels and probes need them; leave it out, or use labelled images"
-            )

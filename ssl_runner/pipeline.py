@@ -1,5 +1,6 @@
 """One run, from its configuration to its files: the stages, top to bottom."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ssl_runner.runs import checkpoint, weights
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.runs.record import RunRecord
 from ssl_runner.runs.schedule import identity, read_schedule
+from ssl_runner.solver import Solver
 from ssl_runner.views.augment import numba_works
 
 
@@ -78,31 +80,17 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
             weights.export(model.backbone, folder / weights.BACKBONE, description(experiment))
             weights.export(model.projector, folder / weights.PROJECTOR, description(experiment))
 
-        # top-1 by features, probe and split; the test split is scored once, here
-        scores: dict[tuple[str, str, str], float] = {}
-        data, layer = experiment.data, cfg.probe.layer
-        networks = feature_networks(data, model, experiment.fresh_backbone, layer)
-        layers = [] if layer is None else [f"backbone.{layer}"]
-        chosen = [solver.result_features, *cfg.probe.features, *layers] if data.classes else []
-        draws = [None, *label_draws(data.train.y, cfg.probe.labels, cfg.probe.draws, cfg.dataset.split_seed)]
-        for features in tqdm(dict.fromkeys(chosen), "probe", disable=None if is_main else True):
-            rows = evaluate(
-                features, networks[features](), data, experiment.classifiers, len(data.test) > 0, draws
-            )
-            for row in rows:
-                probes.append({"epoch": solver.epoch, **row})
-                if "draw" not in row:
-                    scores[features, row["probe"], row["eval_split"]] = row["top1"]
+        scores = probe(experiment, solver, probes)
         if is_main and scores:
-            print(format_table(scores, "test" if len(data.test) else "val"), flush=True)
+            print(format_table(scores, "test" if len(experiment.data.test) else "val"), flush=True)
         val, test = (
             scores.get((solver.result_features, cfg.probe.probes[0], split)) for split in ("val", "test")
         )
         result = {"loss": solver.last_row["loss"], "top1": val if test is None else test, "val_top1": val}
         record.update(**result)
         if cfg.embedding.method != "none":
-            shown = networks[solver.result_features]()
-            write_map(shown, data, folder, **cfg.embedding, seed=cfg.dataset.split_seed)
+            network = networks(experiment)[solver.result_features]()
+            write_map(network, experiment.data, folder, **cfg.embedding, seed=cfg.dataset.split_seed)
     return result
 
 
@@ -113,6 +101,35 @@ def merge(row: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
             f"evaluators: metrics.csv already has {', '.join(sorted(taken))}; rename the columns"
         )
     return row | columns
+
+
+def networks(experiment: Experiment) -> dict[str, Callable[[], nn.Module]]:
+    """The networks whose outputs can be probed, by the name of the features, built on demand."""
+    return feature_networks(
+        experiment.data, experiment.model, experiment.fresh_backbone, experiment.cfg.probe.layer
+    )
+
+
+def probe(experiment: Experiment, solver: Solver, log: CsvLog) -> dict[tuple[str, str, str], float]:
+    """Run the final probes, and score the test split, once. Appends their rows to `log`.
+
+    Returns the top-1 accuracies on all labels by features, probe and split. Without labels there are none.
+    """
+    cfg, data = experiment.cfg, experiment.data
+    if not data.classes:
+        return {}
+    layers = [] if cfg.probe.layer is None else [f"backbone.{cfg.probe.layer}"]
+    chosen = dict.fromkeys([solver.result_features, *cfg.probe.features, *layers])
+    draws = [None, *label_draws(data.train.y, cfg.probe.labels, cfg.probe.draws, cfg.dataset.split_seed)]
+    builders = networks(experiment)
+    scores: dict[tuple[str, str, str], float] = {}
+    for features in tqdm(chosen, "probe", disable=None if distributed.is_main_process() else True):
+        network, score_test = builders[features](), len(data.test) > 0
+        for row in evaluate(features, network, data, experiment.classifiers, score_test, draws):
+            log.append({"epoch": solver.epoch, **row})
+            if "draw" not in row:
+                scores[features, row["probe"], row["eval_split"]] = row["top1"]
+    return scores
 
 
 def facts(experiment: Experiment) -> dict[str, object]:

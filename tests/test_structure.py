@@ -38,10 +38,11 @@ IMPORTS = """
 
     pretrained      data errors runs views
 
-    build           backbone config data device distributed errors evaluator loss model optimizer preemption
-                    probe relation runs solver views
+    checks          backbone config data distributed errors model relation solver views
+    build           backbone checks config data device distributed errors evaluator loss model optimizer
+                    preemption probe relation runs solver
     embedding_map   data distributed probe runs
-    pipeline        build data distributed embedding_map model preemption probe runs views
+    pipeline        build data distributed embedding_map model preemption probe runs solver views
     evaluation      build config data device errors model pretrained probe runs views
     cli             build config distributed errors pipeline preemption runs version
     __main__        cli
