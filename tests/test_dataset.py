@@ -78,9 +78,7 @@ def test_test_fraction_is_seeded_stratified_and_taken_before_the_subset() -> Non
     assert torch.equal(data.test.indices, small.test.indices)
     parts = [set(part.indices.tolist()) for part in (data.train, data.val, data.test)]
     assert (set.union(*parts), sum(map(len, parts))) == (set(range(80)), 80)
-    with pytest.raises(
-        UsageError, match=r"dataset.test_fraction=0.2: expected 0, since toy has 8 test images"
-    ):
+    with pytest.raises(UsageError, match=r"test_fraction=0.2: expected 0, since toy has 8 test images"):
         dataset.load(toy, "toy", 0.25, None, 0, "auto", CPU, test_fraction=0.2)
 
 

@@ -64,7 +64,7 @@ def test_closed_form_solves_without_labels(ssl_run, tmp_path: Path) -> None:
         ("dataset.test_fraction=0.1", "dataset.test_fraction=0.1: expected 0, since folder has no labels"),
         (
             "dataset.subset=70",
-            "dataset.subset=70: expected an integer from 1 to 60, the numbers of classes and",
+            "dataset.subset=70: expected an integer from 1 to 60, the numbers of",
         ),
     ],
 )
