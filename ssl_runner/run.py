@@ -47,11 +47,13 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
             solver.load_state_dict(checkpoint.load(resume_from))
         metrics.truncate_after(solver.epoch)
         probes.truncate_after(solver.epoch)
+        if experiment.initial_weights is not None and is_main:
+            print(experiment.initial_weights, flush=True)
         if cfg.compile:
             solver.compile()
         record.update(**facts(experiment))
         if is_main:
-            print(*filter(None, [experiment.initial_weights, headline(cfg, record)]), sep="\n", flush=True)
+            print(headline(cfg, record), flush=True)
         if is_main and cfg.views.preview:
             preview(experiment.loader, folder / "views.png")
 
