@@ -5,11 +5,14 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public functions, by the module that defines them. It is imported on first use, since it imports torch.
-_LAZY = {"load": "ssl_runner.pretrained"}
+_LAZY = {"load": "ssl_runner.pretrained"}  # name -> its module, which is imported on first use
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
