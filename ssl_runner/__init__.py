@@ -5,7 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public functions, by the module that defines them. It is imported on first use, since it imports torch.
+# name -> its module, which is imported on first use, since it imports torch
 _LAZY = {"load": "ssl_runner.pretrained", "run": "ssl_runner.api"}
 
 

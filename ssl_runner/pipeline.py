@@ -61,12 +61,13 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
             solver.load_state_dict(state)
         metrics.truncate_after(solver.epoch)
         probes.truncate_after(solver.epoch)
+        if experiment.initial_weights is not None and is_main:
+            print(experiment.initial_weights, flush=True)
         if cfg.compile:
             solver.compile()
         record.update(**facts(experiment))
         if is_main:
-            lines = [experiment.initial_weights, headline(cfg, record), *notes(experiment.data)]
-            print(*filter(None, lines), sep="\n", flush=True)
+            print("\n".join([headline(cfg, record), *notes(experiment.data)]), flush=True)
         if is_main and cfg.views.preview:
             preview(experiment.loader, folder / "views.png")
 

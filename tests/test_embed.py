@@ -89,7 +89,7 @@ def test_folder_is_read_in_order_of_paths_through_the_transform(tmp_path: Path) 
     embed.embed_to_file(network, folder.batches(transform(), 2, CPU), 3, False, target, False)
     columns = read(target)
     assert list(columns["path"]) == names
-    assert folder.others == 1
+    assert folder.skipped.counts.total() == 1
     for name, features in zip(names, columns["features"], strict=True):
         with Image.open(tmp_path / "pictures" / name) as image, torch.no_grad():
             expected = network(transform()(image)[None])[0]
@@ -104,7 +104,8 @@ def test_unreadable_image_is_refused_by_name_or_counted(tmp_path: Path) -> None:
         batches = folder.batches(transform(), 2, CPU)
         if skip:
             embed.embed_to_file(pretrained(), batches, 4, False, target, False)
-            assert folder.unreadable == ["b/broken.jpg"]
+            assert folder.skipped.counts["unreadable"] == 1
+            assert str(tmp_path / "pictures" / "b" / "broken.jpg") in folder.skipped.names
             assert list(read(target)["path"]) == names
         else:
             with pytest.raises(UsageError, match=r"^b/broken.jpg: expected a readable image"):

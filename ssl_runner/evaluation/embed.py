@@ -2,11 +2,9 @@
 
 import os
 import struct
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,50 +14,42 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssl_runner.data.dataset import DataSet, Images
+from ssl_runner.data.layouts import Finder
+from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError, one_line
 from ssl_runner.evaluation.tables import FORMATS, Block, check_target
 from ssl_runner.pretrained import Pretrained, Transform
 from ssl_runner.runs.files import atomic_write
 from ssl_runner.views import normalize, to_unit
 
-# formats that Pillow registers but that are not images to embed
-DOCUMENTS = {"EPS", "HDF5", "MPEG", "GRIB", "BUFR", "FITS", "WMF", "PSD"}
 UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, UsageError, Image.DecompressionBombError)
 
 Batches = Iterator[tuple[Tensor, Block]]  # normalised images (n, C, S, S), and columns that describe them
 
 
-@dataclass
 class Folder:
     """The image files in and below a folder, sorted by path.
 
-    With `skip_errors`, files that cannot be read are named in `unreadable` and left out.
+    Symbolic links are followed. `skipped` counts the files that are not read: those that are no images and,
+    with `skip_errors`, images that cannot be read. Raises UsageError if there are no images.
     """
 
-    root: Path
-    skip_errors: bool = False
-    unreadable: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        endings = {
-            ending
-            for ending, kind in Image.registered_extensions().items()
-            if kind in Image.OPEN and kind not in DOCUMENTS
-        }
-        found = sorted(path for path in self.root.rglob("*") if path.is_file())
-        hidden = [path for path in found if any(p.startswith(".") for p in path.relative_to(self.root).parts)]
-        self.files = [path for path in found if path.suffix.lower() in endings and path not in set(hidden)]
-        self.others = len(found) - len(self.files)
+    def __init__(self, root: Path, skip_errors: bool = False):
+        self.root, self.skip_errors = root, skip_errors
+        finder = Finder(skip_unreadable=skip_errors)
+        self.files, self.skipped = sorted(finder.below(root, set())), finder.skipped
         if not self.files:
-            raise UsageError(f"{self.root}: expected image files (.jpg, .png, .webp, ...), found none;"
-                             " give another folder")  # fmt: skip
+            raise UsageError(
+                f"{printable(root)}: expected image files (.jpg, .png, .webp, ...), found none"
+                f" ({str(self.skipped) or 'an empty folder'}); give another folder"
+            )
 
     def __len__(self) -> int:
         return len(self.files)
 
     def name(self, path: Path) -> str:
-        """The path within the folder; bytes that are not UTF-8 as \\x escapes."""
-        return os.fsencode(path.relative_to(self.root)).decode("utf-8", "backslashreplace")
+        """The path within the folder; bytes that are not UTF-8 become escapes."""
+        return printable(path.relative_to(self.root))
 
     def batches(self, transform: Transform, batch_size: int, device: torch.device) -> Batches:
         """Yield all images, with the column `path`. Threads decode two batches ahead.
@@ -94,7 +84,7 @@ class Folder:
                     f"{self.name(path)}: expected a readable image ({one_line(error)}); repair or remove it,"
                     " or give --skip-errors"
                 ) from error
-            self.unreadable.append(self.name(path))
+            self.skipped.add("unreadable", path)
             return path, None
 
 
@@ -157,12 +147,3 @@ def embed_to_file(
             raise UsageError(f"-o {target}: expected at least one readable image, found none")
         table.close()
     return rows
-
-
-def report_skipped(folder: Folder) -> None:
-    """Write one line to standard error for each kind of file that was left out."""
-    if folder.others:
-        print(f"skipped {folder.others} files that are hidden or no images", file=sys.stderr)
-    if folder.unreadable:
-        names = ", ".join(sorted(folder.unreadable))
-        print(f"skipped {len(folder.unreadable)} unreadable images: {names}", file=sys.stderr)

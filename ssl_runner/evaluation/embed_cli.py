@@ -1,6 +1,7 @@
 """`ssl-embed`: write the features of a trained network for a data set or a folder of images to a file."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from ssl_runner.config import arguments
@@ -79,6 +80,6 @@ def execute() -> None:
         batches = embed.data_set_batches(data, args.batch_size)
         total = sum(map(len, embed.splits(data).values()))
     rows = embed.embed_to_file(network, batches, total, args.projections, args.out, args.overwrite)
-    if folder is not None:
-        embed.report_skipped(images)
+    if folder is not None and str(images.skipped):
+        print(f"{images.skipped} ({', '.join(images.skipped.names)})", file=sys.stderr)
     print(f"{rows} images, {network.backbone.width} features each: {args.out}", flush=True)

@@ -28,11 +28,13 @@ def label_draws(y: Tensor, shares: Sequence[float] | None, draws: int, seed: int
     A subset holds round(share * n) positions, and at least one per class. Draw d cycles through the classes
     in an order of seed + d, so that within one draw a smaller subset is a part of each larger one.
     """
+    if not shares:
+        return []
     labels = y.cpu().numpy()
     orders = [torch.from_numpy(balanced_order(labels, seed + number)) for number in range(draws)]
     present = len(y.unique())
     return [
         LabelDraw(share, number, order[: max(round(share * len(y)), present)])
-        for share in shares or ()
+        for share in shares
         for number, order in enumerate(orders)
     ]
