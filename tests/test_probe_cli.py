@@ -16,7 +16,8 @@ from torch.testing import assert_close
 from ssl_runner.backbone import Backbone, convnet, resnet
 from ssl_runner.data.dataset import DataSet, Source
 from ssl_runner.errors import UsageError
-from ssl_runner.evaluation import probe_cli
+from ssl_runner.evaluation import embed_cli, probe_cli
+from ssl_runner.evaluation.finished import config_of
 from ssl_runner.model import SSLModel
 from ssl_runner.probe import (
     FineTuning,
@@ -30,6 +31,8 @@ from ssl_runner.probe import (
 from ssl_runner.report import tables
 from ssl_runner.report.read import read_run
 from tests.helpers import TINY, load, table
+
+PAGE = Path(__file__).parent.parent / "docs" / "use-elsewhere.md"
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +121,23 @@ def test_ssl_probe_rejects_invalid_settings_in_one_line(ssl_probe, settings: str
     assert code == 1
     assert message in err
     assert err.count("\n") == 1
+
+
+def page_commands(program: str) -> list[list[str]]:
+    """The words of the page's commands that call a program, after the program and RUN."""
+    lines = [line.partition(" #")[0].split() for line in PAGE.read_text().splitlines()]
+    return [words[2:] for words in lines if words[:2] == [program, "RUN"]]
+
+
+def test_commands_of_the_page_are_accepted(finished: Path, tmp_path: Path) -> None:
+    probes, embeddings = page_commands("ssl-probe"), page_commands("ssl-embed")
+    assert len(probes) >= 5
+    assert len(embeddings) >= 3
+    for words in probes:
+        config_of(finished, [word.replace("FOLDER", str(tmp_path)) for word in words])
+    for words in embeddings:
+        args = embed_cli.parser().parse_intermixed_args(["RUN", *words])
+        config_of(finished, [word for word in args.source if "=" in word])
 
 
 def test_ssl_run_rejects_finetune(ssl_run) -> None:
