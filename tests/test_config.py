@@ -222,7 +222,7 @@ def test_invalid_command_line_fails_before_writing_files(
 INVALID_FOR_DATA = [
     ("batch_size=4000", "batch_size=4000: mnist5k has 3600 images to pretrain on; use at most 3600"),
     ("dataset.subset=5", "expected an integer from 10 to 4000"),
-    ("dataset.subset=10", "expected at least one training and one validation image per class"),
+    ("dataset.subset=10", "expected at least one held-out image, and one training image per class"),
     ("dataset=folder", "dataset.root=None: expected a folder"),
     ("dataset=folder dataset.root=nowhere", "dataset.root=nowhere: expected a folder"),
     ("views.policies.all.affine.scale=[2,1]", "affine.scale=[2, 1]: expected a pair [low, high]"),

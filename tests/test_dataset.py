@@ -12,7 +12,8 @@ import torchvision
 from torch import Tensor
 
 from ssl_runner.data import dataset, readers
-from ssl_runner.data.dataset import DataSet
+from ssl_runner.data.dataset import DataSet, Source
+from ssl_runner.data.splits import hold_out
 from ssl_runner.errors import UsageError
 from tests.helpers import CPU, load, toy
 
@@ -61,6 +62,32 @@ def test_impossible_split_raises_usage_error(subset: int, val: float) -> None:
     else:
         with pytest.raises(UsageError, match=r"dataset\.(subset|val_fraction)="):
             load(toy(), val, subset)
+
+
+def test_test_fraction_is_seeded_stratified_and_taken_before_the_subset() -> None:
+    def source() -> Source:
+        data = toy()
+        data.test = data.test[:0]
+        return data
+
+    def split(subset: int | None) -> DataSet:
+        return dataset.load(source, "toy", 0.25, subset, 0, "auto", CPU, test_fraction=0.2)
+
+    data, small = split(None), split(40)
+    assert torch.bincount(data.test.y).tolist() == [4] * 4
+    assert torch.equal(data.test.indices, small.test.indices)
+    parts = [set(part.indices.tolist()) for part in (data.train, data.val, data.test)]
+    assert (set.union(*parts), sum(map(len, parts))) == (set(range(80)), 80)
+    with pytest.raises(UsageError, match=r"test_fraction=0.2: expected 0, since toy has 8 test images"):
+        dataset.load(toy, "toy", 0.25, None, 0, "auto", CPU, test_fraction=0.2)
+
+
+def test_held_out_images_are_of_different_classes_if_there_are_few() -> None:
+    labels = np.repeat(np.arange(10), [1, *[3] * 9])
+    kept, held = hold_out(np.arange(28), labels, 0.1, 0)
+    assert len(held) == len(set(labels[held])) == 3
+    assert 0 not in held
+    assert sorted([*kept, *held]) == list(range(28))
 
 
 def test_mean_and_std_are_those_of_pretraining_images() -> None:

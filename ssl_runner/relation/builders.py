@@ -176,7 +176,7 @@ class FromEdges(RelationBuilder):
 
     - mnist5k: the order of the file in the package, in which training and test images are mixed
     - cifar10, cifar100, stl10: training, test, then unlabelled images, each in torchvision's order
-    - folder: train/, then test/; within each, classes by name, and within a class, files by name
+    - folder: train, test, val, then unlabelled images; within each, classes by name, then files by path
     """
 
     def __init__(self, path: str | None = None, normalized: bool = False):
