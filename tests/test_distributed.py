@@ -125,7 +125,7 @@ def test_collective_sizes_are_independent_of_batch_size_except_for_simclr(W: int
     }
     assert sizes["vicreg"] == [1, K, K * K]
     assert sizes["barlow"] == [K, K * K]
-    assert sizes["spectral"] == [1, 1, K, K, K * K, K * K]
+    assert sizes["spectral"] == [1, 1, 1, K, K, K * K]
     assert all(name == "all_reduce" for loss in ("vicreg", "barlow", "spectral") for name, _ in found[loss])
     gathers = [call for call in found["simclr"] if call[0] != "all_reduce"]
     assert gathers == [(collectives.ALL_GATHER, W * 40 * K), (collectives.REDUCE_SCATTER, W * 40 * K)]
