@@ -357,7 +357,7 @@ def test_experiment_file_is_validated_like_command_line(ssl_run, tmp_path: Path)
             "Unknown option 'probe.evry'. Did you mean 'probe.every'?",
         ),
         ("type", "epochs: many", "epochs=many: expected an integer >= 1"),
-        ("flat", "probe: 3", "probe=3: expected a group of options (every, probes, "),
+        ("flat", "probe: 3", "probe=3: expected a group of options (every, keep, probes, "),
         ("resume", "resume: somewhere", "resume=somewhere is set in a config file"),
         ("text", "epochs: '3'", "epochs='3': expected an integer >= 1"),
         ("range", "tau: -1", "tau=-1: expected a number > 0"),

@@ -14,6 +14,7 @@ from ssl_runner.model import SSLModel
 from ssl_runner.probe import BestEpoch, KnnProbe
 from ssl_runner.projector import mlp
 from ssl_runner.runs.files import CsvLog
+from ssl_runner.runs.weights import plain_names
 from tests.helpers import TINY, noise_loader, preempt_after, run_folder, table
 
 KEEP = f"{TINY} epochs=4 probe.every=1 probe.keep=best optimizer.lr=0.02"
@@ -76,7 +77,7 @@ def test_exported_weights_are_those_of_the_best_epoch(ssl_run, tmp_path: Path) -
     assert best < 4, "the run should get worse at its end for this test"
     assert (record["exported_epoch"], record["exported_val_top1"]) == (best, val[best])
     exported = safetensors.torch.load_file(folder / "backbone.safetensors")
-    expected = safetensors.torch.load_file(folder / f"{best}.safetensors")
+    expected = plain_names(safetensors.torch.load_file(folder / f"{best}.safetensors"))
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
     assert float(rows[3]["top1"]) == record["val_top1"] == val[best]  # the final probes are of these weights
 
