@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from ssl_runner.errors import UsageError
 from ssl_runner.runs import resume
 
 RESULT = ("loss", "top1", "val_top1")
+RUNNING = threading.Lock()  # Hydra's state, the working directory and torch's random state are global
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Result:
 
     folder     the run folder, absolute
     metrics    metrics.csv, one row per epoch
-    probes     probe.csv, one row per probe, features and split
+    probes     probe.csv, one row per probe, features and split; empty without labels
     result     last `loss`, and `top1` (test) and `val_top1` of the first probe, in [0, 1]
     """
 
@@ -47,9 +49,28 @@ def run(*overrides: str, folder: str | Path | None = None, config_dir: str | Pat
     refuse_unsupported(overrides, folder)
     words = list(overrides)
     if folder is not None:
-        words.append(f"hydra.run.dir={resume.quote(Path(folder).resolve())}")
+        words.append(f"hydra.run.dir={resume.quote(Path(folder).expanduser().resolve())}")
     if config_dir is not None:
-        words.append(f"--config-dir={Path(config_dir).resolve()}")
+        words.append(f"--config-dir={Path(config_dir).expanduser().resolve()}")
+    if not RUNNING.acquire(blocking=False):
+        raise UsageError(
+            "run: expected one run at a time in a process; wait for it, or start a second process"
+        )
+    try:
+        path, result = execute(words)
+    finally:
+        RUNNING.release()
+    probes = path / "probe.csv"
+    return Result(
+        folder=path,
+        metrics=pd.read_csv(path / "metrics.csv"),
+        probes=pd.read_csv(probes) if probes.exists() else pd.DataFrame(),
+        result={name: result[name] for name in RESULT if name in result},
+    )
+
+
+def execute(words: list[str]) -> tuple[Path, dict[str, float | None]]:
+    """Execute the run of a command line. Returns its folder and its result."""
     ended: list[tuple[Path, dict[str, float | None]] | Exception] = []
     parser = arguments.parser()
     with hydra_internals.preserved_state(), contextlib.chdir(Path.cwd()):
@@ -61,22 +82,23 @@ def run(*overrides: str, folder: str | Path | None = None, config_dir: str | Pat
     [outcome] = ended
     if isinstance(outcome, Exception):
         raise outcome
-    path, result = outcome
-    return Result(
-        folder=path,
-        metrics=pd.read_csv(path / "metrics.csv"),
-        probes=pd.read_csv(path / "probe.csv"),
-        result={name: result[name] for name in RESULT if name in result},
-    )
+    return outcome
 
 
 def refuse_unsupported(overrides: tuple[str, ...], folder: str | Path | None) -> None:
     """Raise UsageError for what only the command line can do, and for a folder that is given twice."""
     for line in overrides:
-        if line.startswith("-") or line == "hydra.mode=MULTIRUN":
+        if not isinstance(line, str):
+            raise UsageError(f"run: expected overrides as strings, such as 'epochs=5', found {line!r}")
+        if line.startswith("--config-dir"):
+            raise UsageError(f"{line}: expected the argument config_dir of run; use it instead")
+        if line.startswith("-") or line.upper() == "HYDRA.MODE=MULTIRUN":
             raise UsageError(f"{line}: expected <group>=<name> or <key>=<value>; write a sweep as a loop")
-    twice = [line for line in overrides if line.startswith(("hydra.run.dir=", "resume="))]
-    if folder is not None and twice and twice[0] != "resume=auto":
+    free = ("resume=auto", "resume=null")
+    twice = [
+        line for line in overrides if line.startswith(("hydra.run.dir=", "resume=")) and line not in free
+    ]
+    if folder is not None and twice:
         raise UsageError(f"folder={folder}: expected no folder together with {twice[0]}; leave one out")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("run: expected a single process; start several with torchrun -m ssl_runner")

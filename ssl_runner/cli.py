@@ -107,7 +107,7 @@ def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictCon
             raise UsageError(
                 f"{given['resume'].input_line}: expected a single run; leave out -m, or use resume=auto"
             )
-        plan = resume.plan_resume(Path(str(resume_from)).resolve(), given, args.config_dir)
+        plan = resume.plan_resume(Path(str(resume_from)).expanduser().resolve(), given, args.config_dir)
         args.overrides += plan.overrides
         args.config_dir = plan.config_dir
         os.chdir(plan.directory)

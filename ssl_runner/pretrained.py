@@ -44,8 +44,8 @@ class Transform:
         """Return an image as a normalised float32 tensor (C, S, S) on the CPU.
 
         `image` is a PIL image of any mode, a uint8 array (H, W) or (H, W, channels), or a uint8 tensor
-        (channels, H, W). An image of another size is centre-cropped to a square and resized with a bicubic
-        filter. Grayscale becomes RGB, and RGB becomes luminance, where the network needs it.
+        (H, W) or (channels, H, W). An image of another size is centre-cropped to a square and resized with a
+        bicubic filter. Grayscale becomes RGB, and RGB becomes luminance, where the network needs it.
 
         Raises UsageError for another type or shape.
         """
@@ -70,10 +70,14 @@ class Transform:
 
 
 def _to_pil(image: Image.Image | np.ndarray | Tensor) -> Image.Image:
-    """Convert a uint8 array (H, W[, channels]) or tensor (channels, H, W), with 1, 3 or 4 channels."""
+    """Convert a uint8 array (H, W[, channels]) or tensor ([channels, ]H, W), with 1, 3 or 4 channels."""
     if isinstance(image, Image.Image):
         return image
-    array: Any = image.cpu().movedim(0, -1).numpy() if isinstance(image, Tensor) and image.ndim else image
+    array: Any = image
+    if isinstance(image, Tensor) and image.ndim == 3:
+        array = image.cpu().movedim(0, -1).numpy()
+    elif isinstance(image, Tensor) and image.ndim == 2:
+        array = image.cpu().numpy()
     if isinstance(array, np.ndarray) and array.dtype == np.uint8:
         if array.ndim == 3 and array.shape[2] == 1:
             array = array[:, :, 0]
@@ -124,6 +128,11 @@ def load(
     file = Path(path).expanduser()
     if file.is_dir():
         file /= weights.BACKBONE
+    if file.name == weights.PROJECTOR:
+        raise UsageError(
+            f"path={file}: expected the folder of a run or its {weights.BACKBONE}; with_projector=True adds"
+            " the projector"
+        )
     settings = _settings(file)
     projector = None
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, then replaced

@@ -19,7 +19,7 @@ import ssl_runner
 from ssl_runner import api, pipeline
 from ssl_runner.errors import UsageError
 from ssl_runner.report.read import read_runs
-from tests.helpers import TINY, run_folder, table
+from tests.helpers import TINY, make_pictures, run_folder, table
 
 QUICK = f"{TINY} epochs=1 gamma=25".split()
 PAGE = Path(__file__).parent.parent / "docs" / "python.md"
@@ -100,6 +100,8 @@ def test_run_restores_global_state(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         (["tau=0.1"], None, "tau is an option of loss=simclr, not of loss=vicreg"),
         (["gamma=1,5"], None, "gamma=1,5 is a sweep"),
+        (["--config-dir=a"], None, "--config-dir=a: expected the argument config_dir"),
+        ([3], None, "run: expected overrides as strings, such as 'epochs=5', found 3"),
         (["-m"], None, "-m: expected <group>=<name> or <key>=<value>; write a sweep as a loop"),
         (["hydra.mode=MULTIRUN"], None, "write a sweep as a loop"),
         (["resume=nowhere"], None, "nowhere: expected the folder of a run"),
@@ -114,6 +116,26 @@ def test_invalid_input_raises_what_the_command_line_prints(
     with pytest.raises(UsageError, match=re.escape(message)):
         ssl_runner.run(*overrides, folder=folder)
     assert capsys.readouterr() == ("", "")
+
+
+def test_unlabelled_images_give_an_empty_table_of_probes(tmp_path: Path) -> None:
+    make_pictures(tmp_path / "pictures", 30, 0, 24)
+    options = [option for option in QUICK if not option.startswith(("dataset.", "probe."))]
+    images = ["dataset=folder", "dataset.root=pictures", "dataset.labels=false", "batch_size=20"]
+    result = ssl_runner.run(*options, *images, f"dataset.cache={tmp_path}/cache")
+    assert result.probes.empty
+    assert len(result.metrics) == 1
+    assert result.result["top1"] is None
+
+
+def test_second_run_at_the_same_time_is_rejected() -> None:
+    with api.RUNNING, pytest.raises(UsageError, match="one run at a time in a process"):
+        ssl_runner.run(*QUICK)
+
+
+def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ssl_runner.run(*QUICK, folder="~/mine").folder == tmp_path / "mine"
 
 
 def test_folder_with_a_run_is_rejected(tmp_path: Path) -> None:

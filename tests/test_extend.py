@@ -196,3 +196,16 @@ def test_resume_auto_does_not_take_an_extended_run_for_a_longer_one(ssl_run, tmp
     longer = run_folder(ssl_run(f"{command} epochs=2")[1])
     assert longer != folder
     assert len(record(longer)["schedule"]) == 1
+    code, out, _ = ssl_run(f"{command} epochs=1")
+    assert (code, run_folder(out)) == (0, folder / "epochs-1")
+    assert "already done" in out
+
+
+def test_overrides_with_interpolations_are_kept(ssl_run, tmp_path: Path) -> None:
+    command = f"{BASE} epochs=1".replace("diagnostics.every=0", "diagnostics.every=${epochs}")
+    folder = run_folder(ssl_run(command)[1])
+    code, _, err = ssl_run(f"resume={folder} epochs=2")
+    assert (code, err) == (0, "")
+    assert config(folder).diagnostics.every == 2
+    lines = OmegaConf.to_container(config(folder, "overrides.yaml"), resolve=False)
+    assert "diagnostics.every=${epochs}" in lines

@@ -299,7 +299,7 @@ def test_load_refuses_other_files(tmp_path: Path) -> None:
         "empty": "backbone.safetensors: expected an existing file",
         "text": "text: expected a safetensors file",
         "foreign.safetensors": "expected weights written by ssl_runner, found no such header",
-        "projector.safetensors": "expected the tensors of its own header",
+        "projector.safetensors": "expected the folder of a run or its backbone.safetensors",
         "other.safetensors": "expected the tensors of its own header",
         "custom.safetensors": "cannot rebuild the backbone nowhere.network",
     }.items():
@@ -331,6 +331,9 @@ def test_transform_converts_channels() -> None:
     luminance = (0.299 * 200 + 0.587 * 100 + 0.114 * 50) / 255
     torch.testing.assert_close(gray(color), torch.full((1, 2, 2), luminance), rtol=0, atol=1 / 255)
     torch.testing.assert_close(rgb(color[:1]), torch.full((3, 2, 2), 200 / 255))
+    asymmetric = torch.tensor([[0, 10], [200, 30]], dtype=torch.uint8)
+    for image in (asymmetric, asymmetric.numpy(), Image.fromarray(asymmetric.numpy())):
+        torch.testing.assert_close(gray(image), asymmetric[None] / 255)
     transparent = Image.new("RGBA", (5, 3), (0, 0, 0, 0))
     torch.testing.assert_close(rgb(transparent), torch.ones(3, 2, 2))
 

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -23,8 +24,8 @@ WRAPPERS = (
 )
 # What torch.load raises for a file that is not a checkpoint, or that contains pickled objects.
 UNREADABLE = (
-    *(OSError, EOFError, RuntimeError, ValueError, KeyError),
-    *(pickle.UnpicklingError, safetensors.SafetensorError),
+    *(OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError),
+    *(struct.error, pickle.UnpicklingError, safetensors.SafetensorError),
 )
 # Keys of averaged weights, which are preferred among equal matches.
 AVERAGED = ("state_dict_ema", "model_ema", "teacher")

@@ -16,6 +16,8 @@ from ssl_runner.config import compose, rules
 from ssl_runner.errors import UsageError
 from ssl_runner.runs.files import read_json
 
+EXTENDED = "epochs-*"  # folders in that of an extended run: its results before the extension
+
 
 def refuse_occupied(folder: Path) -> None:
     """Raise UsageError if the folder, or a direct subfolder, already contains a run."""
@@ -70,7 +72,8 @@ def candidate_runs(made: Path) -> list[Path]:
     """Return the run.json paths of all runs that resume=auto considers.
 
     For a single run, these are the runs with the same data set and loss; for a sweep, the runs of all sweeps.
-    If the command line sets hydra.run.dir or hydra.sweep.dir, only runs in that folder are considered.
+    If the command line sets hydra.run.dir or hydra.sweep.dir, only runs in that folder are considered. The
+    results of extended runs before their extension are among them.
     """
     hydra_config = HydraConfig.get()
     named = any(
@@ -78,11 +81,13 @@ def candidate_runs(made: Path) -> list[Path]:
     )
     if hydra_config.mode == RunMode.MULTIRUN:
         sweep = Path(hydra_config.sweep.dir).absolute()
-        return sorted(sweep.glob("*/run.json") if named else sweep.parent.glob("*/*/run.json"))
-    if named:
+        base, runs = (sweep, "*") if named else (sweep.parent, "*/*")
+    elif named:
         own = made / "run.json"
         return [own] if own.exists() else []
-    return sorted(made.parent.glob("*/run.json"))
+    else:
+        base, runs = made.parent, "*"
+    return [*sorted(base.glob(f"{runs}/run.json")), *sorted(base.glob(f"{runs}/{EXTENDED}/run.json"))]
 
 
 def lock_folder(folder: Path) -> AcquireReturnProxy:
@@ -136,14 +141,20 @@ def plan_resume(folder: Path, given: Collection[str], config_dir: str | None) ->
         raise UsageError(
             f"resume={folder}: this run is still running as process {record['pid']}; wait for it to end"
         )
-    first = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
-    overrides = compose.parse(map(str, first))
+    overrides = compose.parse(read_overrides(folder))
     added = [str(override.input_line) for override in overrides if override.key_or_group not in given]
     return ResumePlan(
         overrides=[*added, f"hydra.run.dir={quote(folder)}"],
         config_dir=str(Path(config_dir).resolve()) if config_dir is not None else config_dir_of(folder),
         directory=Path(record["cwd"]),
     )
+
+
+def read_overrides(folder: Path) -> list[str]:
+    """Return the overrides that the run was started with. Interpolations in them are not resolved."""
+    lines = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml"), resolve=False)
+    assert isinstance(lines, list)
+    return [str(line) for line in lines]
 
 
 def quote(path: Path) -> str:

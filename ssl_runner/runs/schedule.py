@@ -93,7 +93,8 @@ def refuse_other_changes(cfg: DictConfig, saved: DictConfig) -> None:
 
     Options that follow `epochs`, such as `every: ${epochs}`, may change with it. They are updated in `saved`.
     """
-    given = {override.key_or_group for override in compose.parse(HydraConfig.get().overrides.task)}
+    task = compose.parse(HydraConfig.get().overrides.task)
+    given = {override.key_or_group for override in task if "${" not in str(override.input_line)}
     before = saved.epochs
     for key in list(rules.dotted_keys(saved)):
         follows = OmegaConf.select(saved, key) == before and OmegaConf.select(cfg, key) == cfg.epochs
@@ -132,7 +133,6 @@ def write_config(config: DictConfig, epochs: int, planned: int, folder: Path) ->
     before = hydra / f"config-{planned}.yaml"
     if not before.exists():
         shutil.copy2(hydra / "config.yaml", before)
-    overrides = [str(line) for line in OmegaConf.load(hydra / "overrides.yaml")]
-    overrides = [line for line in overrides if not line.startswith("epochs=")]
+    overrides = [line for line in resume.read_overrides(folder) if not line.startswith("epochs=")]
     OmegaConf.save(OmegaConf.create([*overrides, f"epochs={epochs}"]), hydra / "overrides.yaml")
     OmegaConf.save(config, hydra / "config.yaml")
