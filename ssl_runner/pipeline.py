@@ -38,7 +38,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     Raises UsageError for a run that cannot work and Preempted after a signal; run.json records
     every exception.
     """
-    schedule, is_main = read_schedule(folder, cfg.epochs), distributed.is_main_process()
+    is_main = distributed.is_main_process()
+    schedule = distributed.broadcast_object(read_schedule(folder, cfg.epochs) if is_main else None)
     record = RunRecord(folder, identity(cfg, schedule), schedule=schedule)
     with Preemption() as preemption, record, distributed.propagate_failures(record.fail):
         resume_from = distributed.broadcast_object(checkpoint.find(folder) if is_main else None)
