@@ -131,7 +131,7 @@ def vit_tiny(channels: int, image_size: int) -> Backbone:
             if _patch(side)
         )
         raise ValueError(
-            f"backbone=vit_tiny: expected a side that divides into patches, found {image_size} pixels; set"
+            f"vit_tiny: expected a side that divides into patches, found {image_size} pixels; set"
             f" dataset.size={near}, or use another backbone"
         )
     return from_timm(channels, image_size, "vit_tiny_patch16_224", img_size=image_size, patch_size=patch)
