@@ -139,7 +139,7 @@ def vit_tiny(channels: int, image_size: int) -> Backbone:
 
 def _patch(side: int) -> int | None:
     """Patch size of vit_tiny, in pixels. None if there is no suitable divisor of the side."""
-    wanted = side / 8 if side <= SMALL_IMAGE else 16
+    wanted = max(1, side / 8) if side <= SMALL_IMAGE else 16
     divisors = [p for p in range(1, side + 1) if side % p == 0 and wanted / 2 <= p <= 2 * wanted]
     return min(divisors, key=lambda p: abs(p - wanted), default=None)
 
