@@ -181,7 +181,8 @@ def headline(cfg: DictConfig, record: RunRecord) -> str:
     """One line: data set and splits, views and positives, parameters, device and precision."""
     content = record.content
     images = " ".join(f"{split}={n}" for split, n in content["images"].items())
-    layout = f" ({content['layout']})" if content["layout"] else ""
+    classes = f", {len(content['classes'])} classes" if content["classes"] else ""
+    layout = f" ({content['layout']}{classes})" if content["layout"] else ""
     positives = content["relation"]["target"].split(".")[-1].removeprefix("From").lower()
     positives += " (normalized)" if content["relation"]["normalized"] else ""
     parameters = " ".join(f"{module}={n:,}" for module, n in content["parameters"].items())

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import psutil
@@ -171,10 +171,12 @@ def load(
     test_fraction  fraction of the training images that become the test split, stratified by class, before
                    `subset`
 
+    A data set with one training image in each class is used as unlabelled.
+
     Raises UsageError if `subset` is out of range, if no validation or test image can be held out, if the
     data set has a test split besides `test_fraction`, or if `storage` is "device" and the images do not fit.
     """
-    data = source()
+    data = _without_single_images(source())
     train, test, unlabeled = data.train, data.test, data.unlabeled
     labels = data.labels.numpy()
     if test_fraction:
@@ -213,6 +215,16 @@ def load(
         layout=data.layout,
         skipped=data.skipped,
     )
+
+
+def _without_single_images(data: Source) -> Source:
+    """The data set, without labels if each class has one training image, since these allow no split."""
+    if data.val is not None or not data.classes or torch.bincount(data.labels[data.train]).max() > 1:
+        return data
+    none, unused = data.train[:0], f", {len(data.test)} test images unused" if len(data.test) else ""
+    layout = f"{data.layout}, one image in each class: unlabelled{unused}".lstrip(", ")
+    trained, labels = np.concatenate([data.train, data.unlabeled]), torch.full_like(data.labels, -1)
+    return replace(data, labels=labels, classes=[], train=none, test=none, unlabeled=trained, layout=layout)
 
 
 def _split_test(data: Source, name: str, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
