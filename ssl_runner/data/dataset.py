@@ -9,6 +9,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from ssl_runner.data.contents import digest
 from ssl_runner.data.skipped import Skipped
 from ssl_runner.data.splits import balanced_order, hold_out
 from ssl_runner.device import release_freed_memory, to_device
@@ -23,7 +24,8 @@ class Source:
 
     images (n, C, H, W) uint8; labels (n,) int64, -1 if unlabelled; classes: class names, empty if all images
     are unlabelled; train, test and unlabeled: indices of images; val: the same, None to hold out some of
-    `train`; layout: how the files are arranged, in words; skipped: files that were not read.
+    `train`; layout: how the files are arranged, in words; skipped: files that were not read; files and
+    file_bytes (n,): name and length of the file of each image (`contents.listed`), None without such files.
     """
 
     images: Tensor
@@ -36,6 +38,8 @@ class Source:
     val: np.ndarray | None = None
     layout: str = ""
     skipped: Skipped = field(default_factory=Skipped)
+    files: list[str] | None = None
+    file_bytes: np.ndarray | None = None
 
 
 @dataclass
@@ -123,6 +127,8 @@ class DataSet:
                the final probe fit
     test       evaluated once; empty if the data set has no test images
     layout     how its files are arranged, in words; skipped: files that were not read
+    files      name of the file of each image of the reader, None without such files
+    digest     16 hexadecimal digits that change with the images or labels of the reader (`contents.digest`)
     mean, std  (C,) per-channel statistics of the pretraining images, with pixels in [0, 1]
     """
 
@@ -136,6 +142,13 @@ class DataSet:
     std: Tensor
     layout: str = ""
     skipped: Skipped = field(default_factory=Skipped)
+    files: list[str] | None = None
+    digest: str = ""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of images of each split."""
+        return {split: len(getattr(self, split)) for split in ("pretrain", "train", "val", "test")}
 
     @property
     def channels(self) -> int:
@@ -200,6 +213,7 @@ def load(
         return Images(images, label_tensor, torch.from_numpy(np.sort(indices)), resident)
 
     pretrain = split(np.concatenate([train, unlabeled]))
+    splits = (data.train, data.val, data.test, data.unlabeled)
     mean, std = channel_statistics(pretrain)
     return DataSet(
         name=name,
@@ -212,6 +226,8 @@ def load(
         std=std.to(device),
         layout=data.layout,
         skipped=data.skipped,
+        files=data.files,
+        digest=digest(data.classes, data.files, labels, *splits, data.file_bytes),
     )
 
 

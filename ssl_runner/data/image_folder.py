@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from io import BytesIO
 from math import prod
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssl_runner.data import decode
+from ssl_runner.data.contents import listed
 from ssl_runner.data.dataset import Source
 from ssl_runner.data.file_list import read_list
 from ssl_runner.data.layouts import Listing, read_layout
@@ -61,14 +63,15 @@ def folder(
     if files is not None:
         if root is not None:
             raise UsageError(f"dataset.files={files}: expected dataset.root=null beside it; set one of them")
-        listing = read_list(files, labels)
+        listing, base = read_list(files, labels), Path(files).expanduser().resolve().parent
     else:
-        listing = read_layout(_roots(root), labels, skip)
+        roots = _roots(root)
+        listing, base = read_layout(roots, labels, skip), Path(os.path.commonpath(roots))
     listing = _readable(listing, skip)
     images, broken = decode_files(listing.files, size, cache, channels or 3, skip)
     for row in broken:
         listing.skipped.add("broken", listing.files[row])
-    return _source(listing, images, broken)
+    return replace(_source(listing, images, broken), **listed(listing.files, base))
 
 
 def _roots(root: str | Sequence[str] | None) -> list[Path]:
