@@ -80,11 +80,12 @@ def check_fit(cfg: DictConfig, data: DataSet, relation: RelationBuilder) -> None
 
 
 def check_unlabelled(cfg: DictConfig, data: DataSet) -> None:
-    """Raise UsageError for probes that are asked for, since they need labels."""
+    """Raise UsageError for options of probes that differ from the defaults, since probes need labels."""
     default = OmegaConf.load(CONF / "probe" / "default.yaml")
     for key in ("every", "probes", "features", "labels", "layer"):
-        if cfg.probe[key] != OmegaConf.select(default, key):
+        if cfg.probe[key] != (expected := OmegaConf.select(default, key)):
             raise UsageError(
                 f"probe.{key}={format_value(cfg.probe[key])}: expected the default, since {data.name} has no"
-                " labels and probes need them; leave it out, or use labelled images"
+                f" labels and probes need them; set probe.{key}={format_value(expected)}, or use labelled"
+                " images"
             )

@@ -17,7 +17,7 @@ from ssl_runner.embedding_map import write_map
 from ssl_runner.model import count_parameters
 from ssl_runner.preemption import Preemption
 from ssl_runner.probe import evaluate, feature_networks, label_draws
-from ssl_runner.runs import checkpoint, weights
+from ssl_runner.runs import checkpoint, resume, weights
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.runs.record import RunRecord
 from ssl_runner.runs.schedule import identity, read_schedule
@@ -44,6 +44,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     with Preemption() as preemption, record, distributed.propagate_failures(record.fail):
         resume_from = distributed.broadcast_object(checkpoint.find(folder) if is_main else None)
         experiment = build(cfg, init_weights=resume_from is None)
+        data = experiment.data
+        if resume_from is not None:
+            resume.refuse_other_images(cfg, folder, before, data.digest, data.counts)
         metrics, probes = (
             CsvLog(folder / f"{name}.csv" if is_main else None) for name in ("metrics", "probe")
         )
@@ -57,8 +60,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         evaluators = experiment.evaluators(folder, probes)
         if resume_from is not None:  # last, since it restores the random states
             state = checkpoint.load(resume_from)
-            for evaluator, kept in zip(evaluators, state.pop("evaluators"), strict=True):
-                evaluator.load_state_dict(kept)
+            for evaluator, of_evaluator in zip(evaluators, state.pop("evaluators"), strict=True):
+                evaluator.load_state_dict(of_evaluator)
             solver.load_state_dict(state)
         metrics.truncate_after(solver.epoch)
         probes.truncate_after(solver.epoch)
@@ -68,7 +71,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
             solver.compile()
         record.update(**facts(experiment))
         if is_main:
-            print("\n".join([headline(cfg, record), *notes(experiment.data)]), flush=True)
+            print("\n".join([headline(cfg, record), *notes(data)]), flush=True)
         if is_main and cfg.views.preview:
             preview(experiment.loader, folder / "views.png")
 
@@ -84,7 +87,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
 
         scores = probe(experiment, solver, probes)
         if is_main and scores:
-            print(format_table(scores, "test" if len(experiment.data.test) else "val"), flush=True)
+            print(format_table(scores, "test" if len(data.test) else "val"), flush=True)
         val, test = (
             scores.get((solver.result_features, cfg.probe.probes[0], split)) for split in ("val", "test")
         )
@@ -92,7 +95,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         record.update(**result)
         if cfg.embedding.method != "none":
             network = networks(experiment)[solver.result_features]()
-            write_map(network, experiment.data, folder, **cfg.embedding, seed=cfg.dataset.split_seed)
+            write_map(network, data, folder, **cfg.embedding, seed=cfg.dataset.split_seed)
     return result
 
 
@@ -146,7 +149,8 @@ def facts(experiment: Experiment) -> dict[str, object]:
             "normalized": cfg.relation.get("normalized", False),
             "pairs": experiment.relation.count_pairs(data.pretrain.indices),
         },
-        "images": {split: len(getattr(data, split)) for split in ("pretrain", "train", "val", "test")},
+        "images": data.counts,
+        "data_digest": data.digest,
         "classes": data.classes,
         "layout": data.layout,
         "skipped": data.skipped.record(),

@@ -47,7 +47,7 @@ IMPORTS = """
     cli             build config distributed errors pipeline preemption runs version
     __main__        cli
     api             cli config errors runs
-    report          errors runs
+    report          data errors runs
 """
 
 MAX_LINES, LONGER = 300, {"views.cpu_kernels", "theory.eigenspaces"}  # numerical modules

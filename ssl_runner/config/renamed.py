@@ -50,6 +50,6 @@ def message(key: str, value: object) -> str | None:
     if key in RENAMED:
         new = VALUES.get((key, str(value)), format_value(value))
         return f"{key} was renamed: use {RENAMED[key]}={new}"
-    if (key, value) in CHOICES:
-        return f"{key}={value} was renamed: use {key}={CHOICES[key, str(value)]}"
+    if isinstance(value, str) and (key, value) in CHOICES:
+        return f"{key}={value} was renamed: use {key}={CHOICES[key, value]}"
     return None

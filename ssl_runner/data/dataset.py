@@ -1,7 +1,6 @@
 """Data sets as two tensors, images (n, C, H, W) uint8 and labels (n,) int64, and seeded splits of them."""
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -9,9 +8,11 @@ import psutil
 import torch
 from torch import Tensor
 
+from ssl_runner.data.contents import digest
+from ssl_runner.data.images import Images
 from ssl_runner.data.skipped import Skipped
 from ssl_runner.data.splits import balanced_order, hold_out
-from ssl_runner.device import release_freed_memory, to_device
+from ssl_runner.device import release_freed_memory
 from ssl_runner.errors import UsageError
 
 MEMORY_FRACTION = 0.5  # storage="auto": largest fraction of the free device memory that images may use
@@ -23,7 +24,8 @@ class Source:
 
     images (n, C, H, W) uint8; labels (n,) int64, -1 if unlabelled; classes: class names, empty if all images
     are unlabelled; train, test and unlabeled: indices of images; val: the same, None to hold out some of
-    `train`; layout: how the files are arranged, in words; skipped: files that were not read.
+    `train`; layout: how the files are arranged, in words; skipped: files that were not read; files and
+    file_bytes (n,): name and length of the file of each image (`contents.listed`), None without such files.
     """
 
     images: Tensor
@@ -36,81 +38,8 @@ class Source:
     val: np.ndarray | None = None
     layout: str = ""
     skipped: Skipped = field(default_factory=Skipped)
-
-
-@dataclass
-class Images:
-    """A subset of a data set, without a copy of it.
-
-    images (N, C, H, W) uint8 and labels (N,) int64 hold the whole data set; indices (n,) int64 select
-    the subset. `resident` is True if the images are in device memory, False if they are in host memory or
-    in a memory-mapped file.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-    resident: bool
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def y(self) -> Tensor:
-        """Labels (n,) of this subset, on the device of `labels`."""
-        return self.labels[self.indices.to(self.labels.device)]
-
-    def batches(
-        self, order: Tensor, batch_size: int, device: torch.device
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches of images (b, C, H, W) uint8 and labels (b,) on `device`.
-
-        order (m,) int64 holds positions within this subset, in the order in which they are read. A thread
-        prefetches images that are not resident: it gathers and copies one batch ahead of the current step.
-        """
-        if self.resident:
-            for indices in to_device(self.indices[order], device).split(batch_size):
-                yield self.images[indices], self.labels[indices]
-            return
-        chunks = self.indices[order].split(batch_size)
-        prefetcher = Prefetcher(device)
-        with ThreadPoolExecutor(1) as thread:
-            ahead = thread.submit(prefetcher.fetch, self, chunks[0])
-            for following in [*chunks[1:], None]:
-                ready = prefetcher.ready(ahead.result())
-                if following is not None:
-                    ahead = thread.submit(prefetcher.fetch, self, following)
-                yield ready
-
-
-class Prefetcher:
-    """Copies batches of images in host memory to a device.
-
-    `fetch` runs in a thread and starts the copy of a batch. `ready` is called before the batch is used. On
-    CUDA the copy uses pinned memory and a separate stream, so that it overlaps with compute.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def fetch(self, images: Images, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Start copying the images at indices (b,) to the device. Returns the copies and their labels."""
-        batch = images.images[indices]
-        if self.stream is None:
-            return batch.to(self.device), images.labels[indices.to(self.device)]
-        with torch.cuda.stream(self.stream):
-            batch, indices = to_device(batch, self.device), to_device(indices, self.device)
-            return batch, images.labels[indices]
-
-    def ready(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Make the compute stream wait for the copy of `batch`, without a host-device sync."""
-        if self.stream is not None:
-            compute = torch.cuda.current_stream(self.device)
-            compute.wait_stream(self.stream)
-            for tensor in batch:
-                tensor.record_stream(compute)
-        return batch
+    files: list[str] | None = None
+    file_bytes: np.ndarray | None = None
 
 
 @dataclass
@@ -123,6 +52,8 @@ class DataSet:
                the final probe fit
     test       evaluated once; empty if the data set has no test images
     layout     how its files are arranged, in words; skipped: files that were not read
+    files      name of the file of each image of the reader, None without such files
+    digest     16 hexadecimal digits that change with the images or labels of the reader (`contents.digest`)
     mean, std  (C,) per-channel statistics of the pretraining images, with pixels in [0, 1]
     """
 
@@ -136,6 +67,13 @@ class DataSet:
     std: Tensor
     layout: str = ""
     skipped: Skipped = field(default_factory=Skipped)
+    files: list[str] | None = None
+    digest: str = ""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of images of each split."""
+        return {split: len(getattr(self, split)) for split in ("pretrain", "train", "val", "test")}
 
     @property
     def channels(self) -> int:
@@ -202,6 +140,7 @@ def load(
         return Images(images, label_tensor, torch.from_numpy(np.sort(indices)), resident)
 
     pretrain = split(np.concatenate([train, unlabeled]))
+    splits = (data.train, data.val, data.test, data.unlabeled)
     mean, std = channel_statistics(pretrain)
     return DataSet(
         name=name,
@@ -214,6 +153,8 @@ def load(
         std=std.to(device),
         layout=data.layout,
         skipped=data.skipped,
+        files=data.files,
+        digest=digest(data.classes, data.files, labels, *splits, data.file_bytes),
     )
 
 

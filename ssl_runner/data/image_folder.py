@@ -1,6 +1,8 @@
 """Images of your own, from folders or a list of files, decoded once into a memory-mapped file."""
 
+import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_runner.data.contents import listed
 from ssl_runner.data.dataset import Source
 from ssl_runner.data.decoded import decode_files, is_missing, none_readable
 from ssl_runner.data.file_list import read_list
@@ -48,13 +51,14 @@ def folder(
             raise UsageError(
                 f"dataset.files={printable(files)}: expected dataset.root=null beside it; set one of them"
             )
-        listing = read_list(files, labels)
+        listing, base = read_list(files, labels), Path(files).expanduser().resolve().parent
     else:
-        listing = read_layout(_roots(root), labels, skip)
+        roots = _roots(root)
+        listing, base = read_layout(roots, labels, skip), Path(os.path.commonpath(roots))
     images, broken = decode_files(listing.files, size, cache, channels or 3, skip)
     for row, error in broken.items():
         listing.skipped.add("unreadable" if is_missing(error) else "broken", listing.files[row])
-    return _source(listing, images, broken)
+    return replace(_source(listing, images, broken), **listed(listing.files, base))
 
 
 def _roots(root: str | Sequence[str] | None) -> list[Path]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ssl_runner.data.contents import listed
 from ssl_runner.data.dataset import Source
 from ssl_runner.data.decoded import decode_files
 from ssl_runner.data.readers import NONE
@@ -54,11 +55,11 @@ def tiny_imagenet(root: str | None, size: int | None, channels: int | None, cach
             f" extract {TINY_IMAGENET} again"
         )
     words = dict(line.split("\t", 1) for line in _lines(base / "words.txt", TINY_IMAGENET))
-    data = _source(train, test, {one: words.get(one, one) for one in ids}, size, channels, cache)
+    data = _source(base, train, test, {one: words.get(one, one) for one in ids}, size, channels, cache)
     skipped = Skipped()
     for file in sorted((base / "test").rglob("*.JPEG")):
         skipped.add("unlabelled test images", file)
-    return replace(data, layout=base.name, skipped=skipped)
+    return replace(data, skipped=skipped)
 
 
 def imagenette(root: str | None, size: int | None, channels: int | None, cache: str) -> Source:
@@ -75,20 +76,36 @@ def imagenette(root: str | None, size: int | None, channels: int | None, cache: 
         [(file, one) for one in IMAGENETTE_CLASSES for file in _images(base / part / one, IMAGENETTE)]
         for part in ("train", "val")
     )
-    return replace(_source(train, test, IMAGENETTE_CLASSES, size, channels, cache), layout=base.name)
+    return _source(base, train, test, IMAGENETTE_CLASSES, size, channels, cache)
 
 
 def _source(
-    train: Labelled, test: Labelled, names: dict[str, str], size: int | None, channels: int | None, cache: str
+    base: Path,
+    train: Labelled,
+    test: Labelled,
+    names: dict[str, str],
+    size: int | None,
+    channels: int | None,
+    cache: str,
 ) -> Source:
-    """Decode the files. names: WordNet ID -> class name, in the order of the labels."""
+    """Decode the files, which are in `base`. names: WordNet ID -> class name, in the order of the labels."""
     number = {one: label for label, one in enumerate(names)}
     files = [file for file, _ in (*train, *test)]
     labels = torch.tensor([number[one] for _, one in (*train, *test)])
     images, _ = decode_files(files, size, cache, channels or 3)
     rows = np.arange(len(files))
     n = len(train)
-    return Source(images, labels, class_names(names), rows[:n], rows[n:], NONE, mapped=True)
+    return Source(
+        images,
+        labels,
+        class_names(names),
+        rows[:n],
+        rows[n:],
+        NONE,
+        mapped=True,
+        layout=base.name,
+        **listed(files, base),
+    )
 
 
 def class_names(names: dict[str, str]) -> list[str]:

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_runner.data.dataset import DataSet, Images
+from ssl_runner.data.dataset import DataSet
+from ssl_runner.data.images import Images
 from ssl_runner.data.decode import DAMAGED
 from ssl_runner.data.layouts import Finder
 from ssl_runner.data.skipped import printable
@@ -97,7 +98,8 @@ def splits(data: DataSet) -> dict[str, Images]:
 def data_set_batches(data: DataSet, batch_size: int) -> Batches:
     """Yield all images of a data set, with the columns `index`, `split`, `label` (-1: none) and `class`.
 
-    `index` counts the images of the data set in the order of its reader. `class` is "" without a label.
+    `index` counts the images of the data set in the order of its reader. `class` is "" without a label. For
+    images read from files, `path` is the name of the file.
     """
     names = np.array([*map(str, data.classes), ""])  # the last one for label -1
     for split, images in splits(data).items():
@@ -108,7 +110,10 @@ def data_set_batches(data: DataSet, batch_size: int) -> Batches:
         for (pixels, y), indices in zip(loaded, images.indices.split(batch_size), strict=True):
             labels = y.cpu().numpy()
             columns = {"index": indices.numpy(), "split": np.full(len(labels), split), "label": labels}
-            yield normalize(to_unit(pixels), data.mean, data.std), columns | {"class": names[labels]}
+            columns["class"] = names[labels]
+            if data.files is not None:
+                columns["path"] = np.array([data.files[index] for index in indices.tolist()])
+            yield normalize(to_unit(pixels), data.mean, data.std), columns
 
 
 @torch.inference_mode()

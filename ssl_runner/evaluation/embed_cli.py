@@ -15,7 +15,8 @@ The images are those of the run's data set, of another data set, or all image fi
 Images of a folder are cropped and resized to the size of the network.
 """
 EPILOG = """\
-columns: features; projections; for a folder path; for a data set index, split, label (-1: none), class
+columns: features; projections; for a folder path; for a data set index, split, label (-1: none), class, and
+path if its images are files
   .npz       one array per column: np.load("features.npz")["features"]
   .csv       features_0, features_1, ...
   .parquet   lists of float32; needs pyarrow
@@ -61,7 +62,7 @@ def execute() -> None:
 
     from ssl_runner.device import choose_device, keep_freed_memory
     from ssl_runner.evaluation import embed
-    from ssl_runner.evaluation.finished import config_of, read_data
+    from ssl_runner.evaluation.finished import config_of, read_data, warn_other_images
     from ssl_runner.evaluation.tables import check_target
     from ssl_runner.pretrained import load
 
@@ -77,6 +78,7 @@ def execute() -> None:
         cfg = config_of(args.run, args.source, args.config_dir)
         network, transform = load(args.run, device, with_projector=args.projections)
         data = read_data(cfg, transform, device)
+        warn_other_images(args.run, cfg, data)
         batches = embed.data_set_batches(data, args.batch_size)
         total = sum(map(len, embed.splits(data).values()))
     rows = embed.embed_to_file(network, batches, total, args.projections, args.out, args.overwrite)

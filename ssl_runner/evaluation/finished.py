@@ -6,6 +6,7 @@ This module does not import torch before data is read.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ssl_runner.config import check, compose
-from ssl_runner.config.rules import check_values
+from ssl_runner.config.rules import check_values, format_value
+from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError
 from ssl_runner.runs import resume
 from ssl_runner.runs.files import read_json
@@ -28,6 +30,13 @@ if TYPE_CHECKING:
 
 SETTABLE = ("dataset", "probe", "device", "precision")  # groups and options that an evaluation may change
 PATHS = ("root", "files", "cache")  # options of a data set that may be relative paths
+SAME_IMAGES = (
+    "size",
+    "channels",
+    "storage",
+    "cache",
+    "on_error",
+)  # options that change neither images nor splits
 
 
 def config_of(folder: Path, lines: list[str], config_dir: str | None = None) -> DictConfig:
@@ -35,6 +44,8 @@ def config_of(folder: Path, lines: list[str], config_dir: str | None = None) -> 
 
     `dataset=<name>` or `probe=<name>` replaces the whole group by its defaults. Any other option keeps the
     value of the run. Relative paths that the run was given stay relative to its working directory.
+    `dataset.files` replaces the run's `dataset.root`, and vice versa. The name of a data set whose images or
+    splits differ from the run's lists its options that differ.
 
     Raises UsageError if there is no finished run in the folder, or for an override that is not accepted.
     """
@@ -48,17 +59,19 @@ def config_of(folder: Path, lines: list[str], config_dir: str | None = None) -> 
         [f"{group}={choices[group]}" for group in ("dataset", "probe") if group not in keys] + lines,
         config_dir or resume.config_dir_of(folder),
     )
-    name, root = config.dataset.name, config.dataset.get("root")
     for path in PATHS:
         if config.dataset.get(path) is not None:
             config.dataset[path] = absolute(config.dataset[path], Path(record["cwd"]))
+    own = config.dataset.copy()
     for group in ("dataset", "probe"):
         config[group] = composed[group] if group in keys else OmegaConf.merge(composed[group], config[group])
+    for one, other in (("root", "files"), ("files", "root")):
+        if f"dataset.{one}" in keys and f"dataset.{other}" not in keys and other in config.dataset:
+            config.dataset[other] = None
     for key in keys - {"dataset", "probe"}:
         OmegaConf.update(config, key, OmegaConf.select(composed, key), force_add=True)
-    another = config.dataset.get("root") != root and "dataset.root" in keys
-    if another and config.dataset.name == name and "dataset.name" not in keys:
-        config.dataset.name = f"{name}:{Path(str(config.dataset.root)).name}"  # not the run's own data
+    if "dataset.name" not in keys and (changed := changed_options(own, config.dataset)):
+        config.dataset.name = f"{own.name}:{changed}"
     check_values(config)
     return config
 
@@ -109,6 +122,30 @@ def absolute(path: Any, base: Path) -> Any:
     return str(base / Path(path).expanduser())
 
 
+def changed_options(own: DictConfig, other: DictConfig) -> str:
+    """The options in which a data set differs from that of the run, such as `root=/data/x,subset=100`.
+
+    Returns "" for the same images and splits, and for a data set of another name.
+    """
+    if own.name != other.name:
+        return ""
+    shared = [str(key) for key in other if key in own and key not in SAME_IMAGES]
+    then, now = (
+        {key: real(one[key]) if key in PATHS else one[key] for key in shared} for one in (own, other)
+    )
+    changed = [key for key in shared if then[key] != now[key]]
+    if "root" in changed and "files" in changed:  # one of them replaces the other
+        changed.remove("root" if now["root"] is None else "files")
+    return ",".join(f"{key}={printable(format_value(now[key]))}" for key in changed)
+
+
+def real(path: Any) -> Any:
+    """The path, or each of a list of paths, without symbolic links; None stays None."""
+    if isinstance(path, ListConfig):
+        return [real(one) for one in path]
+    return None if path is None else str(Path(path).expanduser().resolve())
+
+
 def read_data(cfg: DictConfig, transform: Transform, device: torch.device) -> DataSet:
     """Read the data set of `cfg` for a network with this transform, whose mean and std it gets.
 
@@ -131,3 +168,16 @@ def read_data(cfg: DictConfig, transform: Transform, device: torch.device) -> Da
             f" takes them, found {data.image_size} x {data.image_size} and {data.channels}; {todo}"
         )
     return replace(data, mean=transform.mean.to(device), std=transform.std.to(device))
+
+
+def warn_other_images(folder: Path, cfg: DictConfig, data: DataSet) -> None:
+    """Print a line on standard error if `data` is the run's own data set, but its images have changed."""
+    own = OmegaConf.load(folder / ".hydra" / "config.yaml").dataset.name
+    record = read_json(folder / "run.json")
+    if cfg.dataset.name == own and (change := resume.changed_images(record, data.digest, data.counts)):
+        print(
+            f"warning: the images of {resume.location(cfg)} have changed since the run: {change}; the splits"
+            " may differ from those of the run",
+            file=sys.stderr,
+            flush=True,
+        )

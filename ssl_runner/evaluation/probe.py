@@ -17,7 +17,7 @@ from ssl_runner import build
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.device import choose_device, choose_precision, keep_freed_memory
 from ssl_runner.errors import UsageError
-from ssl_runner.evaluation.finished import read_data
+from ssl_runner.evaluation.finished import read_data, warn_other_images
 from ssl_runner.model import SSLModel
 from ssl_runner.pretrained import load
 from ssl_runner.probe import FineTuning, LabelDraw, evaluate, feature_networks, finetune, label_draws
@@ -42,6 +42,7 @@ def probe(folder: Path, cfg: DictConfig) -> str:
         model = SSLModel(backbone, network.projector or nn.Identity(), cfg.channels_last)
         model.to(memory_format=model.memory_format)
         data = read_data(cfg, transform, device)
+        warn_other_images(folder, cfg, data)
         if not data.classes:
             raise UsageError(f"dataset={data.name}: expected images with labels, found none; use another one")
         print(headline(folder, data, device), flush=True)

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError
 from ssl_runner.report.read import Run, read_runs
 from ssl_runner.report.tables import effect, finished, format_terminal, runs_table, summarise, swept_keys
@@ -54,4 +55,4 @@ def report(runs: list[Run], out: Path, title: str) -> str:
         raise UsageError(
             f"--out={out}: cannot write there ({error.strerror}); give a writable folder"
         ) from error
-    return f"{format_terminal(table, summary, keys)}\nwritten to {out}: {', '.join(sorted(files))}"
+    return f"{format_terminal(table, summary, keys)}\nwritten to {printable(out)}: {', '.join(sorted(files))}"

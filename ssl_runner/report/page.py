@@ -10,9 +10,17 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ssl_runner import __version__
+from ssl_runner.data.skipped import printable
 from ssl_runner.report.plots import NAMES
 from ssl_runner.report.read import Run
-from ssl_runner.report.tables import count_by_status, error_text, errors, overridden_keys, with_interval
+from ssl_runner.report.tables import (
+    count_by_status,
+    error_text,
+    errors,
+    overridden_keys,
+    scored,
+    with_interval,
+)
 
 CAPTIONS = {
     "curves": "Training curves: mean over the runs of a configuration. With few configurations the band"
@@ -28,7 +36,7 @@ ALTS = {
     "curves": "Line plots of the training loss, and of validation top-1 if it was probed, against the epoch,"
     " with one line per configuration",
     "keys": "Plots of validation and test top-1 against each option that differs between runs",
-    "heat": "Two heat maps, of mean validation top-1 and of mean test top-1, over the values of two options",
+    "heat": "Heat maps of mean validation top-1 and of mean test top-1 over the values of two options",
 }
 EMBEDDING_ALTS = {  # files of a run folder
     "embedding.png": "Scatter plot of the features of images in two dimensions, coloured by class",
@@ -98,7 +106,7 @@ def render(
             for name in NAMES
             if f"{name}.png" in pictures
         ],
-        maps=[(str(run.path), embedding_pictures(run)) for run in mapped[:MAX_MAPS]],
+        maps=[(printable(run.path), embedding_pictures(run)) for run in mapped[:MAX_MAPS]],
         more_maps=len(mapped) - MAX_MAPS,
         errors=found[:MAX_ERRORS],
         more_errors=len(found) - MAX_ERRORS,
@@ -161,7 +169,7 @@ def cell(value: object) -> Cell:
 
 def protocols(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Header and rows: protocol, machine and versions of finished runs, with the number of runs of each."""
-    done = table[(table.status == "done") & table.top1.notna()]
+    done = scored(table)
     columns = [column for column in PROTOCOL_COLUMNS if column in done]
     facts = done[columns].copy()
     selection = facts["protocol.selection"].fillna("")  # its value is left out, as runs differ in it

@@ -71,6 +71,11 @@ def draw(runs: list[Run], table: pd.DataFrame, results: pd.DataFrame, keys: list
         return files
 
 
+def splits_of(results: pd.DataFrame) -> dict[str, tuple[str, str, str]]:
+    """SPLITS without those that no run was scored on: runs without test images have no test top-1."""
+    return {value: style for value, style in SPLITS.items() if results[value].notna().any()}
+
+
 def panels(number: int, extra: float) -> tuple[Figure, list[Axes]]:
     """A figure with `number` panels in up to three columns, `extra` inches taller for a legend below."""
     columns = min(number, 3)
@@ -185,7 +190,8 @@ def by_key(results: pd.DataFrame, keys: list[str]) -> Figure:
         table = over_seeds(results[results[key].notna()], key, list(SPLITS))
         (draw_points if is_numeric(results[key]) else draw_bars)(ax, table)
         ax.set(xlabel=key, ylabel="top-1")
-    handles, labels = axes[0].get_legend_handles_labels()
+    found = [ax.get_legend_handles_labels() for ax in axes]
+    handles, labels = max(found, key=lambda one: len(one[1]))
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
 
@@ -200,7 +206,7 @@ def draw_points(ax: Axes, table: pd.DataFrame) -> None:
         "lw": 1.2,
         "alpha": 0.9,
     }
-    for value, (name, marker, colour) in SPLITS.items():
+    for value, (name, marker, colour) in splits_of(table).items():
         half_width = table[f"± {value}"] if joined else None
         ax.errorbar(table.index, table[value], half_width, fmt=marker, label=name, color=colour, **style)
     if spans_decades(table.index.to_series()):
@@ -213,7 +219,9 @@ def draw_points(ax: Axes, table: pd.DataFrame) -> None:
 def draw_bars(ax: Axes, table: pd.DataFrame) -> None:
     table = table.sort_index()
     x = np.arange(len(table))
-    for shift, (value, (name, _, colour)) in zip((-0.2, 0.2), SPLITS.items(), strict=True):
+    splits = splits_of(table)
+    shifts = (-0.2, 0.2) if len(splits) > 1 else (0.0,)
+    for shift, (value, (name, _, colour)) in zip(shifts, splits.items(), strict=False):
         style: Any = {
             "yerr": table[f"± {value}"],
             "color": colour,
@@ -229,7 +237,7 @@ def draw_bars(ax: Axes, table: pd.DataFrame) -> None:
 
 
 def heat(results: pd.DataFrame, one: str, other: str) -> Figure:
-    """Mean top-1 over two keys, on validation and on test.
+    """Mean top-1 over two keys, on validation and, if there are test images, on test.
 
     Keys with many numbers are binned at their quantiles.
     """
@@ -242,8 +250,10 @@ def heat(results: pd.DataFrame, one: str, other: str) -> Figure:
         )
         orders[key] = in_order(some[key], labels)
         some[key] = labels
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    for ax, (value, (name, _, _)) in zip(figure.subplots(1, 2), SPLITS.items(), strict=True):
+    splits = splits_of(results)
+    figure = Figure(figsize=(5.5 * len(splits), 4.4), layout="constrained")
+    axes = figure.subplots(1, len(splits), squeeze=False).flat
+    for ax, (value, (name, _, _)) in zip(axes, splits.items(), strict=True):
         table = some.astype({value: float}).pivot_table(index=one, columns=other, values=value)
         table = table.reindex(index=orders[one], columns=orders[other])
         means = np.ma.masked_invalid(table.to_numpy(float))

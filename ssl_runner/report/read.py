@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError
 from ssl_runner.runs.files import read_json
 
@@ -57,7 +58,7 @@ def read_runs(folders: Sequence[Path], without: Path) -> list[Run]:
             raise UsageError(f"{folder}: expected a folder; give folders that contain runs, such as outputs")
     paths = {path.resolve(): path for folder in folders for path in find_runs(folder, without.resolve())}
     if not paths:
-        given = ", ".join(map(str, folders))
+        given = ", ".join(map(printable, folders))
         raise UsageError(
             f"{given}: expected runs, found none; give folders that ssl-run wrote to, such as outputs"
         )
@@ -119,18 +120,29 @@ def read_record(path: Path) -> Row:
         record = read_json(path)
     except (OSError, UsageError):
         return {}
-    return record if isinstance(record, dict) else {}
+    return clean(record) if isinstance(record, dict) else {}
 
 
 def read_yaml(text: str) -> Any:
     """The content of a YAML file, None if it is empty or damaged.
 
-    libyaml parses it: OmegaConf takes twenty times as long.
+    libyaml parses it: OmegaConf takes twenty times as long. It refuses bytes that are not UTF-8, which
+    OmegaConf writes as "\\uDCFF", so these become escapes.
     """
+    text = re.sub(r"(?<!\\)\\uDC[89A-F][0-9A-F]", lambda found: f"\\{found[0].lower()}", text)
     try:
         return yaml.load(text, yaml.CSafeLoader)
     except (ValueError, yaml.YAMLError):
         return None
+
+
+def clean(node: Any) -> Any:
+    """Parsed JSON in which every text can be written: bytes that are not UTF-8 become escapes."""
+    if isinstance(node, dict):
+        return {clean(key): clean(child) for key, child in node.items()}
+    if isinstance(node, list):
+        return [clean(child) for child in node]
+    return printable(node) if isinstance(node, str) else node
 
 
 def read_choices(hydra_yaml: str) -> dict[str, str]:

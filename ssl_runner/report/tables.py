@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
+from ssl_runner.data.skipped import printable
 from ssl_runner.report.read import Row, Run
 
 OF_A_RUN = {"seed", "resume"}  # options in which runs of one configuration may differ
@@ -42,7 +43,7 @@ def runs_table(runs: list[Run], swept: list[str]) -> pd.DataFrame:
 
 
 def state(run: Run) -> Row:
-    return {"path": str(run.path), "status": run.status, "error": error_text(run.record.get("error"))}
+    return {"path": printable(run.path), "status": run.status, "error": error_text(run.record.get("error"))}
 
 
 def error_text(error: object) -> str | None:
@@ -59,14 +60,20 @@ def scores(run: Run) -> Row:
     """`top1` and `val_top1`, and the last result of every probe as top1.<split>.<features>.<probe>.
 
     `.<dataset>` follows for another data set, and `.labels=<share>` for a share of the labels, as the mean
-    over its draws.
+    over its draws. Without test images `top1` is None: that of run.json is the validation accuracy.
     """
     _, val = main_probe(run)
-    row = {"top1": run.record.get("top1"), "val_top1": run.record.get("val_top1", val.get("top1"))}
+    top1 = None if is_untested(run) else run.record.get("top1")
+    row = {"top1": top1, "val_top1": run.record.get("val_top1", val.get("top1"))}
     results: dict[str, dict[object, object]] = {}  # name -> draw -> top-1
     for probe in run.probes:
         results.setdefault(probe_name(run, probe), {})[probe.get("draw")] = probe.get("top1")
     return row | {name: mean_of(list(draws.values())) for name, draws in results.items()}
+
+
+def is_untested(run: Run) -> bool:
+    """Whether the run's data set has no test images."""
+    return (run.record.get("images") or {}).get("test") == 0
 
 
 def probe_name(run: Run, probe: Row) -> str:
@@ -102,7 +109,7 @@ def main_probe(run: Run) -> tuple[Row, Row]:
     """
     probes = own_probes(run)
     test = next((row for row in probes if row.get("eval_split") == "test"), {})
-    if (run.record.get("images") or {}).get("test") == 0 and run.status == "done" and probes:
+    if is_untested(run) and run.status == "done" and probes:
         test = next((row for row in probes if row.get("epoch") == probes[-1].get("epoch")), {})
     same = [p for p in probes if all(p.get(key) == test.get(key) for key in ("epoch", "probe", "features"))]
     return test, next((row for row in same if row.get("eval_split") == "val"), {})
@@ -176,16 +183,18 @@ def number_configurations(table: pd.DataFrame, keys: list[str]) -> pd.Series:
     return table.groupby(keys, dropna=False, sort=False).ngroup() if keys else pd.Series(0, index=table.index)
 
 
-def finished(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """The rows of finished runs, with the number of their `configuration`.
+def scored(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of finished runs with a top-1; runs without labels have none."""
+    return table[(table.status == "done") & table[list(MAIN)].notna().any(axis=1)]
 
-    Runs without a seed count as separate seeds.
-    """
-    results = table[(table.status == "done") & table.top1.notna()].copy()
+
+def finished(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """The rows of `scored` with the number of their `configuration`. Without a seed, each run has its own."""
+    results = scored(table).copy()
     results["seed"] = results.seed.fillna(results.path)
     results["configuration"] = number_configurations(results, keys)
-    scored = [str(column) for column in results if column in MAIN or str(column).startswith("top1.")]
-    results[scored] = results[scored].apply(pd.to_numeric, errors="coerce")
+    scores = [str(column) for column in results if column in MAIN or str(column).startswith("top1.")]
+    results[scores] = results[scores].apply(pd.to_numeric, errors="coerce")
     return results
 
 
@@ -219,9 +228,9 @@ def over_seeds(results: pd.DataFrame, by: str, values: list[str]) -> pd.DataFram
 
 def summarise(results: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """One row per configuration, sorted by validation top-1: the keys, and every top-1 by `over_seeds`."""
-    scored = [str(column) for column in results if str(column).startswith("top1.")]
-    repeats = [name for name in scored if any(results[name].equals(results[main]) for main in MAIN)]
-    values = [column for column in map(str, results) if column in (*MAIN, *scored) and column not in repeats]
+    scores = [str(column) for column in results if str(column).startswith("top1.")]
+    repeats = [name for name in scores if any(results[name].equals(results[main]) for main in MAIN)]
+    values = [column for column in map(str, results) if column in (*MAIN, *scores) and column not in repeats]
     configurations = results.groupby("configuration", sort=False)[keys].first()
     summary = configurations.join(over_seeds(results, "configuration", values))
     return summary.sort_values("val_top1", ascending=False, kind="stable").reset_index(drop=True)
@@ -259,6 +268,8 @@ def format_terminal(table: pd.DataFrame, summary: pd.DataFrame, keys: list[str])
         lines += format_results(summary.head(MAX_LINES), keys)
     if len(summary) > MAX_LINES:
         lines.append(f"and {len(summary) - MAX_LINES} more configurations, in report.html")
+    if unscored := int((table.status == "done").sum()) - len(scored(table)):
+        lines.append(f"no top-1 for {unscored} done: their images have no labels; runs.csv has the losses")
     for error, paths in errors(table)[:3]:
         lines.append(f"failed ({len(paths)}): {error} [{paths[0]}]")
     return "\n".join(line if len(line) <= width else line[: width - 1] + "…" for line in lines)

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 from filelock import AcquireReturnProxy, FileLock, Timeout
@@ -206,3 +207,35 @@ def refuse_differences(cfg: DictConfig, saved: DictConfig) -> None:
         if then != now and key != "resume":
             change = f"{key} ({rules.format_value(then)} -> {rules.format_value(now)})"
             raise UsageError(f"Cannot change {change} when resuming: leave it out, or start a new run")
+
+
+def refuse_other_images(
+    cfg: DictConfig, folder: Path, record: dict[str, Any], digest: str, counts: dict[str, int]
+) -> None:
+    """Raise UsageError if a run that resumes would read other images or labels than those it started with.
+
+    record: run.json before; digest, counts: `DataSet.digest` and `DataSet.counts` now. Runs recorded without
+    `data_digest` are accepted.
+    """
+    if change := changed_images(record, digest, counts):
+        exported = folder / "backbone.safetensors"
+        weights = exported if exported.exists() else folder / "checkpoint.pt"
+        raise UsageError(
+            f"the images of {location(cfg)} have changed since the run started: {change}; restore them, or"
+            f" start a new run with init_weights={weights}"
+        )
+
+
+def changed_images(record: dict[str, Any], digest: str, counts: dict[str, int]) -> str:
+    """Return how the images differ from those in run.json, such as `train 270 -> 570`, or ""."""
+    if record.get("data_digest") in (None, digest):
+        return ""
+    before = record.get("images") or {}
+    changed = [f"{split} {before[split]} -> {n}" for split, n in counts.items() if before.get(split, n) != n]
+    return ", ".join(changed) or "other files, lengths of files or labels"
+
+
+def location(cfg: DictConfig) -> str:
+    """Return where the images are, as an option."""
+    found = [key for key in ("files", "root", "name") if cfg.dataset.get(key) is not None]
+    return f"dataset.{found[0]}={rules.format_value(cfg.dataset[found[0]])}"
