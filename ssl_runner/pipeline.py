@@ -20,7 +20,7 @@ from ssl_runner.probe import evaluate, feature_networks, label_draws
 from ssl_runner.runs import checkpoint, resume, weights
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.runs.record import RunRecord
-from ssl_runner.runs.schedule import identity, read_schedule
+from ssl_runner.runs.schedule import identity, read_schedule, remove_outdated
 from ssl_runner.solver import Solver
 from ssl_runner.views.augment import numba_works
 
@@ -46,7 +46,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         experiment = build(cfg, init_weights=resume_from is None)
         data = experiment.data
         if resume_from is not None:
-            resume.refuse_other_images(cfg, folder, before, data.digest, data.counts)
+            resume.refuse_other_images(cfg, folder, record.content, data.digest, data.counts)
+            if is_main:
+                remove_outdated(folder)
         metrics, probes = (
             CsvLog(folder / f"{name}.csv" if is_main else None) for name in ("metrics", "probe")
         )

@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssl_runner.data.dataset import DataSet
-from ssl_runner.data.images import Images
 from ssl_runner.data.decode import DAMAGED
+from ssl_runner.data.images import Images
 from ssl_runner.data.layouts import Finder
 from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError, one_line

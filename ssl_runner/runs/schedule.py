@@ -41,7 +41,7 @@ def is_extension(cfg: DictConfig, folder: Path) -> bool:
 def extend(cfg: DictConfig, folder: Path) -> None:
     """Plan more epochs for the run in `folder`, which must be locked. `cfg` is its configuration with these.
 
-    The new part begins after the epoch of the last checkpoint. The results of a finished run are moved to
+    The new part begins after the epoch of the last checkpoint. The results of a finished run are copied to
     epochs-<planned>/, and its configuration to .hydra/config-<planned>.yaml. Raises UsageError, before
     anything is written, if the run cannot be extended.
     """
@@ -75,12 +75,17 @@ def extend(cfg: DictConfig, folder: Path) -> None:
         )
     if record["status"] == "done":
         copy_results(folder, folder / f"epochs-{planned}")
-        for path in (path for pattern in ("*.safetensors", "*.png") for path in folder.glob(pattern)):
-            path.unlink()  # of the shorter run; new ones are written at the end
     write_config(saved, cfg.epochs, planned, folder)
     parts = [part for part in schedule if part["from_epoch"] < begin]
     parts.append({"from_epoch": begin, "to_epoch": cfg.epochs})
     write_json(folder / "run.json", record | {"status": "preempted", "schedule": parts})
+
+
+def remove_outdated(folder: Path) -> None:
+    """Remove the weights and pictures of a shorter run, which was extended. They are in epochs-<planned>/."""
+    if any(folder.glob(f"{resume.EXTENDED}/run.json")):
+        for path in (path for pattern in ("*.safetensors", "*.png") for path in folder.glob(pattern)):
+            path.unlink()
 
 
 def saved_config(folder: Path) -> DictConfig:
