@@ -71,7 +71,8 @@ def ssl_probe(
 def test_ssl_probe_repeats_the_rows_of_the_run(ssl_probe, finished: Path) -> None:
     before = table(finished / "probe.csv")
     assert ssl_probe("")[0] == 0
-    assert table(finished / "probe.csv") == before * 2
+    after = [{**row, "probing": ""} for row in table(finished / "probe.csv")]
+    assert after == [{**row, "probing": ""} for row in before * 2]
 
 
 def test_ssl_probe_appends_rows_of_another_data_set_that_the_report_names(ssl_probe, finished: Path) -> None:
@@ -238,3 +239,50 @@ def test_finetune_of_ssl_probe_adds_rows(ssl_probe, finished: Path) -> None:
         ("test", "epoch=1 (val)", "36"),
     ]
     assert "finetune" in out
+
+
+def test_scores_average_the_draws_of_the_last_probing_alone(ssl_probe, finished: Path) -> None:
+    assert ssl_probe("probe.labels=[0.1] probe.draws=3")[0] == 0
+    assert ssl_probe("probe.labels=[0.1] probe.draws=1")[0] == 0
+    rows = table(finished / "probe.csv")
+    assert [row["probing"] for row in rows[:2]] == ["", ""]
+    assert len({row["probing"] for row in rows[2:8]}) == 1
+    assert rows[8]["probing"] > rows[7]["probing"]
+    assert tables.scores(read_run(finished))["top1.test.backbone.knn.labels=0.1"] == float(rows[-1]["top1"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ("dataset.val_fraction=0.3", "mnist5k:val_fraction=0.3"),
+        ("dataset=mnist5k", "mnist5k:subset=null"),
+        ("dataset=cifar10", "cifar10"),
+        ("dataset=cifar10 dataset.subset=200", "cifar10:subset=200"),
+        ("dataset=cifar10 dataset.size=8", "cifar10"),
+        ("dataset=folder dataset.root=/a/b", "folder:root=/a/b"),
+        ("dataset=folder dataset.root=[/a/b,/c]", "folder:root=[/a/b,/c]"),
+        ("dataset=cifar10 dataset.subset=200 dataset.name=few", "few"),
+    ],
+)
+def test_name_of_a_data_set_lists_options_other_than_those_of_the_run(
+    finished: Path, settings: str, name: str
+) -> None:
+    assert config_of(finished, settings.split()).dataset.name == name
+
+
+def test_options_of_the_run_keep_the_name_of_its_data_set(finished: Path) -> None:
+    assert config_of(finished, ["dataset.subset=200"]).dataset.name == "mnist5k"
+
+
+def test_ssl_probe_with_other_options_keeps_the_result_of_the_run(ssl_probe, finished: Path) -> None:
+    before = tables.scores(read_run(finished))
+    assert ssl_probe("dataset.subset=100")[0] == 0
+    after = tables.scores(read_run(finished))
+    assert {name: after[name] for name in before} == before
+    assert "top1.test.backbone.knn.mnist5k:subset=100" in after
+
+
+def test_lda_is_refused_with_shares_of_the_labels(ssl_probe) -> None:
+    code, _, err = ssl_probe("probe.features=[backbone,lda] probe.labels=[0.2]")
+    assert code == 1
+    assert "expected a list without lda, which is fitted on all labels" in err

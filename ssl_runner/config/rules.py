@@ -152,6 +152,11 @@ def check_values(config: DictConfig) -> None:
             f"probe.features={format_value(config.probe.features)}: expected a list that includes backbone;"
             " add it, because the result of a run is the accuracy of its backbone features"
         )
+    if "lda" in config.probe.features and config.probe.get("labels") is not None:
+        raise UsageError(
+            f"probe.features={format_value(config.probe.features)}: expected a list without lda, which is"
+            " fitted on all labels; leave it out, or leave out probe.labels"
+        )
     if config.optimizer.warmup_epochs > config.epochs:
         given = f"optimizer.warmup_epochs={config.optimizer.warmup_epochs}"
         raise UsageError(

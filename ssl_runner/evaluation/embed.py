@@ -5,6 +5,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -144,10 +145,10 @@ def embed_to_file(
     Raises UsageError if `target` exists and `overwrite` is False, or if no image is left.
     """
     check_target(target, overwrite)
-    with atomic_write(target) as file:
-        table = FORMATS[target.suffix.lower()](file, target.parent)
+    kind = FORMATS[target.suffix.lower()]
+    with atomic_write(target) as file, closing(kind(file, target.parent)) as table:
         rows = embed(network, batches, total, projections, table.write)
         if not rows:
             raise UsageError(f"-o {target}: expected at least one readable image, found none")
-        table.close()
+        table.finish()
     return rows

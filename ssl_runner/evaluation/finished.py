@@ -45,7 +45,8 @@ def config_of(folder: Path, lines: list[str], config_dir: str | None = None) -> 
     `dataset=<name>` or `probe=<name>` replaces the whole group by its defaults. Any other option keeps the
     value of the run. Relative paths that the run was given stay relative to its working directory.
     `dataset.files` replaces the run's `dataset.root`, and vice versa. The name of a data set whose images or
-    splits differ from the run's lists its options that differ.
+    splits differ from the run's lists its options that differ; that of another data set lists the options
+    that differ from its defaults.
 
     Raises UsageError if there is no finished run in the folder, or for an override that is not accepted.
     """
@@ -55,9 +56,9 @@ def config_of(folder: Path, lines: list[str], config_dir: str | None = None) -> 
     keys = {override.key_or_group for override in given}
     config: Any = OmegaConf.load(folder / ".hydra" / "config.yaml")
     choices = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.choices
+    config_dir = config_dir or resume.config_dir_of(folder)
     composed = compose_groups(
-        [f"{group}={choices[group]}" for group in ("dataset", "probe") if group not in keys] + lines,
-        config_dir or resume.config_dir_of(folder),
+        [f"{group}={choices[group]}" for group in ("dataset", "probe") if group not in keys] + lines, config_dir
     )
     for path in PATHS:
         if config.dataset.get(path) is not None:
@@ -70,6 +71,8 @@ def config_of(folder: Path, lines: list[str], config_dir: str | None = None) -> 
             config.dataset[other] = None
     for key in keys - {"dataset", "probe"}:
         OmegaConf.update(config, key, OmegaConf.select(composed, key), force_add=True)
+    if own.name != config.dataset.name and "dataset" in keys:
+        own = compose_groups([line for line in lines if line.startswith("dataset=")], config_dir).dataset
     if "dataset.name" not in keys and (changed := changed_options(own, config.dataset)):
         config.dataset.name = f"{own.name}:{changed}"
     check_values(config)

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterator
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,9 @@ from ssl_runner.runs.files import CsvLog
 def probe(folder: Path, cfg: DictConfig) -> str:
     """Probe the exported network of the run in `folder` as `cfg` says. Returns a table of the results.
 
-    The rows are appended to probe.csv, with the last epoch of the run. With `probe.labels` only the shares of
-    the labels are probed. Raises UsageError if the data set has no labels, or other images than the network
-    takes.
+    The rows are appended to probe.csv, with the last epoch of the run, and the time in the column `probing`,
+    which is empty in the rows of the run itself. With `probe.labels` only the shares of the labels are probed.
+    Raises UsageError if the data set has no labels, or other images than the network takes.
     """
     device = choose_device(cfg.device)
     precision = choose_precision(cfg.precision, device)
@@ -49,8 +50,9 @@ def probe(folder: Path, cfg: DictConfig) -> str:
         log, rows = CsvLog(folder / "probe.csv"), []
         log.truncate_after(math.inf)  # an incomplete last line
         epoch = int(pd.read_csv(folder / "metrics.csv").epoch.iloc[-1])
+        probing = datetime.now().isoformat(timespec="milliseconds")
         for row in probe_rows(cfg, model, data, device, precision):
-            log.append({"epoch": epoch, **row})
+            log.append({"epoch": epoch, **row, "probing": probing})
             rows.append(row)
     return format_results(rows)
 
