@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
+from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
@@ -23,6 +25,7 @@ from ssl_runner.probe import (
     FineTuning,
     LayerFeatures,
     LinearProbe,
+    check_layer,
     evaluate,
     extract,
     finetune,
@@ -30,7 +33,7 @@ from ssl_runner.probe import (
 )
 from ssl_runner.report import tables
 from ssl_runner.report.read import read_run
-from tests.helpers import TINY, load, table
+from tests.helpers import CPU, TINY, load, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "use-elsewhere.md"
 
@@ -113,7 +116,15 @@ def test_ssl_probe_extends_the_header_of_an_earlier_probe_csv(ssl_probe, finishe
             "probe.layer=nope",
             "probe.layer=nope: expected the name of a module of the backbone; use one of 0,",
         ),
+        ("probe.layer=9", "probe.layer=9: expected the name of a module of the backbone; use one of 0,"),
+        ("probe.layer=1.5", "probe.layer=1.5: expected text or an integer or null"),
         ("probe=none", "Unknown probe 'none'"),
+        ("probe.foo=1", "Unknown option 'probe.foo'. List all"),
+        (
+            "probe.probes=[finetune]",
+            "expected a non-empty list of linear, knn, ridge without repeats; to fine-tune, run ssl-probe"
+            " FOLDER probe=finetune",
+        ),
         ("dataset.sise=3", "Unknown option 'dataset.sise'"),
     ],
 )
@@ -286,3 +297,122 @@ def test_lda_is_refused_with_shares_of_the_labels(ssl_probe) -> None:
     code, _, err = ssl_probe("probe.features=[backbone,lda] probe.labels=[0.2]")
     assert code == 1
     assert "expected a list without lda, which is fitted on all labels" in err
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "probe.features=[backbone] probe.layer=nope",
+        "probe=finetune probe.probes=[knn,finetune] probe.finetune.policy.flip=7",
+    ],
+)
+def test_invalid_settings_are_refused_before_the_first_row(ssl_probe, finished: Path, settings: str) -> None:
+    before = (finished / "probe.csv").read_bytes()
+    assert ssl_probe(settings)[0] == 1
+    assert (finished / "probe.csv").read_bytes() == before
+
+
+def test_check_layer_refuses_an_output_without_features() -> None:
+    class Halves(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return x.chunk(2)
+
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.halves = Halves()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat(self.halves(x)).flatten(1)
+
+    with pytest.raises(UsageError, match="found tuple; use another layer"):
+        check_layer(Backbone(Joined(), 12), "halves", (3, 2, 2), CPU)
+    check_layer(convnet(3, 16, [4, 8]), 1, (3, 16, 16), CPU)
+
+
+def test_number_of_a_layer_is_accepted_without_quotes(ssl_probe, finished: Path) -> None:
+    assert ssl_probe("probe.layer=3 probe.features=[projector]")[0] == 0
+    features = [row["features"] for row in table(finished / "probe.csv")[2:]]
+    assert features == ["projector"] * 2 + ["backbone.3"] * 2
+
+
+def test_settings_are_optional(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["ssl-probe"])
+    with pytest.raises(SystemExit):
+        probe_cli.main()
+    assert "the following arguments are required: RUN; list" in capsys.readouterr().err
+
+
+def labelled_folder(root: Path) -> Path:
+    """Write 20 images of 28 pixels in two classes, a broken image and a text file. Returns the folder."""
+    for name in "ab":
+        (root / name).mkdir(parents=True)
+        for seed in range(10):
+            pixels = np.random.default_rng(seed).integers(0, 255, (28, 28), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{seed}.png")
+    (root / "a" / "broken.png").write_bytes(b"\x89PNG")
+    (root / "a" / "notes.txt").touch()
+    return root
+
+
+def test_skipped_files_of_a_data_set_are_reported(
+    ssl_probe, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    root = labelled_folder(tmp_path / "images")
+    settings = f"dataset=folder dataset.root={root} dataset.on_error=skip dataset.cache={tmp_path / 'cache'}"
+    code, out, err = ssl_probe(settings)
+    assert code == 0, err
+    assert "skipped 2 files" in out
+    target = tmp_path / "f.npz"
+    monkeypatch.setattr(sys, "argv", ["ssl-embed", str(finished), *settings.split(), "-o", str(target)])
+    embed_cli.main()
+    err = capsys.readouterr().err
+    assert "skipped 2 files" in err
+    assert "broken.png" in err
+
+
+def test_config_dir_that_has_moved_is_named(ssl_probe, finished: Path) -> None:
+    path = finished / ".hydra" / "hydra.yaml"
+    config = OmegaConf.load(path)
+    source = {"path": "/moved/configs", "schema": "file", "provider": "command-line"}
+    config.hydra.runtime.config_sources.append(source)
+    OmegaConf.save(config, path)
+    code, _, err = ssl_probe("dataset=mnist5k")
+    assert code == 1
+    assert "/moved/configs, found none; give the present one with --config-dir" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "device=cuda",
+            "device=cuda: expected options of dataset; leave it out; the device is set with --device",
+        ),
+        ("probe.labels=[0.1]", "probe.labels=[0.1]: expected options of dataset"),
+        ("--device gpu", "--device=gpu: expected one of auto, cpu, cuda, cuda:<number>, mps"),
+        (". dataset=mnist5k", "expected one FOLDER, or dataset=<name>; give one of them"),
+        (". .", "expected one FOLDER, or dataset=<name>; give one of them"),
+    ],
+)
+def test_ssl_embed_rejects_settings_that_it_would_ignore(
+    words: str, message: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    command = ["ssl-embed", str(finished), *words.split(), "-o", str(tmp_path / "f.npz")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        embed_cli.main()
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_ssl_embed_rejects_a_run_that_failed_for_a_folder_as_well(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    record = finished / "run.json"
+    record.write_text(record.read_text().replace('"status": "done"', '"status": "failed"'))
+    monkeypatch.setattr(sys, "argv", ["ssl-embed", str(finished), ".", "-o", str(tmp_path / "f.npz")])
+    with pytest.raises(SystemExit):
+        embed_cli.main()
+    assert "expected a finished run, found status failed" in capsys.readouterr().err

@@ -68,6 +68,9 @@ class Folder:
                         return
                     read = [result.result() for result in waiting.popleft()]
                     kept = [(path, image) for path, image in read if image is not None]
+                    for path, image in read:
+                        if image is None:
+                            self.skipped.add("unreadable", path)
                     if kept:
                         x = torch.stack([image for _, image in kept]).to(device)
                         yield x, {"path": np.array([self.name(path) for path, _ in kept])}
@@ -85,7 +88,6 @@ class Folder:
                     f"{self.name(path)}: expected a readable image ({one_line(error)}); repair or remove it,"
                     " or give --skip-errors"
                 ) from error
-            self.skipped.add("unreadable", path)
             return path, None
 
 

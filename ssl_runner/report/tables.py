@@ -58,7 +58,8 @@ def scores(run: Run) -> Row:
     """`top1` and `val_top1`, and the last result of every probe as top1.<split>.<features>.<probe>.
 
     `.<dataset>` follows for another data set, and `.labels=<share>` for a share of the labels, as the mean
-    over the draws of the last probing. Without test images `top1` is None: that of run.json is the validation accuracy.
+    over the draws of the last probing. Without test images `top1` is None: that of run.json is the validation
+    accuracy.
     """
     _, val = main_probe(run)
     top1 = None if is_untested(run) else run.record.get("top1")
