@@ -42,6 +42,11 @@ INVALID = [
     ("optimizer=adam", "Unknown optimizer 'adam'. Did you mean 'adamw'? Available: adamw, lars, sgd"),
     ("experiment=nope", "Unknown experiment 'nope'. Available: "),
     ("+something=1", "Unknown option 'something'. List all: ssl-run --cfg job"),
+    ("something=[1,2]", "Unknown option 'something'. List all: ssl-run --cfg job"),
+    (
+        "dataset=folder backbone=linear backbone.widths=[8,16]",
+        "backbone.widths is an option of backbone=convnet",
+    ),
     ("++something=1", "Unknown option 'something'. List all: ssl-run --cfg job"),
     (
         "dataset.root=/x",

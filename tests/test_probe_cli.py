@@ -119,7 +119,7 @@ def test_ssl_probe_extends_the_header_of_an_earlier_probe_csv(ssl_probe, finishe
         ("probe.layer=9", "probe.layer=9: expected the name of a module of the backbone; use one of 0,"),
         ("probe.layer=1.5", "probe.layer=1.5: expected text or an integer or null"),
         ("probe=none", "Unknown probe 'none'"),
-        ("probe.foo=1", "Unknown option 'probe.foo'. List all"),
+        ("probe.foo=1", "Unknown option 'probe.foo'. Did you mean 'probe.probes'?"),
         (
             "probe.probes=[finetune]",
             "expected a non-empty list of linear, knn, ridge without repeats; to fine-tune, run ssl-probe"

@@ -614,3 +614,75 @@ def test_report_of_many_result_columns_prints_no_warning(tmp_path: Path, recwarn
     add_probes(write_run(tmp_path / "a", 0.5, 0.625), *rows)
     make_tables(tmp_path)
     assert [warning.message for warning in recwarn] == []
+
+
+def write_untested(folder: Path, val_top1: float, **config: object) -> Path:
+    """Write a run without test images: `top1` in run.json repeats the validation accuracy."""
+    record = {"images": {"pretrain": 90, "train": 90, "val": 10, "test": 0}}
+    write_run(folder, val_top1, val_top1, record=record, **config)
+    row = f"2,linear,backbone,train,val,l2=0.1 (val),90,{val_top1},,0.1\n"
+    (folder / "probe.csv").write_text(PROBE + row)
+    return folder
+
+
+def test_run_without_test_images_has_no_test_top1(tmp_path: Path, monkeypatch, capsys) -> None:
+    write_untested(tmp_path / "a", 0.75, gamma=1.0)
+    table, summary, _ = make_tables(tmp_path)
+    assert table.top1.isna().all()
+    assert table["protocol.eval_split"].tolist() == ["val"]
+    assert (summary.val_top1.tolist(), summary.top1.isna().tolist()) == ([0.75], [True])
+    out = ssl_report(monkeypatch, capsys, tmp_path, "--out", tmp_path / "report")[1]
+    assert [re.split(" {2,}", line) for line in out.splitlines()[2:4]] == [
+        ["val top-1", "test top-1", "n"],
+        ["0.7500", "-", "1"],
+    ]
+
+
+def test_plots_omit_test_of_runs_without_test_images(tmp_path: Path) -> None:
+    for i, (gamma, name) in enumerate([(1, "a"), (2, "a"), (1, "b"), (2, "b")]):
+        write_untested(tmp_path / "runs" / str(i), 0.1 * i, gamma=gamma, name=name)
+    runs = read_runs([tmp_path / "runs"], tmp_path / "report")
+    keys = tables.swept_keys(runs)
+    table = tables.runs_table(runs, keys)
+    results = tables.finished(table, keys)
+    by_key = plots.by_key(results, ["gamma", "name"])
+    assert [text.get_text() for legend in by_key.legends for text in legend.get_texts()] == ["validation"]
+    assert len(by_key.axes[1].patches) == 2  # one bar for each name
+    heat = plots.heat(results, "gamma", "name")
+    assert [ax.get_title() for ax in heat.axes if ax.get_title()] == ["validation top-1"]
+    assert {"keys.png", "heat.png"} <= set(plots.draw(runs, table, results, keys))
+
+    write_run(tmp_path / "runs" / "tested", 0.3, 0.9, gamma=1, name="c")
+    runs = read_runs([tmp_path / "runs"], tmp_path / "report")
+    table, summary, _ = make_tables(tmp_path / "runs")
+    assert summary.top1.tolist()[0] == 0.3
+    assert summary.top1[1:].isna().all()
+    results = tables.finished(table, keys)
+    by_key = plots.by_key(results, ["gamma", "name"])
+    assert [text.get_text() for text in by_key.legends[0].get_texts()] == ["validation", "test"]
+    assert {"keys.png", "heat.png"} <= set(plots.draw(runs, table, results, keys))
+
+
+def test_report_shows_bytes_that_are_not_utf8_as_escapes(tmp_path: Path, monkeypatch, capsys) -> None:
+    for i, root in enumerate(("x\udcff", "y")):
+        config = {"dataset__root": root, "gamma": i}
+        folder = tmp_path / "runs" / f"n\udcfe{i}"
+        write_run(folder, 0.5, 0.5, record={"command": f"ssl-run {root}", "error": root}, **config)
+    code, _, err = ssl_report(monkeypatch, capsys, tmp_path / "runs", "--out", tmp_path / "report")
+    assert (code, err) == (0, "")
+    table = pd.read_csv(tmp_path / "report" / "runs.csv")
+    assert table["dataset.root"].tolist() == ["x\\udcff", "y"]
+    assert table["run.command"].tolist() == ["ssl-run x\\udcff", "ssl-run y"]
+    assert table.path[0].endswith("n\\udcfe0")
+    assert "x\\udcff" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_report_of_unlabelled_runs_says_why_there_is_no_top1(tmp_path: Path, monkeypatch, capsys) -> None:
+    for seed in range(2):
+        write_run(tmp_path / str(seed), seed=seed, record={"top1": None, "val_top1": None, "classes": []})
+    out = ssl_report(monkeypatch, capsys, tmp_path, "--out", tmp_path / "report")[1]
+    assert out.splitlines()[:2] == [
+        "2 runs: 2 done",
+        "no top-1 for 2 done: their images have no labels; runs.csv has the losses",
+    ]
+    assert pd.read_csv(tmp_path / "report" / "runs.csv")["metrics.loss"].tolist() == [7.5, 7.5]

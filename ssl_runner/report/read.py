@@ -126,16 +126,18 @@ def read_record(path: Path) -> Row:
 def read_yaml(text: str) -> Any:
     """The content of a YAML file, None if it is empty or damaged.
 
-    libyaml parses it: OmegaConf takes twenty times as long.
+    libyaml parses it: OmegaConf takes twenty times as long. It refuses bytes that are not UTF-8, which
+    OmegaConf writes as "\\uDCFF", so these become escapes.
     """
+    text = re.sub(r"(?<!\\)\\uDC[89A-F][0-9A-F]", lambda found: f"\\{found[0].lower()}", text)
     try:
-        return clean(yaml.load(text, yaml.CSafeLoader))
+        return yaml.load(text, yaml.CSafeLoader)
     except (ValueError, yaml.YAMLError):
         return None
 
 
 def clean(node: Any) -> Any:
-    """Parsed YAML or JSON in which every text can be written: bytes that are not UTF-8 become escapes."""
+    """Parsed JSON in which every text can be written: bytes that are not UTF-8 become escapes."""
     if isinstance(node, dict):
         return {clean(key): clean(child) for key, child in node.items()}
     if isinstance(node, list):
