@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks import measure
 from benchmarks.chart import plt
 from ssl_runner.backbone import convnet
-from ssl_runner.data.dataset import Images
+from ssl_runner.data.images import Images
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, VICReg
 from ssl_runner.projector import mlp
 from ssl_runner.relation import Labels, Relation, Views

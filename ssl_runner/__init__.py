@@ -9,6 +9,9 @@ __version__ = "0.1.0"
 _LAZY = {"load": "ssl_runner.pretrained", "run": "ssl_runner.api"}
 
 
+__all__ = ["__version__", *_LAZY]
+
+
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

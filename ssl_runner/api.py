@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from ssl_runner import cli
 from ssl_runner.config import arguments, compose, hydra_internals
 from ssl_runner.errors import UsageError
-from ssl_runner.runs import resume
+from ssl_runner.runs.resume import lock_folder, quote
 
 RESULT = ("loss", "top1", "val_top1")
 RUNNING = threading.Lock()  # Hydra's state, the working directory and torch's random state are global
@@ -36,20 +36,33 @@ class Result:
     result: dict[str, float | None]
 
 
-def run(*overrides: str, folder: str | Path | None = None, config_dir: str | Path | None = None) -> Result:
+def run(
+    *overrides: str,
+    folder: str | Path | None = None,
+    resume: str | Path | None = None,
+    config_dir: str | Path | None = None,
+) -> Result:
     """Train and probe, as `ssl-run <overrides>` does: `run("loss=vicreg", "gamma=25")`.
 
     Writes the same files to the same folder, outputs/<dataset>/<loss>/<time>-<id>, or to `folder`.
-    `config_dir` is a folder with configs of your own (`--config-dir`). The working directory, signal handlers
-    and Hydra's global state are restored; torch's random state is not.
+
+    resume      folder of a run to resume, or to extend with "epochs=<more>"; "auto" finds the run
+    config_dir  folder with configs of your own (`--config-dir`)
+
+    The working directory, signal handlers and Hydra's global state are restored; torch's random state is not.
 
     Raises UsageError, with the message that `ssl-run` prints, for invalid input, and any error of the
-    training itself. SIGTERM and SIGUSR1 raise Preempted, a SystemExit, in the main thread.
+    training itself; a note names the folder of the run. SIGTERM and SIGUSR1 raise Preempted, a SystemExit, in
+    the main thread.
     """
-    refuse_unsupported(overrides, folder)
+    refuse_unsupported(overrides, folder, resume)
     words = list(overrides)
     if folder is not None:
-        words.append(f"hydra.run.dir={resume.quote(Path(folder).expanduser().resolve())}")
+        words.append(f"hydra.run.dir={quote(Path(folder).expanduser().resolve())}")
+    if resume is not None:
+        words.append(
+            "resume=auto" if resume == "auto" else f"resume={quote(Path(resume).expanduser().resolve())}"
+        )
     if config_dir is not None:
         words.append(f"--config-dir={Path(config_dir).expanduser().resolve()}")
     if not RUNNING.acquire(blocking=False):
@@ -85,8 +98,12 @@ def execute(words: list[str]) -> tuple[Path, dict[str, float | None]]:
     return outcome
 
 
-def refuse_unsupported(overrides: tuple[str, ...], folder: str | Path | None) -> None:
+def refuse_unsupported(
+    overrides: tuple[str, ...], folder: str | Path | None, resume: str | Path | None
+) -> None:
     """Raise UsageError for what only the command line can do, and for a folder that is given twice."""
+    if folder is not None and resume not in (None, "auto"):
+        raise UsageError(f"folder={folder}: expected no folder together with resume={resume}; leave one out")
     for line in overrides:
         if not isinstance(line, str):
             raise UsageError(f"run: expected overrides as strings, such as 'epochs=5', found {line!r}")
@@ -106,9 +123,13 @@ def refuse_unsupported(overrides: tuple[str, ...], folder: str | Path | None) ->
 
 def job(cfg: DictConfig, ended: list[tuple[Path, dict[str, float | None]] | Exception]) -> None:
     """Execute the run and add its folder and result to `ended`, or its error, which Hydra would print."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        folder = cli.choose_folder(cfg, Path(HydraConfig.get().runtime.output_dir))
-        with resume.lock_folder(folder):
+        folder = cli.choose_folder(cfg, folder)
+        with lock_folder(folder):
             ended.append((folder, cli.run_or_skip(cfg, folder)))
-    except Exception as error:
+    except BaseException as error:
+        error.add_note(f"folder of the run: {folder}")
+        if not isinstance(error, Exception):
+            raise
         ended.append(error)

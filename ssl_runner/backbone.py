@@ -119,11 +119,29 @@ def vit_tiny(channels: int, image_size: int) -> Backbone:
     """timm's ViT-Ti for images of image_size x image_size pixels.
 
     The patch size is a divisor of image_size: the one closest to image_size / 8 for images of up to 64 pixels
-    per side, the one closest to 16 pixels for larger images.
+    per side, the one closest to 16 pixels for larger images. Raises ValueError if it would be less than half
+    or more than twice that size.
     """
-    wanted = image_size / 8 if image_size <= SMALL_IMAGE else 16
-    patch = min((p for p in range(1, image_size + 1) if image_size % p == 0), key=lambda p: abs(p - wanted))
+    patch = _patch(image_size)
+    if patch is None:
+        near = next(
+            side
+            for distance in range(1, image_size)
+            for side in (image_size - distance, image_size + distance)
+            if _patch(side)
+        )
+        raise ValueError(
+            f"vit_tiny: expected a side that divides into patches, found {image_size} pixels; set"
+            f" dataset.size={near}, or use another backbone"
+        )
     return from_timm(channels, image_size, "vit_tiny_patch16_224", img_size=image_size, patch_size=patch)
+
+
+def _patch(side: int) -> int | None:
+    """Patch size of vit_tiny, in pixels. None if there is no suitable divisor of the side."""
+    wanted = max(1, side / 8) if side <= SMALL_IMAGE else 16
+    divisors = [p for p in range(1, side + 1) if side % p == 0 and wanted / 2 <= p <= 2 * wanted]
+    return min(divisors, key=lambda p: abs(p - wanted), default=None)
 
 
 class LinearBackbone(Backbone):

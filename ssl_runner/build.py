@@ -118,6 +118,11 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     that resumes.
     """
     check_values(cfg)
+    if "finetune" in cfg.probe.probes:
+        raise UsageError(
+            "probe.probes=[finetune]: expected probes of frozen features; run ssl-probe FOLDER"
+            " probe=finetune after the run"
+        )
     device = choose_device(cfg.device, distributed.rank_info())
     if device.type == "cpu":
         keep_freed_memory()
@@ -129,11 +134,6 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     loss = build_node("loss", cfg.loss).to(device)
     relation = build_node("relation", cfg.relation)
     augment = build_node("views", cfg.views, without=("preview", "resolutions"))
-    if "finetune" in cfg.probe.probes:
-        raise UsageError(
-            "probe.probes=[finetune]: expected probes of frozen features; run ssl-probe FOLDER probe=finetune"
-            " after the run"
-        )
     classifiers = build_classifiers(cfg, cfg.probe.probes)
     solver_class.check_loss(loss, relation)
     if solver_class.trains:  # wrong options are refused before the data set is read

@@ -90,7 +90,10 @@ def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictCon
     `processes` is the number of processes of a distributed run. Returns the overrides and the configuration
     of every job. Raises UsageError if one of them cannot run.
     """
-    given = {override.key_or_group: override for override in compose.parse(args.overrides)}
+    overrides = compose.parse(args.overrides)
+    given = {override.key_or_group: override for override in overrides}
+    if sum(override.key_or_group == "resume" for override in overrides) > 1:
+        raise UsageError("resume is given twice: expected one resume=<folder> or resume=auto; leave one out")
     check.check_plugins(given.values())
     if args.multirun and processes > 1:
         raise UsageError(
@@ -107,8 +110,10 @@ def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictCon
             raise UsageError(
                 f"{given['resume'].input_line}: expected a single run; leave out -m, or use resume=auto"
             )
-        plan = resume.plan_resume(Path(str(resume_from)).expanduser().resolve(), given, args.config_dir)
-        args.overrides += plan.overrides
+        folder = Path(str(resume_from)).expanduser().resolve()
+        plan = resume.plan_resume(folder, given, args.config_dir)
+        args.overrides.remove(str(given["resume"].input_line))
+        args.overrides += [f"resume={resume.quote(folder)}", *plan.overrides]
         args.config_dir = plan.config_dir
         os.chdir(plan.directory)
     jobs = check.check(args)

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssl_runner import distributed
-from ssl_runner.data.dataset import DataSet, Images, balanced_order
+from ssl_runner.data.dataset import DataSet
+from ssl_runner.data.images import Images
+from ssl_runner.data.splits import balanced_order
 from ssl_runner.probe import extract
 from ssl_runner.runs.files import atomic_write
 

@@ -18,7 +18,7 @@ from ssl_runner.model import count_parameters
 from ssl_runner.preemption import Preemption
 from ssl_runner.probe import evaluate, feature_networks, label_draws
 from ssl_runner.runs import checkpoint, resume, weights
-from ssl_runner.runs.files import CsvLog, read_json
+from ssl_runner.runs.files import CsvLog
 from ssl_runner.runs.record import RunRecord
 from ssl_runner.runs.schedule import identity, read_schedule
 from ssl_runner.solver import Solver
@@ -38,12 +38,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     Raises UsageError for a run that cannot work and Preempted after a signal; run.json records
     every exception.
     """
-    schedule, is_main = read_schedule(folder, cfg.epochs), distributed.is_main_process()
-    before = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
-    kept = {
-        key: before[key] for key in ("data_digest", "images") if key in before
-    }  # if the resume is refused
-    record = RunRecord(folder, identity(cfg, schedule), schedule=schedule, **kept)
+    is_main = distributed.is_main_process()
+    schedule = distributed.broadcast_object(read_schedule(folder, cfg.epochs) if is_main else None)
+    record = RunRecord(folder, identity(cfg, schedule), schedule=schedule)
     with Preemption() as preemption, record, distributed.propagate_failures(record.fail):
         resume_from = distributed.broadcast_object(checkpoint.find(folder) if is_main else None)
         experiment = build(cfg, init_weights=resume_from is None)
@@ -188,7 +185,8 @@ def headline(cfg: DictConfig, record: RunRecord) -> str:
     """One line: data set and splits, views and positives, parameters, device and precision."""
     content = record.content
     images = " ".join(f"{split}={n}" for split, n in content["images"].items())
-    layout = f" ({content['layout']})" if content["layout"] else ""
+    classes = f", {len(content['classes'])} classes" if content["classes"] else ""
+    layout = f" ({content['layout']}{classes})" if content["layout"] else ""
     positives = content["relation"]["target"].split(".")[-1].removeprefix("From").lower()
     positives += " (normalized)" if content["relation"]["normalized"] else ""
     parameters = " ".join(f"{module}={n:,}" for module, n in content["parameters"].items())

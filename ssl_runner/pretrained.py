@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ssl_runner.data import decode
+from ssl_runner.device import choose_device
 from ssl_runner.errors import UsageError, one_line
 from ssl_runner.runs import weights
 from ssl_runner.views import normalize, to_unit
@@ -81,7 +82,7 @@ def _to_pil(image: Image.Image | np.ndarray | Tensor) -> Image.Image:
     if isinstance(array, np.ndarray) and array.dtype == np.uint8:
         if array.ndim == 3 and array.shape[2] == 1:
             array = array[:, :, 0]
-        if array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)):
+        if array.size and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
             return Image.fromarray(np.ascontiguousarray(array))
     given = f"{type(image).__name__} {getattr(image, 'dtype', '')} {tuple(getattr(image, 'shape', ()))}"
     raise UsageError(
@@ -142,7 +143,7 @@ def load(
         if with_projector:
             projector = _projector(file, settings, backbone)
     _load_weights(backbone, file)
-    model = Pretrained(backbone, projector, settings).to(device).eval()
+    model = Pretrained(backbone, projector, settings).to(choose_device(str(device))).eval()
     mean, std = (torch.tensor(settings[name]) for name in ("mean", "std"))
     return model, Transform(model.image_size, model.channels, mean, std)
 

@@ -104,6 +104,7 @@ def test_run_restores_global_state(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ([3], None, "run: expected overrides as strings, such as 'epochs=5', found 3"),
         (["-m"], None, "-m: expected <group>=<name> or <key>=<value>; write a sweep as a loop"),
         (["hydra.mode=MULTIRUN"], None, "write a sweep as a loop"),
+        (["resume=a", "resume=b"], None, "resume is given twice"),
         (["resume=nowhere"], None, "nowhere: expected the folder of a run"),
         (["hydra.run.dir=a"], "b", "folder=b: expected no folder together with hydra.run.dir=a"),
         (["probe.keep=best"], None, "probe.keep=best: expected probe.every >= 1"),
@@ -126,6 +127,17 @@ def test_unlabelled_images_give_an_empty_table_of_probes(tmp_path: Path) -> None
     assert result.probes.empty
     assert len(result.metrics) == 1
     assert result.result["top1"] is None
+
+
+def test_run_in_a_folder_of_any_name_is_extended_and_errors_name_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "my data (1), 'a'=b" / "2"
+    ssl_runner.run(*QUICK, folder=folder)
+    longer = ssl_runner.run("epochs=2", resume=folder)
+    assert longer.folder == folder
+    assert longer.metrics.epoch.tolist() == [1, 2]
+    with pytest.raises(UsageError, match="expected more than the 2 epochs") as error:
+        ssl_runner.run("epochs=1", resume=folder)
+    assert error.value.__notes__ == [f"folder of the run: {folder}"]
 
 
 def test_second_run_at_the_same_time_is_rejected() -> None:

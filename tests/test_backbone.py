@@ -105,6 +105,20 @@ def test_vit_tiny_number_of_patches() -> None:
     assert backbone.vit_tiny(3, 96).body.patch_embed.num_patches == 36
 
 
+@pytest.mark.parametrize(("side", "near"), [(97, 96), (94, 93), (62, 63), (59, 60), (29, 28)])
+def test_vit_tiny_without_suitable_patch_size_raises_value_error(side: int, near: int) -> None:
+    with pytest.raises(ValueError, match=rf"found {side} pixels; set dataset.size={near}, or"):
+        backbone.vit_tiny(3, side)
+
+
+@pytest.mark.parametrize("side", [2, 4, 28, 32, 40, 64, 96, 128, 160, 224, 256])
+def test_vit_tiny_patches_are_of_the_wanted_size(side: int) -> None:
+    wanted = max(1, side / 8) if side <= 64 else 16
+    patch = backbone._patch(side)
+    assert side % patch == 0
+    assert wanted / 2 <= patch <= 2 * wanted
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_projector_layer_widths(depth: int) -> None:
     head = projector.mlp(6, width=10, depth=depth, K=4)

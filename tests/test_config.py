@@ -96,6 +96,7 @@ INVALID = [
     ("dataset.storage=disk", "dataset.storage=disk: expected one of auto, device, host"),
     ("precision=fp8", "precision=fp8: expected one of auto, fp32, bf16, fp16"),
     ("dataset.size=2", "dataset.size=2: expected an integer >= 4 or null"),
+    ("dataset=folder dataset.cache=null", "dataset.cache=null: expected text"),
     ("dataset.channels=2", "dataset.channels=2: expected one of 1, 3 or null"),
     (
         "backbone=resnet18 backbone.stem=tiny",
@@ -229,7 +230,7 @@ INVALID_FOR_DATA = [
     ("batch_size=4000", "batch_size=4000: mnist5k has 3600 images to pretrain on; use at most 3600"),
     ("dataset.subset=5", "expected an integer from 10 to 4000"),
     ("dataset.subset=10", "expected at least one held-out image, and one training image per class"),
-    ("dataset=folder", "dataset.root=None: expected a folder"),
+    ("dataset=folder", "dataset.root=null: expected a folder"),
     ("dataset=folder dataset.root=nowhere", "dataset.root=nowhere: expected a folder"),
     ("views.policies.all.affine.scale=[2,1]", "affine.scale=[2, 1]: expected a pair [low, high]"),
     ("+views.policies.all.flip=2", "views.policies.all.flip=2: expected a number from 0 to 1"),

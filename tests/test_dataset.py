@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssl_runner.data import dataset, readers
 from ssl_runner.data.dataset import DataSet, Source
-from ssl_runner.data.splits import hold_out
+from ssl_runner.data.splits import balanced_order, hold_out
 from ssl_runner.errors import UsageError
 from tests.helpers import CPU, load, toy
 
@@ -51,7 +51,7 @@ def test_subset_is_class_balanced_and_seeded() -> None:
 
 def test_subset_of_imbalanced_data_is_as_balanced_as_possible() -> None:
     labels = np.array([0] * 50 + [1] * 5 + [2] * 30)
-    chosen = labels[dataset.balanced_order(labels, 0)[:30]]
+    chosen = labels[balanced_order(labels, 0)[:30]]
     assert np.bincount(chosen).tolist() in ([12, 5, 13], [13, 5, 12])
 
 

@@ -59,6 +59,9 @@ def test_32_bit_integers_follow_the_rule_of_16_bits(values, expected) -> None:
         (RAMP * 5.0, RAMP * 5),
         (RAMP * 1300.0, RAMP * 1300 // 256),
         (RAMP * 0.0, RAMP * 0),
+        (RAMP / 47 * (1 + 3e-7) - 1e-9, np.rint(RAMP * (255 / 47) - 1e-6)),
+        (RAMP * 5.0 - 1e-4, RAMP * 5),
+        (RAMP * (65535.0009 / 47), RAMP * (65535.0 / 47) // 256),
     ],
 )
 def test_float_images_keep_their_content(values, expected) -> None:

@@ -158,7 +158,7 @@ def test_options_that_follow_epochs_follow_an_extension(ssl_run, tmp_path: Path)
             "epochs=3",
             "expected at least 2 + optimizer.warmup_epochs, which is 4",
         ),
-        ("views.resolutions=[16,28]", "epochs=4", "expected views.resolutions=null, to extend a run"),
+        ("views.resolutions=[16,28]", "epochs=4", "a run with views.resolutions cannot be extended"),
         (
             "solver=closed_form backbone=convnet projector=linear",
             "epochs=4",
@@ -209,3 +209,27 @@ def test_overrides_with_interpolations_are_kept(ssl_run, tmp_path: Path) -> None
     assert config(folder).diagnostics.every == 2
     lines = OmegaConf.to_container(config(folder, "overrides.yaml"), resolve=False)
     assert "diagnostics.every=${epochs}" in lines
+
+
+def test_epochs_of_an_edited_preset_do_not_extend_a_run(ssl_run, tmp_path: Path) -> None:
+    """Only epochs on the command line do. A folder may have the name of a number, as in a sweep."""
+    preset = tmp_path / "mine" / "experiment" / "short.yaml"
+    preset.parent.mkdir(parents=True)
+    preset.write_text("# @package _global_\nepochs: 2\n")
+    options = BASE.replace("epochs=2 ", "")
+    with pytest.MonkeyPatch.context() as patch:
+        preempt_after(2, patch)
+        assert ssl_run(f"{options} --config-dir mine experiment=short hydra.run.dir=1")[0] == 75
+    preset.write_text("# @package _global_\nepochs: 4\n")
+    code, _, err = ssl_run("resume=1")
+    assert (code, err) == (0, "")
+    assert record(tmp_path / "1")["schedule"] == [{"from_epoch": 0, "to_epoch": 2}]
+    assert len(table(tmp_path / "1" / "metrics.csv")) == 2
+
+
+def test_damaged_record_is_named(ssl_run, tmp_path: Path) -> None:
+    folder = run_folder(ssl_run(f"{BASE} epochs=1")[1])
+    (folder / "run.json").write_text("")
+    _, _, err = ssl_run(f"resume={folder} epochs=2")
+    assert f"{folder}/run.json: expected a JSON file" in err
+    assert err.count("\n") == 1

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import struct
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_runner.data import image_folder
+from ssl_runner.data import decoded, image_folder
 from ssl_runner.data.dataset import Source
 from ssl_runner.errors import UsageError
 from tests.helpers import load
@@ -61,22 +63,22 @@ def test_folder_cache_is_reused_while_files_are_unchanged(
     pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = read_folder(pictures).images.clone()
-    decode, decoded = image_folder._decode, []
+    decode, calls = decoded._decode, []
 
     def counting(files, *options):
-        decoded.append(files)
+        calls.append(files)
         decode(files, *options)
 
-    monkeypatch.setattr(image_folder, "_decode", counting)
+    monkeypatch.setattr(decoded, "_decode", counting)
     assert torch.equal(read_folder(pictures).images, first)
-    assert decoded == []
+    assert calls == []
     Image.new("RGB", (12, 12), (255, 255, 255)).save(pictures / "train" / "cat" / "0.png")
     changed = read_folder(pictures).images
-    assert len(decoded) == 1
+    assert len(calls) == 1
     assert (changed[0] == 255).all()
     assert torch.equal(changed[1:], first[1:])
     assert read_folder(pictures, size=6).images.shape == (22, 3, 6, 6)
-    assert len(decoded) == 2
+    assert len(calls) == 2
 
 
 def test_folder_images_are_centre_cropped_and_resized(pictures: Path) -> None:
@@ -234,6 +236,18 @@ LAYOUTS = {
             "unlabeled": "unlabeled/5.png unlabeled/x/6.png",
         },
     ),
+    "capitals": (
+        "Train/a/1.png Train/b/2.png VAL/b/3.png",
+        {},
+        "train/<class>/**, val",
+        {"train": "a:Train/a/1.png b:Train/b/2.png", "val": "b:VAL/b/3.png"},
+    ),
+    "training and testing": (
+        "Training/a/1.png Training/b/2.png Testing/b/3.png",
+        {},
+        "train/<class>/**, test",
+        {"train": "a:Training/a/1.png b:Training/b/2.png", "test": "b:Testing/b/3.png"},
+    ),
     "unlabelled": (
         "train/a/1.png train/b/2.png unlabelled/5.png",
         {},
@@ -275,7 +289,17 @@ def test_roots_are_joined_and_their_classes_united(tmp_path: Path) -> None:
         read(tmp_path, ["one", "three"])
 
 
+@pytest.mark.parametrize("names", ["one ./one", "one link", "one/a one", "one two one/b"])
+def test_repeated_root_raises_usage_error(tmp_path: Path, names: str) -> None:
+    make(tmp_path, "one/a/1.png one/b/2.png two/a/1.png two/b/2.png")
+    (tmp_path / "link").symlink_to("one")
+    with pytest.raises(UsageError, match=r"dataset.root=.*: expected each folder once"):
+        read(tmp_path, names.split())
+
+
 REFUSED = {
+    "dataset.root=null: expected a folder": ("1.png", {"root": None}),
+    "root/Train/c: expected image files": ("Train/a/1.png Train/b/2.png Train/c/.3.png", {}),
     "expected image files .* found none": ("", {}),
     "expected train beside test, but train is missing": ("test/a/1.png test/b/2.png", {}),
     "only classes of train; .* or remove c, d": ("train/a/1.png train/b/2.png val/c/3.png test/d/4.png", {}),
@@ -306,6 +330,10 @@ def write_list(tmp_path: Path, text: str, names: str = "a.png b.png c.png d.png 
 
 LISTS = {
     "paths": ("path\nb.png\na.png", {"unlabeled": "b.png a.png"}),
+    "capitals and spaces": (
+        "path, label, split\na.png, x, Train\nb.png, y, TRAIN\nc.png, y , Testing\n",
+        {"train": "x:a.png y:b.png", "test": "y:c.png"},
+    ),
     "labels": (
         "label,path\ny,b.png\nx,a.png\ny,c.png\n,d.png\n",
         {"train": "x:a.png y:b.png y:c.png", "unlabeled": "d.png"},
@@ -339,18 +367,26 @@ def test_list_without_labels_leaves_out_validation_and_test(tmp_path: Path) -> N
     [
         ("file\na.png", "expected a header with a column path, and rows, found the columns file and 1 rows"),
         ("path", "found the columns path and 0 rows"),
-        ("path,split\na.png,training", "as split, found training in line 2"),
-        ("path\na.png\n\na.png", "each path once, found line 4"),
+        ("path,split\na.png,tran", "as split, found tran in line 2"),
+        ("path\na.png\n\na.png", "each file once, found line 4"),
         ("path,label\n,x", "a path in each row, found line 2"),
         ("path\na,b.png", "expected 1 columns in line 2, found 2; put quotes"),
         ("path,label\na.png,x", "expected at least 2 labels in train, found 1"),
         ("path,label,split\na.png,x,\nb.png,y,\nc.png,,val", "a label in each row of val and test, line 4"),
         ("path,label,split\na.png,x,\nb.png,y,\nc.png,z,val", "only labels of train, found z in line 4"),
+        ("path,split\na.png,\n./a.png,test", "each file once, found line 3"),
+        ("path,split\na.png,\nlink.png,test", "each file once, found line 3"),
+        ("path,Label\na.png,x", "expected the columns path, label, split, found Label; rename"),
+        ("path,labels\na.png,x", "expected the columns path, label, split, found labels; rename"),
+        ("path,label,split\na.png,x,test\nb.png,y,val", "one row with the split train or unlabeled, found 2"),
+        ("path,split\na.png,test", "one row with the split train or unlabeled, found 1"),
+        ("path\na\0.png", "embedded null"),
         ("path\ngone.png", "gone.png: expected a readable file"),
     ],
 )
 def test_unusable_list_raises_one_line_usage_error(tmp_path: Path, text: str, message: str) -> None:
     write_list(tmp_path, text)
+    (tmp_path / "link.png").symlink_to("a.png")
     with pytest.raises(UsageError, match=message) as error:
         read(tmp_path, None, files=str(tmp_path / "list.csv"))
     assert "\n" not in str(error.value)
@@ -446,10 +482,69 @@ def test_broken_files_are_refused_or_skipped_and_remembered(
         source = read(tmp_path, on_error="skip")
         assert content(source, made) == {"train": "a:a/1.png a:a/2.png b:b/3.png"}
         assert source.skipped.counts == {"broken": 2, "unreadable": 1}
-        monkeypatch.setattr(image_folder, "_decode", None)  # the second time reads the cache
+        monkeypatch.setattr(decoded, "_decode", None)  # the second time reads the cache
+    monkeypatch.undo()
     (root / "b" / "5.png").unlink()
     with pytest.raises(UsageError, match=r"0.png: expected a readable image"):
         read(tmp_path)
+
+
+def test_unreadable_files_keep_their_indices(tmp_path: Path) -> None:
+    made = write_list(tmp_path, "path\ngone.png\na\0.png\na.png\nb.png\n")
+    source = read(tmp_path, None, files=str(tmp_path / "list.csv"), on_error="skip")
+    assert content(source, made) == {"unlabeled": "a.png b.png"}
+    assert source.unlabeled.tolist() == [2, 3]
+    assert source.skipped.counts == {"unreadable": 1, "broken": 1}
+    (tmp_path / "list.csv").write_text("path\ngone.png\n")
+    with pytest.raises(UsageError, match=r"on_error=skip: expected at least one readable image; repair"):
+        read(tmp_path, None, files=str(tmp_path / "list.csv"), on_error="skip")
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError("a newer format")])
+def test_file_that_becomes_readable_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    """Permissions and codecs change neither length nor modification time of a file."""
+    make(tmp_path / "root", "0.png 1.png 2.png")
+    open_image = Image.open
+
+    def failing(file):
+        if file.name == "1.png":
+            raise error
+        return open_image(file)
+
+    monkeypatch.setattr(Image, "open", failing)
+    for _ in range(2):
+        assert read(tmp_path, on_error="skip").unlabeled.tolist() == [0, 2]
+    with pytest.raises(UsageError, match=r"1.png: expected a readable (file \(Permission|image \(a newer)"):
+        read(tmp_path)
+    monkeypatch.undo()
+    for _ in range(2):
+        assert read(tmp_path).images[:, 0, 0, 0].tolist() == [0, 1, 2]
+    [record] = (tmp_path / "cache").glob("*.json")
+    assert json.loads(record.read_text()) == {"broken": []}
+
+
+def test_image_of_unsupported_kind_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "root", "0.png 1.png")
+    sizes, kind = struct.pack("<7I44x", 124, 0x1007, 4, 4, 16, 0, 0), struct.pack("<2I4s40x", 32, 4, b"ABCD")
+    (tmp_path / "root" / "2.dds").write_bytes(b"DDS " + sizes + kind + bytes(64))
+    with pytest.raises(UsageError, match=r"2.dds: expected a readable image .Unimplemented pixel format"):
+        read(tmp_path)
+    assert read(tmp_path, on_error="skip").unlabeled.tolist() == [0, 1]
+
+
+def test_endings_without_meaning_are_one_kind(tmp_path: Path) -> None:
+    make(tmp_path / "root", "0.png")
+    for i in range(30):
+        (tmp_path / "root" / f"1.2.840.{i}").write_text("x")
+        (tmp_path / "root" / f"x.abcdef{chr(97 + i % 26)}{i}").write_text("x")
+        (tmp_path / "root" / f"y.a{i}").write_text("x")
+    skipped = read(tmp_path).skipped
+    assert skipped.counts["with another ending"] == 60
+    assert len(skipped.record()["counts"]) == str(skipped).count(",") + 1 == 11
+    assert str(skipped).startswith("skipped 90 files: 60 with another ending, 1 .a")
+    assert str(skipped).endswith(", 21 of other kinds")
 
 
 def test_class_without_readable_image_raises_usage_error(tmp_path: Path) -> None:
@@ -467,8 +562,8 @@ def test_interrupted_decode_resumes_at_the_last_block(
 ) -> None:
     make(tmp_path / "root", " ".join(f"{i:02}.png" for i in range(10)))
     (tmp_path / "root" / "01.png").write_text("x")
-    monkeypatch.setattr(image_folder, "BLOCK_BYTES", 3 * 48)  # three images
-    read_one, calls = image_folder._read, []
+    monkeypatch.setattr(decoded, "BLOCK_BYTES", 3 * 48)  # three images
+    read_one, calls = decoded._read, []
 
     def interrupted(file, size, channels):
         calls.append(file.name)
@@ -477,14 +572,15 @@ def test_interrupted_decode_resumes_at_the_last_block(
             raise KeyboardInterrupt
         return read_one(file, size, channels)
 
-    monkeypatch.setattr(image_folder, "_read", interrupted)
+    monkeypatch.setattr(decoded, "_read", interrupted)
     with pytest.raises(KeyboardInterrupt):
         read(tmp_path, on_error="skip")
     [partial] = (tmp_path / "cache").glob("*.npy.partial")
     partial.write_bytes(partial.read_bytes() + b"part of a block")
     calls[:] = ["interrupt"]
     source = read(tmp_path, on_error="skip")
-    assert sorted(set(calls[1:])) == ["00.png", "06.png", "07.png", "08.png", "09.png"]  # 0: the side
+    assert sorted(set(calls[1:])) == ["00.png", "01.png", "06.png", "07.png", "08.png", "09.png"]
+    # 00 for the side, and 01 since it is broken
     assert source.images[:, 0, 0, 0].tolist() == [0, 0, *range(2, 10)]
     assert source.unlabeled.tolist() == [0, *range(2, 10)]
     assert {file.suffix for file in (tmp_path / "cache").iterdir()} <= {".npy", ".json", ".lock"}
@@ -512,3 +608,54 @@ def test_validation_split_of_its_own_is_used(tmp_path: Path) -> None:
     make(tmp_path / "root", "train/a/0.png train/b/1.png train/b/2.png val/a/3.png")
     data = load(read(tmp_path), val_fraction=0.5)
     assert (len(data.train), data.val.y.tolist(), len(data.test)) == (3, [0], 0)
+
+
+def test_refused_decode_resumes_at_the_last_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "root", " ".join(f"{i:02}.png" for i in range(10)))
+    (tmp_path / "root" / "07.png").write_text("x")
+    monkeypatch.setattr(decoded, "BLOCK_BYTES", 3 * 48)  # three images
+    with pytest.raises(UsageError, match=r"07.png: expected a readable image"):
+        read(tmp_path)
+    read_one, calls = decoded._read, set()
+
+    def counting(file, size, channels):
+        calls.add(file.name)
+        return read_one(file, size, channels)
+
+    monkeypatch.setattr(decoded, "_read", counting)
+    assert read(tmp_path, on_error="skip").images[:, 0, 0, 0].tolist() == [*range(7), 0, 8, 9]
+    assert calls == {"00.png", "06.png", "07.png", "08.png", "09.png"}  # 00 for the side
+
+
+def test_decoded_file_is_read_without_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a cache that is read-only."""
+    make(tmp_path / "root", "0.png 1.png")
+    read(tmp_path)
+    monkeypatch.setattr(decoded, "FileLock", None)
+    assert read(tmp_path).images[:, 0, 0, 0].tolist() == [0, 1]
+
+
+def test_waiting_for_another_process_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(decoded, "QUIET_WAIT", 0.05)
+    with ThreadPoolExecutor(1) as thread:
+        with decoded._locked(tmp_path / "x.npy"):
+            assert capsys.readouterr().err == ""
+            waiting = thread.submit(lambda: decoded._locked(tmp_path / "x.npy").__enter__())
+            time.sleep(0.3)
+            assert not waiting.done()
+        waiting.result()
+    assert capsys.readouterr().err.startswith("waiting for another process that decodes the same images: ")
+
+
+def test_one_image_per_class_is_used_without_labels(tmp_path: Path) -> None:
+    make(tmp_path / "root", " ".join(f"{i:02}/0.png" for i in range(10)))
+    data = load(read(tmp_path))
+    assert (len(data.pretrain), len(data.train), len(data.val), len(data.test)) == (10, 0, 0, 0)
+    assert data.classes == []
+    assert set(data.pretrain.y.tolist()) == {-1}
+    assert data.layout == "<class>/**, one image in each class: unlabelled"
+    assert len(load(read(tmp_path), subset=4).pretrain) == 4
+    make(tmp_path / "root", " ".join(f"{i:02}/1.png" for i in range(10)))
+    assert len(load(read(tmp_path), val_fraction=0.1).val) == 2

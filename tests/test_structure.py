@@ -36,7 +36,7 @@ IMPORTS = """
     theory          backbone data distributed errors evaluator loss model relation runs solver
     probe           backbone data device distributed errors evaluator model optimizer runs views
 
-    pretrained      data errors runs views
+    pretrained      data device errors runs views
 
     checks          backbone config data distributed errors model relation solver views
     build           backbone checks config data device distributed errors evaluator loss model optimizer

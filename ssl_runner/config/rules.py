@@ -56,6 +56,7 @@ RULES = {
     "dataset.size": Rule(int, low=4, optional=True),
     **{f"dataset.{name}": Rule(str) for name in ("image", "train")},
     **{f"dataset.{name}": Rule(str, optional=True) for name in ("label", "test", "unlabeled")},
+    "dataset.cache": Rule(str),
     "dataset.channels": Rule(int, choices=(1, 3), optional=True),
     "backbone.width": _positive(int),
     "backbone.stem": Rule(str, choices=STEMS),

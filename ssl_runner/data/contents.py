@@ -16,8 +16,16 @@ def listed(files: Sequence[Path], base: Path) -> dict[str, Any]:
     Names are relative to `base`, or absolute for files elsewhere. Bytes that are not UTF-8 become escapes.
     """
     names = [file.relative_to(base) if file.is_relative_to(base) else file for file in files]
-    sizes = np.array([file.stat().st_size for file in files], dtype=np.int64)
+    sizes = np.array([length(file) for file in files], dtype=np.int64)
     return {"files": list(map(printable, names)), "file_bytes": sizes}
+
+
+def length(file: Path) -> int:
+    """Return the length of a file in bytes, -1 if it cannot be accessed."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return -1
 
 
 def digest(classes: Sequence[str], files: Sequence[str] | None, *arrays: np.ndarray | None) -> str:

@@ -1,8 +1,7 @@
 """Data sets as two tensors, images (n, C, H, W) uint8 and labels (n,) int64, and seeded splits of them."""
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import psutil
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ssl_runner.data.contents import digest
+from ssl_runner.data.images import Images
 from ssl_runner.data.skipped import Skipped
 from ssl_runner.data.splits import balanced_order, hold_out
-from ssl_runner.device import release_freed_memory, to_device
+from ssl_runner.device import release_freed_memory
 from ssl_runner.errors import UsageError
 
 MEMORY_FRACTION = 0.5  # storage="auto": largest fraction of the free device memory that images may use
@@ -40,81 +40,6 @@ class Source:
     skipped: Skipped = field(default_factory=Skipped)
     files: list[str] | None = None
     file_bytes: np.ndarray | None = None
-
-
-@dataclass
-class Images:
-    """A subset of a data set, without a copy of it.
-
-    images (N, C, H, W) uint8 and labels (N,) int64 hold the whole data set; indices (n,) int64 select
-    the subset. `resident` is True if the images are in device memory, False if they are in host memory or
-    in a memory-mapped file.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-    resident: bool
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def y(self) -> Tensor:
-        """Labels (n,) of this subset, on the device of `labels`."""
-        return self.labels[self.indices.to(self.labels.device)]
-
-    def batches(
-        self, order: Tensor, batch_size: int, device: torch.device
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches of images (b, C, H, W) uint8 and labels (b,) on `device`.
-
-        order (m,) int64 holds positions within this subset, in the order in which they are read. A thread
-        prefetches images that are not resident: it gathers and copies one batch ahead of the current step.
-        """
-        if self.resident:
-            for indices in to_device(self.indices[order], device).split(batch_size):
-                yield self.images[indices], self.labels[indices]
-            return
-        chunks = self.indices[order].split(batch_size)
-        prefetcher = Prefetcher(device)
-        with ThreadPoolExecutor(1) as thread:
-            ahead = thread.submit(prefetcher.fetch, self, chunks[0])
-            for following in [*chunks[1:], None]:
-                ready = prefetcher.ready(ahead.result())
-                if following is not None:
-                    ahead = thread.submit(prefetcher.fetch, self, following)
-                yield ready
-
-
-class Prefetcher:
-    """Copies batches of images in host memory to a device.
-
-    `fetch` runs in a thread and starts the copy of a batch. `ready` is called before the batch is used. On
-    CUDA the copy uses pinned memory and a separate stream, so that it overlaps with compute.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def fetch(self, images: Images, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Start copying the images at indices (b,) to the device. Returns the copies and their labels."""
-        batch = images.images[indices]
-        if self.stream is None:
-            return batch.to(self.device), images.labels[indices.to(self.device)]
-        with torch.cuda.stream(self.stream):
-            batch, indices = to_device(batch, self.device), to_device(indices, self.device)
-            return batch, images.labels[indices]
-
-    def ready(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Make the compute stream wait for the copy of `batch`, without a host-device sync."""
-        if self.stream is not None:
-            compute = torch.cuda.current_stream(self.device)
-            compute.wait_stream(self.stream)
-            for tensor in batch:
-                tensor.record_stream(compute)
-        return batch
 
 
 @dataclass
@@ -184,10 +109,12 @@ def load(
     test_fraction  fraction of the training images that become the test split, stratified by class, before
                    `subset`
 
+    A data set with one training image in each class is used as unlabelled.
+
     Raises UsageError if `subset` is out of range, if no validation or test image can be held out, if the
     data set has a test split besides `test_fraction`, or if `storage` is "device" and the images do not fit.
     """
-    data = source()
+    data = _without_single_images(source())
     train, test, unlabeled = data.train, data.test, data.unlabeled
     labels = data.labels.numpy()
     if test_fraction:
@@ -229,6 +156,16 @@ def load(
         files=data.files,
         digest=digest(data.classes, data.files, labels, *splits, data.file_bytes),
     )
+
+
+def _without_single_images(data: Source) -> Source:
+    """The data set, without labels if each class has one training image, since these allow no split."""
+    if data.val is not None or not data.classes or torch.bincount(data.labels[data.train]).max() > 1:
+        return data
+    none, unused = data.train[:0], f", {len(data.test)} test images unused" if len(data.test) else ""
+    layout = f"{data.layout}, one image in each class: unlabelled{unused}".lstrip(", ")
+    trained, labels = np.concatenate([data.train, data.unlabeled]), torch.full_like(data.labels, -1)
+    return replace(data, labels=labels, classes=[], train=none, test=none, unlabeled=trained, layout=layout)
 
 
 def _split_test(data: Source, name: str, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

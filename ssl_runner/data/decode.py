@@ -1,9 +1,17 @@
 """One image, in any mode that Pillow reads -> uint8 pixels."""
 
+import struct
+import zlib
+
 import numpy as np
 from PIL import Image, ImageOps
 
 VERSION = 2  # of the pixels that `pixels` returns; part of the name of a cache
+DAMAGED = (  # what Pillow and `pixels` raise for a file that cannot be read
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
+TOLERANCE = 1e-3  # of float values outside their range, which are clipped
 
 
 def pixels(image: Image.Image, size: int | None, channels: int = 3) -> np.ndarray:
@@ -16,10 +24,10 @@ def pixels(image: Image.Image, size: int | None, channels: int = 3) -> np.ndarra
     is chosen per file, by its largest value:
 
     integers   < 256 are 8-bit values, < 4096 are scaled by 255 / 4095, <= 65535 are divided by 256
-    floats     <= 1 are scaled by 255; from 2 on as integers
+    floats     <= 1 are scaled by 255; from 2 on as integers; 0.001 beyond 0, 1 and 65535 is clipped
 
-    Raises ValueError for values outside 0 ... 65535, for NaN, for floats with a maximum between 1 and 2, and
-    for 16-bit colour whose values use at most 12 bits: Pillow reads the upper 8 bits of it only.
+    Raises ValueError for values outside 0 ... 65535, for NaN, for floats with a maximum between 1.001 and 2,
+    and for 16-bit colour whose values use at most 12 bits: Pillow reads the upper 8 bits of it only.
     """
     deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
     upright = ImageOps.exif_transpose(image)
@@ -38,14 +46,16 @@ def pixels(image: Image.Image, size: int | None, channels: int = 3) -> np.ndarra
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
     """Scale the values (H, W) of a 16-bit, 32-bit or float image to uint8, as `pixels` states."""
-    low, high = values.min(), values.max()
-    if not (low >= 0 and high <= 65535):
-        raise ValueError(f"values from {low:g} to {high:g}, expected 0 to 65535")
+    low, high = float(values.min()), float(values.max())
+    beyond = TOLERANCE if values.dtype.kind == "f" else 0
+    if not (low >= -beyond and high - 65535 <= beyond):
+        raise ValueError(f"values from {low:.9g} to {high:.9g}, expected 0 to 65535")
     if values.dtype.kind == "f":
-        if high <= 1:
-            return (values * 255).round().astype(np.uint8)
+        if high <= 1 + beyond:
+            return (values * 255).round().clip(0, 255).astype(np.uint8)
         if high < 2:
-            raise ValueError(f"float values up to {high:g}, expected 0 to 1, 0 to 255 or 0 to 65535")
+            raise ValueError(f"float values up to {high:.9g}, expected 0 to 1, 0 to 255 or 0 to 65535")
+        values = values.clip(0, 65535)
     if high < 256:
         return values.round().clip(0, 255).astype(np.uint8)
     if high < 4096:

@@ -1,6 +1,7 @@
 """A data set as a CSV list of image files: columns path, label and split."""
 
 import csv
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -19,10 +20,13 @@ def read_list(given: str, labels: bool | None) -> Listing:
     unlabelled; optionally `split`, one of train (also if empty), val, test and unlabeled. Other columns are
     ignored. labels=False ignores `label`; labels=True requires it.
 
-    Rows are ordered by split, then by class, then as in the file. Raises UsageError for a file that does not
-    have this form, or for labels that only val or test has.
+    Spaces around column names, labels and splits are ignored. Rows are ordered by split, then by class, then
+    as in the file.
+
+    Raises UsageError for a file that does not have this form, for labels that only val or test has, or if
+    there are no images to train on.
     """
-    file = Path(given).expanduser()
+    file, given = Path(given).expanduser(), printable(given)
     table = _read_table(file)
     layout = f"list {printable(file.name)}: {', '.join(name for name in COLUMNS if name in table)}"
     label = table.label if "label" in table and labels is not False else pd.Series("", table.index)
@@ -44,6 +48,11 @@ def read_list(given: str, labels: bool | None) -> Listing:
     order = pd.DataFrame({"split": split.map(SPLITS.index), "number": number}).sort_values(
         ["split", "number"], kind="stable"
     )
+    if order.empty:
+        raise UsageError(
+            f"dataset.files={given}: expected at least one row with the split train or unlabeled, found"
+            f" {len(scored)} of val or test; add images to train on"
+        )
     listing.files = [base / path for path in table.path[order.index]]
     listing.labels = order.number.tolist()
     listing.splits = [SPLITS[i] for i in order.split]
@@ -56,12 +65,17 @@ def _read_table(file: Path) -> pd.DataFrame:
     try:
         with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as lines:
             reader = csv.reader(lines, strict=True)
-            header = next(reader, [])
+            header = [name.strip() for name in next(reader, [])]
             rows = dict((reader.line_num, row) for row in reader if row)  # noqa: C402
     except (OSError, csv.Error) as error:
         raise UsageError(
             f"{key}: expected a CSV file with a column path ({one_line(error)}); set dataset.files to one"
         ) from error
+    meant = {name.lower().removesuffix("s"): name for name in header}
+    if near := [meant[name] for name in COLUMNS if name in meant and name not in header]:
+        raise UsageError(
+            f"{key}: expected the columns {', '.join(COLUMNS)}, found {printable(near[0])}; rename it"
+        )
     if header.count("path") != 1 or len(set(header)) < len(header) or not rows:
         raise UsageError(
             f"{key}: expected a header with a column path, and rows, found the columns"
@@ -73,11 +87,25 @@ def _read_table(file: Path) -> pd.DataFrame:
                 f"{key}: expected {len(header)} columns in line {line}, found {len(row)}; put quotes around a"
                 " path with a comma"
             )
-    table = pd.DataFrame(list(rows.values()), index=list(rows), columns=header, dtype=object)
-    for bad, what in ((table.path == "", "a path in each row"), (table.path.duplicated(), "each path once")):
+    cells = [
+        [cell if name == "path" else cell.strip() for name, cell in zip(header, row, strict=True)]
+        for row in rows.values()
+    ]
+    table = pd.DataFrame(cells, index=list(rows), columns=header, dtype=object)
+    folder = file.resolve().parent
+    real = pd.Series([_real(folder / path) for path in table.path], table.index, dtype=object)
+    for bad, what in ((table.path == "", "a path in each row"), (real.duplicated(), "each file once")):
         if bad.any():
             raise UsageError(f"{key}: expected {what}, found line {table.index[bad][0]}; correct it")
     return table
+
+
+def _real(path: Path) -> str:
+    """The path without symbolic links, or as it is if it cannot be one."""
+    try:
+        return os.path.realpath(path)
+    except ValueError:  # a NUL byte
+        return str(path)
 
 
 def _splits(table: pd.DataFrame, given: str) -> pd.Series:
@@ -86,12 +114,12 @@ def _splits(table: pd.DataFrame, given: str) -> pd.Series:
         return pd.Series("train", table.index)
     named = table.split.replace("", "train")
     for line, name in named.items():
-        if name not in FOLDERS:
+        if name.lower() not in FOLDERS:
             raise UsageError(
                 f"dataset.files={given}: expected train, val, test or unlabeled as split, found"
                 f" {printable(name)} in line {line}; correct it"
             )
-    return named.map(FOLDERS)
+    return named.str.lower().map(FOLDERS)
 
 
 def _check_labels(

@@ -197,5 +197,5 @@ def _decode(encoded: dict[str, Any], column: str, size: int | None, channels: in
         data = encoded["bytes"]
         with Image.open(BytesIO(data) if data is not None else encoded["path"]) as image:
             return decode.pixels(image, size, channels)
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+    except decode.DAMAGED as error:
         raise UsageError(f"{name}: expected a readable image ({one_line(error)}); repair it") from error

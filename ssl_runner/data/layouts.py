@@ -1,6 +1,7 @@
 """Layouts of image folders: which files there are, with the label and the split of each."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +12,9 @@ from ssl_runner.data.skipped import Skipped, printable
 from ssl_runner.errors import UsageError
 
 SPLITS = ("train", "test", "val", "unlabeled")  # the order of the images
-FOLDERS = {  # name of a folder -> split
-    "train": "train",
-    "test": "test",
+FOLDERS = {  # name of a folder, in lower case -> split
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing"), "test"),
     **dict.fromkeys(("val", "valid", "validation"), "val"),
     **dict.fromkeys(("unlabeled", "unlabelled"), "unlabeled"),
 }
@@ -52,15 +53,24 @@ class Tree:
     below: dict[str, list[Path]]
 
     @property
+    def split(self) -> str | None:
+        """The split that the folder is named after, in upper or lower case."""
+        return FOLDERS.get(self.path.name.lower())
+
+    @property
     def files(self) -> list[Path]:
         return [*self.direct, *(file for files in self.below.values() for file in files)]
 
 
 @dataclass
 class Root:
-    """The images of one root: split -> class -> files. The class is None for unlabelled images."""
+    """The images of one root: split -> class -> files. The class is None for unlabelled images.
+
+    train: folder of the class folders.
+    """
 
     layout: str
+    train: Path
     splits: dict[str, dict[str | None, list[Path]]]
     hint: str = ""
 
@@ -108,7 +118,7 @@ def _check_classes(roots: Sequence[Path], found: Sequence[Root], names: Sequence
     if not names:
         return
     in_train = {name for one in found for name, files in one.splits["train"].items() if files}
-    where = printable(roots[0] / "train" if "train/" in found[0].layout else roots[0])
+    where = printable(found[0].train)
     if empty := [
         printable(name)
         for name in names
@@ -139,20 +149,16 @@ class Finder:
         real = Path(os.path.realpath(root))
         above = {str(real), *map(str, real.parents)}
         trees = [tree for folder in folders if (tree := self.tree(folder, above))]
-        parts = [tree for tree in trees if tree.path.name in FOLDERS]
-        others = [tree for tree in trees if tree.path.name not in FOLDERS]
-        train = next((tree for tree in parts if tree.path.name == "train"), None)
+        parts = [tree for tree in trees if tree.split]
+        others = [tree for tree in trees if not tree.split]
+        train = next((tree for tree in parts if tree.split == "train"), None)
         beside = bool(direct) or any(tree.files for tree in others)
         if train is not None and (len(train.below) > 1 or not beside):
             self.leave_out("outside of the splits", direct)
             for tree in others:
                 self.leave_out("outside of the splits", tree.files)
             return self.with_splits(root, train, parts, labels)
-        if (
-            labels is not False
-            and not beside
-            and any(FOLDERS[tree.path.name] != "unlabeled" for tree in parts)
-        ):
+        if labels is not False and not beside and any(tree.split != "unlabeled" for tree in parts):
             raise UsageError(
                 f"dataset.root={printable(root)}: expected train beside {parts[0].path.name}, but train is"
                 " missing; add it, or set dataset.root to another folder"
@@ -169,7 +175,7 @@ class Finder:
             )
         splits: dict[str, dict[str | None, list[Path]]] = {"train": {}}
         for tree in parts:
-            split = FOLDERS[tree.path.name]
+            split = tree.split or ""
             files = splits.setdefault(split, {})
             if split == "unlabeled" or (split == "train" and not labelled):
                 splits.setdefault("unlabeled", {}).setdefault(None, []).extend(tree.files)
@@ -181,8 +187,8 @@ class Finder:
                 self.leave_out(f"in {tree.path.name}/ (no training labels)", tree.files)
         kept = [name for name in ("test", "val", "unlabeled") if any(splits.get(name, {}).values())]
         if not labelled:
-            return Root("train/**, unlabelled", splits)
-        return Root(", ".join(["train/<class>/**", *kept]), splits)
+            return Root("train/**, unlabelled", train.path, splits)
+        return Root(", ".join(["train/<class>/**", *kept]), train.path, splits)
 
     def without_splits(
         self, root: Path, direct: list[Path], trees: Sequence[Tree], labels: bool | None
@@ -196,14 +202,14 @@ class Finder:
             hint = (
                 " (dataset.labels=true takes sub-folders as classes)" if labels is None and filled > 1 else ""
             )
-            return Root("**, unlabelled", {"unlabeled": {None: sorted(files)}}, hint)
+            return Root("**, unlabelled", root, {"unlabeled": {None: sorted(files)}}, hint)
         if len(trees) < 2:
             raise UsageError(
                 f"{printable(root)}: expected at least 2 class folders, found {len(trees)};"
                 " add one folder of image files per class, or set dataset.labels=false"
             )
         self.leave_out("outside of class folders", direct)
-        return Root("<class>/**", {"train": {tree.path.name: sorted(tree.files) for tree in trees}})
+        return Root("<class>/**", root, {"train": {tree.path.name: sorted(tree.files) for tree in trees}})
 
     def leave_out(self, kind: str, files: Sequence[Path]) -> None:
         for file in files:
@@ -259,6 +265,7 @@ class Finder:
         ending = path.suffix.lower()
         if ending in self.endings:
             return "not a regular file" if path.exists() and not path.is_file() else ""
-        return (
-            f"{printable(ending)} (no codec)" if ending in NO_CODEC else printable(ending) or "without ending"
-        )
+        if ending in NO_CODEC:
+            return f"{ending} (no codec)"
+        known = re.fullmatch(r"\.(?=.*[a-z])[a-z0-9]{1,5}", ending)
+        return ending if known else "with another ending" if ending else "without ending"

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ssl_runner import distributed
 from ssl_runner.batch import Batch
-from ssl_runner.data.dataset import DataSet, Images
+from ssl_runner.data.dataset import DataSet
+from ssl_runner.data.images import Images
 from ssl_runner.device import to_device
 from ssl_runner.views import Augment, to_unit
 

@@ -10,7 +10,7 @@ import torch
 
 from ssl_runner.data.contents import listed
 from ssl_runner.data.dataset import Source
-from ssl_runner.data.image_folder import decode_files
+from ssl_runner.data.decoded import decode_files
 from ssl_runner.data.readers import NONE
 from ssl_runner.data.skipped import Skipped
 from ssl_runner.errors import UsageError
@@ -38,8 +38,8 @@ def tiny_imagenet(root: str | None, size: int | None, channels: int | None, cach
     """Return Tiny ImageNet: 100,000 training images, and the 10,000 validation images as the test split.
 
     `root` is tiny-imagenet-200 or the folder around it. The published test images have no labels and are
-    skipped. Images are decoded once into a file in `cache`, as those
-    of `dataset=folder`. `size` is 64 as published; `channels` is 1 or 3, with None for 3.
+    skipped. Images are decoded once into a file in `cache`, as those of `dataset=folder`. `size` is 64 as
+    published; `channels` is 1 or 3, with None for 3.
 
     Raises UsageError if the folder is missing or is not complete.
     """

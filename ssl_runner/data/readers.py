@@ -11,8 +11,9 @@ import numpy as np
 import torch
 import torchvision
 
-from ssl_runner.data.dataset import Source, balanced_order
+from ssl_runner.data.dataset import Source
 from ssl_runner.data.resize import resized
+from ssl_runner.data.splits import balanced_order
 from ssl_runner.errors import UsageError, one_line
 
 NONE = np.empty(0, dtype=np.int64)

@@ -4,7 +4,7 @@ from collections import Counter
 from os import PathLike, fspath
 from typing import Any
 
-MOST_NAMES = 100
+MOST_NAMES, MOST_KINDS = 100, 10
 
 
 class Skipped:
@@ -21,12 +21,18 @@ class Skipped:
 
     def record(self) -> dict[str, Any]:
         """The field of run.json."""
-        return {"counts": dict(self.counts.most_common()), "files": self.names}
+        return {"counts": self.most_common(), "files": self.names}
+
+    def most_common(self) -> dict[str, int]:
+        """The counts of the 10 most frequent kinds, and of all others together."""
+        counts = dict(self.counts.most_common(MOST_KINDS))
+        others = self.counts.total() - sum(counts.values())
+        return counts | ({"of other kinds": others} if others else {})
 
     def __str__(self) -> str:
         """One line, or "" if no file was skipped."""
         total = self.counts.total()
-        kinds = ", ".join(f"{n:,} {kind}" for kind, n in self.counts.most_common())
+        kinds = ", ".join(f"{n:,} {kind}" for kind, n in self.most_common().items())
         return f"skipped {total:,} file{'s' if total > 1 else ''}: {kinds}" if total else ""
 
 

@@ -1,7 +1,6 @@
 """Features of a trained network for a data set or a folder of images, written block by block."""
 
 import os
-import struct
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +13,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_runner.data.dataset import DataSet, Images
+from ssl_runner.data.dataset import DataSet
+from ssl_runner.data.images import Images
+from ssl_runner.data.decode import DAMAGED
 from ssl_runner.data.layouts import Finder
 from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError, one_line
@@ -22,8 +23,6 @@ from ssl_runner.evaluation.tables import FORMATS, Block, check_target
 from ssl_runner.pretrained import Pretrained, Transform
 from ssl_runner.runs.files import atomic_write
 from ssl_runner.views import normalize, to_unit
-
-UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, UsageError, Image.DecompressionBombError)
 
 Batches = Iterator[tuple[Tensor, Block]]  # normalised images (n, C, S, S), and columns that describe them
 
@@ -82,7 +81,7 @@ class Folder:
         try:
             with Image.open(path) as image:
                 return path, transform(image)
-        except UNREADABLE as error:
+        except (*DAMAGED, UsageError) as error:
             if not self.skip_errors:
                 raise UsageError(
                     f"{self.name(path)}: expected a readable image ({one_line(error)}); repair or remove it,"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ssl_runner import distributed
-from ssl_runner.data.dataset import DataSet, Images
+from ssl_runner.data.dataset import DataSet
+from ssl_runner.data.images import Images
 from ssl_runner.model import eval_mode
 from ssl_runner.probe.shares import LabelDraw
 from ssl_runner.views import normalize, to_unit

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssl_runner.data.dataset import balanced_order
+from ssl_runner.data.splits import balanced_order
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def read_record(path: Path) -> Row:
     """run.json, {} if it cannot be read."""
     try:
         record = read_json(path)
-    except (OSError, ValueError):
+    except (OSError, UsageError):
         return {}
     return clean(record) if isinstance(record, dict) else {}
 

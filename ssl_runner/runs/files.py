@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ssl_runner.errors import UsageError
+
 
 @contextmanager
 def atomic_write(path: Path, concurrent: bool = False) -> Iterator[BinaryIO]:
@@ -101,5 +103,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file written by `write_json`."""
-    return json.loads(path.read_text())
+    """Read a file written by `write_json`. Raises UsageError if it is damaged."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UsageError(
+            f"{path}: expected a JSON file ({error}); it is damaged, restore or remove it"
+        ) from error

@@ -18,6 +18,7 @@ from ssl_runner.preemption import EXIT, Preempted
 from ssl_runner.runs.files import read_json, write_json
 from ssl_runner.version import git_commit
 
+KEPT = ("data_digest", "images")  # of an earlier start, until the data set has been read and compared
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "hydra-core", "omegaconf")
 
 
@@ -36,27 +37,32 @@ class RunRecord:
         self.start = time.time()
         before = read_json(self.path) if self.path.exists() else {}
         self.seconds_before = before.get("wall_seconds") or 0.0
-        self.content: dict[str, Any] = {
-            "status": "running",
-            "error": None,
-            "identity": identity,
-            "starts": before.get("starts", 0) + 1,
-            "processes": distributed.world_size(),
-            "wall_seconds": self.seconds_before,
-            "started": before.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": shlex.join(psutil.Process().cmdline()),
-            "cwd": str(Path.cwd()),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "process_started": psutil.Process().create_time(),
-            "slurm_job": os.environ.get("SLURM_JOB_ID"),
-            "git_commit": git_commit(),
-            "versions": {
-                "ssl_runner": __version__,
-                "python": platform.python_version(),
-                **{name: version(name) for name in LIBRARIES},
-            },
-        } | facts
+        kept = {name: before[name] for name in KEPT if name in before}
+        self.content: dict[str, Any] = (
+            kept
+            | {
+                "status": "running",
+                "error": None,
+                "identity": identity,
+                "starts": before.get("starts", 0) + 1,
+                "processes": distributed.world_size(),
+                "wall_seconds": self.seconds_before,
+                "started": before.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "command": shlex.join(psutil.Process().cmdline()),
+                "cwd": str(Path.cwd()),
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "process_started": psutil.Process().create_time(),
+                "slurm_job": os.environ.get("SLURM_JOB_ID"),
+                "git_commit": git_commit(),
+                "versions": {
+                    "ssl_runner": __version__,
+                    "python": platform.python_version(),
+                    **{name: version(name) for name in LIBRARIES},
+                },
+            }
+            | facts
+        )
 
     def update(self, **facts: Any) -> None:
         """Add or update fields, then write the file."""

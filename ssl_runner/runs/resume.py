@@ -65,7 +65,7 @@ def read_run_id(path: Path) -> str | None:
     """Return the identity in a run.json, or None if the file is corrupt, for example after a power cut."""
     try:
         return read_json(path).get("identity")
-    except ValueError:
+    except UsageError:
         return None
 
 
@@ -144,6 +144,9 @@ def plan_resume(folder: Path, given: Collection[str], config_dir: str | None) ->
         )
     overrides = compose.parse(read_overrides(folder))
     added = [str(override.input_line) for override in overrides if override.key_or_group not in given]
+    if "epochs" not in {*given, *(override.key_or_group for override in overrides)}:
+        saved = OmegaConf.load(folder / ".hydra" / "config.yaml")  # a preset may have other epochs by now
+        added.append(f"epochs={saved.epochs}")
     return ResumePlan(
         overrides=[*added, f"hydra.run.dir={quote(folder)}"],
         config_dir=str(Path(config_dir).resolve()) if config_dir is not None else config_dir_of(folder),

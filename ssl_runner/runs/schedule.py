@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from ssl_runner.config import compose, rules
 from ssl_runner.errors import UsageError
 from ssl_runner.runs import resume
-from ssl_runner.runs.files import read_json, write_json
+from ssl_runner.runs.files import atomic_write, read_json, write_json
 
 # Parts in order, {"from_epoch": a, "to_epoch": b}: the learning rate of epochs a + 1 .. b has a warm-up and a
 # decay of its own. A part that an extension cut short keeps its planned to_epoch.
@@ -33,7 +33,7 @@ def identity(cfg: DictConfig, schedule: Schedule) -> str:
 
 
 def is_extension(cfg: DictConfig, folder: Path) -> bool:
-    """Return whether the command line asks for other epochs than the run in `folder` was planned for."""
+    """Return whether `cfg`, given with resume=<folder>, has other epochs than the run was planned for."""
     planned = read_schedule(folder, saved_config(folder).epochs)[-1]["to_epoch"]
     return cfg.resume not in (None, "auto") and cfg.epochs != planned
 
@@ -41,7 +41,7 @@ def is_extension(cfg: DictConfig, folder: Path) -> bool:
 def extend(cfg: DictConfig, folder: Path) -> None:
     """Plan more epochs for the run in `folder`, which must be locked. `cfg` is its configuration with these.
 
-    The new part begins after the epoch of the last checkpoint. The results of a finished run are copied to
+    The new part begins after the epoch of the last checkpoint. The results of a finished run are moved to
     epochs-<planned>/, and its configuration to .hydra/config-<planned>.yaml. Raises UsageError, before
     anything is written, if the run cannot be extended.
     """
@@ -61,10 +61,10 @@ def extend(cfg: DictConfig, folder: Path) -> None:
         )
     if cfg.views.resolutions is not None:
         raise UsageError(
-            f"epochs={cfg.epochs}: expected views.resolutions=null, to extend a run, since its sizes are"
-            f" spread over the planned epochs; {new_run}"
+            f"epochs={cfg.epochs}: a run with views.resolutions cannot be extended, because these are spread"
+            f" over its planned epochs; {new_run}"
         )
-    refuse_other_changes(cfg, saved)
+    refuse_other_changes(cfg, saved, folder)
     begin = next_epoch(folder)
     if record["status"] == "done" and begin < planned:
         raise UsageError(f"epochs={cfg.epochs}: {folder} has no checkpoint of its last epoch; {new_run}")
@@ -75,6 +75,8 @@ def extend(cfg: DictConfig, folder: Path) -> None:
         )
     if record["status"] == "done":
         copy_results(folder, folder / f"epochs-{planned}")
+        for path in (path for pattern in ("*.safetensors", "*.png") for path in folder.glob(pattern)):
+            path.unlink()  # of the shorter run; new ones are written at the end
     write_config(saved, cfg.epochs, planned, folder)
     parts = [part for part in schedule if part["from_epoch"] < begin]
     parts.append({"from_epoch": begin, "to_epoch": cfg.epochs})
@@ -88,13 +90,15 @@ def saved_config(folder: Path) -> DictConfig:
     return saved
 
 
-def refuse_other_changes(cfg: DictConfig, saved: DictConfig) -> None:
+def refuse_other_changes(cfg: DictConfig, saved: DictConfig, folder: Path) -> None:
     """Raise UsageError for a change of another option than `epochs`.
 
     Options that follow `epochs`, such as `every: ${epochs}`, may change with it. They are updated in `saved`.
     """
-    task = compose.parse(HydraConfig.get().overrides.task)
-    given = {override.key_or_group for override in task if "${" not in str(override.input_line)}
+    task = compose.parse(HydraConfig.get().overrides.task)  # interpolations are resolved in these
+    first = compose.parse(resume.read_overrides(folder))
+    follow = {override.key_or_group for override in first if "${" in str(override.input_line)}
+    given = {override.key_or_group for override in task} - follow
     before = saved.epochs
     for key in list(rules.dotted_keys(saved)):
         follows = OmegaConf.select(saved, key) == before and OmegaConf.select(cfg, key) == cfg.epochs
@@ -104,9 +108,9 @@ def refuse_other_changes(cfg: DictConfig, saved: DictConfig) -> None:
 
 
 def next_epoch(folder: Path) -> int:
-    """Return the number of epochs that are complete once that of the last checkpoint is.
+    """Return the number of finished epochs at the end of the epoch of the last checkpoint.
 
-    A checkpoint is written within an epoch or at its end, and counts the epochs before that one.
+    A checkpoint counts the epochs before the one in which it was written.
     """
     from ssl_runner.runs import checkpoint  # imports torch
 
@@ -134,5 +138,7 @@ def write_config(config: DictConfig, epochs: int, planned: int, folder: Path) ->
     if not before.exists():
         shutil.copy2(hydra / "config.yaml", before)
     overrides = [line for line in resume.read_overrides(folder) if not line.startswith("epochs=")]
-    OmegaConf.save(OmegaConf.create([*overrides, f"epochs={epochs}"]), hydra / "overrides.yaml")
-    OmegaConf.save(config, hydra / "config.yaml")
+    contents = {"overrides": OmegaConf.create([*overrides, f"epochs={epochs}"]), "config": config}
+    for name, content in contents.items():
+        with atomic_write(hydra / f"{name}.yaml") as file:
+            file.write(OmegaConf.to_yaml(content).encode())

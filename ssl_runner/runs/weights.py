@@ -1,6 +1,7 @@
 """Exported weights: safetensors files with the tensor names of torchvision and timm, and a JSON header."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,12 @@ def export(module: nn.Module, path: Path, metadata: dict[str, Any]) -> None:
     state = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in plain_names(module.state_dict()).items()
+        if isinstance(tensor, Tensor)
     }
+    if left_out := len(module.state_dict()) - len(state):
+        print(
+            f"{path.name}: {left_out} entries of the state that are not tensors are left out", file=sys.stderr
+        )
     if state:
         with atomic_write(path) as file:
             file.write(safetensors.torch.save(state, {HEADER: json.dumps(metadata)}))

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_runner import distributed
-from ssl_runner.data.dataset import balanced_order
 from ssl_runner.data.loader import MultiViewLoader
+from ssl_runner.data.splits import balanced_order
 from ssl_runner.evaluator import Evaluator
 from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel, eval_mode
