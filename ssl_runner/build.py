@@ -27,7 +27,7 @@ from ssl_runner.evaluator import Evaluator
 from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel
 from ssl_runner.preemption import Preemption
-from ssl_runner.probe import BestEpoch, Classifier, LayerFeatures, ProbeEvaluator
+from ssl_runner.probe import BestEpoch, Classifier, ProbeEvaluator, check_layer
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.runs import weights
 from ssl_runner.runs.files import CsvLog
@@ -154,7 +154,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     model = SSLModel(backbone, projector, cfg.channels_last)
     solver_class.check_model(model)
     if cfg.probe.layer is not None:
-        LayerFeatures(backbone, cfg.probe.layer)  # checks the name before training
+        check_layer(backbone, cfg.probe.layer, (data.channels, data.image_size, data.image_size), device)
     check_resolutions(cfg, solver_class, backbone, data)
     check_blur(cfg, augment, data)
     return Experiment(

@@ -11,7 +11,7 @@ from omegaconf import ListConfig
 class Rule:
     """Accepted values of an option: a type with bounds or a set of choices, and null if `optional`.
 
-    `many` also accepts a non-empty list of such values.
+    `many` also accepts a non-empty list of such values, and `or_int` an int where text is expected.
 
     `low` and `high` are inclusive; `open_low` excludes `low`. An int is accepted where a float is expected.
     """
@@ -23,6 +23,7 @@ class Rule:
     choices: tuple[str | int, ...] = ()
     optional: bool = False
     many: bool = False
+    or_int: bool = False
 
     def accepts(self, value: Any) -> bool:
         if value is None:
@@ -33,7 +34,7 @@ class Rule:
         if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not self.kind:
-            return False
+            return self.or_int and type(value) is int
         if self.choices:
             return value in self.choices
         if self.kind in (int, float) and isinstance(value, (int, float)):
@@ -53,4 +54,5 @@ class Rule:
                 text += f" {bounds}"
             elif self.low > -math.inf:
                 text += f" {'>' if self.open_low else '>='} {self.low}"
+        text += " or an integer" if self.or_int else ""
         return text + (" or a list of these" if self.many else "") + (" or null" if self.optional else "")

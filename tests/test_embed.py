@@ -1,5 +1,6 @@
 """ssl-embed: files of features equal the features in memory, for data sets and folders of images."""
 
+import gc
 import shlex
 import sys
 from pathlib import Path
@@ -138,3 +139,28 @@ def test_ssl_embed_rejects_invalid_input_in_one_line(
     assert exit_.value.code == 1
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_parquet_that_ends_with_an_error_prints_no_traceback(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("pyarrow")
+    pictures(tmp_path / "pictures")
+    (tmp_path / "pictures" / "c").mkdir()
+    (tmp_path / "pictures" / "c" / "broken.jpg").write_bytes(b"\xff\xd8 no image")
+    batches = embed.Folder(tmp_path / "pictures").batches(transform(), 1, CPU)
+    with pytest.raises(UsageError):
+        embed.embed_to_file(pretrained(), batches, 4, False, tmp_path / "f.parquet", False)
+    gc.collect()
+    assert capsys.readouterr().err.count("Traceback") == 0
+    assert not list(tmp_path.glob("f.parquet*"))
+
+
+def test_names_of_skipped_images_are_sorted(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    names = [f"{i:02}.jpg" for i in range(20)]
+    for number, name in enumerate(names):
+        (tmp_path / name).write_bytes(b"\xff\xd8" + b"x" * (20 - number) * 100_000)
+    folder = embed.Folder(tmp_path, True)
+    before = len(folder.skipped.names)
+    for _ in folder.batches(transform(), 32, CPU):
+        pass
+    assert folder.skipped.names[before:] == [str(tmp_path / name) for name in names]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from ssl_runner.report.read import read_csv
 from ssl_runner.runs.files import CsvLog, atomic_write, read_json, write_json
 
 
@@ -55,3 +56,12 @@ def test_atomic_write_that_fails_keeps_previous_file(concurrent: bool, tmp_path:
     with pytest.raises(OSError, match="disk full"):
         fail()
     assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == {"a": b"old"}
+
+
+def test_csv_log_keeps_characters_that_splitlines_splits_at(tmp_path: Path) -> None:
+    log = CsvLog(tmp_path / "t.csv")
+    name = "a\x0b\x0c\x1c\x85\u2028\u2029b"
+    log.append({"epoch": 1, "dataset": name})
+    log.append({"epoch": 2, "dataset": name, "draw": 0})
+    log.truncate_after(1)
+    assert read_csv(tmp_path / "t.csv") == (["epoch", "dataset", "draw"], [["1", name, ""]])

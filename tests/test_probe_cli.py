@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
+from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
@@ -23,6 +25,7 @@ from ssl_runner.probe import (
     FineTuning,
     LayerFeatures,
     LinearProbe,
+    check_layer,
     evaluate,
     extract,
     finetune,
@@ -30,7 +33,7 @@ from ssl_runner.probe import (
 )
 from ssl_runner.report import tables
 from ssl_runner.report.read import read_run
-from tests.helpers import TINY, load, table
+from tests.helpers import CPU, TINY, load, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "use-elsewhere.md"
 
@@ -71,7 +74,8 @@ def ssl_probe(
 def test_ssl_probe_repeats_the_rows_of_the_run(ssl_probe, finished: Path) -> None:
     before = table(finished / "probe.csv")
     assert ssl_probe("")[0] == 0
-    assert table(finished / "probe.csv") == before * 2
+    after = [{**row, "probing": ""} for row in table(finished / "probe.csv")]
+    assert after == [{**row, "probing": ""} for row in before * 2]
 
 
 def test_ssl_probe_appends_rows_of_another_data_set_that_the_report_names(ssl_probe, finished: Path) -> None:
@@ -112,7 +116,15 @@ def test_ssl_probe_extends_the_header_of_an_earlier_probe_csv(ssl_probe, finishe
             "probe.layer=nope",
             "probe.layer=nope: expected the name of a module of the backbone; use one of 0,",
         ),
+        ("probe.layer=9", "probe.layer=9: expected the name of a module of the backbone; use one of 0,"),
+        ("probe.layer=1.5", "probe.layer=1.5: expected text or an integer or null"),
         ("probe=none", "Unknown probe 'none'"),
+        ("probe.foo=1", "Unknown option 'probe.foo'. Did you mean 'probe.probes'?"),
+        (
+            "probe.probes=[finetune]",
+            "expected a non-empty list of linear, knn, ridge without repeats; to fine-tune, run ssl-probe"
+            " FOLDER probe=finetune",
+        ),
         ("dataset.sise=3", "Unknown option 'dataset.sise'"),
     ],
 )
@@ -238,3 +250,169 @@ def test_finetune_of_ssl_probe_adds_rows(ssl_probe, finished: Path) -> None:
         ("test", "epoch=1 (val)", "36"),
     ]
     assert "finetune" in out
+
+
+def test_scores_average_the_draws_of_the_last_probing_alone(ssl_probe, finished: Path) -> None:
+    assert ssl_probe("probe.labels=[0.1] probe.draws=3")[0] == 0
+    assert ssl_probe("probe.labels=[0.1] probe.draws=1")[0] == 0
+    rows = table(finished / "probe.csv")
+    assert [row["probing"] for row in rows[:2]] == ["", ""]
+    assert len({row["probing"] for row in rows[2:8]}) == 1
+    assert rows[8]["probing"] > rows[7]["probing"]
+    assert tables.scores(read_run(finished))["top1.test.backbone.knn.labels=0.1"] == float(rows[-1]["top1"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ("dataset.val_fraction=0.3", "mnist5k:val_fraction=0.3"),
+        ("dataset=mnist5k", "mnist5k:subset=null"),
+        ("dataset=cifar10", "cifar10"),
+        ("dataset=cifar10 dataset.subset=200", "cifar10:subset=200"),
+        ("dataset=cifar10 dataset.size=8", "cifar10"),
+        ("dataset=folder dataset.root=/a/b", "folder:root=/a/b"),
+        ("dataset=folder dataset.root=[/a/b,/c]", "folder:root=[/a/b,/c]"),
+        ("dataset=cifar10 dataset.subset=200 dataset.name=few", "few"),
+    ],
+)
+def test_name_of_a_data_set_lists_options_other_than_those_of_the_run(
+    finished: Path, settings: str, name: str
+) -> None:
+    assert config_of(finished, settings.split()).dataset.name == name
+
+
+def test_options_of_the_run_keep_the_name_of_its_data_set(finished: Path) -> None:
+    assert config_of(finished, ["dataset.subset=200"]).dataset.name == "mnist5k"
+
+
+def test_ssl_probe_with_other_options_keeps_the_result_of_the_run(ssl_probe, finished: Path) -> None:
+    before = tables.scores(read_run(finished))
+    assert ssl_probe("dataset.subset=100")[0] == 0
+    after = tables.scores(read_run(finished))
+    assert {name: after[name] for name in before} == before
+    assert "top1.test.backbone.knn.mnist5k:subset=100" in after
+
+
+def test_lda_is_refused_with_shares_of_the_labels(ssl_probe) -> None:
+    code, _, err = ssl_probe("probe.features=[backbone,lda] probe.labels=[0.2]")
+    assert code == 1
+    assert "expected a list without lda, which is fitted on all labels" in err
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "probe.features=[backbone] probe.layer=nope",
+        "probe=finetune probe.probes=[knn,finetune] probe.finetune.policy.flip=7",
+    ],
+)
+def test_invalid_settings_are_refused_before_the_first_row(ssl_probe, finished: Path, settings: str) -> None:
+    before = (finished / "probe.csv").read_bytes()
+    assert ssl_probe(settings)[0] == 1
+    assert (finished / "probe.csv").read_bytes() == before
+
+
+def test_check_layer_refuses_an_output_without_features() -> None:
+    class Halves(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return x.chunk(2)
+
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.halves = Halves()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat(self.halves(x)).flatten(1)
+
+    with pytest.raises(UsageError, match="found tuple; use another layer"):
+        check_layer(Backbone(Joined(), 12), "halves", (3, 2, 2), CPU)
+    check_layer(convnet(3, 16, [4, 8]), 1, (3, 16, 16), CPU)
+
+
+def test_number_of_a_layer_is_accepted_without_quotes(ssl_probe, finished: Path) -> None:
+    assert ssl_probe("probe.layer=3 probe.features=[projector]")[0] == 0
+    features = [row["features"] for row in table(finished / "probe.csv")[2:]]
+    assert features == ["projector"] * 2 + ["backbone.3"] * 2
+
+
+def test_settings_are_optional(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["ssl-probe"])
+    with pytest.raises(SystemExit):
+        probe_cli.main()
+    assert "the following arguments are required: RUN; list" in capsys.readouterr().err
+
+
+def labelled_folder(root: Path) -> Path:
+    """Write 20 images of 28 pixels in two classes, a broken image and a text file. Returns the folder."""
+    for name in "ab":
+        (root / name).mkdir(parents=True)
+        for seed in range(10):
+            pixels = np.random.default_rng(seed).integers(0, 255, (28, 28), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{seed}.png")
+    (root / "a" / "broken.png").write_bytes(b"\x89PNG")
+    (root / "a" / "notes.txt").touch()
+    return root
+
+
+def test_skipped_files_of_a_data_set_are_reported(
+    ssl_probe, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    root = labelled_folder(tmp_path / "images")
+    settings = f"dataset=folder dataset.root={root} dataset.on_error=skip dataset.cache={tmp_path / 'cache'}"
+    code, out, err = ssl_probe(settings)
+    assert code == 0, err
+    assert "skipped 2 files" in out
+    target = tmp_path / "f.npz"
+    monkeypatch.setattr(sys, "argv", ["ssl-embed", str(finished), *settings.split(), "-o", str(target)])
+    embed_cli.main()
+    err = capsys.readouterr().err
+    assert "skipped 2 files" in err
+    assert "broken.png" in err
+
+
+def test_config_dir_that_has_moved_is_named(ssl_probe, finished: Path) -> None:
+    path = finished / ".hydra" / "hydra.yaml"
+    config = OmegaConf.load(path)
+    source = {"path": "/moved/configs", "schema": "file", "provider": "command-line"}
+    config.hydra.runtime.config_sources.append(source)
+    OmegaConf.save(config, path)
+    code, _, err = ssl_probe("dataset=mnist5k")
+    assert code == 1
+    assert "/moved/configs, found none; give the present one with --config-dir" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "device=cuda",
+            "device=cuda: expected options of dataset; leave it out; the device is set with --device",
+        ),
+        ("probe.labels=[0.1]", "probe.labels=[0.1]: expected options of dataset"),
+        ("--device gpu", "--device=gpu: expected one of auto, cpu, cuda, cuda:<number>, mps"),
+        (". dataset=mnist5k", "expected one FOLDER, or dataset=<name>; give one of them"),
+        (". .", "expected one FOLDER, or dataset=<name>; give one of them"),
+    ],
+)
+def test_ssl_embed_rejects_settings_that_it_would_ignore(
+    words: str, message: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    command = ["ssl-embed", str(finished), *words.split(), "-o", str(tmp_path / "f.npz")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        embed_cli.main()
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_ssl_embed_rejects_a_run_that_failed_for_a_folder_as_well(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    record = finished / "run.json"
+    record.write_text(record.read_text().replace('"status": "done"', '"status": "failed"'))
+    monkeypatch.setattr(sys, "argv", ["ssl-embed", str(finished), ".", "-o", str(tmp_path / "f.npz")])
+    with pytest.raises(SystemExit):
+        embed_cli.main()
+    assert "expected a finished run, found status failed" in capsys.readouterr().err

@@ -573,6 +573,49 @@ def test_effect_ignores_runs_without_the_key_and_separates_close_numbers() -> No
     assert tables.effect(results, "gamma") == pytest.approx(0.4)
 
 
+def add_probes(folder: Path, *rows: tuple[str, str, str, float]) -> None:
+    """Append rows of ssl-probe on another data set to probe.csv: data set, features, split, top-1."""
+    frame = pd.read_csv(folder / "probe.csv")
+    columns = ["dataset", "features", "eval_split", "top1"]
+    added = pd.DataFrame(rows, columns=columns).assign(epoch=2, probe="linear", probing="t", label_share=0.1)
+    pd.concat([frame, added]).to_csv(folder / "probe.csv", index=False)
+
+
+def test_results_of_ssl_probe_alone_are_shown(tmp_path: Path, monkeypatch, capsys) -> None:
+    for seed in range(2):
+        folder = write_run(tmp_path / str(seed), seed=seed, lr=seed, dataset__name="photos")
+        add_probes(folder, ("labA", "backbone", "val", 0.5), ("labA", "backbone", "test", 0.75))
+    code, out, err = ssl_report(monkeypatch, capsys, tmp_path)
+    assert (code, err) == (0, "")
+    assert "test backbone.linear.labA.labels=0.1" in out
+    assert "0.7500" in out
+    text = (tmp_path / "report" / "report.html").read_text()
+    assert "test backbone.linear.labA.labels=0.1" in text
+    assert ">0.7500" in text
+
+
+def test_page_of_finished_runs_without_a_result_says_so(tmp_path: Path, monkeypatch, capsys) -> None:
+    write_run(tmp_path / "a")
+    assert ssl_report(monkeypatch, capsys, tmp_path)[0] == 0
+    text = (tmp_path / "report" / "report.html").read_text()
+    assert "No finished run has a top-1" in text
+    assert "No run has finished yet" not in text
+
+
+def test_summary_leaves_out_the_main_result_by_name_and_not_by_value(tmp_path: Path) -> None:
+    add_probes(write_run(tmp_path / "a", 0.5, 0.625), ("labA", "backbone", "val", 0.625))
+    _, summary, _ = make_tables(tmp_path)
+    others = [name for name in summary if name.startswith("top1.")]
+    assert others == ["top1.test.pixels.knn", "top1.val.backbone.linear.labA.labels=0.1"]
+
+
+def test_report_of_many_result_columns_prints_no_warning(tmp_path: Path, recwarn) -> None:
+    rows = [(f"lab{i}", "backbone", "val", i / 100) for i in range(60)]
+    add_probes(write_run(tmp_path / "a", 0.5, 0.625), *rows)
+    make_tables(tmp_path)
+    assert [warning.message for warning in recwarn] == []
+
+
 def write_untested(folder: Path, val_top1: float, **config: object) -> Path:
     """Write a run without test images: `top1` in run.json repeats the validation accuracy."""
     record = {"images": {"pretrain": 90, "train": 90, "val": 10, "test": 0}}

@@ -36,18 +36,21 @@ def check_plugins(overrides: Iterable[Override]) -> None:
             )
 
 
-def check(args: argparse.Namespace) -> list[tuple[str, DictConfig]]:
+def check(args: argparse.Namespace, evaluation: bool = False) -> list[tuple[str, DictConfig]]:
     """Compose and validate every job of the command line.
 
-    Returns one pair per job: its overrides as written, and its configuration. Raises UsageError, with a
-    one-line message, for the first job that cannot run.
+    Returns one pair per job: its overrides as written, and its configuration. `evaluation`: the job evaluates
+    a finished run. Raises UsageError, with a one-line message, for the first job that cannot run.
     """
     overrides = compose.parse(args.overrides)
     with compose.composer(args) as composer:
         if args.multirun:
             overrides = [*sweeper_params(composer, overrides), *overrides]
         return [
-            (" ".join(str(o.input_line) for o in job if not o.is_hydra_override()), check_job(composer, job))
+            (
+                " ".join(str(o.input_line) for o in job if not o.is_hydra_override()),
+                check_job(composer, job, evaluation),
+            )
             for job in compose.jobs(overrides, args.multirun)
         ]
 
@@ -64,7 +67,7 @@ def sweeper_params(composer: Composer, overrides: list[Override]) -> list[Overri
     return compose.parse(f"{key}={value}" for key, value in params.items())
 
 
-def check_job(composer: Composer, overrides: list[Override]) -> DictConfig:
+def check_job(composer: Composer, overrides: list[Override], evaluation: bool = False) -> DictConfig:
     """Return the configuration of the job with these overrides. Raises UsageError if it cannot run."""
     task = [override for override in overrides if not override.is_hydra_override()]
     groups = [override for override in task if composer.repository.group_exists(override.key_or_group)]
@@ -83,7 +86,7 @@ def check_job(composer: Composer, overrides: list[Override]) -> DictConfig:
         if key not in reference:
             raise UsageError(unknown(composer, key, config[key], reference, chosen))
     check_tree(config, reference)
-    check_values(config)
+    check_values(config, evaluation)
     if (
         config.solver._target_.endswith(".ClosedForm")
         and config.backbone._target_ == "ssl_runner.backbone.linear"
@@ -189,7 +192,8 @@ def unknown(
     elif synonym is not None:
         suggestion = f" Did you mean '{synonym}'?"
     else:
-        suggestion = nearest(key, [*dotted_keys(reference), *map(str, reference)])
+        names = [*dotted_keys(reference), *map(str, reference)]
+        suggestion = nearest(key, [name for name in names if not key.startswith(f"{name}.")])
     return f"Unknown option '{key}'.{suggestion} List all: ssl-run --cfg job{add}"
 
 

@@ -78,7 +78,7 @@ RULES = {
     "solver.ridge": Rule(float, low=0),
     "probe.every": Rule(int, low=0),
     "probe.keep": Rule(str, choices=KEEP),
-    "probe.layer": Rule(str, optional=True),
+    "probe.layer": Rule(str, optional=True, or_int=True),
     "probe.draws": _positive(int),
     "probe.finetune.epochs": _positive(int),
     "probe.finetune.batch_size": Rule(int, low=2),
@@ -101,8 +101,8 @@ LOSS_RULES = {
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
-def check_values(config: DictConfig) -> None:
-    """Raise UsageError for values that are not accepted.
+def check_values(config: DictConfig, evaluation: bool = False) -> None:
+    """Raise UsageError for values that are not accepted, in a run or in an `evaluation` of a finished run.
 
     Needs no reference configuration, so it can also check a configuration built in Python.
     """
@@ -114,8 +114,7 @@ def check_values(config: DictConfig) -> None:
         value = OmegaConf.select(config, key, default=MISSING)
         if value is not MISSING and not rule.accepts(value):
             raise UsageError(f"{key}={format_value(value)}: expected {rule}")
-    if not DEVICES.fullmatch(str(config.device)):
-        raise UsageError(f"device={config.device}: expected one of auto, cpu, cuda, cuda:<number>, mps")
+    check_device("device", config.device)
     for key, accepted in (
         ("probe.probes", probe_names(config.probe)),
         ("probe.features", FEATURES),
@@ -129,7 +128,7 @@ def check_values(config: DictConfig) -> None:
         ):
             raise UsageError(
                 f"{key}={format_value(values)}: expected a non-empty list of {', '.join(accepted)}"
-                " without repeats"
+                f" without repeats{hint(key, values, accepted)}"
             )
     check_shares(config.probe.get("labels"))
     resolutions = config.views.resolutions
@@ -148,16 +147,34 @@ def check_values(config: DictConfig) -> None:
         raise UsageError(
             "embedding.method=umap: expected umap-learn to be installed; run pip install 'ssl_runner[umap]'"
         )
-    if "backbone" not in config.probe.features:
+    if "backbone" not in config.probe.features and not evaluation:
         raise UsageError(
             f"probe.features={format_value(config.probe.features)}: expected a list that includes backbone;"
             " add it, because the result of a run is the accuracy of its backbone features"
+        )
+    if "lda" in config.probe.features and config.probe.get("labels") is not None:
+        raise UsageError(
+            f"probe.features={format_value(config.probe.features)}: expected a list without lda, which is"
+            " fitted on all labels; leave it out, or leave out probe.labels"
         )
     if config.optimizer.warmup_epochs > config.epochs:
         given = f"optimizer.warmup_epochs={config.optimizer.warmup_epochs}"
         raise UsageError(
             f"{given}: expected at most epochs={config.epochs}; use a shorter warmup or more epochs"
         )
+
+
+def hint(key: str, values: Any, accepted: Iterable[str]) -> str:
+    """Return where `probe.probes=[finetune]` belongs, or ""."""
+    if key == "probe.probes" and isinstance(values, ListConfig) and "finetune" in {*values} - {*accepted}:
+        return "; to fine-tune, run ssl-probe FOLDER probe=finetune after the run"
+    return ""
+
+
+def check_device(option: str, value: Any) -> None:
+    """Raise UsageError for a device that is not accepted."""
+    if not DEVICES.fullmatch(str(value)):
+        raise UsageError(f"{option}={value}: expected one of auto, cpu, cuda, cuda:<number>, mps")
 
 
 def probe_names(probe: DictConfig) -> tuple[str, ...]:

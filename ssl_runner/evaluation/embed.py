@@ -4,6 +4,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,9 @@ class Folder:
                         return
                     read = [result.result() for result in waiting.popleft()]
                     kept = [(path, image) for path, image in read if image is not None]
+                    for path, image in read:
+                        if image is None:
+                            self.skipped.add("unreadable", path)
                     if kept:
                         x = torch.stack([image for _, image in kept]).to(device)
                         yield x, {"path": np.array([self.name(path) for path, _ in kept])}
@@ -83,7 +87,6 @@ class Folder:
                     f"{self.name(path)}: expected a readable image ({one_line(error)}); repair or remove it,"
                     " or give --skip-errors"
                 ) from error
-            self.skipped.add("unreadable", path)
             return path, None
 
 
@@ -143,10 +146,10 @@ def embed_to_file(
     Raises UsageError if `target` exists and `overwrite` is False, or if no image is left.
     """
     check_target(target, overwrite)
-    with atomic_write(target) as file:
-        table = FORMATS[target.suffix.lower()](file, target.parent)
+    kind = FORMATS[target.suffix.lower()]
+    with atomic_write(target) as file, closing(kind(file, target.parent)) as table:
         rows = embed(network, batches, total, projections, table.write)
         if not rows:
             raise UsageError(f"-o {target}: expected at least one readable image, found none")
-        table.close()
+        table.finish()
     return rows

@@ -1,10 +1,12 @@
 """`ssl-embed`: write the features of a trained network for a data set or a folder of images to a file."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 from ssl_runner.config import arguments
+from ssl_runner.config.rules import check_device
 from ssl_runner.errors import UsageError
 from ssl_runner.evaluation import console
 
@@ -21,6 +23,7 @@ path if its images are files
   .csv       features_0, features_1, ...
   .parquet   lists of float32; needs pyarrow
 """
+INSTEAD = "leave it out; the device is set with --device, and features are computed in float32"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,9 +34,18 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished run")
     parser.add_argument(
-        "source", metavar="SOURCE", nargs="*", help="FOLDER, or dataset=<name> and dataset.<option>=<value>"
+        "run",
+        metavar="RUN",
+        type=Path,
+        help="folder of a finished run; with FOLDER also a backbone.safetensors",
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        nargs="*",
+        default=[],
+        help="FOLDER, or dataset=<name> and dataset.<option>=<value>",
     )
     parser.add_argument("-o", "--out", type=Path, required=True, help="file to write: .npz, .csv or .parquet")
     parser.add_argument("--projections", action="store_true", help="also write the projector's output")
@@ -50,19 +62,27 @@ def main() -> None:
     console.call(execute)
 
 
+def folder_in(source: list[str]) -> Path | None:
+    """Return FOLDER, None for settings of a data set. Raises UsageError for both, or if it is no folder."""
+    folders = [word for word in source if Path(word).is_dir() or not re.match(r"[+~]?\w[\w.@/]*=", word)]
+    if folders and len(source) > 1:
+        raise UsageError(f"{' '.join(source)}: expected one FOLDER, or dataset=<name>; give one of them")
+    if folders and not Path(folders[0]).is_dir():
+        raise UsageError(f"{folders[0]}: expected a folder of images, or dataset=<name>; give one of them")
+    return Path(folders[0]) if folders else None
+
+
 def execute() -> None:
     """Validate the command line, then write the features."""
     args = parser().parse_intermixed_args()
     if args.batch_size < 1:
         raise UsageError(f"--batch-size={args.batch_size}: expected an integer >= 1")
-    source = Path(args.source[0]) if len(args.source) == 1 else None
-    folder = source if source is not None and (source.is_dir() or "=" not in source.name) else None
-    if folder is not None and not folder.is_dir():
-        raise UsageError(f"{folder}: expected a folder of images, or dataset=<name>; give one of them")
+    folder = folder_in(args.source)
+    check_device("--device", args.device)
 
     from ssl_runner.device import choose_device, keep_freed_memory
     from ssl_runner.evaluation import embed
-    from ssl_runner.evaluation.finished import config_of, read_data, warn_other_images
+    from ssl_runner.evaluation.finished import config_of, finished_record, read_data, warn_other_images
     from ssl_runner.evaluation.tables import check_target
     from ssl_runner.pretrained import load
 
@@ -71,17 +91,20 @@ def execute() -> None:
     if device.type == "cpu":
         keep_freed_memory()
     if folder is not None:
+        if (args.run / "run.json").is_file():
+            finished_record(args.run)
         images = embed.Folder(folder, args.skip_errors)
         network, transform = load(args.run, device, with_projector=args.projections)
         batches, total = images.batches(transform, args.batch_size, device), len(images)
     else:
-        cfg = config_of(args.run, args.source, args.config_dir)
+        cfg = config_of(args.run, args.source, args.config_dir, ("dataset",), INSTEAD)
         network, transform = load(args.run, device, with_projector=args.projections)
         data = read_data(cfg, transform, device)
         warn_other_images(args.run, cfg, data)
         batches = embed.data_set_batches(data, args.batch_size)
         total = sum(map(len, embed.splits(data).values()))
+    skipped = images.skipped if folder is not None else data.skipped
     rows = embed.embed_to_file(network, batches, total, args.projections, args.out, args.overwrite)
-    if folder is not None and str(images.skipped):
-        print(f"{images.skipped} ({', '.join(images.skipped.names)})", file=sys.stderr)
+    if str(skipped):
+        print(f"{skipped} ({', '.join(skipped.names)})", file=sys.stderr)
     print(f"{rows} images, {network.backbone.width} features each: {args.out}", flush=True)

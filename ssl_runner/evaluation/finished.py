@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,25 +39,34 @@ SAME_IMAGES = (
 )  # options that change neither images nor splits
 
 
-def config_of(folder: Path, lines: list[str], config_dir: str | None = None) -> DictConfig:
-    """Return the configuration of a finished run, with the overrides `lines` of SETTABLE.
+def config_of(
+    folder: Path,
+    lines: list[str],
+    config_dir: str | None = None,
+    settable: Sequence[str] = SETTABLE,
+    instead: str = "leave it out, the network is trained already",
+) -> DictConfig:
+    """Return the configuration of a finished run, with the overrides `lines` of `settable`.
 
     `dataset=<name>` or `probe=<name>` replaces the whole group by its defaults. Any other option keeps the
     value of the run. Relative paths that the run was given stay relative to its working directory.
     `dataset.files` replaces the run's `dataset.root`, and vice versa. The name of a data set whose images or
-    splits differ from the run's lists its options that differ.
+    splits differ from the run's lists its options that differ; that of another data set lists the options
+    that differ from its defaults.
 
-    Raises UsageError if there is no finished run in the folder, or for an override that is not accepted.
+    Raises UsageError if there is no finished run in the folder, or for an override that is not accepted;
+    `instead` says what to do about an override that is not settable.
     """
     record = finished_record(folder)
     given = compose.parse(lines)
-    check_settable(given)
+    check_settable(given, settable, instead)
     keys = {override.key_or_group for override in given}
     config: Any = OmegaConf.load(folder / ".hydra" / "config.yaml")
     choices = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.choices
+    config_dir = config_dir or resume.config_dir_of(folder)
     composed = compose_groups(
         [f"{group}={choices[group]}" for group in ("dataset", "probe") if group not in keys] + lines,
-        config_dir or resume.config_dir_of(folder),
+        config_dir,
     )
     for path in PATHS:
         if config.dataset.get(path) is not None:
@@ -70,9 +79,11 @@ def config_of(folder: Path, lines: list[str], config_dir: str | None = None) -> 
             config.dataset[other] = None
     for key in keys - {"dataset", "probe"}:
         OmegaConf.update(config, key, OmegaConf.select(composed, key), force_add=True)
+    if own.name != config.dataset.name and "dataset" in keys:
+        own = compose_groups([line for line in lines if line.startswith("dataset=")], config_dir).dataset
     if "dataset.name" not in keys and (changed := changed_options(own, config.dataset)):
         config.dataset.name = f"{own.name}:{changed}"
-    check_values(config)
+    check_values(config, evaluation=True)
     return config
 
 
@@ -91,14 +102,11 @@ def finished_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def check_settable(given: Iterable[Override]) -> None:
+def check_settable(given: Iterable[Override], settable: Sequence[str], instead: str) -> None:
     """Raise UsageError for an override that an evaluation of a finished run does not take."""
     for override in given:
-        if override.key_or_group.partition(".")[0] not in SETTABLE:
-            raise UsageError(
-                f"{override.input_line}: expected options of {', '.join(SETTABLE)}; leave it out, the network"
-                " is trained already"
-            )
+        if override.key_or_group.partition(".")[0] not in settable:
+            raise UsageError(f"{override.input_line}: expected options of {', '.join(settable)}; {instead}")
         if override.is_sweep_override():
             raise UsageError(f"{override.input_line}: expected one value; write a list as [a,b]")
 
@@ -110,7 +118,7 @@ def compose_groups(lines: list[str], config_dir: str | None) -> DictConfig:
     args = argparse.Namespace(
         overrides=lines, config_dir=config_dir, config_path=None, config_name=None, multirun=False
     )
-    [(_, composed)] = check.check(args)
+    [(_, composed)] = check.check(args, evaluation=True)
     OmegaConf.resolve(composed)
     return composed
 

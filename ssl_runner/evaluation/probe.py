@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterator
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,15 @@ from ssl_runner.errors import UsageError
 from ssl_runner.evaluation.finished import read_data, warn_other_images
 from ssl_runner.model import SSLModel
 from ssl_runner.pretrained import load
-from ssl_runner.probe import FineTuning, LabelDraw, evaluate, feature_networks, finetune, label_draws
+from ssl_runner.probe import (
+    FineTuning,
+    LabelDraw,
+    check_layer,
+    evaluate,
+    feature_networks,
+    finetune,
+    label_draws,
+)
 from ssl_runner.runs import resume
 from ssl_runner.runs.files import CsvLog
 
@@ -28,9 +37,9 @@ from ssl_runner.runs.files import CsvLog
 def probe(folder: Path, cfg: DictConfig) -> str:
     """Probe the exported network of the run in `folder` as `cfg` says. Returns a table of the results.
 
-    The rows are appended to probe.csv, with the last epoch of the run. With `probe.labels` only the shares of
-    the labels are probed. Raises UsageError if the data set has no labels, or other images than the network
-    takes.
+    The rows are appended to probe.csv, with the last epoch of the run, and the time in the column `probing`,
+    which is empty in the rows of the run itself. With `probe.labels` only the shares of the labels are
+    probed. Raises UsageError if the data set has no labels, or other images than the network takes.
     """
     device = choose_device(cfg.device)
     precision = choose_precision(cfg.precision, device)
@@ -45,12 +54,14 @@ def probe(folder: Path, cfg: DictConfig) -> str:
         warn_other_images(folder, cfg, data)
         if not data.classes:
             raise UsageError(f"dataset={data.name}: expected images with labels, found none; use another one")
-        print(headline(folder, data, device), flush=True)
+        skipped = [str(data.skipped)] if str(data.skipped) else []
+        print("\n".join([headline(folder, data, device), *skipped]), flush=True)
         log, rows = CsvLog(folder / "probe.csv"), []
         log.truncate_after(math.inf)  # an incomplete last line
         epoch = int(pd.read_csv(folder / "metrics.csv").epoch.iloc[-1])
+        probing = datetime.now().isoformat(timespec="milliseconds")
         for row in probe_rows(cfg, model, data, device, precision):
-            log.append({"epoch": epoch, **row})
+            log.append({"epoch": epoch, **row, "probing": probing})
             rows.append(row)
     return format_results(rows)
 
@@ -59,6 +70,10 @@ def probe_rows(
     cfg: DictConfig, model: SSLModel, data: DataSet, device: torch.device, precision: str
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of all probes that `cfg.probe` names."""
+    if cfg.probe.layer is not None:
+        check_layer(
+            model.backbone, cfg.probe.layer, (data.channels, data.image_size, data.image_size), device
+        )
     shares = label_draws(data.train.y, cfg.probe.labels, cfg.probe.draws, cfg.dataset.split_seed)
     draws: list[LabelDraw | None] = [*shares] or [None]
     frozen = [name for name in cfg.probe.probes if name != "finetune"]
@@ -67,11 +82,12 @@ def probe_rows(
     )
     layers = [] if cfg.probe.layer is None else [f"backbone.{cfg.probe.layer}"]
     classifiers = build.build_classifiers(cfg, frozen)
+    settings: Any = OmegaConf.to_container(cfg.probe.finetune) if "finetune" in cfg.probe.probes else None
+    tuning = None if settings is None else FineTuning(**settings)  # checked before the first row
     for features in tqdm([*cfg.probe.features, *layers] if frozen else [], "probe", disable=None):
         yield from evaluate(features, networks[features](), data, classifiers, len(data.test) > 0, draws)
-    if "finetune" in cfg.probe.probes:
-        settings: Any = OmegaConf.to_container(cfg.probe.finetune)
-        yield from finetune(model, data, FineTuning(**settings), draws, precision, cfg.seed)
+    if tuning is not None:
+        yield from finetune(model, data, tuning, draws, precision, cfg.seed)
 
 
 def headline(folder: Path, data: DataSet, device: torch.device) -> str:

@@ -30,7 +30,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished run")
-    parser.add_argument("overrides", metavar="SETTING", nargs="*", help="group=choice or key=value")
+    parser.add_argument(
+        "overrides", metavar="SETTING", nargs="*", default=[], help="group=choice or key=value"
+    )
     parser.add_argument("--config-dir", help="folder with configs of your own (default: that of the run)")
     return parser
 

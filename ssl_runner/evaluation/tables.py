@@ -35,17 +35,21 @@ class NpzTable:
                 self.wide[name][0].write(np.ascontiguousarray(values, "<f4").data)
         self.rows += len(next(iter(block.values())))
 
-    def close(self) -> None:
+    def finish(self) -> None:
         with zipfile.ZipFile(self.file, "w") as archive:
             for name, (rows, width) in self.wide.items():
                 header = {"descr": "<f4", "fortran_order": False, "shape": (self.rows, width)}
-                with rows, archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                     np.lib.format.write_array_header_1_0(member, header)
                     rows.seek(0)
                     shutil.copyfileobj(rows, member, 2**20)
             for name, parts in self.small.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                     np.lib.format.write_array(member, np.concatenate(parts), allow_pickle=False)
+
+    def close(self) -> None:
+        for rows, _ in self.wide.values():
+            rows.close()
 
 
 class CsvTable:
@@ -63,8 +67,11 @@ class CsvTable:
         self.file.write(text.encode())
         self.first = False
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Every block is in the file already."""
+
+    def close(self) -> None:
+        """Nothing to release."""
 
 
 class ParquetTable:
@@ -90,9 +97,11 @@ class ParquetTable:
             self.writer = pyarrow.parquet.ParquetWriter(self.file, table.schema)
         self.writer.write_table(table)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         if self.writer is not None:
             self.writer.close()
+
+    close = finish  # a writer that stays open would write to the closed file when it is deleted
 
 
 FORMATS: dict[str, Any] = {".npz": NpzTable, ".csv": CsvTable, ".parquet": ParquetTable}

@@ -35,6 +35,9 @@ class FineTuning:
     weight_decay: float
     policy: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        Augment({"all": self.policy})  # raises ValueError for an invalid policy
+
 
 def finetune(
     model: SSLModel,

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from ssl_runner.backbone import Backbone
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.errors import UsageError
-from ssl_runner.model import SSLModel
+from ssl_runner.model import SSLModel, eval_mode
 from ssl_runner.probe.baselines import linear_discriminants, principal_components
 
 
 def feature_networks(
-    data: DataSet, model: SSLModel, fresh_backbone: Callable[[], Backbone], layer: str | None
+    data: DataSet, model: SSLModel, fresh_backbone: Callable[[], Backbone], layer: str | int | None
 ) -> dict[str, Callable[[], nn.Module]]:
     """The networks to probe, by the names of `probe.features`, built on demand.
 
@@ -33,6 +33,16 @@ def feature_networks(
     return networks
 
 
+@torch.no_grad()
+def check_layer(
+    backbone: nn.Module, layer: str | int, shape: tuple[int, int, int], device: torch.device
+) -> None:
+    """Raise UsageError if `LayerFeatures` cannot give features of images (C, H, W) of this shape."""
+    network = LayerFeatures(backbone, layer)
+    with eval_mode(backbone):
+        network(torch.zeros(1, *shape, device=device))
+
+
 class LayerFeatures(nn.Module):
     """The pooled output of one module of a backbone: images (N, C, H, W) -> features (N, width).
 
@@ -40,11 +50,11 @@ class LayerFeatures(nn.Module):
     backbone has no module of this name, or in `forward` if its output has another form.
     """
 
-    def __init__(self, backbone: nn.Module, layer: str):
+    def __init__(self, backbone: nn.Module, layer: str | int):
         super().__init__()
         self.body = getattr(backbone, "body", backbone)
-        self.layer = layer
-        if layer not in dict(self.body.named_modules()) or not layer:
+        self.layer = str(layer)
+        if self.layer not in dict(self.body.named_modules()) or not self.layer:
             names = ", ".join(name for name, _ in self.body.named_children()) or "none"
             raise UsageError(
                 f"probe.layer={layer}: expected the name of a module of the backbone; use one of {names},"

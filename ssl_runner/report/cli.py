@@ -7,7 +7,8 @@ from pathlib import Path
 from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError
 from ssl_runner.report.read import Run, read_runs
-from ssl_runner.report.tables import effect, finished, format_terminal, runs_table, summarise, swept_keys
+from ssl_runner.report.tables import effect, finished, runs_table, summarise, swept_keys
+from ssl_runner.report.terminal import format_terminal
 from ssl_runner.runs.files import atomic_write
 
 

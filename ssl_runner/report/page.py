@@ -100,6 +100,9 @@ def render(
         total=len(table),
         shared={key: table[key].dropna().iloc[0] for key in same},
         summary=summary_table(summary, keys),
+        no_results="No finished run has a top-1: its images have no labels, and ssl-probe has probed none."
+        if (table.status == "done").any()
+        else "No run has finished yet.",
         runs=table_of_runs(table, keys),
         pictures=[
             (ALTS[name], CAPTIONS[name], b64encode(pictures[f"{name}.png"]).decode())
@@ -132,7 +135,7 @@ def summary_table(summary: pd.DataFrame, keys: list[str]) -> tuple[list[str], li
         *(TITLES[column] for column in main),
         "seeds",
         *keys,
-        *(" ".join(c.split(".")[1:]) for c in others),
+        *(" ".join(c.split(".", 2)[1:]) for c in others),
     ]
 
     def result(row: dict, column: str) -> Cell:

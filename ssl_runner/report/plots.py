@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from ssl_runner.report.read import Run
-from ssl_runner.report.tables import binned, is_numeric, number_configurations, over_seeds, own_probes
+from ssl_runner.report.tables import MAIN, binned, is_numeric, number_configurations, over_seeds, own_probes
 
 COLOURS = [
     "#0072b2",
@@ -53,6 +53,7 @@ STYLE: Any = {
 
 def draw(runs: list[Run], table: pd.DataFrame, results: pd.DataFrame, keys: list[str]) -> dict[str, bytes]:
     """File name -> content of each plot that has data. `keys` are sorted by their effect."""
+    results = results[results[list(MAIN)].notna().any(axis=1)]
     drawn = [key for key in keys if results[key].nunique() > 1]
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # values in letters that the font lacks

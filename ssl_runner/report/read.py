@@ -13,7 +13,7 @@ import yaml
 
 from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError
-from ssl_runner.runs.files import read_json
+from ssl_runner.runs.files import parse_csv, read_json
 
 Row = dict[str, Any]
 
@@ -154,8 +154,7 @@ def read_choices(hydra_yaml: str) -> dict[str, str]:
 def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
     """The header of a CSV file and its complete rows: those that end with a newline and have every column."""
     try:
-        text = path.read_text(errors="replace")
-        header, *rows = list(csv.reader(text[: text.rfind("\n") + 1].splitlines())) or [[]]
+        header, rows = parse_csv(path.read_bytes().decode(errors="replace"))
     except (OSError, csv.Error):
         return [], []
     return header, [row for row in rows if len(row) == len(header)]

@@ -1,6 +1,5 @@
 """Tables of many runs: one row per run or per configuration, with confidence intervals over seeds."""
 
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 
@@ -17,7 +16,6 @@ ELSEWHERE = {  # keys of run.json that other columns show, or that say nothing a
     *("top1", "val_top1", "relation", "loss", "skipped"),
 }
 MAIN = ("val_top1", "top1")  # the results by which configurations are compared
-MAX_LINES = 30  # configurations on the terminal
 PROTOCOL = ("features", "probe", "selection", "train_split", "n_train", "eval_split")
 
 
@@ -60,15 +58,19 @@ def scores(run: Run) -> Row:
     """`top1` and `val_top1`, and the last result of every probe as top1.<split>.<features>.<probe>.
 
     `.<dataset>` follows for another data set, and `.labels=<share>` for a share of the labels, as the mean
-    over its draws. Without test images `top1` is None: that of run.json is the validation accuracy.
+    over the draws of the last probing. Without test images `top1` is None: that of run.json is the validation
+    accuracy.
     """
     _, val = main_probe(run)
     top1 = None if is_untested(run) else run.record.get("top1")
     row = {"top1": top1, "val_top1": run.record.get("val_top1", val.get("top1"))}
-    results: dict[str, dict[object, object]] = {}  # name -> draw -> top-1
+    results: dict[str, tuple[object, dict[object, object]]] = {}  # name -> its last probing, draw -> top-1
     for probe in run.probes:
-        results.setdefault(probe_name(run, probe), {})[probe.get("draw")] = probe.get("top1")
-    return row | {name: mean_of(list(draws.values())) for name, draws in results.items()}
+        name, probing = probe_name(run, probe), (probe.get("epoch"), probe.get("probing"))
+        if results.get(name, ())[:1] != (probing,):
+            results[name] = probing, {}
+        results[name][1][probe.get("draw")] = probe.get("top1")
+    return row | {name: mean_of(list(draws.values())) for name, (_, draws) in results.items()}
 
 
 def is_untested(run: Run) -> bool:
@@ -184,8 +186,13 @@ def number_configurations(table: pd.DataFrame, keys: list[str]) -> pd.Series:
 
 
 def scored(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of finished runs with a top-1; runs without labels have none."""
-    return table[(table.status == "done") & table[list(MAIN)].notna().any(axis=1)]
+    """The rows of finished runs with a top-1, if only of ssl-probe; runs without labels have none."""
+    return table[(table.status == "done") & table[top1_columns(table)].notna().any(axis=1)]
+
+
+def top1_columns(table: pd.DataFrame) -> list[str]:
+    """The columns of a table that hold a top-1: MAIN, and the result of every probe."""
+    return [column for column in map(str, table) if column in MAIN or column.startswith("top1.")]
 
 
 def finished(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
@@ -193,9 +200,9 @@ def finished(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     results = scored(table).copy()
     results["seed"] = results.seed.fillna(results.path)
     results["configuration"] = number_configurations(results, keys)
-    scores = [str(column) for column in results if column in MAIN or str(column).startswith("top1.")]
-    results[scores] = results[scores].apply(pd.to_numeric, errors="coerce")
-    return results
+    columns = top1_columns(results)
+    results[columns] = results[columns].apply(pd.to_numeric, errors="coerce")
+    return results.copy()  # in one block
 
 
 def over_seeds(results: pd.DataFrame, by: str, values: list[str]) -> pd.DataFrame:
@@ -228,12 +235,20 @@ def over_seeds(results: pd.DataFrame, by: str, values: list[str]) -> pd.DataFram
 
 def summarise(results: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """One row per configuration, sorted by validation top-1: the keys, and every top-1 by `over_seeds`."""
-    scores = [str(column) for column in results if str(column).startswith("top1.")]
-    repeats = [name for name in scores if any(results[name].equals(results[main]) for main in MAIN)]
-    values = [column for column in map(str, results) if column in (*MAIN, *scores) and column not in repeats]
+    values = [column for column in top1_columns(results) if not repeats_main(results, column)]
     configurations = results.groupby("configuration", sort=False)[keys].first()
     summary = configurations.join(over_seeds(results, "configuration", values))
     return summary.sort_values("val_top1", ascending=False, kind="stable").reset_index(drop=True)
+
+
+def repeats_main(results: pd.DataFrame, column: str) -> bool:
+    """Whether a column is `val_top1` or `top1` under the name of its probe, in every run."""
+    split = column.split(".")[1] if column not in MAIN else ""
+    main = {"val": "val_top1", "test": "top1"}.get(split)
+    if main is None or not results[column].equals(results[main]):
+        return False
+    names = f"top1.{split}." + results["protocol.features"] + "." + results["protocol.probe"]
+    return bool((names[results[column].notna()] == column).all())
 
 
 def is_numeric(values: pd.Series) -> bool:
@@ -257,36 +272,6 @@ def effect(results: pd.DataFrame, key: str) -> float:
 def with_interval(mean: float, half: float) -> str:
     """`0.9660 ± 0.0021`, without the interval if there is none."""
     return "-" if np.isnan(mean) else f"{mean:.4f}" if np.isnan(half) else f"{mean:.4f} ± {half:.4f}"
-
-
-def format_terminal(table: pd.DataFrame, summary: pd.DataFrame, keys: list[str]) -> str:
-    """Counts, the best configurations and the most frequent errors, in lines that fit the terminal."""
-    width = shutil.get_terminal_size((160, 24)).columns
-    lines = [f"{len(table)} runs: {count_by_status(table)}"]
-    if len(summary):
-        lines.append("sorted by validation accuracy; mean ± 95 % confidence interval over n seeds")
-        lines += format_results(summary.head(MAX_LINES), keys)
-    if len(summary) > MAX_LINES:
-        lines.append(f"and {len(summary) - MAX_LINES} more configurations, in report.html")
-    if unscored := int((table.status == "done").sum()) - len(scored(table)):
-        lines.append(f"no top-1 for {unscored} done: their images have no labels; runs.csv has the losses")
-    for error, paths in errors(table)[:3]:
-        lines.append(f"failed ({len(paths)}): {error} [{paths[0]}]")
-    return "\n".join(line if len(line) <= width else line[: width - 1] + "…" for line in lines)
-
-
-def format_results(summary: pd.DataFrame, keys: list[str]) -> list[str]:
-    """Results first, so that a narrow terminal cuts off the keys with the smallest effect."""
-    columns: dict[str, list[str]] = {
-        "val top-1": list(map(with_interval, summary.val_top1, summary["± val_top1"])),
-        "test top-1": list(map(with_interval, summary.top1, summary["± top1"])),
-        "n": list(map(str, summary.n)),
-        **{key: list(summary[key].fillna("-")) for key in keys},
-    }
-    widths = [max(map(len, [name, *cells])) for name, cells in columns.items()]
-    rows = [tuple(columns), *zip(*columns.values(), strict=True)]
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return ["  ".join(row).rstrip() for row in padded]
 
 
 def count_by_status(table: pd.DataFrame) -> str:

@@ -78,9 +78,8 @@ class CsvLog:
 
     def _read(self) -> tuple[list[str], list[list[str]]]:
         """The header and the cells of all complete lines."""
-        text = self.path.read_text("utf-8") if self.path is not None else ""
-        header, *rows = list(csv.reader(text[: text.rfind("\n") + 1].splitlines())) or [[]]
-        return header, rows
+        text = self.path.read_bytes().decode() if self.path is not None else ""
+        return parse_csv(text)
 
     def _write(self, header: list[str], rows: list[list[str]]) -> None:
         """Replace the file atomically."""
@@ -89,6 +88,12 @@ class CsvLog:
         if self.path is not None:
             with atomic_write(self.path) as file:
                 file.write(lines.getvalue().encode())
+
+
+def parse_csv(text: str) -> tuple[list[str], list[list[str]]]:
+    """The header of a table and the cells of all lines that end with a newline."""
+    header, *rows = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))) or [[]]
+    return header, rows
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

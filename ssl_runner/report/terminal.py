@@ -1,0 +1,51 @@
+"""The summary that `ssl-report` prints."""
+
+import shutil
+
+import pandas as pd
+
+from ssl_runner.report.tables import MAIN, count_by_status, errors, scored, top1_columns, with_interval
+
+TITLES = {"val_top1": "val top-1", "top1": "test top-1"}
+MAX_LINES = 30  # configurations
+MAX_OTHERS = 4  # results of other data sets, where no run has one of its own
+
+
+def format_terminal(table: pd.DataFrame, summary: pd.DataFrame, keys: list[str]) -> str:
+    """Counts, the best configurations and the most frequent errors, in lines that fit the terminal."""
+    width = shutil.get_terminal_size((160, 24)).columns
+    lines = [f"{len(table)} runs: {count_by_status(table)}"]
+    if len(summary):
+        lines.append("sorted by validation accuracy; mean ± 95 % confidence interval over n seeds")
+        lines += format_results(summary.head(MAX_LINES), keys)
+    if len(summary) > MAX_LINES:
+        lines.append(f"and {len(summary) - MAX_LINES} more configurations, in report.html")
+    if unscored := int((table.status == "done").sum()) - len(scored(table)):
+        lines.append(f"no top-1 for {unscored} done: their images have no labels; runs.csv has the losses")
+    for error, paths in errors(table)[:3]:
+        lines.append(f"failed ({len(paths)}): {error} [{paths[0]}]")
+    return "\n".join(line if len(line) <= width else line[: width - 1] + "…" for line in lines)
+
+
+def format_results(summary: pd.DataFrame, keys: list[str]) -> list[str]:
+    """Results first, so that a narrow terminal cuts off the keys with the smallest effect.
+
+    If no run has a result on its own data set, the first ones of `ssl-probe` on other data sets are shown.
+    """
+    main = list(MAIN)
+    if summary[main].isna().all(axis=None):
+        main = [column for column in top1_columns(summary) if column not in MAIN][:MAX_OTHERS]
+    columns: dict[str, list[str]] = {
+        **{
+            TITLES.get(name) or " ".join(name.split(".", 2)[1:]): list(
+                map(with_interval, summary[name], summary[f"± {name}"])
+            )
+            for name in main
+        },
+        "n": list(map(str, summary.n)),
+        **{key: list(summary[key].fillna("-")) for key in keys},
+    }
+    widths = [max(map(len, [name, *cells])) for name, cells in columns.items()]
+    rows = [tuple(columns), *zip(*columns.values(), strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return ["  ".join(row).rstrip() for row in padded]
