@@ -589,6 +589,7 @@ def test_results_of_ssl_probe_alone_are_shown(tmp_path: Path, monkeypatch, capsy
     assert (code, err) == (0, "")
     assert "test backbone.linear.labA.labels=0.1" in out
     assert "0.7500" in out
+    assert "results of ssl-probe on other images; runs.csv has all" in out
     text = (tmp_path / "report" / "report.html").read_text()
     assert "test backbone.linear.labA.labels=0.1" in text
     assert ">0.7500" in text

@@ -18,6 +18,8 @@ def format_terminal(table: pd.DataFrame, summary: pd.DataFrame, keys: list[str])
     if len(summary):
         lines.append("sorted by validation accuracy; mean ± 95 % confidence interval over n seeds")
         lines += format_results(summary.head(MAX_LINES), keys)
+        if summary[list(MAIN)].isna().all(axis=None):
+            lines.append(f"the first {MAX_OTHERS} results of ssl-probe on other images; runs.csv has all")
     if len(summary) > MAX_LINES:
         lines.append(f"and {len(summary) - MAX_LINES} more configurations, in report.html")
     if unscored := int((table.status == "done").sum()) - len(scored(table)):
