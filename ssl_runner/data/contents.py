@@ -21,10 +21,10 @@ def listed(files: Sequence[Path], base: Path) -> dict[str, Any]:
 
 
 def length(file: Path) -> int:
-    """Return the length of a file in bytes, -1 if it cannot be accessed."""
+    """Return the length of a file in bytes, -1 if it cannot be accessed, as for a name with a null byte."""
     try:
         return file.stat().st_size
-    except OSError:
+    except (OSError, ValueError):
         return -1
 
 
