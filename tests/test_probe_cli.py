@@ -35,7 +35,7 @@ from ssl_runner.report import tables
 from ssl_runner.report.read import read_run
 from tests.helpers import CPU, TINY, load, table
 
-PAGE = Path(__file__).parent.parent / "docs" / "use-elsewhere.md"
+PAGE = Path(__file__).parent.parent / "docs" / "evaluate.md"
 
 
 @pytest.fixture(scope="module")
