@@ -209,6 +209,7 @@ INVALID = [
     ("learning_rate=0.1", "Unknown option 'learning_rate'. Did you mean 'optimizer.lr'?"),
     ("optimizer.learning_rate=0.1", "Did you mean 'optimizer.lr'?"),
     # resume
+    ("dataset=folder dataset.test=0.1", "a share of the images is dataset.test_fraction=0.1; use it"),
     ("resume=nowhere", "nowhere: expected the folder of a run"),
     ("-m resume=nowhere seed=0,1", "leave out -m"),
 ]

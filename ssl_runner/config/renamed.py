@@ -16,6 +16,7 @@ RENAMED = {  # former key -> key, or group
     "weights": "init_weights",
 }
 REMOVED = {"diagnostics.moments": "use evaluators.moments, as experiment=linear_regime does"}
+SHARES = {"dataset.test": "dataset.test_fraction"}  # key of some data sets -> the option for a share
 VALUES = {("views_forward", "separate"): "per_view"}  # former key and value -> value
 CHOICES = {("loss", "simclr_squared"): "spectral"}  # group and former choice -> choice
 
@@ -47,6 +48,8 @@ def message(key: str, value: object) -> str | None:
     """Return the error message for a former key, or for a former choice of the group `key`, else None."""
     if key in REMOVED:
         return f"{key} was removed: {REMOVED[key]}"
+    if key in SHARES and isinstance(value, float):
+        return f"{key}={value}: a share of the images is {SHARES[key]}={value}; use it"
     if key in RENAMED:
         new = VALUES.get((key, str(value)), format_value(value))
         return f"{key} was renamed: use {RENAMED[key]}={new}"
