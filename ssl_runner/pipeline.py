@@ -1,6 +1,6 @@
 """One run, from its configuration to its files: the stages, top to bottom."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ssl_runner.data.loader import preview
 from ssl_runner.embedding_map import write_map
 from ssl_runner.model import count_parameters
 from ssl_runner.preemption import Preemption
-from ssl_runner.probe import evaluate, feature_networks, label_draws
+from ssl_runner.probe import affordable, evaluate, feature_networks, label_draws
 from ssl_runner.runs import checkpoint, resume, weights
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.runs.record import RunRecord
@@ -73,7 +73,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
             solver.compile()
         record.update(**facts(experiment))
         if is_main:
-            print("\n".join([headline(cfg, record), *notes(data)]), flush=True)
+            print("\n".join([headline(cfg, record), *notes(data, cfg.probe.features)]), flush=True)
         if is_main and cfg.views.preview:
             preview(experiment.loader, folder / "views.png")
 
@@ -126,7 +126,7 @@ def probe(experiment: Experiment, solver: Solver, log: CsvLog) -> dict[tuple[str
     if not data.classes:
         return {}
     layers = [] if cfg.probe.layer is None else [f"backbone.{cfg.probe.layer}"]
-    chosen = dict.fromkeys([solver.result_features, *cfg.probe.features, *layers])
+    chosen, _ = affordable([solver.result_features, *cfg.probe.features, *layers], data)
     draws = [None, *label_draws(data.train.y, cfg.probe.labels, cfg.probe.draws, cfg.dataset.split_seed)]
     builders = networks(experiment)
     scores: dict[tuple[str, str, str], float] = {}
@@ -200,12 +200,15 @@ def headline(cfg: DictConfig, record: RunRecord) -> str:
     )
 
 
-def notes(data: DataSet) -> list[str]:
-    """Lines after the headline: the skipped files, and what is left out without labels or test images."""
+def notes(data: DataSet, features: Sequence[str]) -> list[str]:
+    """Lines after the headline: the skipped files, and probes that are left out."""
     lines = [str(data.skipped)] if str(data.skipped) else []
     if not data.classes:
-        lines.append("probes are off: the images have no labels")
-    elif not len(data.test):
+        return [*lines, "probes are off: the images have no labels"]
+    _, large = affordable(features, data)
+    if large:
+        lines.append(large)
+    if not len(data.test):
         lines.append("no test images: the result is the top-1 on the validation split, which also selects")
     return lines
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ssl_runner.errors import UsageError
-from ssl_runner.probe import linear
+from ssl_runner.probe import affordable, linear
 from ssl_runner.probe.knn import KnnProbe
 from ssl_runner.probe.linear import LinearProbe
 from ssl_runner.probe.protocol import accuracies, best_of, evaluate, extract
@@ -268,3 +268,13 @@ def test_selection_is_independent_of_test_labels() -> None:
         for d in (first, second)
     ]
     assert chosen[0] == chosen[1]
+
+
+@pytest.mark.parametrize(("side", "left_out"), [(52, False), (53, True)])
+def test_features_of_large_images_are_left_out_with_a_line(side: int, left_out: bool) -> None:
+    """3 x 52 x 52 is at most 8,192, and 3 x 53 x 53 is more."""
+    names, line = affordable(["backbone", "pixels", "pca", "lda", "backbone"], load(toy(side=side)))
+    assert names == (["backbone"] if left_out else ["backbone", "pixels", "pca", "lda"])
+    assert line == (
+        "probes of pixels, pca, lda are left out: 8,427 values per image, at most 8,192" if left_out else ""
+    )

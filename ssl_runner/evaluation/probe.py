@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from ssl_runner.pretrained import load
 from ssl_runner.probe import (
     FineTuning,
     LabelDraw,
+    affordable,
     check_layer,
     evaluate,
     feature_networks,
@@ -54,22 +55,24 @@ def probe(folder: Path, cfg: DictConfig) -> str:
         warn_other_images(folder, cfg, data)
         if not data.classes:
             raise UsageError(f"dataset={data.name}: expected images with labels, found none; use another one")
-        skipped = [str(data.skipped)] if str(data.skipped) else []
-        print("\n".join([headline(folder, data, device), *skipped]), flush=True)
+        chosen, large = affordable(cfg.probe.features, data)
+        lines = [headline(folder, data, device), str(data.skipped), large]
+        print(*filter(None, lines), sep="\n", flush=True)
         log, rows = CsvLog(folder / "probe.csv"), []
         log.truncate_after(math.inf)  # an incomplete last line
         epoch = int(pd.read_csv(folder / "metrics.csv").epoch.iloc[-1])
         probing = datetime.now().isoformat(timespec="milliseconds")
-        for row in probe_rows(cfg, model, data, device, precision):
+        for row in probe_rows(cfg, chosen, model, data, precision):
             log.append({"epoch": epoch, **row, "probing": probing})
             rows.append(row)
     return format_results(rows)
 
 
 def probe_rows(
-    cfg: DictConfig, model: SSLModel, data: DataSet, device: torch.device, precision: str
+    cfg: DictConfig, features: Sequence[str], model: SSLModel, data: DataSet, precision: str
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows of all probes that `cfg.probe` names."""
+    """Yield the rows of all probes that `cfg.probe` names, of these features."""
+    device = data.mean.device
     if cfg.probe.layer is not None:
         check_layer(
             model.backbone, cfg.probe.layer, (data.channels, data.image_size, data.image_size), device
@@ -84,8 +87,8 @@ def probe_rows(
     classifiers = build.build_classifiers(cfg, frozen)
     settings: Any = OmegaConf.to_container(cfg.probe.finetune) if "finetune" in cfg.probe.probes else None
     tuning = None if settings is None else FineTuning(**settings)  # checked before the first row
-    for features in tqdm([*cfg.probe.features, *layers] if frozen else [], "probe", disable=None):
-        yield from evaluate(features, networks[features](), data, classifiers, len(data.test) > 0, draws)
+    for name in tqdm([*features, *layers] if frozen else [], "probe", disable=None):
+        yield from evaluate(name, networks[name](), data, classifiers, len(data.test) > 0, draws)
     if tuning is not None:
         yield from finetune(model, data, tuning, draws, precision, cfg.seed)
 

@@ -1,6 +1,6 @@
 """The networks whose features are probed, by name, and the output of one layer as features."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,22 @@ from ssl_runner.data.dataset import DataSet
 from ssl_runner.errors import UsageError
 from ssl_runner.model import SSLModel, eval_mode
 from ssl_runner.probe.baselines import linear_discriminants, principal_components
+
+MAX_PIXELS = 8192  # values per image; with D pixels, `pixels`, `pca` and `lda` need matrices D x D in float64
+OF_PIXELS = ("pixels", "pca", "lda")
+
+
+def affordable(features: Iterable[str], data: DataSet) -> tuple[list[str], str]:
+    """Leave out features for which images of this size have too many pixels.
+
+    Returns the other names, each once, and a line about those left out, "" if there are none.
+    """
+    names = list(dict.fromkeys(features))
+    pixels = data.channels * data.image_size**2
+    if pixels <= MAX_PIXELS or not (large := [name for name in names if name in OF_PIXELS]):
+        return names, ""
+    line = f"probes of {', '.join(large)} are left out: {pixels:,} values per image, at most {MAX_PIXELS:,}"
+    return [name for name in names if name not in large], line
 
 
 def feature_networks(
