@@ -59,6 +59,8 @@ class Preemption:
     ) -> None:
         try:
             if isinstance(error, Preempted) and self.requeue is not None:
+                for which in self.original_handlers:  # inherited by scontrol, which the signal may reach too
+                    signal.signal(which, signal.SIG_IGN)
                 self.requeue()  # exits the process in task 0, returns in the others
                 # if another task exited first, Slurm could kill task 0 before it has requeued the job
                 time.sleep(REQUEUE_WAIT)

@@ -103,12 +103,17 @@ def test_signal_raises_at_once_or_at_end_of_deferred() -> None:
 
 
 def test_submitit_handler_runs_once_on_exit() -> None:
-    """It runs when the context exits. Another signal calls it neither before nor during this."""
+    """It runs when the context exits. Another signal calls it neither before nor during this.
+
+    Nor does the signal end its child process: Slurm signals all processes of a job step, scontrol included.
+    """
     called = []
 
     def requeues(number: int, frame: object) -> None:
         called.append(number)
         signal.raise_signal(signal.SIGUSR2)
+        kill = "import os, signal; os.kill(os.getpid(), signal.SIGUSR2)"
+        subprocess.run([sys.executable, "-c", kill], check=True)
         raise SystemExit(-1)
 
     def run() -> None:
