@@ -89,7 +89,9 @@ def test_finished_run_is_extended(ssl_run, tmp_path: Path) -> None:
     assert [part["to_epoch"] for part in record(folder)["schedule"]] == [2, 5, 6]
 
 
-@pytest.mark.parametrize("step", [7, 11, 15])
+@pytest.mark.parametrize(
+    "step", [pytest.param(7, marks=pytest.mark.slow), 11, pytest.param(15, marks=pytest.mark.slow)]
+)
 def test_extended_run_that_is_preempted_resumes_exactly(
     step: int, ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
