@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from ssl_runner import console
 from ssl_runner.config import arguments, check, compose, hydra_internals
 from ssl_runner.config.help import help_text
 from ssl_runner.errors import UsageError, format_error
@@ -46,19 +47,10 @@ def main() -> None:
 def run_as_main(processes: int = 1) -> None:
     """Execute the command line: the part of a single process, or of rank 0 of `processes`."""
     failed: list[str] = []  # jobs of a sweep that runs in this process
-    try:
-        execute(processes, failed)
-    except KeyboardInterrupt:
-        print("interrupted; resume=<folder of the run> resumes from its last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of stdout closed it, as in `ssl-run --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except Exception as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(format_error(error), file=sys.stderr)
-        sys.exit(1)
+    console.call(
+        partial(execute, processes, failed),
+        interrupted="interrupted; resume=<folder of the run> resumes from its last checkpoint",
+    )
     if failed:
         print(f"failed sweep jobs ({len(failed)}): {'; '.join(failed)}", file=sys.stderr)
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""Exit codes and one-line errors, as those of ssl-run, for commands that evaluate a finished run."""
+"""Exit codes and one-line errors of the console scripts."""
 
 import os
 import sys
@@ -7,14 +7,17 @@ from collections.abc import Callable
 from ssl_runner.errors import format_error
 
 
-def call(command: Callable[[], None]) -> None:
-    """Execute a command. An error is printed on one line, with exit code 1; Ctrl-C exits with 130."""
+def call(command: Callable[[], None], interrupted: str = "interrupted") -> None:
+    """Execute a command. An error is printed on one line, with exit code 1.
+
+    Ctrl-C prints the line `interrupted` and exits with 130. HYDRA_FULL_ERROR=1 raises errors as they are.
+    """
     try:
         command()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of stdout closed it
+    except BrokenPipeError:  # the reader of stdout closed it, as in `ssl-run --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:

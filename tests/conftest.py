@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from ssl_runner import cli
+from tests.helpers import run_script
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: one thread each, subprocesses included
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -38,14 +38,7 @@ def ssl_run(
 
     def run(command: str) -> tuple[int, str, str]:
         GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["ssl-run", *shlex.split(command)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
+        return run_script(cli.main, shlex.split(command), monkeypatch, capsys)
 
     yield run
     HydraConfig.instance().cfg = hydra_config

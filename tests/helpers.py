@@ -5,7 +5,7 @@ import io
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,22 @@ def start(command: str, cwd: Path) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def run_script(
+    main: Callable[[], None],
+    words: Sequence[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> tuple[int, str, str]:
+    """Run a console script in this process. Returns exit code, standard output and standard error."""
+    monkeypatch.setattr(sys, "argv", ["command", *words])
+    try:
+        main()
+        code = 0
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    return code, *capsys.readouterr()
 
 
 def run_folder(out: str) -> Path:

@@ -2,7 +2,6 @@
 
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +16,7 @@ from ssl_runner.data.dataset import Source
 from ssl_runner.evaluation import embed_cli, probe_cli
 from ssl_runner.evaluation.finished import config_of
 from ssl_runner.runs.files import read_json, write_json
-from tests.helpers import TINY, load, make_pictures, preempt_after, table
+from tests.helpers import TINY, load, make_pictures, preempt_after, run_script, table
 
 SETTINGS = "dataset=folder views=crop diagnostics.every=0 " + TINY.replace("dataset.subset=200", "").replace(
     "batch_size=50", "batch_size=18"
@@ -36,13 +35,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys) -> Callable[[ModuleType, str],
     """Return a function that runs a console script in-process."""
 
     def run(module: ModuleType, words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["command", *shlex.split(words)])
-        try:
-            module.main()
-            code = 0
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        return code, *capsys.readouterr()
+        return run_script(module.main, shlex.split(words), monkeypatch, capsys)
 
     return run
 

@@ -33,7 +33,7 @@ from ssl_runner.probe import (
 )
 from ssl_runner.report import tables
 from ssl_runner.report.read import read_run
-from tests.helpers import CPU, TINY, load, table
+from tests.helpers import CPU, TINY, load, run_script, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "evaluate.md"
 
@@ -60,13 +60,7 @@ def ssl_probe(
     """Return a function that runs `ssl-probe` on the finished run in-process."""
 
     def run(settings: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ssl-probe", str(finished), *shlex.split(settings)])
-        try:
-            probe_cli.main()
-            code = 0
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        return code, *capsys.readouterr()
+        return run_script(probe_cli.main, [str(finished), *shlex.split(settings)], monkeypatch, capsys)
 
     return run
 

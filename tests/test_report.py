@@ -18,7 +18,7 @@ from scipy import stats
 
 from ssl_runner.report import cli, page, plots, tables
 from ssl_runner.report.read import Run, canonical_value, read_run, read_runs
-from tests.helpers import TINY
+from tests.helpers import TINY, run_script
 
 METRICS = "epoch,step,loss,images_per_s,floor_kind\n1,3,9.5,100.0,\n2,6,7.5,300.0,exact\n"
 PROBE = "epoch,probe,features,train_split,eval_split,selection,n_train,top1,top5,seconds\n"
@@ -94,13 +94,7 @@ def ssl_report(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
 ) -> tuple[int, str, str]:
     """The console script: exit code, standard output, standard error."""
-    monkeypatch.setattr(sys, "argv", ["ssl-report", *map(str, words)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as exit_:
-        code = int(exit_.code or 0)
-    return code, *capsys.readouterr()
+    return run_script(cli.main, list(map(str, words)), monkeypatch, capsys)
 
 
 class Page(HTMLParser):

@@ -18,6 +18,7 @@ IMPORTS = """
     backbone        names
     projector
     preemption
+    console         errors
     optimizer       errors
     distributed     preemption
     device          distributed errors
@@ -43,8 +44,8 @@ IMPORTS = """
                     preemption probe relation runs solver
     embedding_map   data distributed probe runs
     pipeline        build data distributed embedding_map model preemption probe runs solver views
-    evaluation      build config data device errors model pretrained probe runs views
-    cli             build config distributed errors pipeline preemption runs version
+    evaluation      build config console data device errors model pretrained probe runs views
+    cli             build config console distributed errors pipeline preemption runs version
     __main__        cli
     api             cli config errors runs
     report          data errors runs

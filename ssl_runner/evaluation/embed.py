@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,7 @@ def splits(data: DataSet) -> dict[str, Images]:
     """Every image of the data set once, by split: train, val, test, unlabeled."""
     labelled = torch.cat([data.train.indices, data.val.indices])
     rest = data.pretrain.indices[~torch.isin(data.pretrain.indices, labelled)]
-    unlabeled = Images(data.pretrain.images, data.pretrain.labels, rest, data.pretrain.resident)
+    unlabeled = replace(data.pretrain, indices=rest)
     return {"train": data.train, "val": data.val, "test": data.test, "unlabeled": unlabeled}
 
 

@@ -5,10 +5,10 @@ import re
 import sys
 from pathlib import Path
 
+from ssl_runner import console
 from ssl_runner.config import arguments
 from ssl_runner.config.rules import check_device
 from ssl_runner.errors import UsageError
-from ssl_runner.evaluation import console
 
 DESCRIPTION = """\
 Write the features of the trained network of a finished run to a file.

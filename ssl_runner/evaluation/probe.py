@@ -95,7 +95,7 @@ def probe_rows(
 
 def headline(folder: Path, data: DataSet, device: torch.device) -> str:
     """One line: data set and splits, run, device."""
-    images = " ".join(f"{split}={len(getattr(data, split))}" for split in ("train", "val", "test"))
+    images = " ".join(f"{split}={n}" for split, n in data.counts.items() if split != "pretrain")
     return f"{data.name} {images} | network of {folder} | {device}"
 
 

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
+from ssl_runner import console
 from ssl_runner.config import arguments
-from ssl_runner.evaluation import console
 
 DESCRIPTION = """\
 Probe the trained network of a finished run again, without training. The rows are appended to probe.csv in the
