@@ -11,8 +11,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import lightly.loss
-import stable_pretraining.losses
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,18 +21,6 @@ from ssl_runner.relation import Views
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
 OURS: dict[str, Loss] = {"VICReg": VICReg(), "Barlow": BarlowTwins(center=True), "SimCLR": SimCLR(0.5)}
-PEERS: dict[str, dict[str, PairLoss]] = {
-    "lightly": {
-        "VICReg": lightly.loss.VICRegLoss(),
-        "Barlow": lightly.loss.BarlowTwinsLoss(),
-        "SimCLR": lightly.loss.NTXentLoss(0.5),
-    },
-    "stable-pretraining": {
-        "VICReg": stable_pretraining.losses.VICRegLoss(),
-        "Barlow": stable_pretraining.losses.BarlowTwinsLoss(),
-        "SimCLR": stable_pretraining.losses.NTXEntLoss(0.5),
-    },
-}
 SIZES = ((512, 2048), (2048, 512))  # (number of images, K)
 
 
@@ -45,13 +31,14 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
     relative difference of the loss value from ours (None if the definitions differ). Raises RuntimeError if
     values that should agree do not.
     """
-    agreements = {tool: agreement(peer, device) for tool, peer in PEERS.items()}
+    theirs = peers()
+    agreements = {tool: agreement(tool, peer, device) for tool, peer in theirs.items()}
     rows = []
     for name in OURS:
         for n, K in SIZES:
             quickest = (n == 512) == (name == "SimCLR")  # the faster of the two sizes for the peers
             for V in (2, 4, 8) if full else (2, 8) if quickest else (2,):
-                tools = PEERS if full or V == 2 else {"lightly": PEERS["lightly"]}
+                tools = theirs if full or V == 2 else {"lightly": theirs["lightly"]}
                 Z, G = torch.randn(V * n, K, device=device, requires_grad=True), Views(n, V, device=device)
                 works: dict[str, measure.Work] = {"ours": partial(step, OURS[name], Z, G)}
                 works |= {
@@ -62,6 +49,25 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
                     f"{name} {n}x{K} V={V}", works, agree, device, 20.0 if full else 2.0, 5 if full else 1
                 )
     return rows + large(device, full)
+
+
+def peers() -> dict[str, dict[str, PairLoss]]:
+    """The losses of the other libraries, by tool and name."""
+    import lightly.loss
+    import stable_pretraining.losses
+
+    return {
+        "lightly": {
+            "VICReg": lightly.loss.VICRegLoss(),
+            "Barlow": lightly.loss.BarlowTwinsLoss(),
+            "SimCLR": lightly.loss.NTXentLoss(0.5),
+        },
+        "stable-pretraining": {
+            "VICReg": stable_pretraining.losses.VICRegLoss(),
+            "Barlow": stable_pretraining.losses.BarlowTwinsLoss(),
+            "SimCLR": stable_pretraining.losses.NTXEntLoss(0.5),
+        },
+    }
 
 
 def compared(
@@ -140,7 +146,7 @@ def large(device: torch.device, full: bool) -> list[dict[str, Any]]:
     return [*rows, alone]
 
 
-def agreement(peer: dict[str, PairLoss], device: torch.device) -> dict[str, float]:
+def agreement(tool: str, peer: dict[str, PairLoss], device: torch.device) -> dict[str, float]:
     """Relative difference between a peer's loss values and ours. Raises RuntimeError if it is too large.
 
     The second view contains the rows of the first in reverse order, so both have the same statistics.
@@ -165,7 +171,7 @@ def agreement(peer: dict[str, PairLoss], device: torch.device) -> dict[str, floa
         "VICReg": difference(VICReg(25, 2, 25 * f)(Z / f**0.5, G) / K, theirs["VICReg"], "VICReg", 1e-9),
         "SimCLR": difference(SimCLR(0.5)(Z, G), theirs["SimCLR"], "SimCLR", 1e-5),
     }
-    if peer is PEERS["lightly"]:
+    if tool == "lightly":
         found["Barlow"] = difference(
             BarlowTwins(5e-3, center=True)(Z, G), theirs["Barlow"], "Barlow", 1e-4
         )  # a larger tolerance, as eps differs

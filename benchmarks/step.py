@@ -10,13 +10,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import lightly.loss
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from lightly.models.modules.heads import BarlowTwinsProjectionHead, SimCLRProjectionHead, VICRegProjectionHead
-from lightly.transforms import SimCLRTransform, VICRegTransform
-from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -122,6 +118,15 @@ class Lightly:
     """
 
     def __init__(self, name: str, loss: str, device: torch.device):
+        import lightly.loss
+        from lightly.models.modules.heads import (
+            BarlowTwinsProjectionHead,
+            SimCLRProjectionHead,
+            VICRegProjectionHead,
+        )
+        from lightly.transforms import SimCLRTransform, VICRegTransform
+        from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
+
         torch.manual_seed(0)
         body = BACKBONES[name](3, SIDE)
         byol = BYOLTransform(BYOLView1Transform(input_size=SIDE), BYOLView2Transform(input_size=SIDE))

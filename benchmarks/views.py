@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import kornia.augmentation as K
 import torch
 import torch.nn.functional as F
 import torchvision.transforms as T
@@ -122,6 +121,8 @@ def torchvision_on_pil(settings: Mapping[str, Any], images: Tensor, device: torc
 
 def in_kornia(settings: Mapping[str, Any], images: Tensor) -> Make:
     """Views by kornia, in batches."""
+    import kornia.augmentation as K
+
     size, jitter = images.shape[-1], settings["jitter"]
     steps = [
         K.RandomResizedCrop((size, size), scale=settings["crop"]["scale"]),

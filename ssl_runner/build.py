@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 
-from ssl_runner import distributed, optimizer
+from ssl_runner import distributed, numerics, optimizer
 from ssl_runner.backbone import Backbone, LinearBackbone
 from ssl_runner.checks import check_blur, check_fit, check_resolutions
 from ssl_runner.config.rules import check_values
@@ -49,6 +49,7 @@ class Experiment:
     cfg: DictConfig
     device: torch.device
     precision: str
+    numerics: dict[str, bool]  # switches of torch's arithmetic, as set for this run
     data: DataSet
     loader: MultiViewLoader
     relation: RelationBuilder
@@ -126,6 +127,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     device = choose_device(cfg.device, distributed.rank_info())
     if device.type == "cpu":
         keep_freed_memory()
+    switches = numerics.apply(device, cfg.precision, cfg.deterministic)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     solver_class: type[Solver] = get_class(cfg.solver._target_)
@@ -161,6 +163,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
         cfg=cfg,
         device=device,
         precision=precision,
+        numerics=switches,
         data=data,
         loader=MultiViewLoader(
             data,

@@ -10,7 +10,7 @@ from torch import Tensor
 from ssl_runner.distributed import RankInfo
 from ssl_runner.errors import UsageError
 
-AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST_DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # malloc.h
 
 
@@ -47,6 +47,11 @@ def choose_precision(precision: str, device: torch.device) -> str:
     A CPU without such instructions emulates bf16 an order of magnitude slower than it computes in fp32.
     Raises UsageError if the device does not support the precision.
     """
+    if precision == "tf32" and not has_tf32(device):
+        raise UsageError(
+            f"precision=tf32: expected a CUDA device of compute capability 8.0 or newer, found {device}; use"
+            " precision=auto"
+        )
     cuda_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
         native = cpu_has_bf16() if device.type == "cpu" else cuda_bf16
@@ -55,6 +60,11 @@ def choose_precision(precision: str, device: torch.device) -> str:
     if (precision == "bf16" and not bf16) or (precision == "fp16" and device.type == "mps"):
         raise UsageError(f"precision={precision}: {device} does not support it; use precision=auto")
     return precision
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Return whether the device has TF32 units: NVIDIA GPUs since Ampere."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def cpu_has_bf16() -> bool:
@@ -68,6 +78,21 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)  # non-blocking copies of pageable memory are unsafe on MPS
+
+
+def to_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Copy a tensor to the host without a host-device sync on CUDA.
+
+    Returns the copy and an event that completes when the copy has arrived. Without CUDA the event is None,
+    and the tensor is returned as it is.
+    """
+    if tensor.device.type != "cuda":
+        return tensor, None
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(tensor.device))
+    return host, event
 
 
 def keep_freed_memory() -> None:

@@ -1,6 +1,6 @@
 """Names that settings accept. Imports nothing, since the command line checks them before importing torch."""
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 FORWARD = ("joint", "per_view")
 KEEP = ("last", "best")
 STORAGE = ("auto", "device", "host")

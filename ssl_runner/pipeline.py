@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
 
-from ssl_runner import __version__, distributed
+from ssl_runner import __version__, distributed, numerics
 from ssl_runner.build import Experiment, build
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.loader import preview
@@ -41,7 +41,12 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     is_main = distributed.is_main_process()
     schedule = distributed.broadcast_object(read_schedule(folder, cfg.epochs) if is_main else None)
     record = RunRecord(folder, identity(cfg, schedule), schedule=schedule)
-    with Preemption() as preemption, record, distributed.propagate_failures(record.fail):
+    with (
+        Preemption() as preemption,
+        record,
+        distributed.propagate_failures(record.fail),
+        numerics.preserved(),
+    ):
         resume_from = distributed.broadcast_object(checkpoint.find(folder) if is_main else None)
         experiment = build(cfg, init_weights=resume_from is None)
         data = experiment.data
@@ -145,6 +150,7 @@ def facts(experiment: Experiment) -> dict[str, object]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "precision": experiment.precision,
+        "numerics": experiment.numerics,
         "view_kernels": "numba" if device.type == "cpu" and numba_works() else "torch",
         "relation": {
             "target": cfg.relation._target_,

@@ -5,6 +5,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from ssl_runner import distributed
+from ssl_runner import distributed, numerics
 from ssl_runner.batch import Batch
 from ssl_runner.data.loader import MultiViewLoader
-from ssl_runner.device import AUTOCAST_DTYPES
+from ssl_runner.device import AUTOCAST_DTYPES, to_host
 from ssl_runner.errors import UsageError
 from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel
@@ -70,6 +71,7 @@ class Pretraining(Solver):
         self.sharded = distributed.world_size() == 1 or (loss.supports_sharding and relation.shardable)
         self.requests = distributed.AsyncMax()
         self.dtype = AUTOCAST_DTYPES[precision]
+        self.loss_products = numerics.fp32_products if precision == "tf32" else nullcontext
         self.computed_on = f"{self.device.type} in {precision}"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.forwards = loader.V if per_view else 1
@@ -174,10 +176,11 @@ class Pretraining(Solver):
         return values
 
     def _terms(self, Z: Tensor, batch: Batch) -> dict[str, Tensor]:
-        G = self.relation(batch, Z.detach())
-        if G.support is not None:
-            Z = torch.cat([Z, G.support.to(Z.dtype)])
-        return self.loss.terms(Z, G)
+        with self.loss_products():
+            G = self.relation(batch, Z.detach())
+            if G.support is not None:
+                Z = torch.cat([Z, G.support.to(Z.dtype)])
+            return self.loss.terms(Z, G)
 
     def _gathered_terms(self, Z: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The terms of a loss or relation that cannot be sharded: every rank computes them from all rows."""
@@ -255,14 +258,7 @@ class NonFiniteGuard:
 
     def put(self, step: int, values: dict[str, Tensor]) -> None:
         """Check the loss and terms of a step, now or later. Raises Diverged."""
-        stacked = torch.stack(list(values.values()))
-        event = None
-        if self.device.type == "cuda":
-            host = torch.empty(len(values), dtype=stacked.dtype, pin_memory=True)
-            stacked = host.copy_(stacked, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self.device))
-        self.pending.append((step, list(values), stacked, event))
+        self.pending.append((step, list(values), *to_host(torch.stack(list(values.values())))))
         self._check(wait=False)
 
     def finish(self) -> None:

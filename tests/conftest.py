@@ -17,6 +17,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: one thread each,
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # before CUDA is used, for deterministic runs on it
+
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:

@@ -94,7 +94,7 @@ INVALID = [
     ("dataset.val_fraction=1", "dataset.val_fraction=1: expected a number > 0 and <= 0.9"),
     ("dataset.subset=0", "dataset.subset=0: expected an integer >= 1 or null"),
     ("dataset.storage=disk", "dataset.storage=disk: expected one of auto, device, host"),
-    ("precision=fp8", "precision=fp8: expected one of auto, fp32, bf16, fp16"),
+    ("precision=fp8", "precision=fp8: expected one of auto, fp32, tf32, bf16, fp16"),
     ("dataset.size=2", "dataset.size=2: expected an integer >= 4 or null"),
     ("dataset=folder dataset.cache=null", "dataset.cache=null: expected text"),
     ("dataset.channels=2", "dataset.channels=2: expected one of 1, 3 or null"),

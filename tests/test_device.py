@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
-from ssl_runner.device import choose_device, choose_precision
+from ssl_runner.device import choose_device, choose_precision, to_device, to_host
 from ssl_runner.errors import UsageError
 
 
@@ -44,6 +45,52 @@ def test_mps_has_no_fp16() -> None:
     assert choose_precision("auto", torch.device("mps")) == "fp32"
     with pytest.raises(UsageError, match="precision=fp16: mps does not support it"):
         choose_precision("fp16", torch.device("mps"))
+
+
+class Tensorlike:
+    """Records the arguments of copies."""
+
+    def __init__(self, device: str):
+        self.device, self.calls = torch.device(device), []
+
+    def to(self, *args: object, **kwargs: object) -> "Tensorlike":
+        self.calls.append(("to", args, kwargs))
+        return self
+
+    def pin_memory(self) -> "Tensorlike":
+        self.calls.append(("pin_memory", (), {}))
+        return self
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "xpu"])
+def test_copies_are_blocking_and_unpinned_unless_on_cuda(device: str) -> None:
+    """Non-blocking copies of pageable memory give wrong values on MPS."""
+    tensor: Any = Tensorlike("cpu")
+    assert to_device(tensor, torch.device(device)) is tensor
+    assert tensor.calls == [("to", (torch.device(device),), {})]
+    tensor = Tensorlike(device)
+    assert to_host(tensor) == (tensor, None)
+    assert tensor.calls == []
+
+
+def test_copies_to_cuda_are_non_blocking_and_pinned() -> None:
+    tensor: Any = Tensorlike("cpu")
+    to_device(tensor, torch.device("cuda"))
+    assert tensor.calls == [
+        ("pin_memory", (), {}),
+        ("to", (torch.device("cuda"),), {"non_blocking": True}),
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_copies_to_and_from_cuda_keep_values() -> None:
+    values = torch.randn(1000)
+    host, event = to_host(to_device(values, torch.device("cuda", 0)))
+    assert event is not None
+    event.synchronize()
+    assert host.is_pinned()
+    assert torch.equal(host, values)
 
 
 def test_auto_precision_on_cuda_is_bf16_if_supported_else_fp16(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from ssl_runner import numerics
 from ssl_runner.relation import (
     DegreeNormalized,
     Edges,
@@ -88,12 +89,25 @@ def test_edges_backward_does_not_transpose_sparse_matrix() -> None:
     """The backward of torch.sparse.mm transposes G and then has to sort (coalesce) it."""
     G, dense = Edges(LEFT, RIGHT, 7), edges_by_loop()
     Z, weight = torch.randn(7, 3, requires_grad=True), torch.randn(7, 3)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:  # otherwise torch 2.11 warns
         ((G @ Z) * weight).sum().backward()
     assert_close(Z.grad, dense @ weight)
     operators = [event.key for event in profile.key_averages()]
     assert not [name for name in operators if "coalesce" in name or "transpose" in name]
     assert torch.autograd.gradgradcheck(lambda Z: G @ Z.square(), (Z.detach().double().requires_grad_(),))
+
+
+def test_deterministic_edges_are_sums_of_rows() -> None:
+    """The product with a sparse matrix is not deterministic in cuSPARSE, and torch does not detect it."""
+    G, dense = Edges(LEFT, RIGHT, 7), edges_by_loop()
+    Z, weight = torch.randn(7, 3, requires_grad=True), torch.randn(7, 3)
+    with numerics.preserved(), torch.profiler.profile(acc_events=True) as profile:
+        numerics.apply(torch.device("cpu"), "fp32", deterministic=True)
+        GZ = G @ Z
+        (GZ * weight).sum().backward()
+    assert_close(GZ, dense @ Z)
+    assert_close(Z.grad, dense @ weight)
+    assert not [event.key for event in profile.key_averages() if "sparse" in event.key]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ IMPORTS = """
     optimizer       errors
     distributed     preemption
     device          distributed errors
+    numerics        errors
     config          errors names rule
     runs            config distributed errors preemption version
 
@@ -33,18 +34,18 @@ IMPORTS = """
     evaluator       model
     solver          loss model relation
 
-    train           batch data device distributed errors loss model preemption relation solver
+    train           batch data device distributed errors loss model numerics preemption relation solver
     theory          backbone data distributed errors evaluator loss model relation runs solver
     probe           backbone data device distributed errors evaluator model optimizer runs views
 
     pretrained      data device errors runs views
 
     checks          backbone config data distributed errors model relation solver views
-    build           backbone checks config data device distributed errors evaluator loss model optimizer
-                    preemption probe relation runs solver
+    build           backbone checks config data device distributed errors evaluator loss model numerics
+                    optimizer preemption probe relation runs solver
     embedding_map   data distributed probe runs
-    pipeline        build data distributed embedding_map model preemption probe runs solver views
-    evaluation      build config console data device errors model pretrained probe runs views
+    pipeline        build data distributed embedding_map model numerics preemption probe runs solver views
+    evaluation      build config console data device errors model numerics pretrained probe runs views
     cli             build config console distributed errors pipeline preemption runs version
     __main__        cli
     api             cli config errors runs
@@ -142,6 +143,18 @@ def test_command_line_imports_no_slow_library_before_a_job_runs() -> None:
         for name in imported(module, within_functions=False)
     }
     assert {(module, library) for module, library in libraries if library in SLOW_IMPORTS} == set()
+
+
+def test_device_alone_copies_asynchronously() -> None:
+    """Asynchronous copies and pinned memory are safe on CUDA only. `device` checks for it in one place."""
+    users = {
+        module
+        for module, tree in modules().items()
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.keyword) and node.arg in ("non_blocking", "pin_memory"))
+        or (isinstance(node, ast.Attribute) and node.attr == "pin_memory")
+    }
+    assert users == {"device"}
 
 
 def test_modules_are_short() -> None:

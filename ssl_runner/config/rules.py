@@ -41,6 +41,7 @@ RULES = {
     "batch_size": _positive(int),
     "seed": Rule(int, low=0, high=2**32 - 1),
     "precision": Rule(str, choices=PRECISIONS),
+    "deterministic": Rule(bool),
     "forward": Rule(str, choices=FORWARD),
     "init_weights": Rule(str, optional=True),
     "resume": Rule(str, optional=True),

@@ -80,6 +80,7 @@ def execute() -> None:
     folder = folder_in(args.source)
     check_device("--device", args.device)
 
+    from ssl_runner import numerics
     from ssl_runner.device import choose_device, keep_freed_memory
     from ssl_runner.evaluation import embed
     from ssl_runner.evaluation.finished import config_of, finished_record, read_data, warn_other_images
@@ -88,6 +89,7 @@ def execute() -> None:
 
     check_target(args.out, args.overwrite)
     device = choose_device(args.device)
+    numerics.apply(device, "fp32", deterministic=False)
     if device.type == "cpu":
         keep_freed_memory()
     if folder is not None:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
 
-from ssl_runner import build
+from ssl_runner import build, numerics
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.device import choose_device, choose_precision, keep_freed_memory
 from ssl_runner.errors import UsageError
@@ -43,6 +43,7 @@ def probe(folder: Path, cfg: DictConfig) -> str:
     probed. Raises UsageError if the data set has no labels, or other images than the network takes.
     """
     device = choose_device(cfg.device)
+    numerics.apply(device, cfg.precision, cfg.deterministic)
     precision = choose_precision(cfg.precision, device)
     if device.type == "cpu":
         keep_freed_memory()

@@ -21,10 +21,12 @@ from ssl_runner.loss.kernels import column_products, first_derivative
 from ssl_runner.names import REDUCTIONS
 from ssl_runner.relation import Relation
 
-# Memory is that of float32.
-BLOCK_ELEMENTS = 2**22  # similarities held at a time: 16 MiB; four times that on a GPU, for utilisation
-SIDE = 512  # rows and columns of a CPU tile: 1 MiB, to fit into the cache
+# Memory is that of float32. A CPU tile fits into the cache; elsewhere large tiles need fewer kernel launches.
+BLOCK_ELEMENTS = 2**22  # similarities held at a time: 16 MiB
+SIDE = 512  # rows and columns of a tile: 1 MiB
 KEPT_ELEMENTS = 2**23  # similarities kept from the first pass for the second: 32 MiB
+BLOCK_ELEMENTS_ELSEWHERE = 2**24  # 64 MiB, also the largest tile: 4,096 rows and columns
+KEPT_ELEMENTS_ELSEWHERE = 2**26  # 256 MiB: all tiles up to N = 8,192
 
 
 class SimCLR(Loss):
@@ -64,7 +66,14 @@ class SimCLR(Loss):
 
 def block_elements(device: torch.device) -> int:
     """Number of similarities to hold in memory at a time."""
-    return BLOCK_ELEMENTS * (1 if device.type == "cpu" else 4)
+    return BLOCK_ELEMENTS if device.type == "cpu" else BLOCK_ELEMENTS_ELSEWHERE
+
+
+def tile_sizes(N: int, device: torch.device) -> tuple[int, int]:
+    """Return the side of a square tile of N x N similarities, and the number of tiles to keep."""
+    on_cpu = device.type == "cpu"
+    side = min(N, math.isqrt(block_elements(device)), SIDE if on_cpu else N)
+    return side, (KEPT_ELEMENTS if on_cpu else KEPT_ELEMENTS_ELSEWHERE) // side**2
 
 
 class _SymmetricLogSumExp(torch.autograd.Function):
@@ -81,11 +90,10 @@ class _SymmetricLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, Z: Tensor, d: Tensor, tau: float) -> Tensor:
         Z, N = Z / tau**0.5, len(Z)
-        side = min(N, math.isqrt(block_elements(Z.device)), SIDE if Z.device.type == "cpu" else N)
+        side, max_kept = tile_sizes(N, Z.device)
         blocks = [slice(start, min(start + side, N)) for start in range(0, N, side)]
         tiles = list(combinations_with_replacement(blocks, 2))
         kept: dict[int, Tensor] = {}
-        max_kept = KEPT_ELEMENTS // side**2
 
         def exponentials(rows: slice, columns: slice) -> Tensor:
             E = (Z[rows] @ Z[columns].T).exp_()

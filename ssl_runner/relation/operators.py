@@ -180,12 +180,7 @@ class Edges(Relation):
         self.degrees = torch.bincount(self.pairs[0], minlength=num_rows).to(torch.float32)
 
     def _product(self, Z: Tensor) -> Tensor:
-        ones = Z.new_ones(self.pairs.shape[1])
-        shape = (self.num_rows, self.num_rows)
-        G = torch.sparse_coo_tensor(
-            self.pairs.to(Z.device), ones, shape, is_coalesced=True, check_invariants=False
-        )
-        return _SymmetricProduct.apply(G, Z)
+        return _SymmetricProduct.apply(self.pairs.to(Z.device), Z)
 
     def edges(self) -> Tensor:
         return self.pairs
@@ -197,20 +192,36 @@ class Edges(Relation):
 
 
 class _SymmetricProduct(torch.autograd.Function):
-    """G @ Z for a constant symmetric sparse G.
+    """G @ Z for a constant symmetric G of ones at `pairs` (2, E), sorted and without repeats.
 
     The backward of torch.sparse.mm multiplies by G', which it sorts first; on CUDA that is a host-device
     sync. Since G' = G, this backward uses G itself.
     """
 
     @staticmethod
-    def forward(ctx: Any, G: Tensor, Z: Tensor) -> Tensor:
-        ctx.G = G
-        return torch.sparse.mm(G, Z)
+    def forward(ctx: Any, pairs: Tensor, Z: Tensor) -> Tensor:
+        ctx.pairs = pairs
+        return _row_sums(pairs, Z) if torch.are_deterministic_algorithms_enabled() else _sparse(pairs, Z)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        return None, _SymmetricProduct.apply(ctx.G, gradient)
+        return None, _SymmetricProduct.apply(ctx.pairs, gradient)
+
+
+def _sparse(pairs: Tensor, Z: Tensor) -> Tensor:
+    """G @ Z as a product with a sparse matrix. cuSPARSE may sum in another order in every call."""
+    # In torch 2.11 `check_invariants=False` warns outside of this context.
+    with torch.sparse.check_sparse_tensor_invariants(enable=False):
+        G = torch.sparse_coo_tensor(
+            pairs, Z.new_ones(pairs.shape[1]), (len(Z), len(Z)), is_coalesced=True, check_invariants=False
+        )
+        return torch.sparse.mm(G, Z)
+
+
+def _row_sums(pairs: Tensor, Z: Tensor) -> Tensor:
+    """G @ Z as sums of rows, for which torch has deterministic kernels. Takes memory for (E, K) values."""
+    i, j = pairs
+    return torch.zeros_like(Z).index_add(0, i, Z[j])
 
 
 class KNearest(Relation):

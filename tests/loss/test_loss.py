@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg, kernels, simclr
 from ssl_runner.loss.base import off_diagonal
@@ -333,6 +334,18 @@ def test_simclr_allocates_no_n_by_n_tensor(monkeypatch: pytest.MonkeyPatch) -> N
     with Largest() as largest:
         SimCLR()(Z, Views(1024, 2)).backward()
     assert 2**13 < largest.elements <= 2**14
+
+
+@pytest.mark.parametrize(("N", "products"), [(1024, 2), (4096, 2), (8192, 7)])
+def test_simclr_computes_large_tiles_once_elsewhere_than_on_cpu(N: int, products: int) -> None:
+    """Products of tiles with K columns: S once per tile, then one with A for each block of its rows.
+
+    8,192 rows have two tiles on the diagonal and one above it, of 4,096 rows and columns each.
+    """
+    Z, G = torch.empty(N, 16, device="meta", requires_grad=True), Views(N // 2, 2, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        SimCLR()._terms(Z, G)["repulsion"].backward()
+    assert counter.get_total_flops() == products * 2 * min(N, 4096) ** 2 * 16
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
