@@ -52,13 +52,16 @@ def preserved() -> Iterator[None]:
 
 @contextmanager
 def fp32_products() -> Iterator[None]:
-    """Context manager within which matrix products of float32 are computed in float32, also in a tf32 run."""
-    convolutions, products = tf32_allowed()
-    set_tf32(convolutions, products=False)
+    """Context manager within which matrix products of float32 are computed in float32, also in a tf32 run.
+
+    For use in every step of a run, after `apply`. It does not include what runs later, in backward.
+    """
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
     try:
         yield
     finally:
-        set_tf32(convolutions, products)
+        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def set_cublas_workspace(deterministic: bool) -> None:

@@ -219,7 +219,7 @@ def _sparse(pairs: Tensor, Z: Tensor) -> Tensor:
 
 
 def _row_sums(pairs: Tensor, Z: Tensor) -> Tensor:
-    """G @ Z as sums of rows, for which torch has deterministic kernels. Takes memory for (E, K) values."""
+    """G @ Z as sums of rows, for which torch has deterministic kernels. Holds (E, K) values in memory."""
     i, j = pairs
     return torch.zeros_like(Z).index_add(0, i, Z[j])
 
