@@ -1,7 +1,9 @@
 """Tests of the benchmark harness and its counters. Nothing is timed, and no peer library is required."""
 
+import ast
 import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +39,18 @@ def test_peak_memory_includes_memory_freed_before_return() -> None:
 
 def test_groups_have_modules() -> None:
     assert all(find_spec(f"benchmarks.{name}") for name in bench.GROUPS)
+
+
+def test_peers_are_imported_only_where_they_are_timed() -> None:
+    """A group without peers, and a part of another group, run without the libraries that it does not time."""
+    peers = {name for names in bench.PEERS.values() for name in names}
+    for path in Path(bench.__file__).parent.glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = (
+                    [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                )
+                assert not {name.partition(".")[0] for name in names} & peers, path.name
 
 
 @pytest.mark.parametrize(
