@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from benchmarks import chart, measure
+from ssl_runner import numerics
 from ssl_runner.device import keep_freed_memory
 
 GROUPS = {
@@ -73,6 +74,7 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     if device.type == "cpu":
         keep_freed_memory()  # same allocator settings as in a run, for all contenders
+    numerics.apply(device, "fp32", deterministic=False)  # likewise
     print(measure.describe(device))
     for name in groups:
         start = time.perf_counter()

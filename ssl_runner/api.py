@@ -49,7 +49,8 @@ def run(
     resume      folder of a run to resume, or to extend with "epochs=<more>"; "auto" finds the run
     config_dir  folder with configs of your own (`--config-dir`)
 
-    The working directory, signal handlers and Hydra's global state are restored; torch's random state is not.
+    The working directory, signal handlers, Hydra's global state and torch's switches of arithmetic
+    (`ssl_runner.numerics`) are restored; torch's random state is not.
 
     Raises UsageError, with the message that `ssl-run` prints, for invalid input, and any error of the
     training itself; a note names the folder of the run. SIGTERM and SIGUSR1 raise Preempted, a SystemExit, in
