@@ -8,6 +8,7 @@ contributed by its shard. The differentiable collectives (`collectives`) include
 `dist.all_reduce` yields 1/W of this gradient: autograd does not record that the sum depends on all ranks.
 """
 
+from ssl_runner.distributed.batch_norm import SyncBatchNorm
 from ssl_runner.distributed.collectives import (
     all_gather,
     all_gather_replicated,
@@ -31,7 +32,7 @@ from ssl_runner.distributed.group import (
     start,
     world_size,
 )
-from ssl_runner.distributed.network import SyncBatchNorm, data_parallel, sync_batchnorm
+from ssl_runner.distributed.network import data_parallel, sync_batchnorm
 from ssl_runner.distributed.objects import (
     AsyncMax,
     all_gather_object,
