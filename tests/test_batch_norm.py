@@ -250,6 +250,33 @@ def test_fused_batch_norm_supports_all_options_of_batch_norm() -> None:
     assert torch.equal(ranks[0][5][0], layer().bias.detach().expand(4, F))
 
 
+def train_compiled() -> list[Tensor]:
+    """Parameters and buffers after two steps, without the compiler and with it."""
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        body = nn.Sequential(nn.Linear(3, F), nn.BatchNorm1d(F), nn.ReLU(inplace=True), nn.Linear(F, 2))
+        network = distributed.data_parallel(distributed.sync_batchnorm(body))
+        if compiled:
+            network.compile(dynamic=False, backend="aot_eager")
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        for seed in (1, 2):
+            x = torch.randn(8, 3, generator=torch.Generator().manual_seed(seed)).chunk(2)[distributed.rank()]
+            optimizer.zero_grad(set_to_none=True)
+            (network(x) ** 3).sum().backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+            optimizer.step()
+        found.append(torch.cat([value.flatten() for value in network.state_dict().values()]))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch.compile's own warnings
+def test_compiled_network_with_synchronized_batch_norm_matches_eager() -> None:
+    for plain, compiled in in_processes(2, train_compiled):
+        assert_close(compiled, plain)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("affine", [True, False])

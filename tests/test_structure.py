@@ -20,7 +20,7 @@ IMPORTS = """
     preemption
     console         errors
     optimizer       errors
-    distributed     preemption
+    distributed     errors preemption
     device          distributed errors
     config          errors names rule
     runs            config distributed errors preemption version

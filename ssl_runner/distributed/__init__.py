@@ -19,6 +19,7 @@ from ssl_runner.distributed.collectives import (
     shard_indices,
     unshard,
 )
+from ssl_runner.distributed.devices import check_devices
 from ssl_runner.distributed.group import (
     PeerFailed,
     RankInfo,
@@ -53,6 +54,7 @@ __all__ = [
     "all_reduce_sharded",
     "all_reduce_sum",
     "broadcast_object",
+    "check_devices",
     "data_parallel",
     "finish",
     "is_main_process",

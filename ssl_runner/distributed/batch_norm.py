@@ -47,13 +47,16 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """input (B, features, ...) -> output of the same shape."""
-        if world_size() == 1 or not self.training:
-            x = super().forward(input)
-        else:
-            x = self.fused(input) if input.is_cuda else self.normalized(input)
+        local = world_size() == 1 or not self.training
+        x = super().forward(input) if local else self.synchronized(input)
         for part in self.after:
             x = part(x)
         return x
+
+    @torch.compiler.disable  # compiled, the all-reduce of `normalized` gives wrong gradients
+    def synchronized(self, input: Tensor) -> Tensor:
+        """Normalise with statistics of all ranks: by CUDA's kernels or by tensor operations."""
+        return self.fused(input) if input.is_cuda else self.normalized(input)
 
     def normalized(self, input: Tensor) -> Tensor:
         """Normalise by the mean and variance over all ranks, and update the running statistics.
@@ -77,7 +80,6 @@ class SyncBatchNorm(_BatchNorm):
             x = x * self.weight.view(shape) + self.bias.view(shape)
         return x.to(input.dtype)
 
-    @torch.compiler.disable  # a graph break: the collective and the in-place updates run as written
     def fused(self, input: Tensor) -> Tensor:
         """Equal `normalized` up to rounding, with PyTorch's kernels for CUDA.
 
