@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from ssl_runner import distributed
 from ssl_runner.distributed import batch_norm
@@ -213,6 +215,47 @@ def communicated() -> list[tuple[int, ...]]:
 
 def test_fused_batch_norm_all_reduces_two_numbers_per_feature_in_each_direction() -> None:
     assert in_processes(2, communicated)[0] == [(2, F), (2 * F,)]
+
+
+class SizesOutsideKernels(TorchDispatchMode):
+    """Number of entries of the outputs of every operation that does not run within one of the kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self.within = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not self.within and not func.is_view and func.overloadpacket.__name__ not in ("detach", "empty"):
+            self.sizes += [leaf.numel() for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
+        return result
+
+    def kernel(self, function):
+        def run(*args):
+            self.within = True
+            result = function(*args)
+            self.within = False
+            return result
+
+        return run
+
+
+def sizes_of_operations() -> list[int]:
+    x, g = (part.contiguous(memory_format=torch.channels_last) for part in batch("image", torch.bfloat16))
+    one, x = layer(), x.chunk(2)[distributed.rank()].requires_grad_()
+    operations = SizesOutsideKernels()
+    kernels = {name: operations.kernel(function) for name, function in KERNELS.items()}
+    with mock.patch.multiple(torch, **kernels), operations:
+        one.fused(x).backward(g.chunk(2)[distributed.rank()])
+    return operations.sizes
+
+
+def test_fused_batch_norm_touches_activations_in_the_four_kernels_only() -> None:
+    """The other operations, at most 20, have one or two numbers per feature."""
+    sizes = in_processes(2, sizes_of_operations)[0]
+    assert max(sizes) <= 2 * F
+    assert len(sizes) <= 20
 
 
 def special_layers() -> tuple[list[Tensor | None], ...]:
