@@ -3,7 +3,7 @@
     python scripts/step_traffic.py [--rows 1024] [--side 32]
 
 Counts forward and backward pass of the network under bf16 autocast, without views, loss, optimizer and the
-all-reduce of the gradient. It needs no GPU: every ATen operation that is not a view counts as one kernel, which
+all-reduce of the gradient. Every ATen operation that is not a view counts as one kernel, which
 reads its inputs and writes its outputs once. Batch norm counts as the kernels that a GPU runs for it: see
 KERNELS. Bytes are a constant plus a multiple of the rows, so two small batches give those of a large one. The
 process group is PyTorch's `fake` one, of two ranks.
@@ -27,8 +27,8 @@ from ssl_runner.backbone import resnet
 from ssl_runner.distributed.batch_norm import SyncBatchNorm
 
 GIB = 2**30
-# Kernels and bytes of a local batch norm on a GPU, from the bytes of input and output tensors. Forward reads x
-# for the statistics, then reads x and writes y. Backward reads x and the gradient twice and writes a gradient.
+# Kernels and bytes of a local batch norm on a GPU, from the bytes of inputs and outputs. Forward reads x
+# for the statistics, then reads x and writes y. Backward reads x and the gradient twice, and writes one.
 KERNELS: dict[str, tuple[int, Callable[[int, int], int]]] = {
     "native_batch_norm": (2, lambda read, written: 2 * read + written),
     "native_batch_norm_backward": (2, lambda read, written: 2 * read + written),

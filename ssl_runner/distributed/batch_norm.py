@@ -137,6 +137,7 @@ class FusedBatchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, inverse)
         ctx.rows = world_size() * rows_of(x)
         ctx.mark_non_differentiable(mean, variance)
+        ctx.set_materialize_grads(False)  # no zeros for their gradients
         return torch.batch_norm_elemt(x, weight, bias, mean, inverse, eps), mean, variance
 
     @staticmethod
