@@ -125,6 +125,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
             " probe=finetune after the run"
         )
     device = choose_device(cfg.device, distributed.rank_info())
+    distributed.check_devices(device)
     if device.type == "cpu":
         keep_freed_memory()
     switches = numerics.apply(device, cfg.precision, cfg.deterministic)

@@ -32,6 +32,12 @@ def choose_device(device: str, ranks: RankInfo | None = None) -> torch.device:
         index = str(ranks.local_rank)
     if kind == "cuda":
         count = torch.cuda.device_count()
+        if ranks and 0 < count <= int(index or 0):
+            raise UsageError(
+                f"device=cuda: expected at most {count} processes on this machine, one per GPU, but"
+                f" rank {ranks.rank} is its process {ranks.local_rank + 1}; start fewer processes, or"
+                " use device=cpu"
+            )
         if int(index or 0) >= count:
             found = f"{count} CUDA devices, numbered from 0" if count else "no CUDA device"
             raise UsageError(f"device={device}: this machine has {found}; use device=auto")

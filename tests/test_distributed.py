@@ -2,12 +2,17 @@
 
 import itertools
 import os
+import platform
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pandas as pd
 import pytest
@@ -543,3 +548,100 @@ def test_no_rank_exits_before_the_checkpoint_is_written(tmp_path: Path) -> None:
     first, _ = in_processes(2, save_slowly, tmp_path)
     assert first == "preempted"
     assert (tmp_path / "saved").exists()
+
+
+def failure_during_rendezvous() -> list[str]:
+    """Messages received by rank 1 while its main thread waits in the store, as NCCL does when it connects."""
+    received: list[str] = []
+    group._group.grace = 0.1
+    group._group.on_peer_failure = lambda code, message: received.append(message)
+    store = group._group.store
+    with mock.patch.object(group.os, "_exit"):
+        if distributed.rank() == 0:
+            distributed.report_failure(KeyError("out of order"))
+        with suppress(RuntimeError):
+            store.wait([f"never set, rank {distributed.rank()}"], timedelta(seconds=2.5))
+        at_end = list(received)
+    group._group.ended.set()
+    return at_end
+
+
+def test_failure_reaches_a_rank_that_waits_in_the_store() -> None:
+    _, second = in_processes(2, failure_during_rendezvous)
+    assert second == ["rank 0 of 2: KeyError: 'out of order'"]
+
+
+GPUS = {  # name -> the GPU of each of four ranks: PCI bus and UUID; without a bus as before torch 2.8
+    "separate": [(1, "a"), (2, "b"), (3, "c"), (4, "d")],
+    "shared": [(1, "a"), (2, "b"), (1, "a"), (2, "b")],
+    "parts of one by MIG": [(1, "a"), (2, "b"), (3, "c"), (3, "d")],
+    "by UUID": [(None, "a"), (None, "b"), (None, "c"), (None, "a")],
+}
+
+
+def check_gpus(name: str) -> str | None:
+    """The message with which this rank refuses its GPU, or None."""
+    bus, uuid = GPUS[name][distributed.rank()]
+    properties = SimpleNamespace(uuid=uuid)
+    if bus is not None:
+        properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id = 0, bus, 0
+    with mock.patch.object(torch.cuda, "get_device_properties", return_value=properties):
+        try:
+            distributed.check_devices(torch.device("cuda", 0))
+        except UsageError as error:
+            return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        ("separate", []),
+        ("shared", ["ranks 0, 2", "ranks 1, 3"]),
+        ("parts of one by MIG", ["ranks 2, 3"]),
+        ("by UUID", ["ranks 0, 3"]),
+    ],
+)
+def test_gpu_shared_by_ranks_is_refused_on_all_of_them(name: str, ranks: list[str]) -> None:
+    messages = set(in_processes(4, check_gpus, name))
+    if not ranks:
+        assert messages == {None}
+        return
+    (message,) = messages
+    host = platform.node()
+    shared = "; ".join(f"{those} share one GPU of {host}" for those in ranks)
+    assert message == (
+        f"device=cuda: expected one GPU for each process, but {shared};"
+        " start at most one process per GPU, or use device=cpu"
+    )
+
+
+def check_mixture() -> str | None:
+    with mock.patch.object(torch.cuda, "get_device_properties", return_value=SimpleNamespace(uuid="a")):
+        try:
+            distributed.check_devices(torch.device("cpu" if distributed.rank() else "cuda"))
+        except UsageError as error:
+            return str(error)
+    return None
+
+
+def test_devices_of_different_kinds_are_refused() -> None:
+    first, second = in_processes(2, check_mixture)
+    assert first == second
+    host = platform.node()
+    assert first.startswith(
+        "device=auto: expected one kind of device on all ranks,"
+        f" found rank 0 on {host}: cuda, rank 1 on {host}: cpu; use device=cpu"
+    )
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda", distributed.RankInfo(1, 3, 1)) == torch.device("cuda", 1)
+    with pytest.raises(UsageError) as refused:
+        choose_device("auto", distributed.RankInfo(6, 8, 2))
+    assert str(refused.value) == (
+        "device=cuda: expected at most 2 processes on this machine, one per GPU, but rank 6 is its process 3;"
+        " start fewer processes, or use device=cpu"
+    )

@@ -20,7 +20,7 @@ IMPORTS = """
     preemption
     console         errors
     optimizer       errors
-    distributed     preemption
+    distributed     errors preemption
     device          distributed errors
     numerics        errors
     config          errors names rule

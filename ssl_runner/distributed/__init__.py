@@ -8,6 +8,7 @@ contributed by its shard. The differentiable collectives (`collectives`) include
 `dist.all_reduce` yields 1/W of this gradient: autograd does not record that the sum depends on all ranks.
 """
 
+from ssl_runner.distributed.batch_norm import SyncBatchNorm
 from ssl_runner.distributed.collectives import (
     all_gather,
     all_gather_replicated,
@@ -18,6 +19,7 @@ from ssl_runner.distributed.collectives import (
     shard_indices,
     unshard,
 )
+from ssl_runner.distributed.devices import check_devices
 from ssl_runner.distributed.group import (
     PeerFailed,
     RankInfo,
@@ -31,7 +33,7 @@ from ssl_runner.distributed.group import (
     start,
     world_size,
 )
-from ssl_runner.distributed.network import SyncBatchNorm, data_parallel, sync_batchnorm
+from ssl_runner.distributed.network import data_parallel, sync_batchnorm
 from ssl_runner.distributed.objects import (
     AsyncMax,
     all_gather_object,
@@ -52,6 +54,7 @@ __all__ = [
     "all_reduce_sharded",
     "all_reduce_sum",
     "broadcast_object",
+    "check_devices",
     "data_parallel",
     "finish",
     "is_main_process",

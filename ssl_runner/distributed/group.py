@@ -70,7 +70,11 @@ class _Group:
     def __init__(self, here: RankInfo):
         if "RANK" not in os.environ:
             set_address_from_slurm()
-        self.store, _, _ = next(dist.rendezvous("env://", here.rank, here.world_size, timeout=TIMEOUT))
+        # the watching thread needs a connection of its own: a wait in a store, such as that of NCCL for
+        # another rank, blocks every other use of its connection
+        self.store, self.watched = (
+            next(dist.rendezvous("env://", here.rank, here.world_size, timeout=TIMEOUT))[0] for _ in range(2)
+        )
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(
             backend, store=self.store, rank=here.rank, world_size=here.world_size, timeout=TIMEOUT
@@ -88,7 +92,8 @@ class _Group:
         """
         while not self.ended.wait(POLL_INTERVAL):
             try:
-                failure = self.store.get("failure").decode() if self.store.check(["failure"]) else None
+                failed = self.watched.check(["failure"])
+                failure = self.watched.get("failure").decode() if failed else None
             except RuntimeError:  # rank 0, which hosts the store, has exited
                 failure = "1 rank 0 has exited, and with it the rendezvous store"
             if failure is not None:
