@@ -33,7 +33,8 @@ IMPORTS = """
     evaluator       model
     solver          loss model relation
 
-    train           batch data device distributed errors loss model preemption relation solver
+    step_graph      batch errors
+    train           batch data device distributed errors loss model preemption relation solver step_graph
     theory          backbone data distributed errors evaluator loss model relation runs solver
     probe           backbone data device distributed errors evaluator model optimizer runs views
 
@@ -43,7 +44,7 @@ IMPORTS = """
     build           backbone checks config data device distributed errors evaluator loss model optimizer
                     preemption probe relation runs solver
     embedding_map   data distributed probe runs
-    pipeline        build data distributed embedding_map model preemption probe runs solver views
+    pipeline        build data device distributed embedding_map model preemption probe runs solver views
     evaluation      build config console data device errors model pretrained probe runs views
     cli             build config console distributed errors pipeline preemption runs version
     __main__        cli
