@@ -1,6 +1,7 @@
 """Names that settings accept. Imports nothing, since the command line checks them before importing torch."""
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
+COMPILE = ("auto", "graphs")  # and true, false
 FORWARD = ("joint", "per_view")
 KEEP = ("last", "best")
 STORAGE = ("auto", "device", "host")

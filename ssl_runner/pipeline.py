@@ -13,6 +13,7 @@ from ssl_runner import __version__, distributed, numerics
 from ssl_runner.build import Experiment, build
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.loader import preview
+from ssl_runner.device import choose_compile
 from ssl_runner.embedding_map import write_map
 from ssl_runner.model import count_parameters
 from ssl_runner.preemption import Preemption
@@ -74,8 +75,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         probes.truncate_after(solver.epoch)
         if experiment.initial_weights is not None and is_main:
             print(experiment.initial_weights, flush=True)
-        if cfg.compile:
-            solver.compile()
+        record.update(compile=compile_solver(cfg, experiment, solver))
         record.update(**facts(experiment))
         if is_main:
             print("\n".join([headline(cfg, record), *notes(data, cfg.probe.features)]), flush=True)
@@ -104,6 +104,23 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
             network = networks(experiment)[solver.result_features]()
             write_map(network, data, folder, **cfg.embedding, seed=cfg.dataset.split_seed)
     return result
+
+
+def compile_solver(cfg: DictConfig, experiment: Experiment, solver: Solver) -> str:
+    """Compile what a step runs, as `compile` asks for. Returns what is done: off, on or graphs."""
+    steps = (solver.total_epochs - solver.epoch) * experiment.loader.steps_per_epoch
+    sizes = len(set(experiment.loader.resolutions))
+    mode = choose_compile(cfg.compile, experiment.device, steps // sizes, distributed.world_size())
+    if mode == "off":
+        return mode
+    # dynamo counts what it compiles in a process, and beyond its limit runs without compiling
+    torch.compiler.reset()
+    dynamo = torch._dynamo.config
+    dynamo.cache_size_limit = max(dynamo.cache_size_limit, sizes)
+    reason = solver.compile(graphs=mode == "graphs")
+    if reason and distributed.is_main_process():
+        print(f"compile=graphs: {reason}: the network and the views are compiled only", flush=True)
+    return "on" if reason else mode
 
 
 def merge(row: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from omegaconf import ListConfig
 class Rule:
     """Accepted values of an option: a type with bounds or a set of choices, and null if `optional`.
 
-    `many` also accepts a non-empty list of such values, and `or_int` an int where text is expected.
+    `many` also accepts a non-empty list of such values; `or_int` accepts an int where text is
+    expected, and `or_bool` a bool beside the choices.
 
     `low` and `high` are inclusive; `open_low` excludes `low`. An int is accepted where a float is expected.
     """
@@ -24,6 +25,7 @@ class Rule:
     optional: bool = False
     many: bool = False
     or_int: bool = False
+    or_bool: bool = False
 
     def accepts(self, value: Any) -> bool:
         if value is None:
@@ -34,7 +36,7 @@ class Rule:
         if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not self.kind:
-            return self.or_int and type(value) is int
+            return (self.or_int and type(value) is int) or (self.or_bool and type(value) is bool)
         if self.choices:
             return value in self.choices
         if self.kind in (int, float) and isinstance(value, (int, float)):
@@ -44,7 +46,8 @@ class Rule:
 
     def __str__(self) -> str:
         if self.choices:
-            text = "one of " + ", ".join(map(str, self.choices))
+            choices = [*map(str, self.choices), *(["true", "false"] if self.or_bool else [])]
+            text = "one of " + ", ".join(choices)
         else:
             text = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[self.kind]
             if self.high < math.inf:

@@ -41,8 +41,11 @@ class Solver(ABC):
         """Yield one row of metrics.csv after each remaining epoch, and count the finished ones in `epoch`."""
 
     @abstractmethod
-    def compile(self) -> None:
-        """Compile, with torch.compile, what runs in every step."""
+    def compile(self, graphs: bool = False) -> str | None:
+        """Compile, with torch.compile, what runs in every step.
+
+        `graphs` records a step in a CUDA graph as well. Returns why that is not possible, or None.
+        """
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

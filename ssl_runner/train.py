@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from ssl_runner import distributed, numerics
+from ssl_runner import distributed, numerics, step_graph
 from ssl_runner.batch import Batch
 from ssl_runner.data.loader import MultiViewLoader
 from ssl_runner.device import AUTOCAST_DTYPES, to_host
@@ -23,6 +23,7 @@ from ssl_runner.model import SSLModel
 from ssl_runner.preemption import Preempted, Preemption
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.solver import Solver
+from ssl_runner.step_graph import Capture, StepGraph
 
 SAVE_INTERVAL = 600.0  # seconds between checkpoints within an epoch
 SAVE, STOP = 1, 2  # what a rank may request after a step; the largest request over all ranks is executed
@@ -77,6 +78,7 @@ class Pretraining(Solver):
         self.forwards = loader.V if per_view else 1
         self.epoch = self.step = 0
         self.seconds = self.seconds_before = 0.0  # of training: in total, and in finished epochs
+        self.gradients: Callable[[Tensor, Batch], dict[str, Tensor]] = self._gradients
         self.sums: dict[str, Tensor] = {}  # of the loss and its terms over this epoch's steps
         self.last_row: dict[str, Any] = {}
         if distributed.rank():
@@ -99,8 +101,15 @@ class Pretraining(Solver):
             while self.epoch < self.total_epochs:
                 yield self._epoch(bar)
 
-    def compile(self) -> None:
+    def compile(self, graphs: bool = False) -> str | None:
         self.network.compile(dynamic=False)
+        if not graphs:
+            return None
+        parts = {"loss": self.loss, "relation": self.relation}
+        if reason := step_graph.why_not(self.device, distributed.world_size(), **parts):
+            return reason
+        self.gradients = StepGraph(self._gradients, self.parameters(), Capture(self.device))
+        return None
 
     def _epoch(self, bar: tqdm) -> dict[str, Any]:
         with self.preemption.deferred():
@@ -157,23 +166,27 @@ class Pretraining(Solver):
 
         There is no host-device sync, except by fp16's scaler with an optimizer that is not fused.
         """
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            views = [x.contiguous(memory_format=self.model.memory_format) for x in X.chunk(self.forwards)]
-            Z = torch.cat([self.network(x) for x in views])
-        terms = self._terms(Z, batch) if self.sharded else self._gathered_terms(Z, batch)
-        loss = self.loss.total(terms)
-        values = {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
+        values = self.gradients(X, batch)
         guard.put(self.step, values)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
         if self.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters(), self.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return values
+
+    def _gradients(self, X: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Set the gradients of a step. Returns the loss and its terms."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            views = [x.contiguous(memory_format=self.model.memory_format) for x in X.chunk(self.forwards)]
+            Z = torch.cat([self.network(x) for x in views])
+        terms = self._terms(Z, batch) if self.sharded else self._gathered_terms(Z, batch)
+        loss = self.loss.total(terms)
+        self.scaler.scale(loss).backward()
+        return {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
 
     def _terms(self, Z: Tensor, batch: Batch) -> dict[str, Tensor]:
         with self.loss_products():

@@ -1,18 +1,27 @@
 """compile=true gives the same training as eager mode."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial, partialmethod
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 from ssl_runner.backbone import Backbone, from_timm, linear, resnet, vit_tiny
 from ssl_runner.loss import Loss, SimCLR
+from ssl_runner.pipeline import compile_solver
+from ssl_runner.projector import mlp
 from ssl_runner.relation.builders import FromViews
 from ssl_runner.views import Augment
-from tests.helpers import CPU
+from tests.helpers import CPU, pretraining
 from tests.test_no_host_sync import LOSSES, SMALL, steps
+
+LIMIT = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # 2.6
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # torch.compile's own warnings
 
@@ -53,3 +62,39 @@ def test_compile_matches_eager_for_every_loss(loss: str) -> None:
 )
 def test_compile_matches_eager_for_every_backbone(backbone: Callable[..., Backbone], compiler: str) -> None:
     compare(SimCLR, backbone, compiler)
+
+
+@torch._dynamo.config.patch({LIMIT: 8})  # torch's default, which timm.optim changes
+def counted_jobs(
+    monkeypatch: pytest.MonkeyPatch, widths: Sequence[int], sides: Sequence[int | None]
+) -> list[int]:
+    """Train one epoch per width in one process, as the jobs of a sweep do. Returns compilations per job.
+
+    The networks stay alive, since nothing says when those of a finished job are collected.
+    """
+    counter = CompileCounter()
+    original = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(original, backend=counter))
+    counts, alive = [], []
+    for width in widths:
+        before = counter.frame_count
+        training = pretraining(epochs=len(sides))
+        alive.append(training)
+        training.model.backbone = training.network.backbone = SMALL(3, 4, widths=[4, width])
+        training.model.projector = mlp(width, 8, 2, 5)
+        training.loader.resolutions = sides
+        experiment: Any = SimpleNamespace(loader=training.loader, device=CPU)
+        assert compile_solver(OmegaConf.create({"compile": True}), experiment, training) == "on"
+        list(training.epochs())
+        counts.append(counter.frame_count - before)
+    return counts
+
+
+def test_every_job_of_a_process_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default dynamo compiles no ninth version of a function, and says so in a log only."""
+    assert counted_jobs(monkeypatch, range(4, 15), [None]) == [1] * 11
+
+
+def test_every_view_size_of_every_job_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = [None, *range(6, 24, 2)]
+    assert counted_jobs(monkeypatch, [4, 5, 6], sides) == [len(sides)] * 3

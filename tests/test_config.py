@@ -70,7 +70,7 @@ INVALID = [
         "views.resolutions=16: expected a list of integers >= 4, such as [16,24,32], or null",
     ),
     ("views.resolutions=[16,2]", "views.resolutions=[16,2]: expected a list of integers >= 4"),
-    ("compile=maybe", "compile=maybe: expected true or false"),
+    ("compile=maybe", "compile=maybe: expected one of auto, graphs, true, false"),
     ("channels_last=1", "channels_last=1: expected true or false"),
     ("backbone.widths=8", "backbone.widths=8: expected a list"),
     ("projector=3", "projector=3: expected projector=<name>; use one of identity, linear, mlp"),

@@ -34,7 +34,9 @@ IMPORTS = """
     evaluator       model
     solver          loss model relation
 
+    step_graph      batch errors
     train           batch data device distributed errors loss model numerics preemption relation solver
+                    step_graph
     theory          backbone data distributed errors evaluator loss model relation runs solver
     probe           backbone data device distributed errors evaluator model optimizer runs views
 
@@ -44,7 +46,8 @@ IMPORTS = """
     build           backbone checks config data device distributed errors evaluator loss model numerics
                     optimizer preemption probe relation runs solver
     embedding_map   data distributed probe runs
-    pipeline        build data distributed embedding_map model numerics preemption probe runs solver views
+    pipeline        build data device distributed embedding_map model numerics preemption probe runs solver
+                    views
     evaluation      build config console data device errors model numerics pretrained probe runs views
     cli             build config console distributed errors pipeline preemption runs version
     __main__        cli

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ssl_runner.errors import UsageError
 from ssl_runner.names import (
+    COMPILE,
     FEATURES,
     FORWARD,
     KEEP,
@@ -42,6 +43,7 @@ RULES = {
     "seed": Rule(int, low=0, high=2**32 - 1),
     "precision": Rule(str, choices=PRECISIONS),
     "deterministic": Rule(bool),
+    "compile": Rule(str, choices=COMPILE, or_bool=True),
     "forward": Rule(str, choices=FORWARD),
     "init_weights": Rule(str, optional=True),
     "resume": Rule(str, optional=True),

@@ -22,7 +22,7 @@ class BarlowTwins(Loss):
     statistics, C is then the mean of the authors' batch-normalised cross-correlation and its transpose.
     """
 
-    supports_sharding = True
+    supports_sharding = capturable = True
 
     def __init__(self, alpha: float = 0.02, center: bool = False, eps: float = 1e-6) -> None:
         super().__init__()

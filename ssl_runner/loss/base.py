@@ -17,16 +17,21 @@ class Loss(nn.Module, ABC):
     calls the loss with its own rows and gets the loss of all rows: `_terms` must all-reduce its sums over the
     rows with `all_reduce_replicated` or `all_reduce_sharded` (`ssl_runner.distributed`). If it is False,
     training gathers all rows before it calls the loss.
+
+    If `capturable` is True, `_terms` can be recorded in a CUDA graph: fixed shapes, no numbers from the host
+    that differ between steps, such as those of a random generator on the host.
     """
 
     weights: dict[str, float]
     supports_sharding: bool = False
+    capturable: bool = False
 
     def __init_subclass__(cls) -> None:
-        """Reset `supports_sharding`: it is not inherited by a subclass that overrides `_terms`."""
+        """Reset `supports_sharding` and `capturable`: a subclass that overrides `_terms` must set them."""
         super().__init_subclass__()
-        if "_terms" in cls.__dict__ and "supports_sharding" not in cls.__dict__:
-            cls.supports_sharding = False
+        if "_terms" in cls.__dict__:
+            cls.supports_sharding = cls.__dict__.get("supports_sharding", False)
+            cls.capturable = cls.__dict__.get("capturable", False)
 
     def forward(self, Z: Tensor, G: Relation) -> Tensor:
         """Z (N, K) embeddings, G a relation over its N rows -> the loss, a scalar.

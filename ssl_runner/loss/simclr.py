@@ -39,7 +39,7 @@ class SimCLR(Loss):
     not divide. Raises ValueError for tau <= 0 and for an unknown `reduction`.
     """
 
-    supports_sharding = True
+    supports_sharding = capturable = True
 
     def __init__(self, tau: float = 0.2, reduction: str = "mean") -> None:
         super().__init__()

@@ -25,7 +25,7 @@ class SpectralContrastive(Loss):
     mean from every column. Raises ValueError for an unknown `reduction`.
     """
 
-    supports_sharding = True
+    supports_sharding = capturable = True
 
     def __init__(self, reduction: str = "mean", center: bool = False) -> None:
         super().__init__()

@@ -27,7 +27,7 @@ class VICReg(Loss):
     unknown `variance`.
     """
 
-    supports_sharding = True
+    supports_sharding = capturable = True
 
     def __init__(
         self,

@@ -33,13 +33,15 @@ class RelationBuilder(ABC):
     uses_memory: bool = False  # uses embeddings of earlier batches (a queue)
     min_batch_size: int = 1  # minimum number of images in a training batch
     shardable: bool = False  # each rank builds the relation of its own rows; otherwise all rows are gathered
+    capturable: bool = False  # a call can be recorded in a CUDA graph: fixed shapes, no values of the host
     normalized: bool = False  # the entries of G are divided by sqrt(d_i d_j)
 
     def __init_subclass__(cls) -> None:
-        """Reset `shardable`: a subclass that overrides `__call__` must set it again; it is not inherited."""
+        """Reset `shardable` and `capturable`: a subclass that overrides `__call__` must set them again."""
         super().__init_subclass__()
-        if "__call__" in cls.__dict__ and "shardable" not in cls.__dict__:
-            cls.shardable = False
+        if "__call__" in cls.__dict__:
+            cls.shardable = cls.__dict__.get("shardable", False)
+            cls.capturable = cls.__dict__.get("capturable", False)
 
     def bind(self, labels: Tensor) -> None:
         """Prepare for a data set with labels (n,), one per image, on the CPU.
@@ -70,7 +72,7 @@ class RelationBuilder(ABC):
 class FromViews(RelationBuilder):
     """Rows are positives iff they are views of the same image."""
 
-    shardable = True
+    shardable = capturable = True
 
     def __init__(self, normalized: bool = False):
         self.normalized = normalized
@@ -83,7 +85,7 @@ class FromLabels(RelationBuilder):
     """Rows are positives iff they have the same label (supervised SSL)."""
 
     needs_labels = True
-    shardable = True
+    shardable = capturable = True
 
     def __init__(self, normalized: bool = False):
         self.normalized = normalized
@@ -117,7 +119,8 @@ class FromNeighbors(RelationBuilder):
                 " set queue=0 to search within the batch"
             )
         self.k, self.size, self.normalized = k, queue, normalized
-        self.uses_memory, self.min_batch_size = queue > 0, 1 if queue else k + 1
+        self.uses_memory, self.capturable = queue > 0, queue == 0
+        self.min_batch_size = 1 if queue else k + 1
         # (size, K) ring buffer of embeddings, and the number of embeddings ever added
         self.queue, self.seen = torch.empty(0), 0
         self.indices = torch.empty(queue, dtype=torch.int64)  # of the images in the queue, on the CPU

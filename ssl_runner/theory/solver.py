@@ -76,8 +76,9 @@ class ClosedForm(Solver):
         self.epoch = self.total_epochs
         yield self.last_row
 
-    def compile(self) -> None:
+    def compile(self, graphs: bool = False) -> str | None:
         self.model.backbone.compile(dynamic=False)
+        return "solver=closed_form takes no gradient steps" if graphs else None
 
     def _solve(self) -> None:
         start = time.perf_counter()
