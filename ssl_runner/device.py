@@ -79,8 +79,8 @@ def has_tf32(device: torch.device) -> bool:
 def choose_compile(compile: str | bool, device: torch.device, steps: int, ranks: int) -> str:
     """Return what torch.compile does in a run with `steps` training steps per view size: off, on or graphs.
 
-    `auto` is on if CUDA repays the compilation, see REPAID_STEPS. It is off with several processes, where every
-    synchronised batch norm ends a compiled part.
+    `auto` is on if CUDA repays the compilation, see REPAID_STEPS. It is off with several processes, where
+    every synchronised batch norm ends a compiled part.
     """
     if compile == "auto":
         compile = device.type == "cuda" and ranks == 1 and steps >= REPAID_STEPS
