@@ -178,6 +178,9 @@ def description(experiment: Experiment) -> dict[str, object]:
         "channels": data.channels,
         "image_size": data.image_size,
         "resize": "centre crop to a square, bicubic",
+        "stored_size": data.stored_size,
+        "eval_resize": data.transform.resize if data.transform else None,
+        "eval_crop": data.transform.crop if data.transform else None,
         "mean": data.mean.tolist(),
         "std": data.std.tolist(),
     }
