@@ -119,11 +119,6 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     that resumes.
     """
     check_values(cfg)
-    if "finetune" in cfg.probe.probes:
-        raise UsageError(
-            "probe.probes=[finetune]: expected probes of frozen features; run ssl-probe FOLDER"
-            " probe=finetune after the run"
-        )
     device = choose_device(cfg.device, distributed.rank_info())
     if device.type == "cpu":
         keep_freed_memory()

@@ -132,6 +132,11 @@ def check_values(config: DictConfig, evaluation: bool = False) -> None:
                 f"{key}={format_value(values)}: expected a non-empty list of {', '.join(accepted)}"
                 f" without repeats{hint(key, values, accepted)}"
             )
+    if "finetune" in config.probe.probes and not evaluation:
+        raise UsageError(
+            f"probe.probes={format_value(config.probe.probes)}: expected probes of frozen features; run"
+            " ssl-probe FOLDER probe=finetune after the run"
+        )
     check_shares(config.probe.get("labels"))
     crop, resize = (config.dataset.get(name) for name in ("eval_crop", "eval_resize"))
     if crop is not None and resize is not None and crop > resize:
