@@ -186,6 +186,7 @@ def description(experiment: Experiment) -> dict[str, object]:
         "image_size": data.image_size,
         "resize": "centre crop to a square, bicubic",
         "stored_size": data.stored_size,
+        "tensor_resize": data.tensor_resize,
         "eval_resize": data.transform.resize if data.transform else None,
         "eval_crop": data.transform.crop if data.transform else None,
         "mean": data.mean.tolist(),

@@ -26,7 +26,8 @@ class Source:
     images (n, C, H, W) uint8; labels (n,) int64, -1 if unlabelled; classes: class names, empty if all images
     are unlabelled; train, test and unlabeled: indices of images; val: the same, None to hold out some of
     `train`; layout: how the files are arranged, in words; skipped: files that were not read; files and
-    file_bytes (n,): name and length of the file of each image (`contents.listed`), None without such files.
+    file_bytes (n,): name and length of the file of each image (`contents.listed`), None without such files;
+    tensor_resize: whether `resize.resize` has resized the images, and not Pillow.
     """
 
     images: Tensor
@@ -41,6 +42,7 @@ class Source:
     skipped: Skipped = field(default_factory=Skipped)
     files: list[str] | None = None
     file_bytes: np.ndarray | None = None
+    tensor_resize: bool = False
 
 
 @dataclass
@@ -58,6 +60,7 @@ class DataSet:
     mean, std  (C,) per-channel statistics of the pretraining images, with pixels in [0, 1]
     transform  evaluation transform of `train`, `val` and `test`, None for the images as they are stored;
                views are cut from the stored images and have the size of the evaluation images
+    tensor_resize  whether `resize.resize` has resized the stored images, and not Pillow
     """
 
     name: str
@@ -73,6 +76,7 @@ class DataSet:
     files: list[str] | None = None
     digest: str = ""
     transform: EvalTransform | None = None
+    tensor_resize: bool = False
 
     @property
     def counts(self) -> dict[str, int]:
@@ -190,6 +194,7 @@ def load(
         layout=data.layout,
         skipped=data.skipped,
         files=data.files,
+        tensor_resize=data.tensor_resize,
         digest=digest(data.classes, data.files, labels, *splits, data.file_bytes),
     )
 
