@@ -49,9 +49,9 @@ def test_eval_transform_equals_resize_and_center_crop_of_pillow_images(
     for image, original in zip(result, images, strict=True):
         picture = reference(Image.fromarray(original.permute(1, 2, 0).squeeze().numpy()))
         expected = torch.from_numpy(np.array(picture)).reshape(*picture.size[::-1], channels).permute(2, 0, 1)
-        difference = (image.int() - expected.int()).abs()  # Pillow rounds after each of its two passes
-        assert difference.max() <= (1 if resize else 0)
-        assert (difference == 0).float().mean() > 0.9
+        difference = (image.int() - expected.int()).abs()  # Pillow computes with fixed-point weights
+        assert difference.max() <= (2 if resize else 0)
+        assert (difference == 0).float().mean() > 0.99
 
 
 def noisy(storage: str = "auto", resize: int | None = 10, crop: int | None = 8) -> DataSet:
@@ -151,7 +151,7 @@ def test_run_probe_embed_and_load_use_the_same_evaluation_images(
         )
         pil = torch.from_numpy(np.array(pil)).permute(2, 0, 1)
         shown = (x * transform.std[:, None, None] + transform.mean[:, None, None]) * 255
-        assert (shown - pil).abs().max() < 1.01
+        assert (shown - pil).abs().max() < 2.01
         with torch.no_grad():
             assert np.allclose(model(x[None])[0].numpy(), features, atol=1e-5)
 
