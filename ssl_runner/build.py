@@ -36,6 +36,7 @@ from ssl_runner.solver import Solver
 
 # options of `dataset.load`, not of the reader
 DATASET_SETTINGS = ("name", "val_fraction", "test_fraction", "subset", "split_seed", "storage")
+EVALUATION = ("eval_resize", "eval_crop")  # of the evaluation transform
 OPTIMIZER_SETTINGS = ("lr", "weight_decay", "warmup_epochs", "final_lr_ratio", "clip_grad_norm")
 
 
@@ -119,11 +120,6 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     that resumes.
     """
     check_values(cfg)
-    if "finetune" in cfg.probe.probes:
-        raise UsageError(
-            "probe.probes=[finetune]: expected probes of frozen features; run ssl-probe FOLDER"
-            " probe=finetune after the run"
-        )
     device = choose_device(cfg.device, distributed.rank_info())
     distributed.check_devices(device)
     if device.type == "cpu":
@@ -212,9 +208,10 @@ def build_classifiers(cfg: DictConfig, names: Iterable[str]) -> dict[str, Classi
 
 def read_data(cfg: DictConfig, device: torch.device) -> DataSet:
     """Read the data set. Raises UsageError if it cannot be read."""
-    reader = build_node("dataset", cfg.dataset, without=DATASET_SETTINGS, partial=True)
+    reader = build_node("dataset", cfg.dataset, without=DATASET_SETTINGS + EVALUATION, partial=True)
     with distributed.rank_zero_first():
-        return dataset.load(reader, device=device, **{name: cfg.dataset[name] for name in DATASET_SETTINGS})
+        data = dataset.load(reader, device=device, **{name: cfg.dataset[name] for name in DATASET_SETTINGS})
+    return data.with_transform(*(cfg.dataset[name] for name in EVALUATION))
 
 
 def build_backbone(cfg: DictConfig, data: DataSet, device: torch.device) -> Backbone:

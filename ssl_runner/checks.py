@@ -38,9 +38,9 @@ def check_resolutions(cfg: DictConfig, solver: type[Solver], backbone: Backbone,
 
 def check_blur(cfg: DictConfig, augment: Augment, data: DataSet) -> None:
     """Raise UsageError for a blur kernel that is larger than the views."""
-    side = data.image_size
+    side = data.stored_size
     policies = augment.policies if isinstance(augment, Augment) else []  # a user's views may have none
-    for policy, view_side in product(policies, cfg.views.resolutions or [side]):
+    for policy, view_side in product(policies, cfg.views.resolutions or [data.image_size]):
         try:
             policy.kernel((side, side), (view_side, view_side))
         except ValueError as error:

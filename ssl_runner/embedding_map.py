@@ -47,8 +47,8 @@ def write_map(
     Every rank calls this, since the features are computed by all ranks. The main process writes the files.
     """
     split = next(name for name in SPLITS if len(getattr(data, name)))
-    shown = choose(getattr(data, split), images, seed)
-    candidates = choose(data.train if len(data.train) else data.pretrain, MAX_CANDIDATES, seed)
+    shown = choose(data.evaluation(split), images, seed)
+    candidates = choose(data.evaluation("train" if len(data.train) else "pretrain"), MAX_CANDIDATES, seed)
     X, X_candidates = (extract(network, part, data.mean, data.std).cpu() for part in (shown, candidates))
     if not distributed.is_main_process():
         return
@@ -212,7 +212,9 @@ def sheet(queries: Images, candidates: Images, neighbors: np.ndarray, classes: S
 
 def pixels(images: Images, position: int) -> np.ndarray:
     """Pixels of one image, (H, W, 3) uint8, or (H, W) for any other number of channels, their mean."""
-    image = images.images[int(images.indices[position])].cpu()
+    index = int(images.indices[position])
+    image = images.images[index : index + 1]
+    image = (image if images.transform is None else images.transform(image))[0].cpu()
     return image.permute(1, 2, 0).numpy() if len(image) == 3 else image.float().mean(0).numpy()
 
 

@@ -17,7 +17,7 @@ from ssl_runner.device import choose_compile
 from ssl_runner.embedding_map import write_map
 from ssl_runner.model import count_parameters
 from ssl_runner.preemption import Preemption
-from ssl_runner.probe import affordable, evaluate, feature_networks, label_draws
+from ssl_runner.probe import affordable, evaluate, feature_networks, label_draws, layer_names
 from ssl_runner.runs import checkpoint, resume, weights
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.runs.record import RunRecord
@@ -73,6 +73,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
             solver.load_state_dict(state)
         metrics.truncate_after(solver.epoch)
         probes.truncate_after(solver.epoch)
+        probes.truncate_at_repeat(
+            ("epoch", "features", "probe", "eval_split")
+        )  # final probes of kept weights
         if experiment.initial_weights is not None and is_main:
             print(experiment.initial_weights, flush=True)
         record.update(compile=compile_solver(cfg, experiment, solver))
@@ -92,7 +95,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
             weights.export(model.backbone, folder / weights.BACKBONE, description(experiment))
             weights.export(model.projector, folder / weights.PROJECTOR, description(experiment))
 
-        scores = probe(experiment, solver, probes)
+        scores = probe(experiment, solver, probes, record.content.get("exported_epoch", solver.epoch))
         if is_main and scores:
             print(format_table(scores, "test" if len(data.test) else "val"), flush=True)
         val, test = (
@@ -139,23 +142,27 @@ def networks(experiment: Experiment) -> dict[str, Callable[[], nn.Module]]:
     )
 
 
-def probe(experiment: Experiment, solver: Solver, log: CsvLog) -> dict[tuple[str, str, str], float]:
+def probe(
+    experiment: Experiment, solver: Solver, log: CsvLog, epoch: int
+) -> dict[tuple[str, str, str], float]:
     """Run the final probes, and score the test split, once. Appends their rows to `log`.
+
+    `epoch` is that of the weights.
 
     Returns the top-1 accuracies on all labels by features, probe and split. Without labels there are none.
     """
     cfg, data = experiment.cfg, experiment.data
     if not data.classes:
         return {}
-    layers = [] if cfg.probe.layer is None else [f"backbone.{cfg.probe.layer}"]
-    chosen, _ = affordable([solver.result_features, *cfg.probe.features, *layers], data)
+    names = [solver.result_features, *cfg.probe.features, *layer_names(cfg.probe.layer)]
+    chosen, _ = affordable(names, data)
     draws = [None, *label_draws(data.train.y, cfg.probe.labels, cfg.probe.draws, cfg.dataset.split_seed)]
     builders = networks(experiment)
     scores: dict[tuple[str, str, str], float] = {}
     for features in tqdm(chosen, "probe", disable=None if distributed.is_main_process() else True):
         network, score_test = builders[features](), len(data.test) > 0
         for row in evaluate(features, network, data, experiment.classifiers, score_test, draws):
-            log.append({"epoch": solver.epoch, **row})
+            log.append({"epoch": epoch, **row})
             if "draw" not in row:
                 scores[features, row["probe"], row["eval_split"]] = row["top1"]
     return scores
@@ -201,6 +208,10 @@ def description(experiment: Experiment) -> dict[str, object]:
         "channels": data.channels,
         "image_size": data.image_size,
         "resize": "centre crop to a square, bicubic",
+        "stored_size": data.stored_size,
+        "tensor_resize": data.tensor_resize,
+        "eval_resize": data.transform.resize if data.transform else None,
+        "eval_crop": data.transform.crop if data.transform else None,
         "mean": data.mean.tolist(),
         "std": data.std.tolist(),
     }

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ssl_runner.data import decode
+from ssl_runner.data.eval_transform import EvalTransform
+from ssl_runner.data.resize import resize
 from ssl_runner.device import choose_device
 from ssl_runner.errors import UsageError, one_line
 from ssl_runner.runs import weights
@@ -34,38 +36,49 @@ class Transform:
     image_size   side of the output S, in pixels
     channels     3 (RGB) or 1 (luminance); any number for a data set with other channels
     mean, std    (C,) per-channel statistics, with pixels in [0, 1]
+    stored_size  side of the images of the run before its evaluation transform, None for S
+    evaluation   the evaluation transform, applied to images of stored_size x stored_size pixels
+    tensor_resize  whether images are resized by `data.resize.resize`, as those of the run were, or by Pillow
     """
 
     image_size: int
     channels: int
     mean: Tensor
     std: Tensor
+    stored_size: int | None = None
+    evaluation: EvalTransform = field(default_factory=EvalTransform)
+    tensor_resize: bool = False
 
     def __call__(self, image: Image.Image | np.ndarray | Tensor) -> Tensor:
         """Return an image as a normalised float32 tensor (C, S, S) on the CPU.
 
         `image` is a PIL image of any mode, a uint8 array (H, W) or (H, W, channels), or a uint8 tensor
-        (H, W) or (channels, H, W). An image of another size is centre-cropped to a square and resized with a
-        bicubic filter. Grayscale becomes RGB, and RGB becomes luminance, where the network needs it.
+        (H, W) or (channels, H, W). An image of another size than that of the stored images is centre-cropped
+        to a square and resized with a bicubic filter. The evaluation transform follows. Grayscale becomes
+        RGB, and RGB becomes luminance, where the network needs it.
 
         Raises UsageError for another type or shape.
         """
-        ready = (self.channels, self.image_size, self.image_size)
+        side = self.stored_size or self.image_size
+        ready = (self.channels, side, side)
         if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.shape == ready:
             pixels = image.cpu()
         else:
-            pixels = torch.tensor(self._decode(_to_pil(image)))
-        return normalize(to_unit(pixels[None]), self.mean, self.std)[0]
+            pixels = self._decode(_to_pil(image), side)
+        return normalize(to_unit(self.evaluation(pixels[None])), self.mean, self.std)[0]
 
-    def _decode(self, image: Image.Image) -> np.ndarray:
-        """PIL image -> uint8 array (C, S, S)."""
+    def _decode(self, image: Image.Image, side: int) -> Tensor:
+        """PIL image -> uint8 tensor (C, side, side)."""
         if self.channels not in (1, 3):
             raise UsageError(
-                f"image: expected a uint8 tensor ({self.channels}, {self.image_size}, {self.image_size});"
+                f"image: expected a uint8 tensor ({self.channels}, {side}, {side});"
                 " resize it and stack its channels first"
             )
         try:
-            return decode.pixels(image, self.image_size, self.channels)
+            if self.tensor_resize:
+                whole = torch.tensor(decode.pixels(image, None, self.channels)).contiguous()
+                return resize(whole[None], side)[0]
+            return torch.tensor(decode.pixels(image, side, self.channels))
         except ValueError as error:
             raise UsageError(f"image: {one_line(error)}") from error
 
@@ -145,7 +158,9 @@ def load(
     _load_weights(backbone, file)
     model = Pretrained(backbone, projector, settings).to(choose_device(str(device))).eval()
     mean, std = (torch.tensor(settings[name]) for name in ("mean", "std"))
-    return model, Transform(model.image_size, model.channels, mean, std)
+    evaluation = EvalTransform(settings.get("eval_resize"), settings.get("eval_crop"))  # not in older files
+    stored = {name: settings[name] for name in ("stored_size", "tensor_resize") if name in settings}
+    return model, Transform(model.image_size, model.channels, mean, std, evaluation=evaluation, **stored)
 
 
 def _settings(file: Path) -> dict[str, Any]:

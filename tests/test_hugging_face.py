@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_runner.data import hugging_face
+from ssl_runner.data import decoded, hugging_face
 from ssl_runner.data.dataset import Source
 from ssl_runner.errors import UsageError
 
@@ -79,7 +79,7 @@ def test_test_split_and_labels_may_be_left_out(saved: Path) -> None:
 
 def test_images_are_decoded_once(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = read(saved).images.clone()
-    monkeypatch.setattr(hugging_face, "_write", None)
+    monkeypatch.setattr(decoded, "_decode", None)
     assert torch.equal(read(saved).images, first)
     with pytest.raises(TypeError):
         read(saved, size=8)
@@ -137,7 +137,29 @@ def test_broken_image_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(UsageError, match=r"odd.png: expected a readable image"):
         read(save(tmp_path, train=split(6, 0), test=broken))
-    assert not list((tmp_path / "cache").iterdir())
+    assert {file.suffix for file in (tmp_path / "cache").iterdir()} <= {".lock"}
+
+
+def test_interrupted_decode_resumes_at_the_last_block(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = read(saved).images.clone()
+    for file in (saved.parent / "cache").iterdir():
+        file.unlink()
+    monkeypatch.setattr(decoded, "BLOCK_BYTES", 4 * 3 * 12 * 12)  # four images
+    read_one, calls = decoded._read, []
+
+    def interrupted(row, size, channels):
+        calls.append(row)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return read_one(row, size, channels)
+
+    monkeypatch.setattr(decoded, "_read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read(saved)
+    monkeypatch.setattr(decoded, "_read", lambda row, *options: calls.append(row) or read_one(row, *options))
+    calls.clear()
+    assert torch.equal(read(saved).images, expected)
+    assert 8 <= len(calls) - 1 <= 11  # without the first block, or the first two; one more for the side
 
 
 def test_unknown_name_is_refused(tmp_path: Path) -> None:

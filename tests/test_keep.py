@@ -1,6 +1,7 @@
 """probe.keep=best: the weights of the epoch with the best validation probe are exported and probed."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from ssl_runner import pipeline
 from ssl_runner.backbone import convnet
+from ssl_runner.errors import UsageError
 from ssl_runner.evaluator import Evaluator
 from ssl_runner.model import SSLModel
 from ssl_runner.probe import BestEpoch, KnnProbe
@@ -96,6 +99,34 @@ def test_preempted_run_keeps_the_same_epoch(
     assert (tmp_path / "mine" / "backbone.safetensors").read_bytes() == (
         whole / "backbone.safetensors"
     ).read_bytes()
+
+
+def test_final_probes_carry_the_exported_epoch(
+    ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the run resumes after some of its final probes."""
+    settings = f"{KEEP} probe.features=[backbone,pixels]"
+    whole = run_folder(ssl_run(f"{settings} hydra.run.dir=whole")[1])
+    rows = table(whole / "probe.csv")
+    best = json.loads((whole / "run.json").read_text())["exported_epoch"]
+    assert [row["epoch"] for row in rows[:3]] == ["1", "2", "3"]
+    assert [row["epoch"] for row in rows[3:]] == [str(best)] * 4
+    assert best < 4
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "evaluate", stop_before_pixels(pipeline.evaluate))
+        assert ssl_run(f"{settings} hydra.run.dir=mine")[0] != 0
+    assert len(table(tmp_path / "mine" / "probe.csv")) == 5
+    assert ssl_run("resume=mine")[0] == 0
+    assert table(tmp_path / "mine" / "probe.csv") == rows
+
+
+def stop_before_pixels(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    def stopping(features: str, *others: Any) -> Any:
+        if features == "pixels":
+            raise UsageError("stop")
+        return evaluate(features, *others)
+
+    return stopping
 
 
 def test_keep_best_needs_probes_while_training(ssl_run) -> None:

@@ -21,10 +21,12 @@ from torchvision.transforms import functional as TF
 import ssl_runner
 from ssl_runner import backbone, projector
 from ssl_runner.build import build
+from ssl_runner.data import readers
 from ssl_runner.errors import UsageError
 from ssl_runner.pretrained import Transform
 from ssl_runner.probe.protocol import extract
 from ssl_runner.runs import weights
+from ssl_runner.views import normalize, to_unit
 from tests.helpers import TINY, make_pictures, run_folder
 
 PAGE = (Path(__file__).parent.parent / "docs" / "weights.md").read_text()
@@ -196,6 +198,19 @@ def test_load_reads_image_files_as_the_run_did(ssl_run, tmp_path: Path) -> None:
     with torch.no_grad():
         actual = model(torch.stack([transform(Image.open(file)) for file in files]))
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_load_resizes_published_images_as_the_run_did(ssl_run, channels: int) -> None:
+    options = f"dataset.size=20 dataset.channels={channels} epochs=1 diagnostics.every=0"
+    code, out, err = ssl_run(f"{TINY} {options}")
+    assert (code, err) == (0, "")
+    data = build(OmegaConf.load(run_folder(out) / ".hydra" / "config.yaml")).data
+    _, transform = ssl_runner.load(run_folder(out))
+    expected = normalize(to_unit(data.test.images), data.mean, data.std)
+    for image, original in zip(expected[:300], readers.mnist5k().images, strict=False):
+        assert torch.equal(transform(original), image)
+        assert torch.equal(transform(Image.fromarray(original[0].numpy())), image)
 
 
 def test_load_rebuilds_settings_and_width(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from ssl_runner.probe import (
 )
 from ssl_runner.report import tables
 from ssl_runner.report.read import read_run
+from ssl_runner.runs.files import read_json, write_json
 from tests.helpers import CPU, TINY, load, run_script, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "evaluate.md"
@@ -150,6 +151,14 @@ def test_ssl_run_rejects_finetune(ssl_run) -> None:
     code, _, err = ssl_run(f"{TINY.replace('probe.probes=[knn]', 'probe=finetune')}")
     assert code == 1
     assert "run ssl-probe FOLDER probe=finetune after the run" in err
+    assert not Path("outputs").exists()
+
+
+def test_ssl_probe_rows_carry_the_exported_epoch(ssl_probe, finished: Path) -> None:
+    record = read_json(finished / "run.json")
+    write_json(finished / "run.json", record | {"exported_epoch": 7})  # as with probe.keep=best
+    assert ssl_probe("")[0] == 0
+    assert table(finished / "probe.csv")[-1]["epoch"] == "7"
 
 
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 1.0])

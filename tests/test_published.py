@@ -1,5 +1,6 @@
 """Tiny ImageNet and Imagenette in small folders of the published layout."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,6 +114,21 @@ def test_incomplete_tiny_imagenet_is_refused(tiny: Path, path: str, message: str
     (tiny / path).rename(tiny.parent / "elsewhere")
     with pytest.raises(UsageError, match=message):
         read(published.tiny_imagenet, tiny)
+
+
+def test_broken_file_names_its_archive(tiny: Path, nette: Path) -> None:
+    """These data sets have no option to skip broken files."""
+    for base, reader, url in (
+        (tiny, published.tiny_imagenet, published.TINY_IMAGENET),
+        (nette, published.imagenette, published.IMAGENETTE),
+    ):
+        file = next((base / "train").rglob("*.JPEG"))
+        file.write_text("x")
+        with pytest.raises(UsageError) as error:
+            read(reader, base)
+        assert re.search(
+            rf"{file.name}: expected a readable image .*; extract {url} again$", str(error.value)
+        )
 
 
 def test_class_names_are_unique() -> None:

@@ -324,6 +324,13 @@ def test_report_removes_plots_of_earlier_report(tmp_path: Path) -> None:
     ]
 
 
+def test_report_of_one_run_counts_it_in_the_singular(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", 0.5, 0.5)
+    told = cli.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", "title")
+    assert told.startswith("1 run: 1 done\n")
+    assert "<p>1 run: 1 done. " in (tmp_path / "report" / "report.html").read_text()
+
+
 def test_report_without_finished_run_lists_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "400")  # lines are cut at the terminal's width
     write_run(tmp_path / "a", status="failed", metrics="", record={"error": "Boom:\n it broke"})

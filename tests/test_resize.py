@@ -11,6 +11,8 @@ from torchvision.transforms import v2
 
 from ssl_runner.data import image_folder, readers, resize
 from ssl_runner.data.dataset import Source
+from ssl_runner.pretrained import Transform
+from ssl_runner.views import to_unit
 from tests.helpers import load
 
 
@@ -44,6 +46,19 @@ def test_resized_images_equal_resize_and_center_crop(
         difference = (image.int() - pil.int()).abs()  # Pillow rounds its weights to other fixed-point numbers
         assert difference.max() <= 2
         assert (difference <= 1).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("size", [None, 8, 12, 20])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_transform_of_load_equals_resized_images(size: int | None, channels: int) -> None:
+    data = noise(5, 3, 12, 12)
+    small = resize.resized(data, size, channels)
+    assert small.tensor_resize == (size in (8, 20))
+    mean, std = torch.zeros(channels), torch.ones(channels)
+    transform = Transform(small.images.shape[2], channels, mean, std, tensor_resize=small.tensor_resize)
+    for image, original in zip(small.images, data.images, strict=True):
+        assert torch.equal(transform(to_pil(original)), to_unit(image))
+        assert torch.equal(transform(original), to_unit(image))
 
 
 def test_one_channel_equals_pillow_luma() -> None:

@@ -52,6 +52,8 @@ RULES = {
     "dataset.subset": _positive(int, optional=True),
     "dataset.split_seed": Rule(int, low=0, high=2**32 - 1),
     "dataset.storage": Rule(str, choices=STORAGE),
+    "dataset.eval_resize": Rule(int, low=4, optional=True),
+    "dataset.eval_crop": Rule(int, low=4, optional=True),
     "dataset.root": Rule(str, optional=True),
     "dataset.files": Rule(str, optional=True),
     "dataset.labels": Rule(bool, optional=True),
@@ -133,7 +135,17 @@ def check_values(config: DictConfig, evaluation: bool = False) -> None:
                 f"{key}={format_value(values)}: expected a non-empty list of {', '.join(accepted)}"
                 f" without repeats{hint(key, values, accepted)}"
             )
+    if "finetune" in config.probe.probes and not evaluation:
+        raise UsageError(
+            f"probe.probes={format_value(config.probe.probes)}: expected probes of frozen features; run"
+            " ssl-probe FOLDER probe=finetune after the run"
+        )
     check_shares(config.probe.get("labels"))
+    crop, resize = (config.dataset.get(name) for name in ("eval_crop", "eval_resize"))
+    if crop is not None and resize is not None and crop > resize:
+        raise UsageError(
+            f"dataset.eval_crop={crop}: expected at most dataset.eval_resize={resize}; use a smaller crop"
+        )
     resolutions = config.views.resolutions
     if resolutions is not None and not (
         isinstance(resolutions, ListConfig)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssl_runner.data.contents import digest
+from ssl_runner.data.eval_transform import EvalTransform
 from ssl_runner.data.images import Images
 from ssl_runner.data.skipped import Skipped
 from ssl_runner.data.splits import balanced_order, hold_out
@@ -25,7 +26,8 @@ class Source:
     images (n, C, H, W) uint8; labels (n,) int64, -1 if unlabelled; classes: class names, empty if all images
     are unlabelled; train, test and unlabeled: indices of images; val: the same, None to hold out some of
     `train`; layout: how the files are arranged, in words; skipped: files that were not read; files and
-    file_bytes (n,): name and length of the file of each image (`contents.listed`), None without such files.
+    file_bytes (n,): name and length of the file of each image (`contents.listed`), None without such files;
+    tensor_resize: whether `resize.resize` has resized the images, and not Pillow.
     """
 
     images: Tensor
@@ -40,6 +42,7 @@ class Source:
     skipped: Skipped = field(default_factory=Skipped)
     files: list[str] | None = None
     file_bytes: np.ndarray | None = None
+    tensor_resize: bool = False
 
 
 @dataclass
@@ -55,6 +58,9 @@ class DataSet:
     files      name of the file of each image of the reader, None without such files
     digest     16 hexadecimal digits that change with the images or labels of the reader (`contents.digest`)
     mean, std  (C,) per-channel statistics of the pretraining images, with pixels in [0, 1]
+    transform  evaluation transform of `train`, `val` and `test`, None for the images as they are stored;
+               views are cut from the stored images and have the size of the evaluation images
+    tensor_resize  whether `resize.resize` has resized the stored images, and not Pillow
     """
 
     name: str
@@ -69,6 +75,8 @@ class DataSet:
     skipped: Skipped = field(default_factory=Skipped)
     files: list[str] | None = None
     digest: str = ""
+    transform: EvalTransform | None = None
+    tensor_resize: bool = False
 
     @property
     def counts(self) -> dict[str, int]:
@@ -80,8 +88,40 @@ class DataSet:
         return self.train.images.shape[1]
 
     @property
-    def image_size(self) -> int:
+    def stored_size(self) -> int:
+        """Side of the stored images, which views are cut from, in pixels."""
         return self.train.images.shape[2]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that the networks are evaluated on, in pixels."""
+        return self.stored_size if self.transform is None else self.transform.side(self.stored_size)
+
+    @property
+    def view_size(self) -> int | None:
+        """Side of the views in pixels, None for that of the stored images."""
+        return None if self.transform is None else self.image_size
+
+    def evaluation(self, split: str) -> Images:
+        """A split with the evaluation transform, which `pretrain` does not have for training."""
+        return replace(getattr(self, split), transform=self.transform)
+
+    def with_transform(self, resize: int | None, crop: int | None) -> "DataSet":
+        """The data set with `EvalTransform(resize, crop)`; itself if both are None.
+
+        Raises UsageError for a crop that is larger than the images.
+        """
+        if resize is None and crop is None:
+            return self
+        side = resize or min(self.train.images.shape[2:])
+        if crop is not None and crop > side:
+            raise UsageError(
+                f"dataset.eval_crop={crop}: expected at most {side}, the shorter side of the images"
+                f" of {self.name} after dataset.eval_resize; use a smaller crop"
+            )
+        data = replace(self, transform=EvalTransform(resize, crop))
+        train, val, test = (data.evaluation(split) for split in ("train", "val", "test"))
+        return replace(data, train=train, val=val, test=test)
 
 
 def load(
@@ -154,6 +194,7 @@ def load(
         layout=data.layout,
         skipped=data.skipped,
         files=data.files,
+        tensor_resize=data.tensor_resize,
         digest=digest(data.classes, data.files, labels, *splits, data.file_bytes),
     )
 

@@ -1,4 +1,4 @@
-"""Image files decoded once into a memory-mapped file."""
+"""Images decoded once into a memory-mapped file, from files or other sources."""
 
 import hashlib
 import os
@@ -6,10 +6,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from math import prod
 from pathlib import Path
-from typing import TypeGuard
+from typing import Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -27,18 +28,46 @@ BLOCK_BYTES = 2**26  # of decoded images between two records of the progress
 QUIET_WAIT = 5.0  # seconds to wait for another process before a line reports it
 
 
+class Encoded(Protocol):
+    """An image that is not decoded yet. `str` is its name in messages, `name` a short form of it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def open(self) -> Image.Image:
+        """Open the image with Pillow. Raises one of `decode.DAMAGED` if it cannot be read."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return printable(self.path)
+
+    @property
+    def name(self) -> str:
+        return printable(self.path.name)
+
+    def open(self) -> Image.Image:
+        return Image.open(self.path)
+
+
 def decode_files(
-    files: Sequence[Path], size: int | None, cache: str, channels: int = 3, skip_broken: bool = False
+    files: Sequence[Path],
+    size: int | None,
+    cache: str,
+    channels: int = 3,
+    skip_broken: bool = False,
+    repair: str = "repair or remove it, or set dataset.on_error=skip",
 ) -> tuple[Tensor, dict[int, Exception]]:
-    """Return all images, (n, channels, side, side) uint8, in a memory-mapped file, and the broken ones.
+    """`decode_images` for image files.
 
-    Images are decoded once, in parallel, into a file in `cache`. The file is reused as long as the path,
-    length and modification time of every file, `size`, `channels` and the version of the decoding are
-    unchanged. Only broken images are read again. An interrupted decode resumes at its last complete block.
-    One process decodes at a time.
-
-    With `skip_broken`, images that cannot be read are black, and are returned as index -> error. Otherwise
-    they raise UsageError, as do images of different sizes, and a `cache` that is not writable.
+    The decoded file is reused as long as the path, length and modification time of every file, `size`,
+    `channels` and the version of the decoding are unchanged.
     """
     signature = hashlib.sha256(f"{decode.VERSION} {size} {channels}\n".encode())
     for file in files:
@@ -47,17 +76,41 @@ def decode_files(
             state = f"{status.st_size} {status.st_mtime_ns}"
         except (OSError, ValueError) as error:
             if not skip_broken:
-                raise _unreadable(file, error) from error
+                raise _unreadable(ImageFile(file), error, repair) from error
             state = "unreadable"
         signature.update(os.fsencode(file) + f" {state}\n".encode())
-    decoded = Path(cache).expanduser() / f"folder-{signature.hexdigest()[:32]}.npy"
+    images = [ImageFile(file) for file in files]
+    key = f"folder-{signature.hexdigest()[:32]}"
+    return decode_images(images, key, size, cache, channels, skip_broken, repair)
+
+
+def decode_images(
+    encoded: Sequence[Encoded],
+    key: str,
+    size: int | None,
+    cache: str,
+    channels: int,
+    skip_broken: bool,
+    repair: str,
+) -> tuple[Tensor, dict[int, Exception]]:
+    """Return all images, (n, channels, side, side) uint8, in a memory-mapped file, and the broken ones.
+
+    Images are decoded once, in parallel, into <cache>/<key>.npy. `key` changes with the images, `size` and
+    `channels`. Only broken images are read again. An interrupted decode resumes at its last complete block.
+    One process decodes at a time.
+
+    With `skip_broken`, images that cannot be read are black, and are returned as index -> error. Otherwise
+    they raise UsageError, as do images of different sizes, and a `cache` that is not writable. `repair` says
+    in the message what to do about an image that cannot be read.
+    """
+    decoded = Path(cache).expanduser() / f"{key}.npy"
     try:
         if not _is_finished(decoded):
             decoded.parent.mkdir(parents=True, exist_ok=True)
             with _locked(decoded):
                 if not _is_finished(decoded):
-                    _decode(files, size, channels, decoded, skip_broken)
-        broken = _read_again(files, size, channels, decoded)
+                    _decode(encoded, size, channels, decoded, skip_broken, repair)
+        broken = _read_again(encoded, size, channels, decoded)
     except OSError as error:
         raise UsageError(
             f"dataset.cache={cache}: expected a writable folder with enough space ({error.strerror});"
@@ -65,7 +118,7 @@ def decode_files(
         ) from error
     if broken and not skip_broken:
         row, reason = next(iter(broken.items()))
-        raise _unreadable(files[row], reason)
+        raise _unreadable(encoded[row], reason, repair)
     return torch.from_numpy(np.load(decoded, mmap_mode="c")), broken
 
 
@@ -93,26 +146,30 @@ def is_missing(error: Exception) -> TypeGuard[OSError]:
     return isinstance(error, OSError) and error.errno is not None
 
 
-def _unreadable(file: Path, error: Exception) -> UsageError:
+def _unreadable(image: Encoded, error: Exception, repair: str) -> UsageError:
     what, reason = ("file", error.strerror) if is_missing(error) else ("image", one_line(error))
-    return UsageError(
-        f"{printable(file)}: expected a readable {what} ({reason}); repair or remove it, or set"
-        " dataset.on_error=skip"
-    )
+    return UsageError(f"{image}: expected a readable {what} ({reason}); {repair}")
 
 
-def _decode(files: Sequence[Path], size: int | None, channels: int, target: Path, skip_broken: bool) -> None:
-    """Decode image files into `target`, one .npy array (n, channels, side, side) uint8.
+def _decode(
+    encoded: Sequence[Encoded],
+    size: int | None,
+    channels: int,
+    target: Path,
+    skip_broken: bool,
+    repair: str,
+) -> None:
+    """Decode images into `target`, one .npy array (n, channels, side, side) uint8.
 
     `side` is `size`, or the side of the first image if `size` is None. Blocks of images are appended to
     <target>.partial, and <target>.progress records the complete ones. Both stay if the process is
     interrupted, or if a broken file is refused. The rows of broken images are in <target without .npy>.json.
     """
     partial, progress = (target.with_name(f"{target.name}.{end}") for end in ("partial", "progress"))
-    side = size or _first_side(files, channels, skip_broken)
+    side = size or _first_side(encoded, channels, skip_broken, repair)
     shape, header = (channels, side, side), BytesIO()
     np.lib.format.write_array_header_1_0(
-        header, {"descr": "|u1", "fortran_order": False, "shape": (len(files), *shape)}
+        header, {"descr": "|u1", "fortran_order": False, "shape": (len(encoded), *shape)}
     )
     done, broken = 0, []
     if partial.exists() and progress.exists():
@@ -123,32 +180,32 @@ def _decode(files: Sequence[Path], size: int | None, channels: int, target: Path
     try:
         with (
             tqdm(
-                desc="decode", total=len(files), initial=done, unit="images", unit_scale=True, disable=None
+                desc="decode", total=len(encoded), initial=done, unit="images", unit_scale=True, disable=None
             ) as bar,
             open(partial, "r+b" if done else "wb") as array,
         ):
             array.write(header.getvalue())
             array.seek(done * prod(shape), os.SEEK_CUR)
             array.truncate()
-            for start in range(done, len(files), block):
-                names = files[start : start + block]
-                results = threads.map(lambda file: _read(file, size, channels), names)
-                for row, (file, image) in enumerate(zip(names, results, strict=True), start):
+            for start in range(done, len(encoded), block):
+                chunk = encoded[start : start + block]
+                results = threads.map(lambda one: _read(one, size, channels), chunk)
+                for row, (one, image) in enumerate(zip(chunk, results, strict=True), start):
                     if isinstance(image, np.ndarray):
                         if image.shape != shape:
                             progress.unlink(missing_ok=True)  # another size or list has another target
-                            raise _other_shape(file, image, shape, files[0])
+                            raise _other_shape(one, image, shape, encoded[0])
                         array.write(image.tobytes())
                     elif skip_broken:
                         broken.append(row)
                         array.seek(prod(shape), os.SEEK_CUR)
                     else:
-                        raise _unreadable(file, image)
+                        raise _unreadable(one, image, repair)
                     bar.update()
                 array.truncate()  # extends the file over black images
                 array.flush()
                 os.fsync(array.fileno())
-                write_json(progress, {"rows": start + len(names), "broken": broken})
+                write_json(progress, {"rows": start + len(chunk), "broken": broken})
     except UsageError:
         if not progress.exists():
             partial.unlink()
@@ -161,7 +218,7 @@ def _decode(files: Sequence[Path], size: int | None, channels: int, target: Path
 
 
 def _read_again(
-    files: Sequence[Path], size: int | None, channels: int, decoded: Path
+    encoded: Sequence[Encoded], size: int | None, channels: int, decoded: Path
 ) -> dict[int, Exception]:
     """Read the broken images of a decoded file once more, since access to a file is not part of its name.
 
@@ -171,12 +228,12 @@ def _read_again(
     rows = [int(row) for row in read_json(record)["broken"]]
     broken: dict[int, Exception] = {}
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        images = threads.map(lambda row: _read(files[row], size, channels), rows)
+        images = threads.map(lambda row: _read(encoded[row], size, channels), rows)
         for row, image in zip(rows, images, strict=True):
             if isinstance(image, np.ndarray):
                 array = np.load(decoded, mmap_mode="r+")
                 if image.shape != array.shape[1:]:
-                    raise _other_shape(files[row], image, array.shape[1:], files[0])
+                    raise _other_shape(encoded[row], image, array.shape[1:], encoded[0])
                 array[row] = image
                 array.flush()
             else:
@@ -186,30 +243,30 @@ def _read_again(
     return broken
 
 
-def _read(file: Path, size: int | None, channels: int) -> np.ndarray | Exception:
-    """The pixels of a file, or why it cannot be read."""
+def _read(encoded: Encoded, size: int | None, channels: int) -> np.ndarray | Exception:
+    """The pixels of an image, or why it cannot be read."""
     try:
-        with Image.open(file) as image:
+        with encoded.open() as image:
             return decode.pixels(image, size, channels)
     except decode.DAMAGED as error:
         return error.with_traceback(None)  # a traceback would hold the image
 
 
-def _first_side(files: Sequence[Path], channels: int, skip_broken: bool) -> int:
-    """Side of the first readable image. Raises UsageError if it is not square, if a file before it is broken,
-    unless `skip_broken`, or if all files are."""
-    for file in files:
-        image = _read(file, None, channels)
+def _first_side(encoded: Sequence[Encoded], channels: int, skip_broken: bool, repair: str) -> int:
+    """Side of the first readable image. Raises UsageError if it is not square, if all images are broken, or
+    if one before it is, unless `skip_broken`."""
+    for one in encoded:
+        image = _read(one, None, channels)
         if isinstance(image, np.ndarray):
             height, width = image.shape[1:]
             if height != width:
                 raise UsageError(
-                    f"{printable(file)}: expected a square image, found {width} x {height} pixels;"
+                    f"{one}: expected a square image, found {width} x {height} pixels;"
                     " set dataset.size=<side in pixels> to crop and resize all images"
                 )
             return height
         if not skip_broken:
-            raise _unreadable(file, image)
+            raise _unreadable(one, image, repair)
     raise none_readable()
 
 
@@ -217,9 +274,9 @@ def none_readable() -> UsageError:
     return UsageError("dataset.on_error=skip: expected at least one readable image; repair the files")
 
 
-def _other_shape(file: Path, image: np.ndarray, shape: tuple[int, ...], first: Path) -> UsageError:
+def _other_shape(one: Encoded, image: np.ndarray, shape: tuple[int, ...], first: Encoded) -> UsageError:
     return UsageError(
-        f"{printable(file)}: expected {shape[2]} x {shape[1]} pixels as in {printable(first.name)}, found"
+        f"{one}: expected {shape[2]} x {shape[1]} pixels as in {first.name}, found"
         f" {image.shape[2]} x {image.shape[1]}; set dataset.size=<side in pixels> to crop and resize all"
         " images"
     )

@@ -1,57 +1,58 @@
 """Image data sets read by the library `datasets`: from the Hugging Face Hub, or saved to disk. Extra `hf`."""
 
 import hashlib
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ssl_runner.data import decode
 from ssl_runner.data.dataset import Source
+from ssl_runner.data.decoded import decode_images
 from ssl_runner.errors import UsageError, one_line
-from ssl_runner.runs.files import atomic_write
 
-BLOCK = 1000  # images decoded before they are written
+
+class Splits(TypedDict):
+    """Names of the splits that are used as training, test and unlabelled images, None for no such images."""
+
+    train: str
+    test: str | None
+    unlabeled: str | None
 
 
 def hf(
     path: str | None,
     image: str,
     label: str | None,
-    train: str,
-    test: str | None,
-    unlabeled: str | None,
     size: int | None,
     channels: int | None,
     cache: str,
+    **splits: Unpack[Splits],
 ) -> Source:
     """Return a data set of images, with one label each or without labels.
 
     path             folder written by `save_to_disk`, or what `load_dataset` accepts: a name on the Hub,
                      downloaded to the cache of `datasets`, or a folder of data files
     image, label     names of the columns; without a `label`, `train` is unlabelled, and `test` is not read
-    train, test      names of the splits; `test` may be None
-    unlabeled        name of a split with more images for pretraining, or None
     size             images are centre-cropped to a square and resized to size x size; None for images that
                      are square and of one size already
     channels         1 or 3, None for 3
-    cache            folder for the decoded images, one memory-mapped file
+    cache            folder of the decoded images (`decode_images`)
+    splits           train, test, unlabeled: names of the splits; the last two may be None
 
     Raises UsageError if `datasets` is not installed, if the data set, a split or a column is missing, if an
     image cannot be read, or if a label is missing.
     """
-    splits = _load(path)
-    labelled = {"train": train, "test": test} if label is not None else {}
-    wanted = {"train": train} | labelled | {"unlabeled": unlabeled}
-    parts = {part: _split(splits, f"dataset.{part}={name}", name) for part, name in wanted.items() if name}
+    labelled = ("train", "test") if label is not None else ()
+    test = splits["test"] if labelled else None
+    wanted = {"train": splits["train"], "test": test, "unlabeled": splits["unlabeled"]}
+    found = _load(path)
+    parts = {part: _split(found, f"dataset.{part}={name}", name) for part, name in wanted.items() if name}
     for part, data in parts.items():
         for key, column in {"image": image, "label": label if part in labelled else None}.items():
             if column is not None and column not in data.column_names:
@@ -134,51 +135,40 @@ def _labels(splits: list[Any], column: str | None) -> tuple[list[str], np.ndarra
     return [str(value) for value in classes], np.array([number[value] for value in values], dtype=np.int64)
 
 
+@dataclass(frozen=True)
+class Row:
+    """The image in one row of a split, whose column `column` is not decoded."""
+
+    split: Any
+    column: str
+    row: int
+
+    def __str__(self) -> str:
+        return self._encoded().get("path") or f"image {self.row} of dataset.image={self.column}"
+
+    @property
+    def name(self) -> str:
+        return str(self)
+
+    def open(self) -> Image.Image:
+        encoded = self._encoded()
+        data = encoded["bytes"]
+        return Image.open(BytesIO(data) if data is not None else encoded["path"])
+
+    def _encoded(self) -> dict[str, Any]:
+        """{"bytes", "path"}, {} for a missing image."""
+        return self.split[self.row][self.column] or {}
+
+
 def _images(splits: list[Any], column: str, size: int | None, channels: int, cache: str) -> Tensor:
     """Return the images of all splits, (n, channels, side, side) uint8, from one memory-mapped file.
 
     The file is reused while the fingerprints of the splits and the settings are the same.
     """
-    key = f"{decode.VERSION} {size} {channels} {column} {[split._fingerprint for split in splits]}"
-    decoded = Path(cache).expanduser() / f"hf-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
-    try:
-        decoded.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"dataset.cache={cache}: expected a writable folder ({error.strerror}); set another one"
-        ) from error
-    if not decoded.is_file():
-        _write(splits, column, size, channels, decoded)
-    return torch.from_numpy(np.load(decoded, mmap_mode="c"))
-
-
-def _write(splits: list[Any], column: str, size: int | None, channels: int, target: Path) -> None:
-    """Decode the images in parallel into `target`, one .npy array (n, channels, side, side) uint8."""
-    n, shape = sum(map(len, splits)), None
-    with (
-        tqdm(desc="decode", total=n, unit="images", unit_scale=True, disable=None) as bar,
-        atomic_write(target, concurrent=True) as array,
-        ThreadPoolExecutor(os.cpu_count()) as threads,
-    ):
-        for block in _blocks(splits, column):
-            for image in threads.map(lambda encoded: _decode(encoded, column, size, channels), block):
-                if shape is None:
-                    shape = image.shape
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (n, *shape)}
-                    np.lib.format.write_array_header_1_0(array, header)
-                if image.shape != shape or shape[1] != shape[2]:
-                    raise UsageError(
-                        f"dataset.size=null: expected square images of one size, found {image.shape[2]} x"
-                        f" {image.shape[1]} pixels; set dataset.size=<side in pixels> to crop and resize all"
-                    )
-                array.write(image.tobytes())
-                bar.update()
-
-
-def _blocks(splits: list[Any], column: str) -> Iterator[list[Any]]:
-    """Yield the encoded images of all splits, up to 1,000 at once."""
     import datasets
 
+    key = f"{decode.VERSION} {size} {channels} {column} {[split._fingerprint for split in splits]}"
+    rows: list[Row] = []
     for split in splits:
         if not isinstance(split.features[column], datasets.Image):
             raise UsageError(
@@ -186,16 +176,7 @@ def _blocks(splits: list[Any], column: str) -> Iterator[list[Any]]:
                 " set dataset.image"
             )
         encoded = split.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-        for rows in encoded.iter(BLOCK):
-            yield rows[column]
-
-
-def _decode(encoded: dict[str, Any], column: str, size: int | None, channels: int) -> np.ndarray:
-    """{"bytes", "path"} of an image -> (channels, H, W) uint8."""
-    name = (encoded or {}).get("path") or f"an image of dataset.image={column}"
-    try:
-        data = encoded["bytes"]
-        with Image.open(BytesIO(data) if data is not None else encoded["path"]) as image:
-            return decode.pixels(image, size, channels)
-    except decode.DAMAGED as error:
-        raise UsageError(f"{name}: expected a readable image ({one_line(error)}); repair it") from error
+        rows += [Row(encoded, column, number) for number in range(len(split))]
+    target = f"hf-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+    repair = "repair it, and save the data set again"
+    return decode_images(rows, target, size, cache, channels, skip_broken=False, repair=repair)[0]

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ssl_runner.data.eval_transform import EvalTransform
 from ssl_runner.device import to_device
 
 
@@ -16,13 +17,15 @@ class Images:
 
     images (N, C, H, W) uint8 and labels (N,) int64 hold the whole data set; indices (n,) int64 select
     the subset. `resident` is True if the images are in device memory, False if they are in host memory or
-    in a memory-mapped file.
+    in a memory-mapped file. `transform` is applied to the batches of an evaluation split, None leaves the
+    images as they are stored.
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
     resident: bool
+    transform: EvalTransform | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -32,6 +35,11 @@ class Images:
         """Labels (n,) of this subset, on the device of `labels`."""
         return self.labels[self.indices.to(self.labels.device)]
 
+    @property
+    def stored(self) -> "Images":
+        """The same images without the evaluation transform, as views are cut from."""
+        return replace(self, transform=None)
+
     def batches(
         self, order: Tensor, batch_size: int, device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -39,7 +47,14 @@ class Images:
 
         order (m,) int64 holds positions within this subset, in the order in which they are read. A thread
         prefetches images that are not resident: it gathers and copies one batch ahead of the current step.
+        The evaluation transform, if there is one, is computed on `device`.
         """
+        for images, labels in self._stored_batches(order, batch_size, device):
+            yield (images if self.transform is None else self.transform(images)), labels
+
+    def _stored_batches(
+        self, order: Tensor, batch_size: int, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         if self.resident:
             for indices in to_device(self.indices[order], device).split(batch_size):
                 yield self.images[indices], self.labels[indices]

@@ -23,7 +23,7 @@ class MultiViewLoader:
     An epoch has `steps_per_epoch` batches of `batch_size` images, counted over all ranks; remaining images
     are left out. The order of an epoch depends on `seed` and the epoch only. `view_generator`, on the data's
     device, draws the augmentations. `resolutions` are sides of the views in pixels (None: that of the
-    images), each used for an equal part of `epochs` (progressive resizing).
+    evaluation images), each used for an equal part of `epochs` (progressive resizing).
 
     Each rank yields its own chunk of every batch. An image's views do not depend on the number of ranks.
     """
@@ -76,7 +76,7 @@ class MultiViewLoader:
         return torch.randperm(n, generator=generator)[: self.steps_per_epoch * self.batch_size]
 
     def resolution(self, step: int) -> int | None:
-        """Side of the views in pixels at `step`, counted over all epochs; None for that of the images."""
+        """Side of the views in pixels at `step`, counted over all epochs; None for `data.view_size`."""
         part = step * len(self.resolutions) // (self.epochs * self.steps_per_epoch)
         return self.resolutions[min(part, len(self.resolutions) - 1)]
 
@@ -106,7 +106,7 @@ class MultiViewLoader:
 
     def fixed_batch(self, images: Images, positions: Tensor) -> tuple[Tensor, Batch]:
         """X (V n, C, H, W), the same views in every call, of the images at positions (n,), and its Batch."""
-        [(pixels, labels)] = images.batches(positions, len(positions), self.device)
+        [(pixels, labels)] = images.stored.batches(positions, len(positions), self.device)
         X = self._views(pixels, torch.Generator(self.device).manual_seed(self.seed))
         return X, Batch(images.indices[positions], labels, self.V, len(self.data.classes))
 
@@ -118,6 +118,7 @@ class MultiViewLoader:
         ranks: int = 1,
         side: int | None = None,
     ) -> Tensor:
+        side = side or self.data.view_size
         return self.augment(images, self.V, self.data.mean, self.data.std, generator, rank, ranks, side)
 
     def state_dict(self) -> dict[str, Any]:
@@ -138,6 +139,9 @@ def preview(loader: MultiViewLoader, path: Path, images: int = 8) -> None:
     [(pixels, _)] = data.pretrain.batches(positions, len(positions), loader.device)
     X, _ = loader.fixed_batch(data.pretrain, positions)
     X = X * data.std[:, None, None] + data.mean[:, None, None]
-    rows = torch.cat([to_unit(pixels)[None], X.unflatten(0, (loader.V, -1))]).transpose(0, 1)
+    originals = to_unit(pixels)
+    if originals.shape[2:] != X.shape[2:]:
+        originals = F.interpolate(originals, X.shape[2:], mode="bilinear", antialias=True)
+    rows = torch.cat([originals[None], X.unflatten(0, (loader.V, -1))]).transpose(0, 1)
     rows = F.interpolate(rows.flatten(0, 1), scale_factor=max(1, 96 // data.image_size), mode="nearest")
     torchvision.utils.save_image(rows.clamp(0, 1), path, nrow=loader.V + 1, pad_value=1.0)

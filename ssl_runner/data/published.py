@@ -55,7 +55,8 @@ def tiny_imagenet(root: str | None, size: int | None, channels: int | None, cach
             f" extract {TINY_IMAGENET} again"
         )
     words = dict(line.split("\t", 1) for line in _lines(base / "words.txt", TINY_IMAGENET))
-    data = _source(base, train, test, {one: words.get(one, one) for one in ids}, size, channels, cache)
+    names = {one: words.get(one, one) for one in ids}
+    data = _source(base, train, test, names, size, channels, cache, TINY_IMAGENET)
     skipped = Skipped()
     for file in sorted((base / "test").rglob("*.JPEG")):
         skipped.add("unlabelled test images", file)
@@ -76,7 +77,7 @@ def imagenette(root: str | None, size: int | None, channels: int | None, cache: 
         [(file, one) for one in IMAGENETTE_CLASSES for file in _images(base / part / one, IMAGENETTE)]
         for part in ("train", "val")
     )
-    return _source(base, train, test, IMAGENETTE_CLASSES, size, channels, cache)
+    return _source(base, train, test, IMAGENETTE_CLASSES, size, channels, cache, IMAGENETTE)
 
 
 def _source(
@@ -87,12 +88,16 @@ def _source(
     size: int | None,
     channels: int | None,
     cache: str,
+    url: str,
 ) -> Source:
-    """Decode the files, which are in `base`. names: WordNet ID -> class name, in the order of the labels."""
+    """Decode the files, which are in `base` and come from `url`.
+
+    names: WordNet ID -> class name, in the order of the labels.
+    """
     number = {one: label for label, one in enumerate(names)}
     files = [file for file, _ in (*train, *test)]
     labels = torch.tensor([number[one] for _, one in (*train, *test)])
-    images, _ = decode_files(files, size, cache, channels or 3)
+    images, _ = decode_files(files, size, cache, channels or 3, repair=f"extract {url} again")
     rows = np.arange(len(files))
     n = len(train)
     return Source(

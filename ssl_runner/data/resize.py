@@ -32,7 +32,8 @@ def resized(data: Source, size: int | None, channels: int | None) -> Source:
     result[: len(first)] = first
     for number, block in enumerate(blocks, start=1):
         result[number * BLOCK : number * BLOCK + len(block)] = block
-    return replace(data, images=result, mapped=False)
+    resized = size is not None and tuple(images.shape[2:]) != (size, size)
+    return replace(data, images=result, mapped=False, tensor_resize=resized)
 
 
 def _convert(images: Tensor, size: int | None, channels: int | None) -> Tensor:
@@ -40,13 +41,22 @@ def _convert(images: Tensor, size: int | None, channels: int | None) -> Tensor:
     if channels == 1 and images.shape[1] != 1:
         images = luma(images)
     if size is not None:
-        images = F.resize(images, [size], InterpolationMode.BICUBIC, antialias=True)
-        images = F.center_crop(images, [size, size])
+        images = resize(images, size)
     if channels == 3 and images.shape[1] != 3:
         if images.shape[1] != 1:
             raise ValueError(f"dataset.channels=3: expected images of 1 or 3 channels, not {images.shape[1]}")
         images = images.expand(-1, 3, -1, -1)
     return images
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Images (b, C, H, W) uint8 -> (b, C, size, size) uint8, by `Resize(size)` and `CenterCrop(size)`.
+
+    torchvision rounds the weights of the filter to other numbers than Pillow does, so a few pixels differ
+    from Pillow's, most of these by one grey level.
+    """
+    images = F.resize(images, [size], InterpolationMode.BICUBIC, antialias=True)
+    return F.center_crop(images, [size, size])
 
 
 def luma(images: Tensor) -> Tensor:

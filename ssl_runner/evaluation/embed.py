@@ -95,7 +95,7 @@ def splits(data: DataSet) -> dict[str, Images]:
     """Every image of the data set once, by split: train, val, test, unlabeled."""
     labelled = torch.cat([data.train.indices, data.val.indices])
     rest = data.pretrain.indices[~torch.isin(data.pretrain.indices, labelled)]
-    unlabeled = replace(data.pretrain, indices=rest)
+    unlabeled = replace(data.evaluation("pretrain"), indices=rest)
     return {"train": data.train, "val": data.val, "test": data.test, "unlabeled": unlabeled}
 
 

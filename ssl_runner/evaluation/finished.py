@@ -33,6 +33,8 @@ PATHS = ("root", "files", "cache")  # options of a data set that may be relative
 SAME_IMAGES = (
     "size",
     "channels",
+    "eval_resize",
+    "eval_crop",
     "storage",
     "cache",
     "on_error",
@@ -157,14 +159,23 @@ def real(path: Any) -> Any:
 def read_data(cfg: DictConfig, transform: Transform, device: torch.device) -> DataSet:
     """Read the data set of `cfg` for a network with this transform, whose mean and std it gets.
 
-    Images are resized to the size of the network if the data set has the option `size` and it is not set.
+    Images are resized to the size of the run's images if the data set has the option `size` and it is not
+    set. The evaluation transform is that of the run, unless `cfg` has one; then `size` stays as it is.
+
     Raises UsageError for images of another size or with other channels.
     """
     from ssl_runner import build
 
     size, channels = transform.image_size, transform.channels
     cfg = cfg.copy()
-    for name, value in (("size", size), ("channels", channels)):
+    values = {"channels": channels}
+    if cfg.dataset.eval_resize is None and cfg.dataset.eval_crop is None:
+        values["size"] = transform.stored_size or size
+        cfg.dataset.eval_resize, cfg.dataset.eval_crop = (
+            transform.evaluation.resize,
+            transform.evaluation.crop,
+        )
+    for name, value in values.items():
         if name in cfg.dataset and cfg.dataset[name] is None:
             cfg.dataset[name] = value
     data = build.read_data(cfg, device)

@@ -30,17 +30,18 @@ from ssl_runner.probe import (
     feature_networks,
     finetune,
     label_draws,
+    layer_names,
 )
 from ssl_runner.runs import resume
-from ssl_runner.runs.files import CsvLog
+from ssl_runner.runs.files import CsvLog, read_json
 
 
 def probe(folder: Path, cfg: DictConfig) -> str:
     """Probe the exported network of the run in `folder` as `cfg` says. Returns a table of the results.
 
-    The rows are appended to probe.csv, with the last epoch of the run, and the time in the column `probing`,
-    which is empty in the rows of the run itself. With `probe.labels` only the shares of the labels are
-    probed. Raises UsageError if the data set has no labels, or other images than the network takes.
+    The rows are appended to probe.csv, with the epoch of the exported weights, and the time in the column
+    `probing`, which is empty in the rows of the run itself. With `probe.labels` only the shares of the labels
+    are probed. Raises UsageError if the data set has no labels, or other images than the network takes.
     """
     device = choose_device(cfg.device)
     numerics.apply(device, cfg.precision, cfg.deterministic)
@@ -61,7 +62,8 @@ def probe(folder: Path, cfg: DictConfig) -> str:
         print(*filter(None, lines), sep="\n", flush=True)
         log, rows = CsvLog(folder / "probe.csv"), []
         log.truncate_after(math.inf)  # an incomplete last line
-        epoch = int(pd.read_csv(folder / "metrics.csv").epoch.iloc[-1])
+        last = int(pd.read_csv(folder / "metrics.csv").epoch.iloc[-1])
+        epoch = read_json(folder / "run.json").get("exported_epoch", last)
         probing = datetime.now().isoformat(timespec="milliseconds")
         for row in probe_rows(cfg, chosen, model, data, precision):
             log.append({"epoch": epoch, **row, "probing": probing})
@@ -84,11 +86,10 @@ def probe_rows(
     networks = feature_networks(
         data, model, partial(build.build_backbone, cfg, data, device), cfg.probe.layer
     )
-    layers = [] if cfg.probe.layer is None else [f"backbone.{cfg.probe.layer}"]
     classifiers = build.build_classifiers(cfg, frozen)
     settings: Any = OmegaConf.to_container(cfg.probe.finetune) if "finetune" in cfg.probe.probes else None
     tuning = None if settings is None else FineTuning(**settings)  # checked before the first row
-    for name in tqdm([*features, *layers] if frozen else [], "probe", disable=None):
+    for name in tqdm([*features, *layer_names(cfg.probe.layer)] if frozen else [], "probe", disable=None):
         yield from evaluate(name, networks[name](), data, classifiers, len(data.test) > 0, draws)
     if tuning is not None:
         yield from finetune(model, data, tuning, draws, precision, cfg.seed)

@@ -4,7 +4,7 @@ from ssl_runner.probe.during_training import BestEpoch, ProbeEvaluator
 from ssl_runner.probe.finetune import FineTuning, finetune
 from ssl_runner.probe.knn import KnnProbe
 from ssl_runner.probe.linear import LinearProbe
-from ssl_runner.probe.networks import LayerFeatures, affordable, check_layer, feature_networks
+from ssl_runner.probe.networks import LayerFeatures, affordable, check_layer, feature_networks, layer_names
 from ssl_runner.probe.protocol import Classifier, Probe, evaluate, extract
 from ssl_runner.probe.ridge import RidgeProbe
 from ssl_runner.probe.shares import LabelDraw, label_draws
@@ -27,4 +27,5 @@ __all__ = [
     "feature_networks",
     "finetune",
     "label_draws",
+    "layer_names",
 ]

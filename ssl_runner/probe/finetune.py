@@ -109,10 +109,10 @@ def train(
     for epoch in tqdm(range(options.epochs), "finetune", disable=None, leave=False):
         order = positions[torch.randperm(n, generator=shuffle)[: steps * size]]
         network.train()
-        for number, (images, y) in enumerate(data.train.batches(order, size, device)):
+        for number, (images, y) in enumerate(data.train.stored.batches(order, size, device)):
             for group in algorithm.param_groups:
                 group["lr"] = schedule(epoch * steps + number)
-            x = augment(images, 1, data.mean, data.std, views)
+            x = augment(images, 1, data.mean, data.std, views, side=data.view_size)
             loss = step(network, x, y, algorithm, scaler, AUTOCAST_DTYPES[precision])
         if not loss.isfinite():
             raise UsageError(

@@ -29,12 +29,17 @@ def affordable(features: Iterable[str], data: DataSet) -> tuple[list[str], str]:
     return [name for name in names if name not in large], line
 
 
+def layer_names(layer: str | int | None) -> list[str]:
+    """The names of the features that `probe.layer` adds: `backbone.<layer>`, or none."""
+    return [] if layer is None else [f"backbone.{layer}"]
+
+
 def feature_networks(
     data: DataSet, model: SSLModel, fresh_backbone: Callable[[], Backbone], layer: str | int | None
 ) -> dict[str, Callable[[], nn.Module]]:
     """The networks to probe, by the names of `probe.features`, built on demand.
 
-    With `layer`, "backbone.<layer>" gives the output of this layer.
+    With `layer`, the name in `layer_names` gives the output of this layer.
     """
     networks: dict[str, Callable[[], nn.Module]] = {
         "backbone": lambda: model.backbone,
@@ -45,7 +50,8 @@ def feature_networks(
         "lda": lambda: linear_discriminants(data),
     }
     if layer is not None:
-        networks[f"backbone.{layer}"] = lambda: LayerFeatures(model.backbone, layer)
+        [name] = layer_names(layer)
+        networks[name] = lambda: LayerFeatures(model.backbone, layer)
     return networks
 
 

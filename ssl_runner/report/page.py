@@ -15,6 +15,7 @@ from ssl_runner.report.plots import NAMES
 from ssl_runner.report.read import Run
 from ssl_runner.report.tables import (
     count_by_status,
+    count_runs,
     error_text,
     errors,
     overridden_keys,
@@ -97,7 +98,7 @@ def render(
         version=__version__,
         written=time.strftime("%Y-%m-%d %H:%M"),
         statuses=count_by_status(table),
-        total=len(table),
+        total=count_runs(len(table)),
         shared={key: table[key].dropna().iloc[0] for key in same},
         summary=summary_table(summary, keys),
         no_results="No finished run has a top-1: its images have no labels, and ssl-probe has probed none."

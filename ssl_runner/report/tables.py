@@ -274,6 +274,10 @@ def with_interval(mean: float, half: float) -> str:
     return "-" if np.isnan(mean) else f"{mean:.4f}" if np.isnan(half) else f"{mean:.4f} ± {half:.4f}"
 
 
+def count_runs(number: int) -> str:
+    return f"{number} run" if number == 1 else f"{number} runs"
+
+
 def count_by_status(table: pd.DataFrame) -> str:
     return ", ".join(f"{n} {status}" for status, n in Counter(table.status).most_common())
 

@@ -4,7 +4,15 @@ import shutil
 
 import pandas as pd
 
-from ssl_runner.report.tables import MAIN, count_by_status, errors, scored, top1_columns, with_interval
+from ssl_runner.report.tables import (
+    MAIN,
+    count_by_status,
+    count_runs,
+    errors,
+    scored,
+    top1_columns,
+    with_interval,
+)
 
 TITLES = {"val_top1": "val top-1", "top1": "test top-1"}
 MAX_LINES = 30  # configurations
@@ -14,7 +22,7 @@ MAX_OTHERS = 4  # results of other data sets, where no run has one of its own
 def format_terminal(table: pd.DataFrame, summary: pd.DataFrame, keys: list[str]) -> str:
     """Counts, the best configurations and the most frequent errors, in lines that fit the terminal."""
     width = shutil.get_terminal_size((160, 24)).columns
-    lines = [f"{len(table)} runs: {count_by_status(table)}"]
+    lines = [f"{count_runs(len(table))}: {count_by_status(table)}"]
     if len(summary):
         lines.append("sorted by validation accuracy; mean ± 95 % confidence interval over n seeds")
         lines += format_results(summary.head(MAX_LINES), keys)

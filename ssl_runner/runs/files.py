@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,6 +68,19 @@ class CsvLog:
             return
         header, rows = self._read()
         self._write(header, [row for row in rows if int(row[header.index("epoch")]) <= epoch])
+
+    def truncate_at_repeat(self, columns: Sequence[str]) -> None:
+        """Drop the first row whose values in `columns` are those of an earlier row, and all rows after it."""
+        if self.path is None or not self.path.exists():
+            return
+        header, rows = self._read()
+        seen: set[tuple[str, ...]] = set()
+        for number, row in enumerate(rows):
+            key = tuple(row[header.index(column)] for column in columns)
+            if key in seen:
+                self._write(header, rows[:number])
+                return
+            seen.add(key)
 
     def _header(self) -> list[str]:
         """The columns of the file, [] if it does not exist or is empty."""
