@@ -18,12 +18,16 @@ IMPORTS = """
     backbone        names
     projector
     preemption
+    background
+    guard
+    host_copy
+    timer
     console         errors
     optimizer       errors
     distributed     preemption
     device          distributed errors
     config          errors names rule
-    runs            config distributed errors preemption version
+    runs            background config distributed errors host_copy preemption version
 
     views           device errors rule
     relation        batch device distributed errors
@@ -33,8 +37,8 @@ IMPORTS = """
     evaluator       model
     solver          loss model relation
 
-    train           batch data device distributed errors loss model preemption relation solver
-    theory          backbone data distributed errors evaluator loss model relation runs solver
+    train           batch data device distributed errors guard loss model preemption relation solver timer
+    theory          backbone data distributed errors evaluator host_copy loss model relation runs solver
     probe           backbone data device distributed errors evaluator model optimizer runs views
 
     pretrained      data device errors runs views
@@ -43,7 +47,8 @@ IMPORTS = """
     build           backbone checks config data device distributed errors evaluator loss model optimizer
                     preemption probe relation runs solver
     embedding_map   data distributed probe runs
-    pipeline        build data distributed embedding_map model preemption probe runs solver views
+    pipeline        background build data distributed embedding_map evaluator model preemption probe runs
+                    solver views
     evaluation      build config console data device errors model pretrained probe runs views
     cli             build config console distributed errors pipeline preemption runs version
     __main__        cli
