@@ -1,8 +1,11 @@
-"""The background thread of a run, copies of states in host memory, and checkpoints written from them."""
+"""The background thread of a run, copies of states in host memory, and the checkpoints written from them."""
 
+import json
+import signal
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,12 @@ import torch
 from torch import nn
 
 from ssl_runner.background import MAX_WAITING, Background
+from ssl_runner.evaluator import Columns, Evaluator
 from ssl_runner.host_copy import HostCopy
+from ssl_runner.model import SSLModel
 from ssl_runner.runs import checkpoint
 from tests.device import OnDevice, Waits, pretended
+from tests.helpers import TINY, run_folder, table
 
 
 def test_jobs_run_in_order_in_one_other_thread() -> None:
@@ -201,3 +207,84 @@ def test_failed_checkpoint_raises_in_the_training_thread(
     with pytest.raises(OSError, match="disk full"):  # on exit as well
         run()
     assert checkpoint.find(tmp_path) is None
+
+
+# --- runs -------------------------------------------------------------------------------------------------
+
+RUN = f"{TINY} epochs=4 +evaluators.norm._target_=tests.helpers.NormInBackground"
+
+
+def test_row_is_written_before_a_checkpoint_of_a_later_epoch(
+    ssl_run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint is written after every step. The columns of a row take longer than a step."""
+    save, epochs = checkpoint.save, []
+
+    def checked_save(state: dict[str, Any], folder: Path) -> None:
+        if state["epoch"]:
+            assert [int(row["epoch"]) for row in table(folder / "metrics.csv")][-1] >= state["epoch"]
+        epochs.append(state["epoch"])
+        save(state, folder)
+
+    monkeypatch.setattr("ssl_runner.train.SAVE_INTERVAL", -1.0)
+    monkeypatch.setattr(checkpoint, "save", checked_save)
+    code, out, err = ssl_run(f"{RUN} +evaluators.norm.seconds=0.05")
+    assert (code, err) == (0, "")
+    assert set(epochs) == {0, 1, 2, 3}
+    rows = table(run_folder(out) / "metrics.csv")
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+    assert all(float(row["norm"]) > 0 for row in rows)
+
+
+class InterruptsOnce(Evaluator):
+    """Preempt the run in `evaluate` of epoch 3, the first time."""
+
+    def __init__(self, loader: Any, relation: Any, loss: Any, folder: Path):
+        super().__init__()
+        self.done = folder / "interrupted"
+
+    def evaluate(self, model: SSLModel, epoch: int) -> Columns:
+        if epoch == 3 and not self.done.exists():
+            self.done.touch()
+            signal.raise_signal(signal.SIGTERM)
+        return {}
+
+
+def test_run_preempted_in_an_evaluator_keeps_the_epoch(ssl_run, tmp_path: Path) -> None:
+    """The run is shorter than a minute, so the checkpoint is the state held at the end of the epoch."""
+    whole = run_folder(ssl_run(f"{RUN} hydra.run.dir=whole")[1])
+    command = f"{RUN} +evaluators.stop._target_=tests.test_background.InterruptsOnce hydra.run.dir=mine"
+    assert ssl_run(command)[0] == 75
+    mine = tmp_path / "mine"
+    state = checkpoint.load(mine / "checkpoint.pt")
+    assert (state["epoch"], state["step"]) == (2, 9)
+    assert len(table(mine / "metrics.csv")) == 2
+    assert ssl_run("resume=mine")[0] == 0
+    for name in ("metrics.csv", "probe.csv", "spectrum.csv"):
+        assert table(mine / name) == table(whole / name)
+    assert (mine / "backbone.safetensors").read_bytes() == (whole / "backbone.safetensors").read_bytes()
+
+
+class FailsInBackground(Evaluator):
+    columns = ("wrong",)
+
+    def __init__(self, loader: Any, relation: Any, loss: Any, folder: Path):
+        super().__init__()
+
+    def evaluate(self, model: SSLModel, epoch: int) -> Callable[[], Columns]:
+        def columns() -> Columns:
+            if epoch == 2:
+                raise ValueError("no number in epoch 2")
+            return {"wrong": epoch}
+
+        return columns
+
+
+def test_error_in_the_background_ends_the_run(ssl_run, tmp_path: Path) -> None:
+    command = f"{TINY} epochs=30 +evaluators.wrong._target_=tests.test_background.FailsInBackground"
+    code, _, err = ssl_run(f"{command} hydra.run.dir=mine")
+    assert code == 1
+    assert "no number in epoch 2" in err
+    record = json.loads((tmp_path / "mine" / "run.json").read_text())
+    assert (record["status"], record["error"]) == ("failed", "ValueError: no number in epoch 2")
+    assert [row["epoch"] for row in table(tmp_path / "mine" / "metrics.csv")] == ["1"]

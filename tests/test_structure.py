@@ -38,7 +38,8 @@ IMPORTS = """
     solver          loss model relation
 
     train           batch data device distributed errors guard loss model preemption relation solver timer
-    theory          backbone data distributed errors evaluator host_copy loss model relation runs solver
+    theory          backbone data device distributed errors evaluator host_copy loss model relation runs
+                    solver
     probe           backbone data device distributed errors evaluator model optimizer runs views
 
     pretrained      data device errors runs views

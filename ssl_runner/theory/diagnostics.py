@@ -14,6 +14,7 @@ from torch import Tensor
 from ssl_runner import distributed
 from ssl_runner.data.loader import MultiViewLoader
 from ssl_runner.data.splits import balanced_order
+from ssl_runner.device import to_device
 from ssl_runner.evaluator import Columns, Evaluator
 from ssl_runner.host_copy import HostCopy
 from ssl_runner.loss import Loss
@@ -107,7 +108,7 @@ class Diagnostics(Evaluator):
         """
         with eval_mode(model):
             indices = distributed.shard_indices(len(self.X), FORWARD_ROWS)
-            own = self.X[indices[distributed.rank()].to(self.X.device)]
+            own = self.X[to_device(indices[distributed.rank()], self.X.device)]
             features = torch.cat([model.features(x) for x in own.split(FORWARD_ROWS)]).float()
             features = distributed.unshard(features, indices)
             return features, model.projector(features).float()
