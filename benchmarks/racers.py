@@ -100,7 +100,7 @@ def ours(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
     experiment = build.build(cfg)
     backbone = clock.backbone = experiment.model.backbone
     preemption = Preemption()
-    solver: Any = experiment.solver(preemption, lambda state: None)
+    solver: Any = experiment.solver(preemption, lambda state, how: None)
     schedule = partial(
         optimizer.cosine,
         steps=1000,

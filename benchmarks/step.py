@@ -64,7 +64,7 @@ class Ours:
             learning_rate=lambda step: 1e-3,
             precision=precision,
         )
-        self.guard, self.batches = NonFiniteGuard(device), self._batches()
+        self.guard, self.batches = NonFiniteGuard(), self._batches()
         X, self.batch = next(self.batches)
         self.X = X.contiguous(memory_format=model.memory_format)
         self.Z = torch.randn(V * BATCH, K, device=device)

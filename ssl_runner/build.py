@@ -32,7 +32,7 @@ from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.runs import weights
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.runs.schedule import Schedule
-from ssl_runner.solver import Solver
+from ssl_runner.solver import Save, Solver
 
 # options of `dataset.load`, not of the reader
 DATASET_SETTINGS = ("name", "val_fraction", "test_fraction", "subset", "split_seed", "storage")
@@ -65,7 +65,7 @@ class Experiment:
     def solver(
         self,
         preemption: Preemption,
-        save: Callable[[dict[str, Any]], None],
+        save: Callable[[dict[str, Any], Save], None],
         schedule: Schedule | None = None,
     ) -> Solver:
         """The solver. It calls `save` with its state wherever it can resume from.

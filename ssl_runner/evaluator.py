@@ -1,8 +1,11 @@
 """Evaluators: called with the model after every epoch, they add columns to metrics.csv or write files."""
 
+from collections.abc import Callable
 from typing import Any
 
 from ssl_runner.model import SSLModel
+
+Columns = dict[str, Any]
 
 
 class Evaluator:
@@ -23,16 +26,19 @@ class Evaluator:
             )
         self.every = every
 
-    def __call__(self, model: SSLModel, epoch: int, last: bool) -> dict[str, Any]:
-        """Values of `columns` in the row of `epoch`, counted from 1. `last`: no epoch follows.
+    def __call__(self, model: SSLModel, epoch: int, last: bool) -> Columns | Callable[[], Columns]:
+        """Values of `columns` in the row of `epoch`, counted from 1, or a function that returns them.
 
-        Raises ValueError if `evaluate` does not return exactly `columns`, since the header of metrics.csv is
-        written once.
+        `last`: no epoch follows. Raises ValueError, here or in the function, if `evaluate` does not return
+        exactly `columns`, since the header of metrics.csv is written once.
         """
         due = self.after_last if last else epoch % self.every == 0
         if not due:
             return dict.fromkeys(self.columns)
         values = self.evaluate(model, epoch)
+        return (lambda: self._checked(values())) if callable(values) else self._checked(values)
+
+    def _checked(self, values: Columns) -> Columns:
         if set(values) != set(self.columns):
             raise ValueError(
                 f"{type(self).__name__}.evaluate returned columns {sorted(values)}: expected"
@@ -43,11 +49,15 @@ class Evaluator:
     def check(self, model: SSLModel) -> None:
         """Raise UsageError, before training, for a model that cannot be evaluated."""
 
-    def evaluate(self, model: SSLModel, epoch: int) -> dict[str, Any]:
+    def evaluate(self, model: SSLModel, epoch: int) -> Columns | Callable[[], Columns]:
         """Values of `columns` for the model. Every rank calls this; the values of rank 0 are written.
 
         Gradients are enabled. The modes of the model's modules must be restored
         (`ssl_runner.model.eval_mode`).
+
+        May return a function that returns the values instead. It is called once, in a background thread,
+        while training continues, and before that of a later epoch. It must not use the model, the device or
+        torch's global generator.
         """
         raise NotImplementedError
 

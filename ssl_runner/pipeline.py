@@ -1,6 +1,8 @@
 """One run, from its configuration to its files: the stages, top to bottom."""
 
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ from torch import nn
 from tqdm import tqdm
 
 from ssl_runner import __version__, distributed, numerics
+from ssl_runner.background import Background
 from ssl_runner.build import Experiment, build
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.loader import preview
 from ssl_runner.device import choose_compile
 from ssl_runner.embedding_map import write_map
+from ssl_runner.evaluator import Columns
 from ssl_runner.model import count_parameters
 from ssl_runner.preemption import Preemption
 from ssl_runner.probe import affordable, evaluate, feature_networks, label_draws, layer_names
@@ -22,7 +26,7 @@ from ssl_runner.runs import checkpoint, resume, weights
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.runs.record import RunRecord
 from ssl_runner.runs.schedule import identity, read_schedule, remove_outdated
-from ssl_runner.solver import Solver
+from ssl_runner.solver import Save, Solver
 from ssl_runner.views.augment import numba_works
 
 
@@ -47,6 +51,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         record,
         distributed.propagate_failures(record.fail),
         numerics.preserved(),
+        Background() as background,
+        checkpoint.Writer(folder, background) as writer,
     ):
         resume_from = distributed.broadcast_object(checkpoint.find(folder) if is_main else None)
         experiment = build(cfg, init_weights=resume_from is None)
@@ -59,10 +65,12 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
             CsvLog(folder / f"{name}.csv" if is_main else None) for name in ("metrics", "probe")
         )
 
-        def save(state: dict[str, Any]) -> None:
+        def save(state: dict[str, Any], how: Save) -> None:
             if is_main:
-                states = [evaluator.state_dict() for evaluator in evaluators]
-                checkpoint.save(state | {"evaluators": states}, folder)
+                state |= {"evaluators": [evaluator.state_dict() for evaluator in evaluators]}
+                (writer.hold if how is Save.HOLD else writer.write)(state)
+                if how is Save.WAIT:
+                    background.wait()
 
         solver, model = experiment.solver(preemption, save, schedule), experiment.model
         evaluators = experiment.evaluators(folder, probes)
@@ -86,9 +94,13 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
             preview(experiment.loader, folder / "views.png")
 
         for row in solver.epochs():
-            for evaluator in evaluators:
-                row = merge(row, evaluator(model, solver.epoch, last=solver.epoch == solver.total_epochs))
-            metrics.append(row)
+            start = time.perf_counter()
+            last = solver.epoch == solver.total_epochs
+            columns = [evaluator(model, solver.epoch, last=last) for evaluator in evaluators]
+            row = with_evaluators_time(row, time.perf_counter() - start)
+            # a checkpoint of a later step is written after the row
+            background.submit(partial(append, metrics, row, columns))
+        background.wait()
         for evaluator in evaluators:
             record.update(**(evaluator.finish(model) or {}))
         if is_main:
@@ -124,6 +136,26 @@ def compile_solver(cfg: DictConfig, experiment: Experiment, solver: Solver) -> s
     if reason and distributed.is_main_process():
         print(f"compile=graphs: {reason}: the network and the views are compiled only", flush=True)
     return "on" if reason else mode
+
+
+def with_evaluators_time(row: Columns, seconds: float) -> Columns:
+    """Add the seconds of the evaluators to a row.
+
+    Where the row has the seconds of training as seconds_*, images_per_s becomes the images of the epoch over
+    all seconds of the epoch.
+    """
+    training = sum(value for name, value in row.items() if name.startswith("seconds_"))
+    row = row | {"seconds_evaluators": round(seconds, 4)}
+    if training:
+        row["images_per_s"] = round(row["images_seen"] / row["epoch"] / (training + seconds), 1)
+    return row
+
+
+def append(log: CsvLog, row: Columns, columns: Sequence[Columns | Callable[[], Columns]]) -> None:
+    """Append a row with the columns of the evaluators, some of which are computed here."""
+    for values in columns:
+        row = merge(row, values() if callable(values) else values)
+    log.append(row)
 
 
 def merge(row: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:

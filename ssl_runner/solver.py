@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from enum import Enum, auto
 from typing import Any
 
 from ssl_runner.loss import Loss
@@ -9,10 +10,19 @@ from ssl_runner.model import SSLModel
 from ssl_runner.relation.builders import RelationBuilder
 
 
+class Save(Enum):
+    """What a solver asks for when it calls `save` with its state."""
+
+    HOLD = auto()  # keep a copy, which is written if the run ends before the next checkpoint
+    WRITE = auto()  # write a checkpoint in the background
+    WAIT = auto()  # write a checkpoint, and return when it is on disk
+
+
 class Solver(ABC):
     """A solver, chosen by `_target_` in conf/solver/.
 
     It is called with model, loss, loader, relation and save as keyword arguments, and with its own settings.
+    It calls save(state, how), with its state and a `Save`, wherever the run can resume from.
     If `trains`, it takes gradient steps and is called with optimizer, learning_rate, precision,
     clip_grad_norm, per_view and preemption as well; otherwise it computes in float32 and float64.
     """
@@ -38,7 +48,11 @@ class Solver(ABC):
 
     @abstractmethod
     def epochs(self) -> Iterator[dict[str, Any]]:
-        """Yield one row of metrics.csv after each remaining epoch, and count the finished ones in `epoch`."""
+        """Yield one row of metrics.csv after each remaining epoch, and count the finished ones in `epoch`.
+
+        A row may give the seconds of the epoch's parts in columns seconds_*. Those of `evaluators` are added
+        to it, and images_per_s is then computed from their sum.
+        """
 
     @abstractmethod
     def compile(self, graphs: bool = False) -> str | None:

@@ -1,9 +1,7 @@
 """Pretraining by gradient steps: X -> model -> Z -> loss(Z, G) -> backward -> optimizer step."""
 
 import itertools
-import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -16,23 +14,19 @@ from tqdm import tqdm
 from ssl_runner import distributed, numerics, step_graph
 from ssl_runner.batch import Batch
 from ssl_runner.data.loader import MultiViewLoader
-from ssl_runner.device import AUTOCAST_DTYPES, to_host
+from ssl_runner.device import AUTOCAST_DTYPES
 from ssl_runner.errors import UsageError
+from ssl_runner.guard import ADVICE, Diverged, NonFiniteGuard
 from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel
 from ssl_runner.preemption import Preempted, Preemption
 from ssl_runner.relation.builders import RelationBuilder
-from ssl_runner.solver import Solver
+from ssl_runner.solver import Save, Solver
 from ssl_runner.step_graph import Capture, StepGraph
+from ssl_runner.timer import IteratorTimer
 
-SAVE_INTERVAL = 600.0  # seconds between checkpoints within an epoch
+SAVE_INTERVAL = 60.0  # seconds between checkpoints
 SAVE, STOP = 1, 2  # what a rank may request after a step; the largest request over all ranks is executed
-
-ADVICE = "lower optimizer.lr, set optimizer.clip_grad_norm or use precision=fp32"
-
-
-class Diverged(RuntimeError):
-    """The loss or the weights are no longer finite."""
 
 
 class Pretraining(Solver):
@@ -40,8 +34,9 @@ class Pretraining(Solver):
 
     A checkpoint can be taken after any step and holds everything an exact resume needs: weights, optimizer,
     gradient scaler, data order, random states, counters, and the sums of the epoch's row. `save` is called
-    with it at the end of every epoch, before the epoch's row is yielded; every ten minutes; and when
-    `preemption` requests a stop, after which Preempted is raised.
+    with it every SAVE_INTERVAL, after the last epoch, and when `preemption` requests a stop, after which
+    Preempted is raised. At the end of every other epoch it is called with Save.HOLD. Both precede the row of
+    the epoch: a run that resumes from the end of an epoch yields its row again.
 
     With several ranks each holds an equal part of every batch and the same weights. The loss is that of the
     whole batch.
@@ -62,7 +57,7 @@ class Pretraining(Solver):
         clip_grad_norm: float | None = None,
         per_view: bool = False,
         preemption: Preemption | None = None,
-        save: Callable[[dict[str, Any]], None] = lambda state: None,
+        save: Callable[[dict[str, Any], Save], None] = lambda state, how: None,
     ):
         self.model, self.loss, self.loader, self.relation = model, loss, loader, relation
         self.optimizer, self.learning_rate, self.clip_grad_norm = optimizer, learning_rate, clip_grad_norm
@@ -77,8 +72,9 @@ class Pretraining(Solver):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.forwards = loader.V if per_view else 1
         self.epoch = self.step = 0
-        self.seconds = self.seconds_before = 0.0  # of training: in total, and in finished epochs
         self.gradients: Callable[[Tensor, Batch], dict[str, Tensor]] = self._gradients
+        self.seconds, self.saved = 0.0, time.perf_counter()  # of views and steps; time of the last checkpoint
+        self.times = dict.fromkeys(("views", "step", "checkpoint"), 0.0)  # seconds in this epoch
         self.sums: dict[str, Tensor] = {}  # of the loss and its terms over this epoch's steps
         self.last_row: dict[str, Any] = {}
         if distributed.rank():
@@ -87,9 +83,11 @@ class Pretraining(Solver):
     def epochs(self) -> Iterator[dict[str, Any]]:
         """Train the remaining epochs.
 
-        Yields after each: epoch, step, images_seen, seconds, images_per_s, lr, loss and the terms of the loss
-        (the last two as means over the epoch's steps). Raises Diverged if a term or a weight is not finite.
+        Yields after each: epoch, step, images_seen, seconds (of views and steps in all epochs), images_per_s,
+        seconds of this epoch's views, steps and checkpoints, lr, loss and the terms of the loss (the last two
+        as means over the epoch's steps). Raises Diverged if a term or a weight is not finite.
         """
+        self.saved = time.perf_counter()
         with tqdm(
             total=self.total_epochs * self.loader.steps_per_epoch * self.loader.batch_size,
             initial=self.step * self.loader.batch_size,
@@ -118,7 +116,11 @@ class Pretraining(Solver):
                 raise Diverged(
                     f"the weights are not finite after step {self.step - 1}, but the loss was; {ADVICE}"
                 )
-            self._save()
+            # a signal since the last step; the ranks agree
+            stopped = stopped or any(distributed.all_gather_object(self.preemption.received is not None))
+            last = self.epoch + 1 == self.total_epochs
+            write = last or self._save_is_due()
+            self._save(Save.WAIT if stopped else Save.WRITE if write else Save.HOLD)
             if stopped:
                 raise Preempted(f"preempted after step {self.step}; the run can be resumed")
         steps, images = self.loader.steps_per_epoch, self.loader.steps_per_epoch * self.loader.batch_size
@@ -129,39 +131,46 @@ class Pretraining(Solver):
             "step": self.step,
             "images_seen": self.step * self.loader.batch_size,
             "seconds": round(self.seconds, 3),
-            "images_per_s": round(images / (self.seconds - self.seconds_before), 1),
+            "images_per_s": round(images / sum(self.times.values()), 1),
+            **{f"seconds_{part}": round(seconds, 4) for part, seconds in self.times.items()},
             "lr": self.learning_rate(self.step - 1),
             **means,
         }
-        self.sums, self.seconds_before = {}, self.seconds
+        self.sums, self.times = {}, dict.fromkeys(self.times, 0.0)
         return self.last_row
 
     def _steps(self, bar: tqdm) -> bool:
         """Run the remaining steps of this epoch. Returns True if a stop was requested after one of them."""
-        start = saved = time.perf_counter()
+        start = time.perf_counter()
         self.model.train()
-        guard = NonFiniteGuard(self.device)
+        guard, timer = NonFiniteGuard(), IteratorTimer(self.device)
         first = self.step - self.epoch * self.loader.steps_per_epoch
-        for X, batch in self.loader.batches(self.epoch, first, whole_batch=not self.sharded):
+        for X, batch in timer(self.loader.batches(self.epoch, first, whole_batch=not self.sharded)):
             values = self._step(X, batch, guard)
             self.sums = {name: value + self.sums.get(name, 0) for name, value in values.items()}
             self.step += 1
             bar.set_postfix(guard.latest, refresh=False)
             bar.update(self.loader.batch_size)
-            save_is_due = time.perf_counter() - saved > SAVE_INTERVAL
-            request = self.requests(STOP if self.preemption.received else SAVE if save_is_due else 0)
+            request = self.requests(STOP if self.preemption.received else SAVE if self._save_is_due() else 0)
             if request:
                 guard.finish()
-                self.seconds += time.perf_counter() - start
+                self._count(time.perf_counter() - start, timer)
                 if request == STOP:
                     return True
-                self._save()
-                start = saved = time.perf_counter()
+                self._save(Save.WRITE)
+                start = time.perf_counter()
         guard.finish()
-        self.seconds += time.perf_counter() - start
+        self._count(time.perf_counter() - start, timer)
         return False
 
-    def _step(self, X: Tensor, batch: Batch, guard: "NonFiniteGuard") -> dict[str, Tensor]:
+    def _count(self, seconds: float, timer: IteratorTimer) -> None:
+        """Add seconds of this epoch. Those in the loader's iterator are of views, the others of steps."""
+        views = timer.seconds()
+        self.seconds += seconds
+        self.times["views"] += views
+        self.times["step"] += seconds - views
+
+    def _step(self, X: Tensor, batch: Batch, guard: NonFiniteGuard) -> dict[str, Tensor]:
         """One step on X (V n, C, h, w). Returns the loss and its terms, scalars on the device.
 
         There is no host-device sync, except by fp16's scaler with an optimizer that is not fused.
@@ -206,9 +215,23 @@ class Pretraining(Solver):
             torch.manual_seed(self.loader.seed + self.step)  # a loss draws the same numbers on all ranks
             return self._terms(whole, batch)
 
-    def _save(self) -> None:
-        self.save(self.state_dict())
-        distributed.broadcast_object(None)  # no rank continues or exits before the checkpoint is on disk
+    def _save_is_due(self) -> bool:
+        """Whether the last checkpoint is SAVE_INTERVAL old. If so, the interval starts again.
+
+        Only the main process decides: a rank with another clock would request a second checkpoint.
+        """
+        now = time.perf_counter()
+        due = distributed.is_main_process() and now - self.saved > SAVE_INTERVAL
+        if due:
+            self.saved = now
+        return due
+
+    def _save(self, how: Save) -> None:
+        start = time.perf_counter()
+        self.save(self.state_dict(), how)
+        if how is Save.WAIT:
+            distributed.broadcast_object(None)  # no rank exits before the checkpoint is on disk
+        self.times["checkpoint"] += time.perf_counter() - start
 
     def parameters(self) -> list[Tensor]:
         """All parameters that the optimizer updates."""
@@ -219,7 +242,7 @@ class Pretraining(Solver):
             "epoch": self.epoch,
             "step": self.step,
             "seconds": self.seconds,
-            "seconds_before": self.seconds_before,
+            "times": self.times,
             "sums": self.sums,
             "backbone": self.model.backbone.state_dict(),
             "projector": self.model.projector.state_dict(),
@@ -238,7 +261,7 @@ class Pretraining(Solver):
                 f"resume: the checkpoint was computed on {state['computed_on']}, this process computes on"
                 f" {self.computed_on}; results would differ: resume where it began, or start a new run"
             )
-        for name in ("epoch", "step", "seconds", "seconds_before"):
+        for name in ("epoch", "step", "seconds", "times"):
             setattr(self, name, state[name])
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         self.model.backbone.load_state_dict(state["backbone"])
@@ -255,42 +278,3 @@ class Pretraining(Solver):
         """States of this rank's global generators, of the host and of the device."""
         device = None if self.device.type == "cpu" else torch.get_device_module(self.device).get_rng_state()
         return torch.get_rng_state(), device
-
-
-class NonFiniteGuard:
-    """Stops a run whose loss is not finite, without a host-device sync.
-
-    On CUDA a step's terms are copied to the host asynchronously and checked when they have arrived, one or
-    two steps later. Elsewhere they are checked at once, before the weights are updated.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.pending: deque[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = deque()
-        self.latest: dict[str, str] = {}  # for the progress bar
-
-    def put(self, step: int, values: dict[str, Tensor]) -> None:
-        """Check the loss and terms of a step, now or later. Raises Diverged."""
-        self.pending.append((step, list(values), *to_host(torch.stack(list(values.values())))))
-        self._check(wait=False)
-
-    def finish(self) -> None:
-        """Wait for pending copies and check them. Raises Diverged."""
-        self._check(wait=True)
-
-    def _check(self, wait: bool) -> None:
-        while self.pending:
-            step, names, values, event = self.pending[0]
-            if event is not None and wait:
-                event.synchronize()
-            if event is not None and not event.query():
-                return
-            self.pending.popleft()
-            numbers = dict(zip(names, values.tolist(), strict=True))
-            broken = {name: value for name, value in numbers.items() if not math.isfinite(value)}
-            if broken:
-                terms = ", ".join(
-                    f"{name}={value}" for name, value in broken.items() if name != "loss" or len(broken) == 1
-                )
-                raise Diverged(f"the loss is not finite at step {step}: {terms}; {ADVICE}")
-            self.latest = {"loss": f"{numbers['loss']:.4g}"}

@@ -5,6 +5,7 @@ import io
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from ssl_runner.backbone import convnet
 from ssl_runner.data import dataset
 from ssl_runner.data.dataset import DataSet, Source
 from ssl_runner.data.loader import MultiViewLoader
+from ssl_runner.evaluator import Columns, Evaluator
 from ssl_runner.loss import Loss, VICReg
 from ssl_runner.model import SSLModel
 from ssl_runner.projector import mlp
@@ -31,7 +33,10 @@ from ssl_runner.train import NonFiniteGuard, Pretraining
 from ssl_runner.views import Augment
 
 CPU = torch.device("cpu")
-TIMINGS = ("seconds", "images_per_s", "diagnostics_s", "solve_s")
+TIMINGS = (
+    *("seconds", "seconds_views", "seconds_step", "seconds_checkpoint", "seconds_evaluators"),
+    *("images_per_s", "diagnostics_s", "solve_s"),
+)
 TINY = (
     "epochs=2 dataset.subset=200 batch_size=50 backbone.widths=[8,16] projector.width=16 projector.K=8"
     " probe.probes=[knn] probe.features=[backbone] device=cpu precision=fp32"
@@ -119,6 +124,25 @@ def pretraining(
     )
 
 
+class NormInBackground(Evaluator):
+    """The norm of the backbone's first parameter, computed slowly in the background."""
+
+    columns = ("norm",)
+
+    def __init__(self, loader: Any, relation: Any, loss: Any, folder: Path, seconds: float = 0.005):
+        super().__init__()
+        self.seconds = seconds
+
+    def evaluate(self, model: SSLModel, epoch: int) -> Callable[[], Columns]:
+        first = next(model.backbone.parameters()).detach().clone()
+
+        def columns() -> Columns:
+            time.sleep(self.seconds)
+            return {"norm": float(first.norm())}
+
+        return columns
+
+
 def rows(solver: Solver) -> list[dict[str, Any]]:
     """Run the remaining epochs. Returns the rows of metrics.csv without timings."""
     return [{name: value for name, value in row.items() if name not in TIMINGS} for row in solver.epochs()]
@@ -144,10 +168,11 @@ def complete_rows(path: Path) -> pd.DataFrame:
     return pd.read_csv(io.StringIO(text)) if text else pd.DataFrame()
 
 
-def start(command: str, cwd: Path) -> subprocess.Popen:
-    """Start `ssl-run` with this command line in a process of its own."""
+def start(command: str, cwd: Path, save_interval: float = 60.0) -> subprocess.Popen:
+    """Start `ssl-run` with this command line in a process of its own. `save_interval` (s): of checkpoints."""
+    code = f"from ssl_runner import cli, train; train.SAVE_INTERVAL = {save_interval}; cli.main()"
     return subprocess.Popen(
-        [sys.executable, "-m", "ssl_runner", *command.split()],
+        [sys.executable, "-c", code, *command.split()],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -38,7 +38,7 @@ def experiment(overrides: str = "", tiny: str = TINY) -> Experiment:
 def test_parts_are_shared_except_the_relation() -> None:
     """Hydra could copy what it passes on. The state of the relation belongs to the solver alone."""
     built = experiment("relation=neighbors relation.queue=60")
-    solver = built.solver(Preemption(), save=lambda state: None)
+    solver = built.solver(Preemption(), save=lambda state, how: None)
     assert isinstance(solver, Pretraining)
     [diagnostics] = built.evaluators(Path(), CsvLog(None))
     assert solver.model is built.model
@@ -54,7 +54,7 @@ def test_parts_are_shared_except_the_relation() -> None:
 def test_fresh_backbone_has_the_initial_weights() -> None:
     built = experiment()
     initial = {name: value.clone() for name, value in built.model.backbone.state_dict().items()}
-    next(built.solver(Preemption(), save=lambda state: None).epochs())
+    next(built.solver(Preemption(), save=lambda state, how: None).epochs())
     fresh = built.fresh_backbone().state_dict()
     assert all((fresh[name] == value).all() for name, value in initial.items())
     assert any((value != initial[name]).any() for name, value in built.model.backbone.state_dict().items())
@@ -65,7 +65,7 @@ def test_closed_form_has_no_optimizer_and_a_linear_backbone_no_projector() -> No
     assert built.optimizer is None
     assert built.precision == "fp32"
     assert not list(built.model.projector.parameters())
-    assert isinstance(built.solver(Preemption(), save=lambda state: None), ClosedForm)
+    assert isinstance(built.solver(Preemption(), save=lambda state, how: None), ClosedForm)
 
 
 @pytest.mark.parametrize(("settings", "number"), [("", 1), ("diagnostics.every=0", 0), ("probe.every=1", 2)])

@@ -2,7 +2,9 @@
 
 import csv
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from ssl_runner.relation import builders
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.theory import diagnostics, measures, optima
 from ssl_runner.theory.diagnostics import Diagnostics
+from ssl_runner.views import Augment
+from tests.device import OnDevice, _Event, moved, pretended
 from tests.helpers import noise_loader
 
 NOWHERE = Path("/nonexistent")  # a folder that is not written to
@@ -196,3 +200,25 @@ def test_neighbours_are_recomputed_at_each_evaluation() -> None:
     diagnose.evaluate(model, epoch=2)
     second, _ = diagnose.known
     assert (first.dense() != second.dense()).any()
+
+
+def test_columns_from_device_are_computed_on_the_host_without_a_sync() -> None:
+    """On a device `evaluate` returns a function. It gives the columns of the CPU, in another thread as well.
+
+    The emulated device raises on a host-device sync. The embeddings change after the function is returned.
+    """
+    loader, model = noise_loader(Augment({"all": {}})), linear_model()
+    relation = builders.FromNeighbors(2)
+    relation.bind(loader.data.pretrain.labels)
+    diagnose = Diagnostics(loader, relation, VICReg(), NOWHERE, every=1, num_images=40)
+    expected = diagnose.evaluate(model, epoch=1)
+    diagnose.X, diagnose.known = OnDevice(diagnose.X), None
+    moved(model)
+    with pretended():
+        columns = diagnose.evaluate(model, epoch=1)
+        with torch.no_grad():
+            model.backbone.body[1].weight.zero_()
+    with mock.patch.object(_Event, "synchronize"), ThreadPoolExecutor(1) as thread:
+        values = thread.submit(columns).result()
+    assert tuple(values) == Diagnostics.columns
+    assert {**values, "diagnostics_s": 0} == {**expected, "diagnostics_s": 0}

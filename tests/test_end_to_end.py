@@ -31,7 +31,10 @@ def test_run_writes_all_files(ssl_run, tmp_path: Path) -> None:
     assert folder.relative_to(tmp_path).parts[:3] == ("outputs", "mnist5k", "vicreg")
 
     metrics = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
-    names = "epoch step images_seen seconds images_per_s lr loss variance covariance invariance"
+    names = (
+        "epoch step images_seen seconds images_per_s seconds_views seconds_step seconds_checkpoint lr loss"
+        " variance covariance invariance seconds_evaluators"
+    )
     assert list(metrics[0]) == [*names.split(), *Diagnostics.columns]
     assert [bool(row["rank"]) for row in metrics] == [False, True]  # every second epoch
     spectrum = table(folder / "spectrum.csv")
@@ -304,7 +307,7 @@ def test_run_does_not_overwrite_existing_run(ssl_run, tmp_path: Path) -> None:
 def test_killed_run_resumes_to_same_result(ssl_run, tmp_path: Path) -> None:
     """After SIGKILL past epoch two, resume=<folder> gives the CSVs and weights of an uninterrupted run."""
     command = f"{TINY} epochs=40 projector.K=9 probe.every=1"
-    process = start(f"{command} hydra.run.dir=outputs/killed", tmp_path)
+    process = start(f"{command} hydra.run.dir=outputs/killed", tmp_path, save_interval=0.05)
     killed = tmp_path / "outputs" / "killed"
     while process.poll() is None and not (
         (killed / "metrics.csv").exists() and len(table(killed / "metrics.csv")) >= 2
@@ -416,7 +419,7 @@ def test_resume_works_from_another_directory(
 def test_resume_of_active_run_raises(ssl_run, tmp_path: Path) -> None:
     process = start(f"{TINY} epochs=2000 hydra.run.dir=outputs/alive", tmp_path)
     try:
-        while process.poll() is None and not (tmp_path / "outputs" / "alive" / "checkpoint.pt").exists():
+        while process.poll() is None and not (tmp_path / "outputs" / "alive" / "metrics.csv").exists():
             time.sleep(0.05)
         code, _, err = ssl_run("resume=outputs/alive")
         assert code == 1

@@ -133,7 +133,7 @@ def steps(
         )
         if compiler is not None:
             training.network.compile(backend=compiler, dynamic=False)
-        guard = NonFiniteGuard(training.device)
+        guard = NonFiniteGuard()
         values = []
         batches, on_cuda = training.loader.batches(0), device is not None and device.type == "cuda"
         for number in range(rounds):

@@ -18,13 +18,17 @@ IMPORTS = """
     backbone        names
     projector
     preemption
+    background
+    host_copy
+    timer
     console         errors
     optimizer       errors
     distributed     errors preemption
     device          distributed errors
+    guard           device
     numerics        errors
     config          errors names rule
-    runs            config distributed errors preemption version
+    runs            background config distributed errors host_copy preemption version
 
     views           device errors rule
     relation        batch device distributed errors
@@ -35,9 +39,10 @@ IMPORTS = """
     solver          loss model relation
 
     step_graph      batch errors
-    train           batch data device distributed errors loss model numerics preemption relation solver
-                    step_graph
-    theory          backbone data distributed errors evaluator loss model relation runs solver
+    train           batch data device distributed errors guard loss model numerics preemption relation
+                    solver step_graph timer
+    theory          backbone data device distributed errors evaluator host_copy loss model relation runs
+                    solver
     probe           backbone data device distributed errors evaluator model optimizer runs views
 
     pretrained      data device errors runs views
@@ -46,8 +51,8 @@ IMPORTS = """
     build           backbone checks config data device distributed errors evaluator loss model numerics
                     optimizer preemption probe relation runs solver
     embedding_map   data distributed probe runs
-    pipeline        build data device distributed embedding_map model numerics preemption probe runs solver
-                    views
+    pipeline        background build data device distributed embedding_map evaluator model numerics
+                    preemption probe runs solver views
     evaluation      build config console data device errors model numerics pretrained probe runs views
     cli             build config console distributed errors pipeline preemption runs version
     __main__        cli
@@ -149,7 +154,7 @@ def test_command_line_imports_no_slow_library_before_a_job_runs() -> None:
 
 
 def test_device_alone_copies_asynchronously() -> None:
-    """Asynchronous copies and pinned memory are safe on CUDA only. `device` checks for it in one place."""
+    """Asynchronous copies and pinned memory are safe on CUDA only. These modules check for it."""
     users = {
         module
         for module, tree in modules().items()
@@ -157,7 +162,7 @@ def test_device_alone_copies_asynchronously() -> None:
         if (isinstance(node, ast.keyword) and node.arg in ("non_blocking", "pin_memory"))
         or (isinstance(node, ast.Attribute) and node.attr == "pin_memory")
     }
-    assert users == {"device"}
+    assert users == {"data.images", "device", "host_copy"}
 
 
 def test_modules_are_short() -> None:

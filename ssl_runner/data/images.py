@@ -1,8 +1,11 @@
 """A subset of the images of a data set, and its batches, prefetched where they are not in device memory."""
 
+import math
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -60,7 +63,7 @@ class Images:
                 yield self.images[indices], self.labels[indices]
             return
         chunks = self.indices[order].split(batch_size)
-        prefetcher = Prefetcher(device)
+        prefetcher = prefetcher_of(device)
         with ThreadPoolExecutor(1) as thread:
             ahead = thread.submit(prefetcher.fetch, self, chunks[0])
             for following in [*chunks[1:], None]:
@@ -74,21 +77,23 @@ class Prefetcher:
     """Copies batches of images in host memory to a device.
 
     `fetch` runs in a thread and starts the copy of a batch. `ready` is called before the batch is used. On
-    CUDA the copy uses pinned memory and a separate stream, so that it overlaps with compute.
+    CUDA the copies use a separate stream, so that they overlap with compute, and two pinned buffers in turn.
+    Several iterators may share a prefetcher.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.buffers, self.lock = (PinnedBuffer(), PinnedBuffer()), threading.Lock()
 
     def fetch(self, images: Images, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Start copying the images at indices (b,) to the device. Returns the copies and their labels."""
-        batch = images.images[indices]
         if self.stream is None:
-            return batch.to(self.device), images.labels[indices.to(self.device)]
-        with torch.cuda.stream(self.stream):
-            batch, indices = to_device(batch, self.device), to_device(indices, self.device)
-            return batch, images.labels[indices]
+            return images.images[indices].to(self.device), images.labels[indices.to(self.device)]
+        with self.lock, torch.cuda.stream(self.stream):
+            self.buffers = self.buffers[::-1]
+            batch = self.buffers[0].gather(images.images, indices, self.device)
+            return batch, images.labels[to_device(indices, self.device)]
 
     def ready(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Make the compute stream wait for the copy of `batch`, without a host-device sync."""
@@ -98,3 +103,34 @@ class Prefetcher:
             for tensor in batch:
                 tensor.record_stream(compute)
         return batch
+
+
+class PinnedBuffer:
+    """Pinned memory through which one batch at a time is copied to a CUDA device. It grows with the batch."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.copied: torch.cuda.Event | None = None
+
+    def gather(self, images: Tensor, indices: Tensor, device: torch.device) -> Tensor:
+        """Start copying images[indices] (b, C, H, W) uint8 to the device, in the current stream.
+
+        First waits until the previous batch has left the buffer.
+        """
+        if self.copied is not None:
+            self.copied.synchronize()
+        shape = (len(indices), *images.shape[1:])
+        if self.memory.numel() < math.prod(shape):
+            self.memory = torch.empty(math.prod(shape), dtype=torch.uint8, pin_memory=True)
+        batch = self.memory[: math.prod(shape)].view(shape)
+        torch.index_select(images, 0, indices, out=batch)
+        batch = batch.to(device, non_blocking=True)
+        self.copied = torch.cuda.Event()
+        self.copied.record(torch.cuda.current_stream(device))
+        return batch
+
+
+@cache
+def prefetcher_of(device: torch.device) -> Prefetcher:
+    """The prefetcher of a device in this process."""
+    return Prefetcher(device)

@@ -1,6 +1,6 @@
 """Probes on the validation split while training, and the choice of the epoch whose weights are kept."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ssl_runner.data.dataset import DataSet
-from ssl_runner.evaluator import Evaluator
+from ssl_runner.evaluator import Columns, Evaluator
 from ssl_runner.model import SSLModel
 from ssl_runner.probe.protocol import Classifier, evaluate
 from ssl_runner.runs.files import CsvLog
@@ -58,7 +58,7 @@ class BestEpoch(ProbeEvaluator):
     kept: Kept | None = None
     epoch = 0  # of the last call
 
-    def __call__(self, model: SSLModel, epoch: int, last: bool) -> dict[str, Any]:
+    def __call__(self, model: SSLModel, epoch: int, last: bool) -> Columns | Callable[[], Columns]:
         self.epoch = epoch
         return super().__call__(model, epoch, last)
 

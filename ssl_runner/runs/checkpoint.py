@@ -3,12 +3,16 @@
 import hashlib
 import os
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import torch
 
+from ssl_runner.background import Background
 from ssl_runner.errors import UsageError
+from ssl_runner.host_copy import HostCopy
 from ssl_runner.runs.files import atomic_write
 
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint-before.pt"
@@ -43,6 +47,58 @@ def save(state: dict[str, Any], folder: Path) -> None:
         os.fsync(file.fileno())  # before the existing checkpoint is renamed
         if (folder / NAME).exists():
             os.replace(folder / NAME, folder / PREVIOUS)
+
+
+class Writer:
+    """Writes the checkpoints of a run in its background thread.
+
+    The calling thread only copies the state to host buffers, which are the same for all checkpoints. As a
+    context manager it writes, on exit, the state that was held last.
+    """
+
+    def __init__(self, folder: Path, background: Background):
+        self.folder, self.background, self.copy = folder, background, HostCopy()
+        self.held: tuple[dict[str, Any], Callable[[], object]] | None = None
+        self.writing: Future[None] | None = None
+
+    def hold(self, state: dict[str, Any]) -> None:
+        """Keep a copy of the state, to be written if the run ends before the next checkpoint.
+
+        While a checkpoint is being written, which uses the buffers, nothing is kept.
+        """
+        if self.writing is None or self.writing.done():
+            self._copy(state)
+
+    def write(self, state: dict[str, Any]) -> None:
+        """Start writing the state, once the previous checkpoint is on disk.
+
+        Raises the error of the previous checkpoint, if it failed.
+        """
+        if self.writing is not None:
+            self.writing.result()
+        self._copy(state)
+        self._write_held()
+
+    def _copy(self, state: dict[str, Any]) -> None:
+        self.held = None  # its buffers are overwritten; an interrupt leaves a part of the new state in them
+        self.held = self.copy(state)
+
+    def _write_held(self) -> None:
+        if self.held is None:
+            return
+        (state, wait_for_copy), self.held = self.held, None
+
+        def job() -> None:
+            wait_for_copy()
+            save(state, self.folder)
+
+        self.writing = self.background.submit(job)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._write_held()
 
 
 def find(folder: Path) -> Path | None:

@@ -1,6 +1,9 @@
 """Diagnostics of the model on a fixed subset: rank, distance from the closed form, label energy, collapse."""
 
 import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,9 @@ from torch import Tensor
 from ssl_runner import distributed
 from ssl_runner.data.loader import MultiViewLoader
 from ssl_runner.data.splits import balanced_order
-from ssl_runner.evaluator import Evaluator
+from ssl_runner.device import to_device
+from ssl_runner.evaluator import Columns, Evaluator
+from ssl_runner.host_copy import HostCopy
 from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel, eval_mode
 from ssl_runner.relation import Relation
@@ -31,7 +36,9 @@ MAX_CORRELATED = 1024  # columns, evenly spaced, whose correlations are averaged
 class Diagnostics(Evaluator):
     """Columns of metrics.csv that are computed from a fixed, class-balanced subset of the training images.
 
-    The subset has `num_images` images with V fixed views of each. The model is in eval mode.
+    The subset has `num_images` images with V fixed views of each. The model is in eval mode. Only the forward
+    passes run on the device. Everything else is computed on the CPU, and in the background unless the device
+    is the CPU.
 
     Of the embeddings Z (N, K), and of the backbone's features with the prefix `backbone_`:
 
@@ -84,10 +91,11 @@ class Diagnostics(Evaluator):
         number = min(num_images, len(y))
         number -= number % classes if number >= classes > 0 else 0
         chosen = torch.from_numpy(balanced_order(y.numpy(), loader.seed)[:number])
-        self.X, self.batch = loader.fixed_batch(images, chosen)
+        self.X, batch = loader.fixed_batch(images, chosen)
+        self.batch = replace(batch, labels=batch.labels.cpu())
         self.Y: Tensor | None = None  # (N, C)
         if classes:
-            self.Y = F.one_hot(self.batch.labels.cpu(), classes).double().repeat(loader.V, 1)
+            self.Y = F.one_hot(self.batch.labels, classes).double().repeat(loader.V, 1)
         self.relation, self.loss, self.folder = relation.frozen_copy(), loss, folder
         # G and the optimum, if they do not depend on Z
         self.known: tuple[Relation, Optimum | None] | None = None
@@ -100,13 +108,16 @@ class Diagnostics(Evaluator):
         """
         with eval_mode(model):
             indices = distributed.shard_indices(len(self.X), FORWARD_ROWS)
-            own = self.X[indices[distributed.rank()].to(self.X.device)]
+            own = self.X[to_device(indices[distributed.rank()], self.X.device)]
             features = torch.cat([model.features(x) for x in own.split(FORWARD_ROWS)]).float()
             features = distributed.unshard(features, indices)
             return features, model.projector(features).float()
 
     def optimum(self, Z: Tensor) -> tuple[Relation, Optimum | None]:
-        """The relation over the subset and the loss's closed form on it, None for a loss without one."""
+        """The relation over the subset and the loss's closed form on it, None for a loss without one.
+
+        Z (N, K) is on the CPU.
+        """
         if self.known is None or self.relation.depends_on_embeddings:
             G = self.relation(self.batch, Z)
             try:
@@ -115,19 +126,33 @@ class Diagnostics(Evaluator):
                 self.known = G, None
         return self.known
 
-    def evaluate(self, model: SSLModel, epoch: int) -> dict[str, Any]:
-        """The columns on the main process; they are empty on other ranks."""
+    def evaluate(self, model: SSLModel, epoch: int) -> Columns | Callable[[], Columns]:
+        """The columns on the main process; they are empty on other ranks.
+
+        On a device other than the CPU it returns a function that computes the columns on the CPU.
+        """
         start = time.perf_counter()
         features, Z = self.embed(model)
         if not distributed.is_main_process():
             return dict.fromkeys(self.columns)
-        with distributed.local_only():
-            return self._columns(features, Z) | {"diagnostics_s": round(time.perf_counter() - start, 3)}
+        if Z.device.type == "cpu":  # its cores have no idle time to use
+            return self._columns(features, Z, self.loss, time.perf_counter() - start)
+        (features, Z), wait_for_copy = HostCopy()([features, Z])
+        loss, seconds = deepcopy(self.loss).cpu(), time.perf_counter() - start
 
-    def _columns(self, features: Tensor, Z: Tensor) -> dict[str, Any]:
+        def columns() -> Columns:
+            wait_for_copy()
+            return self._columns(features, Z, loss, seconds)
+
+        return columns
+
+    @distributed.local_only()
+    def _columns(self, features: Tensor, Z: Tensor, loss: Loss, seconds: float) -> Columns:
+        """The columns, from tensors on the CPU. `seconds` have already been spent on them."""
+        start = time.perf_counter()
         G, best = self.optimum(Z)
         with torch.no_grad():
-            subset_loss = float(self.loss(Z, G))
+            subset_loss = float(loss(Z, G))
         row = of_embedding(Z, self.Y, best)
         most = mean = None
         if best is not None and self.Y is not None:
@@ -141,9 +166,8 @@ class Diagnostics(Evaluator):
             "relation_label_energy": most,
             "relation_label_energy_mean": mean,
         }
-        return row | {
-            f"backbone_{name}": value for name, value in of_embedding(features, self.Y, best).items()
-        }
+        row |= {f"backbone_{name}": value for name, value in of_embedding(features, self.Y, best).items()}
+        return row | {"diagnostics_s": round(seconds + time.perf_counter() - start, 3)}
 
     def finish(self, model: SSLModel) -> None:
         """Write spectrum.csv: singular values of Z and of the closed form."""
@@ -164,6 +188,7 @@ class Diagnostics(Evaluator):
         _, Z = self.embed(model)
         if not distributed.is_main_process():
             return []
+        Z = Z.cpu()
         with distributed.local_only():
             _, best = self.optimum(Z)
         canonical = best.canonicalize(Z) if best else centred(Z)
@@ -178,7 +203,6 @@ class Diagnostics(Evaluator):
 
 def of_embedding(Z: Tensor, Y: Tensor | None, best: Optimum | None) -> dict[str, Any]:
     """The columns OF_EMBEDDING of an embedding Z (N, K) with one-hot labels Y (N, C), None without labels."""
-    Z = Z.cpu()
     values = measures.singular_values(Z)
     return {
         "rank": len(values),

@@ -18,7 +18,7 @@ from ssl_runner.evaluator import Evaluator
 from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel, count_parameters
 from ssl_runner.relation.builders import FromLabels, FromViews, RelationBuilder
-from ssl_runner.solver import Solver
+from ssl_runner.solver import Save, Solver
 from ssl_runner.theory.linear import has_linear_optimum, linear_optimum, value_of
 from ssl_runner.theory.moments import Moments
 
@@ -44,7 +44,7 @@ class ClosedForm(Solver):
         *,
         passes: int,
         ridge: float = 0.0,
-        save: Callable[[dict[str, Any]], None] = lambda state: None,
+        save: Callable[[dict[str, Any], Save], None] = lambda state, how: None,
     ):
         self.model, self.loss, self.loader, self.relation = model, loss, loader, relation
         self.total_epochs, self.ridge, self.save = passes, ridge, save
@@ -72,7 +72,7 @@ class ClosedForm(Solver):
         if not self.last_row:
             with distributed.local_only():
                 self._solve()
-            self.save(self.state_dict())
+            self.save(self.state_dict(), Save.WRITE)
         self.epoch = self.total_epochs
         yield self.last_row
 
