@@ -13,7 +13,7 @@ from ssl_runner.data.dataset import Source
 def images(
     train: int = 5000, test: int = 8000, unlabeled: int = 2000, side: int = 96, classes: int = 10, **_: object
 ) -> Source:
-    """Images (3, side, side) of 6 x 6 random patches, bicubic, plus noise; a class shares 30 % of its patches.
+    """Images (3, side, side) of 6 x 6 random patches, bicubic, plus noise. A class shares 30 % of them.
 
     Options of the data set that is imitated, such as `root`, are ignored.
     """

@@ -70,6 +70,14 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)  # non-blocking copies of pageable memory are unsafe on MPS
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until all work queued on a device is done. Does nothing for a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def keep_freed_memory() -> None:
     """Keep freed memory in this process for the next allocation.
 

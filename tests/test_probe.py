@@ -282,8 +282,8 @@ def test_features_of_many_large_images_are_left_out_with_a_line(
     names, line = affordable(["backbone", "pixels", "pca", "lda", "backbone"], data)
     assert names == (["backbone"] if left_out else ["backbone", "pixels", "pca", "lda"])
     assert line == (
-        "probes of pixels, pca, lda are left out: 8,427 values per image, 8,400 images to fit on and 8 to test;"
-        " expected at most 8,192 values, or 8,192 images to fit on and 400,000,000 values in all"
+        "probes of pixels, pca, lda are left out: 8,427 values per image, 8,400 images to fit on and 8 to"
+        " test; expected at most 8,192 values, or 8,192 images to fit on and 400,000,000 values in all"
         if left_out
         else ""
     )

@@ -69,7 +69,9 @@ def test_linear_probe_of_few_rows_matches_scikit_learn(wide, l2: float) -> None:
     probe.fit(l2)
     reached = F.cross_entropy(probe.logits(X).double(), y) + l2 / 2 * probe.W.double().square().sum()
     W, b = torch.from_numpy(theirs.coef_), torch.from_numpy(theirs.intercept_)
-    assert_close(reached, F.cross_entropy(F.linear(S, W, b), y) + l2 / 2 * W.square().sum(), atol=1e-5, rtol=0)
+    assert_close(
+        reached, F.cross_entropy(F.linear(S, W, b), y) + l2 / 2 * W.square().sum(), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-6])

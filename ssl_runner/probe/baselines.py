@@ -41,7 +41,7 @@ def linear_discriminants(data: DataSet) -> nn.Module:
     return _projection(torch.from_numpy(fitted.scalings_).to(X), torch.from_numpy(fitted.xbar_).to(X))
 
 
-def discriminants_of_few(X: Tensor, y: Tensor, tolerance: float = 1e-4) -> tuple[Tensor, Tensor]:
+def discriminants_of_few(X: Tensor, y: Tensor, tol: float = 1e-4) -> tuple[Tensor, Tensor]:
     """Discriminants (D, k) and mean (D,) of X (n, D) with labels y (n,) and n < D. Overwrites X.
 
     The algorithm of scikit-learn's solver "svd" with its tolerance for singular values: scale by the
@@ -58,12 +58,12 @@ def discriminants_of_few(X: Tensor, y: Tensor, tolerance: float = 1e-4) -> tuple
     scale = torch.where(scale > 0, scale, 1)
     rows = RowSpace(X, torch.zeros_like(mean), scale)
     S = (rows.values / len(X)).sqrt()
-    S = S[S > tolerance]
+    S = S[tol < S]
     whitening = torch.zeros(len(rows.values), len(S)).to(S).fill_diagonal_(1) / S
     W = scale[:, None] * rows.to_features(whitening)  # (D, rank within classes)
     weights = (len(X) * shares / max(len(labels) - 1, 1)).sqrt()
     between = torch.linalg.svd(weights[:, None] * ((means - overall) @ W), full_matrices=False)
-    rank = int((between.S > tolerance * between.S[0]).sum())
+    rank = int((between.S / between.S[0] > tol).sum())
     return (W @ between.Vh[:rank].T).to(X), overall.to(X)
 
 

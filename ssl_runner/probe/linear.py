@@ -38,8 +38,8 @@ class LinearProbe(Probe):
     TIGHT, the tolerance of the final fit, brings the objective within 1e-5 nats of scikit-learn's optimum.
     LOOSE, the tolerance of model selection, brings it within 1e-3 nats. The tests check both bounds.
 
-    With fewer rows than features, the fit runs in the row space of X (`RowSpace`): d is then the rank of X, and
-    W has the coordinates in its basis. The minimum is the same, and no d x d matrix of features is made.
+    With fewer rows than features, the fit runs in the row space of X (`RowSpace`): d is then the rank of X,
+    and W has the coordinates in its basis. The minimum is the same, and no d x d matrix of features is made.
 
     `penalties` are the values of l2 to select from. Sort them from strong to weak: each fit starts from the
     previous one, and selection stops when the accuracy no longer improves.

@@ -12,8 +12,8 @@ from ssl_runner.errors import UsageError
 from ssl_runner.model import SSLModel, eval_mode
 from ssl_runner.probe.baselines import linear_discriminants, principal_components
 
-# `pixels`, `pca` and `lda` of n images with D values need all values in float32, a few times, and matrices with
-# min(n, D) rows in float64: at these limits about 2 minutes per probe on 2 cores, and 5 GB
+# of `pixels`, `pca` and `lda` of n images with D values each, which need n x D values in float32 a few times
+# and square matrices with min(n, D) rows in float64
 MAX_PIXELS, MAX_VALUES = 8192, 400_000_000
 OF_PIXELS = ("pixels", "pca", "lda")
 
@@ -35,8 +35,8 @@ def affordable(features: Iterable[str], data: DataSet) -> tuple[list[str], str]:
         return names, ""
     line = (
         f"probes of {', '.join(large)} are left out: {pixels:,} values per image, {fitted:,} images to fit on"
-        f" and {len(data.test):,} to test; expected at most {MAX_PIXELS:,} values, or {MAX_PIXELS:,} images to"
-        f" fit on and {MAX_VALUES:,} values in all"
+        f" and {len(data.test):,} to test; expected at most {MAX_PIXELS:,} values, or {MAX_PIXELS:,}"
+        f" images to fit on and {MAX_VALUES:,} values in all"
     )
     return [name for name in names if name not in large], line
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ssl_runner import distributed
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.images import Images
+from ssl_runner.device import synchronize
 from ssl_runner.model import eval_mode
 from ssl_runner.probe.shares import LabelDraw
 from ssl_runner.views import normalize, to_unit
@@ -66,17 +67,22 @@ def evaluate(
 
     Each classifier is fitted on `train`, and its hyperparameter is selected on `val`. With `score_test` it is
     then fitted on both and scored once on `test`. top1 and top5 are fractions in [0, 1]; top5 is None for
-    five classes or fewer. `seconds` covers the probe and the extraction of the features that it is fitted on.
+    five classes or fewer. `seconds` covers the probe and the extraction of the features that it is fitted on,
+    measured after host-device syncs.
     The classifiers are distributed over the ranks.
 
     `draws` are the subsets of `train` to fit on, None for all of it. For a subset, `val` only selects: the
     probe that is scored on `test` is fitted on the subset alone.
     """
+    device = data.mean.device
+    synchronize(device)
     start = time.perf_counter()
     X, X_val = (extract(network, part, data.mean, data.std) for part in (data.train, data.val))
     y, y_val, classes = data.train.y, data.val.y, len(data.classes)
+    synchronize(device)
     extraction = time.perf_counter() - start
     X_test = extract(network, data.test, data.mean, data.std) if score_test else None
+    synchronize(device)
 
     def fit(draw: LabelDraw | None, name: str) -> Iterator[dict[str, Any]]:
         start = time.perf_counter()
@@ -89,6 +95,7 @@ def evaluate(
         selection = f"{probe.hyperparameter}={chosen:g} (val)"
 
         def row(train_split: str, eval_split: str, n_train: int, scores: Tensor, y: Tensor) -> dict[str, Any]:
+            top = accuracies(scores, y)  # reads results: the device is done
             return {
                 "probe": name,
                 "features": features,
@@ -97,7 +104,7 @@ def evaluate(
                 "eval_split": eval_split,
                 "selection": selection,
                 "n_train": n_train,
-                **accuracies(scores, y),
+                **top,
                 "seconds": extraction + time.perf_counter() - start,
                 **(draw.columns() if draw is not None else {}),
             }

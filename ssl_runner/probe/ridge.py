@@ -22,8 +22,8 @@ class RidgeProbe(Probe):
     With X centred, it is W = (X'X / n + l2 I)^-1 X'Y / n and b = mean of Y.
 
     One eigendecomposition of X'X / n serves every l2 of `penalties`, the values to select from. The moments
-    are accumulated in float64 (float32 on MPS) over blocks of `block` rows. With n < d the same is done in the
-    row space of X (`RowSpace`), without a d x d matrix.
+    are accumulated in float64 (float32 on MPS) over blocks of `block` rows. With n < d the same is done in
+    the row space of X (`RowSpace`), without a d x d matrix.
     """
 
     hyperparameter = "l2"

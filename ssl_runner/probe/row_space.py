@@ -44,7 +44,7 @@ class RowSpace:
 
     def to_features(self, W: Tensor) -> Tensor:
         """Map weights W (r, k) of the coordinates to weights Q W (D, k) of the columns of S, in float64."""
-        A = self.U @ (W.to(self.values) / self.values.sqrt()[:, None])
+        A = self.U @ (float64(W).to(self.values.device) / self.values.sqrt()[:, None])
         return torch.cat([S.T @ A for S in self.blocks()])
 
     def scores(self, W: Tensor, X: Tensor) -> Tensor:
