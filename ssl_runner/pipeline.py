@@ -1,6 +1,6 @@
 """One run, from its configuration to its files: the stages, top to bottom."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ssl_runner import __version__, distributed
-from ssl_runner.build import Experiment, build
+from ssl_runner.build import Experiment, baseline_cache, build
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.loader import preview
 from ssl_runner.embedding_map import write_map
@@ -128,11 +128,15 @@ def probe(experiment: Experiment, solver: Solver, log: CsvLog) -> dict[tuple[str
     layers = [] if cfg.probe.layer is None else [f"backbone.{cfg.probe.layer}"]
     chosen, _ = affordable([solver.result_features, *cfg.probe.features, *layers], data)
     draws = [None, *label_draws(data.train.y, cfg.probe.labels, cfg.probe.draws, cfg.dataset.split_seed)]
-    builders = networks(experiment)
+    builders, score_test = networks(experiment), len(data.test) > 0
+    cache = baseline_cache(cfg, data, draws, experiment.precision, experiment.model.K)
     scores: dict[tuple[str, str, str], float] = {}
     for features in tqdm(chosen, "probe", disable=None if distributed.is_main_process() else True):
-        network, score_test = builders[features](), len(data.test) > 0
-        for row in evaluate(features, network, data, experiment.classifiers, score_test, draws):
+
+        def compute(features: str = features) -> Iterator[dict[str, Any]]:
+            return evaluate(features, builders[features](), data, experiment.classifiers, score_test, draws)
+
+        for row in cache.rows(features, compute):
             log.append({"epoch": solver.epoch, **row})
             if "draw" not in row:
                 scores[features, row["probe"], row["eval_split"]] = row["top1"]

@@ -31,7 +31,7 @@ from ssl_runner.train import NonFiniteGuard, Pretraining
 from ssl_runner.views import Augment
 
 CPU = torch.device("cpu")
-TIMINGS = ("seconds", "images_per_s", "diagnostics_s", "solve_s")
+TIMINGS = ("seconds", "images_per_s", "diagnostics_s", "solve_s", "cached")
 TINY = (
     "epochs=2 dataset.subset=200 batch_size=50 backbone.widths=[8,16] projector.width=16 projector.K=8"
     " probe.probes=[knn] probe.features=[backbone] device=cpu precision=fp32"
