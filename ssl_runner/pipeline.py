@@ -13,6 +13,7 @@ from ssl_runner import __version__, distributed
 from ssl_runner.build import Experiment, baseline_cache, build
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.loader import preview
+from ssl_runner.device import release_freed_memory
 from ssl_runner.embedding_map import write_map
 from ssl_runner.model import count_parameters
 from ssl_runner.preemption import Preemption
@@ -134,6 +135,7 @@ def probe(experiment: Experiment, solver: Solver, log: CsvLog) -> dict[tuple[str
     for features in tqdm(chosen, "probe", disable=None if distributed.is_main_process() else True):
 
         def compute(features: str = features) -> Iterator[dict[str, Any]]:
+            release_freed_memory()  # of the training, or of other features
             return evaluate(features, builders[features](), data, experiment.classifiers, score_test, draws)
 
         for row in cache.rows(features, compute):

@@ -43,7 +43,7 @@ IMPORTS = """
     build           backbone checks config data device distributed errors evaluator loss model optimizer
                     preemption probe relation runs solver
     embedding_map   data distributed probe runs
-    pipeline        build data distributed embedding_map model preemption probe runs solver views
+    pipeline        build data device distributed embedding_map model preemption probe runs solver views
     evaluation      build config console data device errors model pretrained probe runs views
     cli             build config console distributed errors pipeline preemption runs version
     __main__        cli

@@ -51,8 +51,14 @@ def extract(network: nn.Module, images: Images, mean: Tensor, std: Tensor, batch
     with eval_mode(network):
         shards = distributed.shard_indices(len(images), batch_size)
         batches = images.batches(shards[distributed.rank()], batch_size, mean.device)
-        parts = [network(normalize(to_unit(x), mean, std)).flatten(1) for x, _ in batches]
-    return distributed.unshard(torch.cat(parts).float(), shards)
+        features, filled = torch.empty(0), 0
+        for x, _ in batches:
+            part = network(normalize(to_unit(x), mean, std)).flatten(1)
+            if not filled:  # one allocation: concatenating the batches would take twice the memory
+                features = part.new_empty(len(shards[distributed.rank()]), part.shape[1], dtype=torch.float32)
+            features[filled : filled + len(part)] = part
+            filled += len(part)
+    return distributed.unshard(features, shards)
 
 
 def evaluate(
@@ -78,6 +84,8 @@ def evaluate(
     synchronize(device)
     start = time.perf_counter()
     X, X_val = (extract(network, part, data.mean, data.std) for part in (data.train, data.val))
+    X_both = torch.cat([X, X_val])
+    X, X_val = X_both.split([len(X), len(X_val)])  # views: wide features are not stored twice
     y, y_val, classes = data.train.y, data.val.y, len(data.classes)
     synchronize(device)
     extraction = time.perf_counter() - start
@@ -113,7 +121,7 @@ def evaluate(
         if X_test is not None and draw is not None:
             yield row("train", "test", len(y_fit), probe.scores(chosen, X_test), data.test.y)
         elif X_test is not None:
-            X_both, y_both = torch.cat([X, X_val]), torch.cat([y, y_val])
+            y_both = torch.cat([y, y_val])
             scores = classifiers[name](X_both, y_both, classes).scores(chosen, X_test)
             yield row("train+val", "test", len(y_both), scores, data.test.y)
 
