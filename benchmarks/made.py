@@ -11,14 +11,19 @@ from ssl_runner.data.dataset import Source
 
 
 def images(
-    train: int = 5000, test: int = 8000, unlabeled: int = 2000, side: int = 96, classes: int = 10, **_: object
+    n_train: int = 5000,
+    n_test: int = 8000,
+    n_unlabeled: int = 2000,
+    side: int = 96,
+    classes: int = 10,
+    **_: object,
 ) -> Source:
     """Images (3, side, side) of 6 x 6 random patches, bicubic, plus noise. A class shares 30 % of them.
 
     Options of the data set that is imitated, such as `root`, are ignored.
     """
     generator = torch.Generator().manual_seed(0)
-    total = train + test + unlabeled
+    total = n_train + n_test + n_unlabeled
     labels = torch.arange(total) % classes
     shared = torch.rand(classes, 3, 6, 6, generator=generator)
     pixels = torch.empty(total, 3, side, side, dtype=torch.uint8)
@@ -27,6 +32,6 @@ def images(
         x = F.interpolate(patches, (side, side), mode="bicubic")
         x += 0.1 * torch.randn(x.shape, generator=generator)
         pixels[rows] = (255 * x.clamp(0, 1)).to(torch.uint8)
-    labels[train + test :] = -1
-    parts = np.split(np.arange(total), [train, train + test])
+    labels[n_train + n_test :] = -1
+    parts = np.split(np.arange(total), [n_train, n_train + n_test])
     return Source(pixels, labels, [str(c) for c in range(classes)], *parts)

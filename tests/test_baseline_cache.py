@@ -151,7 +151,7 @@ def test_cache_that_cannot_be_written_gives_a_line(
 
 
 def test_second_run_reads_the_baselines_of_the_first(ssl_run: Callable, tmp_path: Path) -> None:
-    command = f"{TINY} epochs=1 dataset.subset=100 diagnostics.every=0 probe.features=[backbone,random_init,pixels,pca]"
+    command = f"{TINY} epochs=1 dataset.subset=100 probe.features=[backbone,random_init,pixels,pca]"
 
     def cached(extra: str) -> tuple[list[Any], list[dict[str, str]]]:
         code, out, err = ssl_run(f"{command} {extra}")
