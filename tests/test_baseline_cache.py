@@ -54,6 +54,21 @@ def test_features_of_the_training_are_never_cached(tmp_path: Path, data: DataSet
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ranks_follow_the_main_process(
+    tmp_path: Path, data: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank reads and writes no file: it computes if and only if the main process does."""
+    monkeypatch.setattr("ssl_runner.distributed.is_main_process", lambda: False)
+    cache = BaselineCache(tmp_path, data, SETTINGS, NETWORKS)
+    for sent, expected in (
+        ([{"top1": 0.25}], {"top1": 0.25, "cached": True}),
+        (None, {"top1": 0.5, "cached": False}),
+    ):
+        monkeypatch.setattr("ssl_runner.distributed.broadcast_object", lambda own, sent=sent: own or sent)
+        assert cache.rows("pixels", lambda: [{"top1": 0.5}]) == [expected]
+    assert list(tmp_path.iterdir()) == []
+
+
 def changed_pixel(data: DataSet) -> DataSet:
     images = data.train.images.clone()
     images[data.test.indices[-1], 2, 3, 3] ^= 1

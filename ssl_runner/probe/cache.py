@@ -154,7 +154,7 @@ def targets(node: Any) -> Iterator[str]:
 def source_file(target: str) -> str | None:
     """The file that defines a class or function, None for compiled code."""
     module = inspect.getmodule(pkgutil.resolve_name(target))
-    return None if module is None else inspect.getsourcefile(module)
+    return inspect.getsourcefile(module) if getattr(module, "__file__", None) else None  # type: ignore[arg-type]
 
 
 def installed() -> Iterator[tuple[str, str]]:
