@@ -23,6 +23,13 @@ def logits(X: Tensor, W: Tensor, b: Tensor) -> Tensor:
     return F.linear(X, W, b).T.contiguous()
 
 
+def solve(L: Tensor, V: Tensor, upper: bool) -> Tensor:
+    """W with W L = V, or W L' = V for `upper`; L lower triangular (d, d) or diagonal (d,), V (classes, d)."""
+    if L.ndim == 1:
+        return V / L
+    return torch.linalg.solve_triangular(L.T if upper else L, V, upper=upper, left=False)
+
+
 class LinearProbe(Probe):
     """Multinomial logistic regression on standardised features X (n, d) with labels y (n,).
 
@@ -54,7 +61,7 @@ class LinearProbe(Probe):
         if len(X) < X.shape[1]:
             self.rows = RowSpace(X, *moments(X, correction=1))
             self.X = self.rows.coordinates().to(X)
-            self.gram = self.rows.values.div(len(X)).diag()
+            self.gram = self.rows.values / len(X)  # (r,): the Gram matrix of the coordinates is diagonal
         else:
             self.origin = X[0].clone()  # makes constant features exactly 0
             self.X = X - self.origin
@@ -92,6 +99,16 @@ class LinearProbe(Probe):
         self.fit(l2)
         return self.logits(self.standardise(X_eval))
 
+    def factor(self, a: float, l2: float) -> Tensor:
+        """L with LL' = a X'X / n + l2 I: lower triangular (d, d), or its diagonal (r,) in the row space."""
+        if self.gram.ndim == 1:
+            return (a * self.gram + l2).sqrt().to(self.X)
+        # the Gram matrix has float32 rounding errors; the minimum does not depend on L
+        jitter = 1e-7 * self.gram.trace()
+        hessian = a * self.gram
+        hessian.diagonal().add_(l2 + jitter)
+        return torch.linalg.cholesky(hessian).to(self.X)
+
     @torch.no_grad()
     def fit(self, l2: float, tolerance: float = TIGHT, max_passes: int = 2000) -> int:
         """Minimise the objective at `l2` to `tolerance` and return the number of passes over X.
@@ -101,13 +118,8 @@ class LinearProbe(Probe):
         """
         squares = sum(logits(X, self.W, self.b).softmax(0).square().sum() for X, _, _ in self.blocks)
         a = (1 - float(squares) / len(self.X)) / max(len(self.b) - 1, 1) + 1e-6
-        # the Gram matrix has float32 rounding errors; the minimum does not depend on L
-        jitter = 1e-7 * self.gram.trace()
-        hessian = a * self.gram
-        hessian.diagonal().add_(l2 + jitter)
-        L = torch.linalg.cholesky(hessian).to(self.X)
-        del hessian
-        V = torch.cat([self.W @ L, a**0.5 * self.b[:, None]], 1)
+        L = self.factor(a, l2)
+        V = torch.cat([self.W * L if L.ndim == 1 else self.W @ L, a**0.5 * self.b[:, None]], 1)
         solver = torch.optim.LBFGS(
             [V],
             max_iter=max_passes,
@@ -119,9 +131,8 @@ class LinearProbe(Probe):
         passes = 0
 
         def weights() -> tuple[Tensor, Tensor]:
-            W = torch.linalg.solve_triangular(L, V[:, :-1], upper=False, left=False)
-            W = W.contiguous()  # solve_triangular returns column-major order, which makes products 2x slower
-            return W, V[:, -1] / a**0.5
+            W = solve(L, V[:, :-1], upper=False)
+            return W.contiguous(), V[:, -1] / a**0.5  # products with column-major W are 2x slower
 
         @torch.no_grad()  # the solver enables gradients
         def objective() -> Tensor:
@@ -137,7 +148,7 @@ class LinearProbe(Probe):
                 R[y, rows] -= 1 / len(self.X)
                 dW.addmm_(R, X)
                 db += R.sum(1)
-            dW = torch.linalg.solve_triangular(L.T, dW, upper=True, left=False)
+            dW = solve(L, dW, upper=True)
             V.grad = torch.cat([dW, db[:, None] / a**0.5], 1)
             return torch.stack(values).sum()
 
