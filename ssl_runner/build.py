@@ -1,5 +1,6 @@
 """cfg -> Experiment: build every part of a run, and check what needs data or libraries, before training."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from ssl_runner.evaluator import Evaluator
 from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel
 from ssl_runner.preemption import Preemption
-from ssl_runner.probe import BestEpoch, Classifier, ProbeEvaluator, check_layer
+from ssl_runner.probe import BaselineCache, BestEpoch, Classifier, LabelDraw, ProbeEvaluator, check_layer
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.runs import weights
 from ssl_runner.runs.files import CsvLog
@@ -204,6 +205,25 @@ def build_classifiers(cfg: DictConfig, names: Iterable[str]) -> dict[str, Classi
         name: build_node(f"probe.classifiers.{name}", cfg.probe.classifiers[name], partial=True)
         for name in names
     }
+
+
+def baseline_cache(
+    cfg: DictConfig, data: DataSet, draws: Sequence[LabelDraw | None], precision: str, K: int
+) -> BaselineCache:
+    """The cache of probe rows that do not depend on the training, or one without files if it is off."""
+    probe: Any = OmegaConf.to_container(cfg.probe, resolve=True)
+    names = [name for name in probe["probes"] if name != "finetune"]
+    settings = {
+        "classifiers": [[name, probe["classifiers"][name]] for name in names],
+        "draws": [draw and draw.columns() for draw in draws],
+        "split_seed": cfg.dataset.split_seed,
+        "precision": precision,
+    }
+    backbone = OmegaConf.to_container(cfg.backbone, resolve=True)
+    initial = {"seed": cfg.seed, "channels_last": cfg.channels_last, "backbone": backbone}
+    networks = {"random_init": initial, "pixels": {}, "pca": {"K": K}, "lda": {}}
+    root = Path(os.environ.get("SSL_RUNNER_DATA") or "~/.cache/ssl_runner").expanduser()
+    return BaselineCache(root / "baselines" if probe.get("cache", True) else None, data, settings, networks)
 
 
 def read_data(cfg: DictConfig, device: torch.device) -> DataSet:

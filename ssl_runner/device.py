@@ -117,6 +117,14 @@ def to_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     return host, event
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until all work queued on a device is done. Does nothing for a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def keep_freed_memory() -> None:
     """Keep freed memory in this process for the next allocation.
 

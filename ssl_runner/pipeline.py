@@ -1,7 +1,7 @@
 """One run, from its configuration to its files: the stages, top to bottom."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from ssl_runner import __version__, distributed, numerics
 from ssl_runner.background import Background
-from ssl_runner.build import Experiment, build
+from ssl_runner.build import Experiment, baseline_cache, build
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.loader import preview
-from ssl_runner.device import choose_compile
+from ssl_runner.device import choose_compile, release_freed_memory
 from ssl_runner.embedding_map import write_map
 from ssl_runner.evaluator import Columns
 from ssl_runner.model import count_parameters
@@ -189,11 +189,16 @@ def probe(
     names = [solver.result_features, *cfg.probe.features, *layer_names(cfg.probe.layer)]
     chosen, _ = affordable(names, data)
     draws = [None, *label_draws(data.train.y, cfg.probe.labels, cfg.probe.draws, cfg.dataset.split_seed)]
-    builders = networks(experiment)
+    builders, score_test = networks(experiment), len(data.test) > 0
+    cache = baseline_cache(cfg, data, draws, experiment.precision, experiment.model.K)
     scores: dict[tuple[str, str, str], float] = {}
     for features in tqdm(chosen, "probe", disable=None if distributed.is_main_process() else True):
-        network, score_test = builders[features](), len(data.test) > 0
-        for row in evaluate(features, network, data, experiment.classifiers, score_test, draws):
+
+        def compute(features: str = features) -> Iterator[dict[str, Any]]:
+            release_freed_memory()  # of the training, or of other features
+            return evaluate(features, builders[features](), data, experiment.classifiers, score_test, draws)
+
+        for row in cache.rows(features, compute):
             log.append({"epoch": epoch, **row})
             if "draw" not in row:
                 scores[features, row["probe"], row["eval_split"]] = row["top1"]

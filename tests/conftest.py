@@ -27,6 +27,12 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder for downloads and caches."""
+    monkeypatch.setenv("SSL_RUNNER_DATA", str(tmp_path / "data"))
+
+
 @pytest.fixture
 def ssl_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -36,7 +42,6 @@ def ssl_run(
     ssl_run("loss=simclr epochs=1") -> (exit code, standard output, standard error)
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SSL_RUNNER_DATA", str(tmp_path / "data"))
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     hydra_config = HydraConfig.instance().cfg
 

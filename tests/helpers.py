@@ -35,7 +35,7 @@ from ssl_runner.views import Augment
 CPU = torch.device("cpu")
 TIMINGS = (
     *("seconds", "seconds_views", "seconds_step", "seconds_checkpoint", "seconds_evaluators"),
-    *("images_per_s", "diagnostics_s", "solve_s"),
+    *("images_per_s", "diagnostics_s", "solve_s", "cached"),
 )
 TINY = (
     "epochs=2 dataset.subset=200 batch_size=50 backbone.widths=[8,16] projector.width=16 projector.K=8"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ssl_runner.errors import UsageError
-from ssl_runner.probe import affordable, linear
+from ssl_runner.probe import affordable, knn, linear
 from ssl_runner.probe.knn import KnnProbe
 from ssl_runner.probe.linear import LinearProbe
 from ssl_runner.probe.protocol import accuracies, best_of, evaluate, extract
@@ -270,11 +270,29 @@ def test_selection_is_independent_of_test_labels() -> None:
     assert chosen[0] == chosen[1]
 
 
-@pytest.mark.parametrize(("side", "left_out"), [(52, False), (53, True)])
-def test_features_of_large_images_are_left_out_with_a_line(side: int, left_out: bool) -> None:
-    """3 x 52 x 52 is at most 8,192, and 3 x 53 x 53 is more."""
-    names, line = affordable(["backbone", "pixels", "pca", "lda", "backbone"], load(toy(side=side)))
+@pytest.mark.parametrize(
+    ("side", "per_class", "left_out"), [(52, 20, False), (53, 20, False), (53, 2100, True)]
+)
+def test_features_of_many_large_images_are_left_out_with_a_line(
+    side: int, per_class: int, left_out: bool
+) -> None:
+    """3 x 52 x 52 is at most 8,192, 3 x 53 x 53 is more; of the latter at most 8,192 images are probed."""
+    data = load(toy(side=side))
+    data.train.indices = torch.arange(4 * per_class - len(data.val)) % 60
+    names, line = affordable(["backbone", "pixels", "pca", "lda", "backbone"], data)
     assert names == (["backbone"] if left_out else ["backbone", "pixels", "pca", "lda"])
     assert line == (
-        "probes of pixels, pca, lda are left out: 8,427 values per image, at most 8,192" if left_out else ""
+        "probes of pixels, pca, lda are left out: 8,427 values per image, 8,400 images to fit on and 8 to"
+        " test; expected at most 8,192 values, or 8,192 images to fit on and 400,000,000 values in all"
+        if left_out
+        else ""
     )
+
+
+def test_knn_neighbours_do_not_depend_on_the_size_of_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = blobs(60)
+    whole = KnnProbe(X, y, 3).nearest(5, X)
+    monkeypatch.setattr(knn, "BLOCK_ELEMENTS", 180)  # blocks of 3 rows
+    in_blocks = KnnProbe(X, y, 3).nearest(5, X)
+    assert_close(in_blocks[0], whole[0])
+    assert in_blocks[1].equal(whole[1])

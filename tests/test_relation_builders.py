@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from ssl_runner import relation
 from ssl_runner.batch import Batch
 from ssl_runner.errors import UsageError
-from ssl_runner.relation import builders
+from ssl_runner.relation import builders, nearest
 from ssl_runner.relation.builders import RelationBuilder
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 1])
@@ -54,6 +54,15 @@ def shuffled_batches(n: int) -> Iterator[Tensor]:
     """Indices of ten batches of 4, from epochs over the images 0 ... n - 1, each in its own random order."""
     order = torch.cat([torch.randperm(n) for _ in range(40 // n)])
     yield from order.split(4)
+
+
+def test_neighbors_do_not_depend_on_the_size_of_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, keys, of_keys = torch.randn(50, 6), torch.randn(30, 6), torch.arange(30) % 20
+    images = torch.arange(50)
+    whole = nearest.nearest_of_other_images(queries, keys, 4, images, of_keys)
+    monkeypatch.setattr(nearest, "BLOCK_ELEMENTS", 100)  # 3 rows of 30 similarities
+    assert nearest.nearest_of_other_images(queries, keys, 4, images, of_keys).equal(whole)
+    assert not (of_keys[whole] == images[:, None]).any()
 
 
 def test_neighbors_queue_holds_last_images_and_supports_with_nearest_other_images() -> None:

@@ -85,6 +85,7 @@ RULES = {
     "probe.keep": Rule(str, choices=KEEP),
     "probe.layer": Rule(str, optional=True, or_int=True),
     "probe.draws": _positive(int),
+    "probe.cache": Rule(bool),
     "probe.finetune.epochs": _positive(int),
     "probe.finetune.batch_size": Rule(int, low=2),
     "probe.finetune.lr": _positive(float),

@@ -89,8 +89,13 @@ def probe_rows(
     classifiers = build.build_classifiers(cfg, frozen)
     settings: Any = OmegaConf.to_container(cfg.probe.finetune) if "finetune" in cfg.probe.probes else None
     tuning = None if settings is None else FineTuning(**settings)  # checked before the first row
+    cache = build.baseline_cache(cfg, data, draws, precision, model.K)
     for name in tqdm([*features, *layer_names(cfg.probe.layer)] if frozen else [], "probe", disable=None):
-        yield from evaluate(name, networks[name](), data, classifiers, len(data.test) > 0, draws)
+
+        def compute(name: str = name) -> Iterator[dict[str, Any]]:
+            return evaluate(name, networks[name](), data, classifiers, len(data.test) > 0, draws)
+
+        yield from cache.rows(name, compute)
     if tuning is not None:
         yield from finetune(model, data, tuning, draws, precision, cfg.seed)
 

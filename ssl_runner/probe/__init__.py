@@ -1,5 +1,6 @@
 """Probes: classifiers of frozen features, and the baselines that they are compared with."""
 
+from ssl_runner.probe.cache import BaselineCache
 from ssl_runner.probe.during_training import BestEpoch, ProbeEvaluator
 from ssl_runner.probe.finetune import FineTuning, finetune
 from ssl_runner.probe.knn import KnnProbe
@@ -10,6 +11,7 @@ from ssl_runner.probe.ridge import RidgeProbe
 from ssl_runner.probe.shares import LabelDraw, label_draws
 
 __all__ = [
+    "BaselineCache",
     "BestEpoch",
     "Classifier",
     "FineTuning",

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ssl_runner import optimizer
 from ssl_runner.data.dataset import DataSet
-from ssl_runner.device import AUTOCAST_DTYPES
+from ssl_runner.device import AUTOCAST_DTYPES, synchronize
 from ssl_runner.errors import UsageError
 from ssl_runner.model import SSLModel
 from ssl_runner.probe.protocol import accuracies, extract
@@ -56,6 +56,7 @@ def finetune(
     Raises UsageError if the loss is not finite.
     """
     for draw in draws:
+        synchronize(data.mean.device)
         start = time.perf_counter()
         positions = torch.arange(len(data.train)) if draw is None else draw.positions
         network = classifier(model, len(data.classes)).to(data.mean.device)

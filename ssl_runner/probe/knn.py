@@ -11,6 +11,8 @@ from ssl_runner.probe.protocol import Probe
 
 NEIGHBORS = (1, 5, 10, 20, 50, 100, 200)
 TEMPERATURE = 0.07  # of the vote weights (Wu et al. 2018)
+BLOCK_ELEMENTS = 2**26  # of the cosines of a block of rows with all training rows, 256 MB
+BLOCK_ON_CPU = 1024  # rows; larger blocks are not faster
 
 
 class KnnProbe(Probe):
@@ -47,12 +49,15 @@ class KnnProbe(Probe):
         """Return the votes (n, classes) of the k nearest training rows for each row of X_eval (n, d)."""
         return self.votes(*self.nearest(int(k), X_eval))
 
-    def nearest(self, k: int, X_eval: Tensor, block: int = 1024) -> tuple[Tensor, Tensor]:
+    def nearest(self, k: int, X_eval: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and row indices (n, k) of the nearest training rows, by descending cosine.
 
-        Processes X_eval in blocks of rows.
+        Processes X_eval in blocks of rows, sized by the number of elements of the rows and of their cosines.
         """
-        blocks = [(rows @ self.X.T).topk(k) for rows in F.normalize(X_eval).split(block)]
+        block = max(1, BLOCK_ELEMENTS // max(self.X.shape))
+        if X_eval.device.type == "cpu":
+            block = min(block, BLOCK_ON_CPU)
+        blocks = [(F.normalize(rows) @ self.X.T).topk(k) for rows in X_eval.split(block)]
         return torch.cat([b.values for b in blocks]), torch.cat([b.indices for b in blocks])
 
     def votes(self, cosines: Tensor, rows: Tensor) -> Tensor:

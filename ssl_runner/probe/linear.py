@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_runner.probe.protocol import Probe
+from ssl_runner.probe.row_space import RowSpace, float64, moments
 
 PENALTIES = tuple(10.0 ** (-exponent / 2) for exponent in range(1, 10))  # 0.3 .. 3e-5, strongest first
 # rows per block; on a CPU a block fits into the cache unless the features are very wide
@@ -20,6 +21,13 @@ def logits(X: Tensor, W: Tensor, b: Tensor) -> Tensor:
     Transposed because a softmax over a short contiguous dimension is slow.
     """
     return F.linear(X, W, b).T.contiguous()
+
+
+def solve(L: Tensor, V: Tensor, upper: bool) -> Tensor:
+    """W with W L = V, or W L' = V for `upper`; L lower triangular (d, d) or diagonal (d,), V (classes, d)."""
+    if L.ndim == 1:
+        return V / L
+    return torch.linalg.solve_triangular(L.T if upper else L, V, upper=upper, left=False)
 
 
 class LinearProbe(Probe):
@@ -37,6 +45,9 @@ class LinearProbe(Probe):
     TIGHT, the tolerance of the final fit, brings the objective within 1e-5 nats of scikit-learn's optimum.
     LOOSE, the tolerance of model selection, brings it within 1e-3 nats. The tests check both bounds.
 
+    With fewer rows than features, the fit runs in the row space of X (`RowSpace`): d is then the rank of X,
+    and W has the coordinates in its basis. The minimum is the same, and no d x d matrix of features is made.
+
     `penalties` are the values of l2 to select from. Sort them from strong to weak: each fit starts from the
     previous one, and selection stops when the accuracy no longer improves.
     """
@@ -46,35 +57,57 @@ class LinearProbe(Probe):
 
     def __init__(self, X: Tensor, y: Tensor, classes: int, penalties: Sequence[float] = PENALTIES):
         self.penalties = penalties
-        self.origin = X[0].clone()  # makes constant features exactly 0
-        self.X = X - self.origin
-        self.mean = self.X.mean(0)
-        self.X -= self.mean
-        gram = self.X.T @ self.X
-        std = (gram.diagonal() / (len(X) - 1)).sqrt()
-        self.scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0)
-        self.X *= self.scale
-        self.gram = (self.scale[:, None] * gram * self.scale / len(X)).cpu().double()
+        self.rows: RowSpace | None = None
+        if len(X) < X.shape[1]:
+            self.rows = RowSpace(X, *moments(X, correction=1))
+            self.X = self.rows.coordinates().to(X)
+            self.gram = self.rows.values / len(X)  # (r,): the Gram matrix of the coordinates is diagonal
+        else:
+            self.origin = X[0].clone()  # makes constant features exactly 0
+            self.X = X - self.origin
+            self.mean = self.X.mean(0)
+            self.X -= self.mean
+            gram = self.X.T @ self.X
+            std = (gram.diagonal() / (len(X) - 1)).sqrt()
+            self.scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0)
+            self.X *= self.scale
+            self.gram = float64(self.scale[:, None] * gram * self.scale / len(X))
         block = BLOCK_ON_CPU if X.device.type == "cpu" else BLOCK
         rows = torch.arange(len(X), device=X.device) % block
         self.blocks = list(zip(self.X.split(block), y.split(block), rows.split(block), strict=True))
-        self.W, self.b = X.new_zeros(classes, X.shape[1]), X.new_zeros(classes)
+        self.W, self.b = X.new_zeros(classes, self.X.shape[1]), X.new_zeros(classes)
 
     def standardise(self, X: Tensor) -> Tensor:
-        """Standardise X (n, d) with the mean and scale of the training features."""
-        return (X - self.origin).sub_(self.mean).mul_(self.scale)
+        """Standardise X (n, d) with the mean and scale of the training features, unless `logits` does it."""
+        return X if self.rows is not None else (X - self.origin).sub_(self.mean).mul_(self.scale)
+
+    def logits(self, X: Tensor) -> Tensor:
+        """Logits (n, classes) of X (n, d), as returned by `standardise`."""
+        if self.rows is not None:
+            return self.rows.scores(self.W.T, X) + self.b
+        return F.linear(X, self.W, self.b)
 
     def path(self, X_eval: Tensor) -> Iterator[tuple[float, Tensor]]:
         """Yield (l2, logits (n, classes) of X_eval (n, d)) for each of `penalties`, with warm starts."""
         X_eval = self.standardise(X_eval)
         for l2 in self.penalties:
             self.fit(l2, self.LOOSE)
-            yield l2, F.linear(X_eval, self.W, self.b)
+            yield l2, self.logits(X_eval)
 
     def scores(self, l2: float, X_eval: Tensor) -> Tensor:
         """Fit at `l2`, starting from the previous fit; return the logits (n, classes) of X_eval (n, d)."""
         self.fit(l2)
-        return F.linear(self.standardise(X_eval), self.W, self.b)
+        return self.logits(self.standardise(X_eval))
+
+    def factor(self, a: float, l2: float) -> Tensor:
+        """L with LL' = a X'X / n + l2 I: lower triangular (d, d), or its diagonal (r,) in the row space."""
+        if self.gram.ndim == 1:
+            return (a * self.gram + l2).sqrt().to(self.X)
+        # the Gram matrix has float32 rounding errors; the minimum does not depend on L
+        jitter = 1e-7 * self.gram.trace()
+        hessian = a * self.gram
+        hessian.diagonal().add_(l2 + jitter)
+        return torch.linalg.cholesky(hessian).to(self.X)
 
     @torch.no_grad()
     def fit(self, l2: float, tolerance: float = TIGHT, max_passes: int = 2000) -> int:
@@ -85,12 +118,8 @@ class LinearProbe(Probe):
         """
         squares = sum(logits(X, self.W, self.b).softmax(0).square().sum() for X, _, _ in self.blocks)
         a = (1 - float(squares) / len(self.X)) / max(len(self.b) - 1, 1) + 1e-6
-        # the Gram matrix has float32 rounding errors; the minimum does not depend on L
-        jitter = 1e-7 * self.gram.trace()
-        L = torch.linalg.cholesky(
-            a * self.gram + (l2 + jitter) * torch.eye(len(self.gram), dtype=torch.float64)
-        ).to(self.X)
-        V = torch.cat([self.W @ L, a**0.5 * self.b[:, None]], 1)
+        L = self.factor(a, l2)
+        V = torch.cat([self.W * L if L.ndim == 1 else self.W @ L, a**0.5 * self.b[:, None]], 1)
         solver = torch.optim.LBFGS(
             [V],
             max_iter=max_passes,
@@ -102,9 +131,8 @@ class LinearProbe(Probe):
         passes = 0
 
         def weights() -> tuple[Tensor, Tensor]:
-            W = torch.linalg.solve_triangular(L, V[:, :-1], upper=False, left=False)
-            W = W.contiguous()  # solve_triangular returns column-major order, which makes products 2x slower
-            return W, V[:, -1] / a**0.5
+            W = solve(L, V[:, :-1], upper=False)
+            return W.contiguous(), V[:, -1] / a**0.5  # products with column-major W are 2x slower
 
         @torch.no_grad()  # the solver enables gradients
         def objective() -> Tensor:
@@ -120,7 +148,7 @@ class LinearProbe(Probe):
                 R[y, rows] -= 1 / len(self.X)
                 dW.addmm_(R, X)
                 db += R.sum(1)
-            dW = torch.linalg.solve_triangular(L.T, dW, upper=True, left=False)
+            dW = solve(L, dW, upper=True)
             V.grad = torch.cat([dW, db[:, None] / a**0.5], 1)
             return torch.stack(values).sum()
 

@@ -12,20 +12,32 @@ from ssl_runner.errors import UsageError
 from ssl_runner.model import SSLModel, eval_mode
 from ssl_runner.probe.baselines import linear_discriminants, principal_components
 
-MAX_PIXELS = 8192  # values per image; with D pixels, `pixels`, `pca` and `lda` need matrices D x D in float64
+# of `pixels`, `pca` and `lda` of n images with D values each, which need n x D values in float32 a few times
+# and square matrices with min(n, D) rows in float64
+MAX_PIXELS, MAX_VALUES = 8192, 400_000_000
 OF_PIXELS = ("pixels", "pca", "lda")
 
 
 def affordable(features: Iterable[str], data: DataSet) -> tuple[list[str], str]:
-    """Leave out features for which images of this size have too many pixels.
+    """Leave out features of the pixels where they need too much memory and time.
+
+    They are probed if an image has at most MAX_PIXELS values. Larger images are probed if there are at most
+    MAX_PIXELS of them to fit on (train and val), and if these and the test images have at most MAX_VALUES
+    values together.
 
     Returns the other names, each once, and a line about those left out, "" if there are none.
     """
     names = list(dict.fromkeys(features))
     pixels = data.channels * data.image_size**2
-    if pixels <= MAX_PIXELS or not (large := [name for name in names if name in OF_PIXELS]):
+    fitted = len(data.train) + len(data.val)
+    few = fitted <= MAX_PIXELS and (fitted + len(data.test)) * pixels <= MAX_VALUES
+    if pixels <= MAX_PIXELS or few or not (large := [name for name in names if name in OF_PIXELS]):
         return names, ""
-    line = f"probes of {', '.join(large)} are left out: {pixels:,} values per image, at most {MAX_PIXELS:,}"
+    line = (
+        f"probes of {', '.join(large)} are left out: {pixels:,} values per image, {fitted:,} images to fit on"
+        f" and {len(data.test):,} to test; expected at most {MAX_PIXELS:,} values, or {MAX_PIXELS:,}"
+        f" images to fit on and {MAX_VALUES:,} values in all"
+    )
     return [name for name in names if name not in large], line
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ssl_runner import distributed
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.images import Images
+from ssl_runner.device import synchronize
 from ssl_runner.model import eval_mode
 from ssl_runner.probe.shares import LabelDraw
 from ssl_runner.views import normalize, to_unit
@@ -50,8 +51,14 @@ def extract(network: nn.Module, images: Images, mean: Tensor, std: Tensor, batch
     with eval_mode(network):
         shards = distributed.shard_indices(len(images), batch_size)
         batches = images.batches(shards[distributed.rank()], batch_size, mean.device)
-        parts = [network(normalize(to_unit(x), mean, std)).flatten(1) for x, _ in batches]
-    return distributed.unshard(torch.cat(parts).float(), shards)
+        features, filled = torch.empty(0), 0
+        for x, _ in batches:
+            part = network(normalize(to_unit(x), mean, std)).flatten(1)
+            if not filled:  # one allocation: concatenating the batches would take twice the memory
+                features = part.new_empty(len(shards[distributed.rank()]), part.shape[1], dtype=torch.float32)
+            features[filled : filled + len(part)] = part
+            filled += len(part)
+    return distributed.unshard(features, shards)
 
 
 def evaluate(
@@ -66,17 +73,24 @@ def evaluate(
 
     Each classifier is fitted on `train`, and its hyperparameter is selected on `val`. With `score_test` it is
     then fitted on both and scored once on `test`. top1 and top5 are fractions in [0, 1]; top5 is None for
-    five classes or fewer. `seconds` covers the probe and the extraction of the features that it is fitted on.
+    five classes or fewer. `seconds` covers the probe and the extraction of the features that it is fitted on,
+    measured after host-device syncs.
     The classifiers are distributed over the ranks.
 
     `draws` are the subsets of `train` to fit on, None for all of it. For a subset, `val` only selects: the
     probe that is scored on `test` is fitted on the subset alone.
     """
+    device = data.mean.device
+    synchronize(device)
     start = time.perf_counter()
     X, X_val = (extract(network, part, data.mean, data.std) for part in (data.train, data.val))
+    X_both = torch.cat([X, X_val])
+    X, X_val = X_both.split([len(X), len(X_val)])  # views: wide features are not stored twice
     y, y_val, classes = data.train.y, data.val.y, len(data.classes)
+    synchronize(device)
     extraction = time.perf_counter() - start
     X_test = extract(network, data.test, data.mean, data.std) if score_test else None
+    synchronize(device)
 
     def fit(draw: LabelDraw | None, name: str) -> Iterator[dict[str, Any]]:
         start = time.perf_counter()
@@ -89,6 +103,7 @@ def evaluate(
         selection = f"{probe.hyperparameter}={chosen:g} (val)"
 
         def row(train_split: str, eval_split: str, n_train: int, scores: Tensor, y: Tensor) -> dict[str, Any]:
+            top = accuracies(scores, y)  # reads results: the device is done
             return {
                 "probe": name,
                 "features": features,
@@ -97,7 +112,7 @@ def evaluate(
                 "eval_split": eval_split,
                 "selection": selection,
                 "n_train": n_train,
-                **accuracies(scores, y),
+                **top,
                 "seconds": extraction + time.perf_counter() - start,
                 **(draw.columns() if draw is not None else {}),
             }
@@ -106,7 +121,7 @@ def evaluate(
         if X_test is not None and draw is not None:
             yield row("train", "test", len(y_fit), probe.scores(chosen, X_test), data.test.y)
         elif X_test is not None:
-            X_both, y_both = torch.cat([X, X_val]), torch.cat([y, y_val])
+            y_both = torch.cat([y, y_val])
             scores = classifiers[name](X_both, y_both, classes).scores(chosen, X_test)
             yield row("train+val", "test", len(y_both), scores, data.test.y)
 

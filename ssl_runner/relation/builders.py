@@ -11,13 +11,13 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_runner.batch import Batch
 from ssl_runner.device import to_device
 from ssl_runner.errors import UsageError, one_line
 from ssl_runner.relation import derived, operators
+from ssl_runner.relation.nearest import nearest_of_other_images
 from ssl_runner.relation.operators import Relation
 
 
@@ -132,9 +132,9 @@ class FromNeighbors(RelationBuilder):
 
     def in_batch(self, embeddings: Tensor, batch: Batch) -> Relation:
         """Relation with the neighbours within the batch. embeddings (n, K)."""
-        unit = F.normalize(embeddings)
-        similarities = (unit @ unit.T).fill_diagonal_(-torch.inf)
-        nearest = similarities.topk(min(self.k, len(embeddings) - 1)).indices
+        images = torch.arange(len(embeddings), device=embeddings.device)
+        k = min(self.k, len(embeddings) - 1)
+        nearest = nearest_of_other_images(embeddings, embeddings, k, images, images)
         return derived.ViewExpanded(operators.KNearest(nearest), batch.V)
 
     def in_queue(self, embeddings: Tensor, batch: Batch) -> Relation:
@@ -143,12 +143,9 @@ class FromNeighbors(RelationBuilder):
         filled = min(self.seen, self.size)
         queue, indices = self.queue[:filled].to(device), self.indices[:filled]
         if filled and filled - np.bincount(indices.numpy()).max() >= self.k:
-            same_image = to_device(batch.indices, device)[:, None] == to_device(indices, device)
-            similarities = F.normalize(embeddings) @ F.normalize(queue).T
-            similarities = similarities.masked_fill(same_image, -torch.inf)
-            G: Relation = derived.WithSupportSet(
-                n, batch.V, queue[similarities.topk(self.k).indices].flatten(0, 1)
-            )
+            images = to_device(batch.indices, device), to_device(indices, device)
+            nearest = nearest_of_other_images(embeddings, queue, self.k, *images)
+            G: Relation = derived.WithSupportSet(n, batch.V, queue[nearest].flatten(0, 1))
         else:
             G = operators.Views(n, batch.V, device=device)
         if not self.seen:
