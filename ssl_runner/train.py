@@ -22,6 +22,7 @@ from ssl_runner.model import SSLModel
 from ssl_runner.preemption import Preempted, Preemption
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.solver import Solver
+from ssl_runner.views import ViewFormat
 
 SAVE_INTERVAL = 600.0  # seconds between checkpoints within an epoch
 SAVE, STOP = 1, 2  # what a rank may request after a step; the largest request over all ranks is executed
@@ -70,6 +71,9 @@ class Pretraining(Solver):
         self.sharded = distributed.world_size() == 1 or (loss.supports_sharding and relation.shardable)
         self.requests = distributed.AsyncMax()
         self.dtype = AUTOCAST_DTYPES[precision]
+        self.view_format = ViewFormat()
+        if self.device.type != "cpu":  # as the network reads them; the kernels of a CPU write float32
+            self.view_format = ViewFormat(None, self.dtype or torch.float32, model.memory_format)
         self.computed_on = f"{self.device.type} in {precision}"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.forwards = loader.V if per_view else 1
@@ -131,7 +135,9 @@ class Pretraining(Solver):
         self.model.train()
         guard = NonFiniteGuard(self.device)
         first = self.step - self.epoch * self.loader.steps_per_epoch
-        for X, batch in self.loader.batches(self.epoch, first, whole_batch=not self.sharded):
+        for X, batch in self.loader.batches(
+            self.epoch, first, whole_batch=not self.sharded, view_format=self.view_format
+        ):
             values = self._step(X, batch, guard)
             self.sums = {name: value + self.sums.get(name, 0) for name, value in values.items()}
             self.step += 1

@@ -25,7 +25,7 @@ IMPORTS = """
     config          errors names rule
     runs            config distributed errors preemption version
 
-    views           device errors rule
+    views           errors rule
     relation        batch device distributed errors
     loss            distributed names relation
     data            batch device distributed errors names runs views
@@ -33,7 +33,7 @@ IMPORTS = """
     evaluator       model
     solver          loss model relation
 
-    train           batch data device distributed errors loss model preemption relation solver
+    train           batch data device distributed errors loss model preemption relation solver views
     theory          backbone data distributed errors evaluator loss model relation runs solver
     probe           backbone data device distributed errors evaluator model optimizer runs views
 
