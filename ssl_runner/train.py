@@ -22,7 +22,7 @@ from ssl_runner.model import SSLModel
 from ssl_runner.preemption import Preempted, Preemption
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.solver import Solver
-from ssl_runner.views import ViewFormat
+from ssl_runner.views import IMAGE_FORMAT, ViewFormat
 
 SAVE_INTERVAL = 600.0  # seconds between checkpoints within an epoch
 SAVE, STOP = 1, 2  # what a rank may request after a step; the largest request over all ranks is executed
@@ -71,7 +71,7 @@ class Pretraining(Solver):
         self.sharded = distributed.world_size() == 1 or (loss.supports_sharding and relation.shardable)
         self.requests = distributed.AsyncMax()
         self.dtype = AUTOCAST_DTYPES[precision]
-        self.view_format = ViewFormat()
+        self.view_format = IMAGE_FORMAT
         if self.device.type != "cpu":  # as the network reads them; the kernels of a CPU write float32
             self.view_format = ViewFormat(None, self.dtype or torch.float32, model.memory_format)
         self.computed_on = f"{self.device.type} in {precision}"

@@ -14,7 +14,7 @@ from ssl_runner.batch import Batch
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.images import Images
 from ssl_runner.device import to_device
-from ssl_runner.views import Augment, ViewFormat, to_unit
+from ssl_runner.views import IMAGE_FORMAT, Augment, ViewFormat, to_unit
 
 
 class MultiViewLoader:
@@ -87,12 +87,13 @@ class MultiViewLoader:
         *,
         size: int | None = None,
         whole_batch: bool = False,
-        view_format: ViewFormat = ViewFormat(),
+        view_format: ViewFormat = IMAGE_FORMAT,
     ) -> Iterator[tuple[Tensor, Batch]]:
         """Yield X (V n, C, h, w), view-major, and its Batch, for the batches of an epoch from `start` on.
 
-        `size` overrides the number of images per batch. `view_format` states type and memory format of X. With `whole_batch` the Batch describes the images of
-        all ranks, in the order of the ranks. X always holds the views of this rank's images.
+        `size` overrides the number of images per batch. `view_format` states type and memory format of X.
+        With `whole_batch` the Batch describes the images of all ranks, in the order of the ranks. X always
+        holds the views of this rank's images.
         """
         size = size or self.batch_size
         order = self.order(epoch)[start * size :]
@@ -123,7 +124,7 @@ class MultiViewLoader:
         generator: torch.Generator,
         rank: int = 0,
         ranks: int = 1,
-        view_format: ViewFormat = ViewFormat(),
+        view_format: ViewFormat = IMAGE_FORMAT,
     ) -> Tensor:
         return self.augment(
             images, self.V, self.data.mean, self.data.std, generator, rank, ranks, view_format

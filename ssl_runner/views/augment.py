@@ -24,7 +24,7 @@ from ssl_runner.views.geometry import to_unit
 from ssl_runner.views.policy import Policy
 from ssl_runner.views.sampler import MAX_DRAWS, Params, ParamSampler, UniformSampler, ViewIndex
 
-__all__ = ["Augment", "ViewFormat", "normalize", "numba_works", "to_unit"]
+__all__ = ["IMAGE_FORMAT", "Augment", "ViewFormat", "normalize", "numba_works", "to_unit"]
 
 
 class ViewFormat(NamedTuple):
@@ -37,6 +37,9 @@ class ViewFormat(NamedTuple):
     def size(self, images: Tensor) -> tuple[int, int]:
         """(height, width) of the views of images (n, C, H, W)."""
         return (self.side, self.side) if self.side else (images.shape[2], images.shape[3])
+
+
+IMAGE_FORMAT = ViewFormat()  # as the images: float32, contiguous, of the same size
 
 
 class Augment:
@@ -74,7 +77,7 @@ class Augment:
         generator: torch.Generator,
         rank: int = 0,
         ranks: int = 1,
-        view_format: ViewFormat = ViewFormat(),
+        view_format: ViewFormat = IMAGE_FORMAT,
     ) -> Tensor:
         """Return V normalised views of every image.
 

@@ -87,12 +87,14 @@ def color_jitter(
     Brightness, contrast and saturation are all a blend with a reference image, so each of the three steps is
     one blend even if the rows apply different operations in it.
     """
-    position = hue_position[:, None, None]
-    identity = torch.eye(4, 3, device=hue_position.device)
-    factors = torch.where(position < 4, blends[:, :, :1], 1.0)
+    factors = torch.where(hue_position[:, None, None] < 4, blends[:, :, :1], 1.0)
+    if hues is not None:
+        positions, identity = torch.arange(4, device=hues.device), torch.eye(4, 3, device=hues.device)
+        chosen = (hue_position[:, None] == positions)[:, :, None, None]
+        mixing = torch.where(chosen, hues[:, None], identity).unbind(1)  # of each step, (B, 4, 3)
     for step in range(4):
         if hues is not None and len(channels) == 3:
-            channels = mix_channels(channels, torch.where(position == step, hues, identity))
+            channels = mix_channels(channels, mixing[step])
         if step < 3:
             factor = factors[:, step, :, None]
             contrast, saturation = blends[:, step, 1:, None, None].unbind(1)

@@ -37,7 +37,7 @@ def random_boxes(
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
     first = fits.int().argmax(0, keepdim=True)
-    found = fits.any(0)
+    found = fits.gather(0, first)[0]
     w = torch.where(found, w.gather(0, first)[0], width)
     h = torch.where(found, h.gather(0, first)[0], height)
     top, left = ((size + 1 - side) * sampler.uniform(0, 1) for size, side in ((height, h), (width, w)))

@@ -155,7 +155,7 @@ class Policy:
             x = resample(images, params.get("boxes"), params.get("flip"), params.get("matrices"), size)
         else:
             x = to_unit(images)
-        channels = x.unbind(1)
+        channels: Sequence[Tensor] = x.unbind(1)
         if self.jitter:
             channels = color_jitter(channels, params["blends"], params.get("hues"), params["hue_position"])
         if self.grayscale and C == 3:
