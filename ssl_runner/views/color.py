@@ -20,7 +20,7 @@ def luma(channels: Sequence[Tensor]) -> Tensor:
     if len(channels) == 1:
         return channels[0]
     r, g, b = channels
-    return GRAY[0] * r + GRAY[1] * g + GRAY[2] * b
+    return (GRAY[0] * r).add(g, alpha=GRAY[1]).add(b, alpha=GRAY[2])
 
 
 def hue_weights(turns: Tensor) -> Tensor:
@@ -56,7 +56,8 @@ def mix_channels(channels: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     mixed = []
     for weight in weights[:, :, :, None, None].unbind(2):
         of_r, of_g, of_b, of_both = weight.unbind(1)
-        mixed.append((of_both * both + of_r * r + of_g * g + of_b * b).maximum(low).minimum(high))
+        y = (of_both * both).addcmul(of_r, r).addcmul(of_g, g).addcmul(of_b, b)
+        mixed.append(y.clamp(low, high))
     return mixed
 
 
@@ -99,9 +100,9 @@ def color_jitter(
             factor = factors[:, step, :, None]
             contrast, saturation = blends[:, step, 1:, None, None].unbind(1)
             gray = luma(channels)
-            reference = saturation * gray + contrast * gray.mean((1, 2), keepdim=True)
+            reference = (contrast * gray.mean((1, 2), keepdim=True)).addcmul(saturation, gray)
             rest = (1 - factor) * reference
-            channels = [(factor * x + rest).clamp(0, 1) for x in channels]
+            channels = [rest.addcmul(factor, x).clamp(0, 1) for x in channels]
     return channels
 
 

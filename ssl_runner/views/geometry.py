@@ -211,7 +211,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int, chosen: Tensor | None =
         x = weights[:, 0] * x
         for t in range(1, half + 1):
             before, after = (padded.narrow(axis, half + offset, side) for offset in (-t, t))
-            x = x + weights[:, t] * (before + after)
+            x = x.addcmul(weights[:, t], before + after)
     return x
 
 
