@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pandas as pd
 import torch
@@ -28,7 +27,9 @@ from ssl_runner.config.compose import CONF
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, VICReg
 from ssl_runner.projector import mlp
 from ssl_runner.relation import Views
-from ssl_runner.views import augment as views
+from ssl_runner.views import ViewFormat
+from ssl_runner.views.augment import views_from_uniforms
+from ssl_runner.views.sampler import MAX_DRAWS
 
 BATCH, V, K, SIDE = 512, 2, 256, 32
 PEAK = {"bf16": 989e12, "fp32": 67e12}  # FLOP/s of an H100 SXM, dense (Nvidia data sheet)
@@ -95,14 +96,11 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
     for name in ("simclr", "vicreg"):
         augment = instantiate(OmegaConf.load(CONF / "views" / f"{name}.yaml"), _convert_="all")
         images = torch.randint(0, 256, (BATCH, 3, SIDE, SIDE), dtype=torch.uint8)
-        draws = torch.Generator().manual_seed(0)
-        with mock.patch.object(views, "augment_rows_cpu", views.augment_batch):  # as on GPUs
-            add(
-                "views",
-                name,
-                "fp32",
-                counted(partial(augment, images, V, torch.full((3,), 0.5), torch.full((3,), 0.25), draws)),
-            )
+        uniforms = [torch.rand(BATCH * V, MAX_DRAWS)]  # as on GPUs
+        mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
+        views_format = ViewFormat(None, torch.bfloat16, torch.channels_last)
+        arguments = (augment.policies, images, V, mean, std, uniforms, views_format)
+        add("views, eager", name, "fp32", counted(partial(views_from_uniforms, *arguments)))
     for name, loss in LOSSES.items():
         Z = torch.randn(N, K, requires_grad=True)
         add("G and loss, forward and backward", name, "fp32", counted(partial(descend, loss(), Z)))

@@ -24,6 +24,7 @@ from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.solver import Save, Solver
 from ssl_runner.step_graph import Capture, StepGraph
 from ssl_runner.timer import IteratorTimer
+from ssl_runner.views import IMAGE_FORMAT, Augment, ViewFormat
 
 SAVE_INTERVAL = 60.0  # seconds between checkpoints
 SAVE, STOP = 1, 2  # what a rank may request after a step; the largest request over all ranks is executed
@@ -68,6 +69,9 @@ class Pretraining(Solver):
         self.requests = distributed.AsyncMax()
         self.dtype = AUTOCAST_DTYPES[precision]
         self.loss_products = numerics.fp32_products if precision == "tf32" else nullcontext
+        self.view_format = IMAGE_FORMAT
+        if self.device.type != "cpu":  # as the network reads them; the kernels of a CPU write float32
+            self.view_format = ViewFormat(None, self.dtype or torch.float32, model.memory_format)
         self.computed_on = f"{self.device.type} in {precision}"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.forwards = loader.V if per_view else 1
@@ -101,6 +105,8 @@ class Pretraining(Solver):
 
     def compile(self, graphs: bool = False) -> str | None:
         self.network.compile(dynamic=False)
+        if isinstance(self.loader.augment, Augment):  # a user's views need no `compile`
+            self.loader.augment.compile()
         if not graphs:
             return None
         parts = {"loss": self.loss, "relation": self.relation}
@@ -145,7 +151,10 @@ class Pretraining(Solver):
         self.model.train()
         guard, timer = NonFiniteGuard(), IteratorTimer(self.device)
         first = self.step - self.epoch * self.loader.steps_per_epoch
-        for X, batch in timer(self.loader.batches(self.epoch, first, whole_batch=not self.sharded)):
+        batches = self.loader.batches(
+            self.epoch, first, whole_batch=not self.sharded, view_format=self.view_format
+        )
+        for X, batch in timer(batches):
             values = self._step(X, batch, guard)
             self.sums = {name: value + self.sums.get(name, 0) for name, value in values.items()}
             self.step += 1

@@ -30,7 +30,7 @@ IMPORTS = """
     config          errors names rule
     runs            background config distributed errors host_copy preemption version
 
-    views           device errors rule
+    views           errors rule
     relation        batch device distributed errors
     loss            distributed names relation
     data            batch device distributed errors names runs views
@@ -40,7 +40,7 @@ IMPORTS = """
 
     step_graph      batch errors
     train           batch data device distributed errors guard loss model numerics preemption relation
-                    solver step_graph timer
+                    solver step_graph timer views
     theory          backbone data device distributed errors evaluator host_copy loss model relation runs
                     solver
     probe           backbone data device distributed errors evaluator model optimizer runs views

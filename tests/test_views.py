@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,18 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
+from torch._inductor import metrics
 from torch.testing import assert_close
 
-from ssl_runner.views import Augment, Policy, color, geometry
-from ssl_runner.views.augment import augment_batch, augment_rows_cpu
-from ssl_runner.views.sampler import ParamSampler, ViewIndex
+from ssl_runner.config.compose import CONF
+from ssl_runner.views import IMAGE_FORMAT, Augment, Policy, ViewFormat, color, geometry
+from ssl_runner.views.augment import augment_rows_cpu, views_from_uniforms
+from ssl_runner.views.sampler import MAX_DRAWS, ParamSampler, UniformSampler, ViewIndex
+from tests.device import OnDevice, pretended
 from tests.helpers import TINY, run_folder
 
 B = 12
@@ -35,6 +41,14 @@ FULL = {
 
 def sampler(rows: int = B, seed: int = 0) -> ParamSampler:
     return ParamSampler(rows, torch.device("cpu"), torch.Generator().manual_seed(seed))
+
+
+def uniform_sampler(rows: int = B, seed: int = 0) -> ParamSampler:
+    """The sampler of devices other than a CPU."""
+    return UniformSampler(torch.rand(rows, MAX_DRAWS, generator=torch.Generator().manual_seed(seed)))
+
+
+SAMPLERS = [sampler, uniform_sampler]
 
 
 def random_images(channels: int = 3, size: tuple[int, int] = (20, 24)) -> Tensor:
@@ -53,21 +67,25 @@ def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
     return (x * column(factor)).clamp(0, 1)
 
 
+def luma(x: Tensor) -> Tensor:
+    return color.luma(x.unbind(1))[:, None]
+
+
 def blend(x: Tensor, reference: Tensor, factor: Tensor) -> Tensor:
     """The blend of `color.color_jitter`: factor x + (1 - factor) reference, clamped to [0, 1]."""
     return torch.lerp(reference, x, column(factor)).clamp_(0, 1)
 
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    return blend(x, color.luma(x).mean((1, 2, 3), keepdim=True), factor)
+    return blend(x, luma(x).mean((1, 2, 3), keepdim=True), factor)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    return blend(x, color.luma(x), factor)
+    return blend(x, luma(x), factor)
 
 
 def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
-    return color.mix_channels(x, color.hue_weights(turns))
+    return torch.stack(color.mix_channels(x.unbind(1), color.hue_weights(turns)), 1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -82,7 +100,7 @@ def test_saturation_hue_and_grayscale_match_torchvision() -> None:
     x[0], x[1, 0] = 0.3, x[1, 1]  # a gray image, and one with two equal channels
     assert_close(adjust_saturation(x, factor), one_by_one(TF.adjust_saturation, x, factor))
     assert_close(adjust_hue(x, turns), one_by_one(TF.adjust_hue, x, turns), atol=1e-5, rtol=0)
-    assert_close(color.luma(x), TF.rgb_to_grayscale(x))
+    assert_close(luma(x), TF.rgb_to_grayscale(x))
 
 
 def test_solarize_matches_torchvision() -> None:
@@ -145,7 +163,8 @@ def test_affine_matches_torchvision() -> None:
     )
 
 
-def test_random_boxes_have_distribution_of_torchvision() -> None:
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_random_boxes_have_distribution_of_torchvision(sampler: Callable[..., ParamSampler]) -> None:
     """Compare mean, standard deviation and minimum of 20,000 boxes with RandomResizedCrop.get_params."""
     n, scale, ratio = 20_000, (0.08, 1.0), (3 / 4, 4 / 3)
     ours = geometry.random_boxes(sampler(n), 32, 32, scale, ratio)
@@ -168,9 +187,9 @@ def test_jitter_applies_operations_in_all_orders() -> None:
     x = torch.rand(rows, 3, 6, 6)
     d = sampler(rows)
     brightness, contrast, saturation = (d.uniform(0.4, 1.6) for _ in range(3))
-    hue, order, hue_position = d.uniform(-0.2, 0.2), d.random(3).argsort(1), d.choice(4).sort().values
-    blends = color.blend_weights(torch.stack([brightness, contrast, saturation], 1), order)
-    ours = color.color_jitter(x.clone(), blends, color.hue_weights(hue), hue_position)
+    hue, order, hue_position = d.uniform(-0.2, 0.2), d.random(3).argsort(1), d.choice(4)
+    blends = color.blend_weights([brightness, contrast, saturation], order)
+    ours = torch.stack(color.color_jitter(x.unbind(1), blends, color.hue_weights(hue), hue_position), 1)
     functions = [
         (adjust_brightness, brightness), (adjust_contrast, contrast),
         (adjust_saturation, saturation), (adjust_hue, hue),
@@ -251,20 +270,18 @@ def test_operation_draws_parameters_per_row(operation: str) -> None:
         assert distinct > (150 if operation in ("blur", "jitter") else 350)
 
 
-def test_choices_have_given_probabilities_and_are_independent() -> None:
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_choices_have_given_probabilities_and_are_independent(sampler: Callable[..., ParamSampler]) -> None:
     """Frequencies over 8,000 rows are within 4.5 standard deviations of the probabilities.
 
     Checked for single choices, pairs of choices, the two views of an image, adjacent rows, and every position
     of the hue.
     """
     n, p = 4000, {"jitter": 0.8, "grayscale": 0.2, "blur": 0.5, "solarize": 0.1}
-    chosen = (
-        Policy(**FULL | {"solarize": {"p": 0.1, "threshold": 0.5}})
-        .sample_params(sampler(2 * n), (8, 8), (8, 8))
-        .choices
-    )
-    hue_position = chosen.pop("hue_position")
-    events = {"jitter": hue_position < 4, **chosen}
+    policy = Policy(**FULL | {"solarize": {"p": 0.1, "threshold": 0.5}})
+    params = policy.sample_params(sampler(2 * n), (8, 8), (8, 8))
+    hue_position = params["hue_position"]
+    events = {name: params.get(name, hue_position < 4) for name in p}
     expected = [(events[a], p[a]) for a in p]
     expected += [(events[a] & events[b], p[a] * p[b]) for a in p for b in p if a < b]
     expected += [(events[a][:n] & events[a][n:], p[a] ** 2) for a in p]
@@ -274,8 +291,9 @@ def test_choices_have_given_probabilities_and_are_independent() -> None:
         assert abs(event.float().mean() - q) < 4.5 * (q * (1 - q) / len(event)) ** 0.5
 
 
-def test_numbers_differ_between_rows() -> None:
-    numbers = Policy(**FULL).sample_params(sampler(500), (32, 32), (32, 32)).numbers
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_numbers_differ_between_rows(sampler: Callable[..., ParamSampler]) -> None:
+    numbers = Policy(**FULL).sample_params(sampler(500), (32, 32), (32, 32))
     for name in ("boxes", "blends", "hues", "sigma"):
         assert len(torch.unique(numbers[name].reshape(500, -1), dim=0)) > 480, name
 
@@ -310,12 +328,93 @@ def test_rows_on_cpu_match_batched_operations(
     rows = 70
     policy, images = Policy(**settings), torch.randint(0, 256, (9, channels, *image_size), dtype=torch.uint8)
     params = policy.sample_params(sampler(rows), image_size, size)
-    index = ViewIndex(torch.randint(9, (rows,)), torch.randperm(rows), torch.arange(rows))
     mean, std = torch.tensor([0.1, 0.2, 0.3])[:channels], torch.tensor([0.5, 0.6, 0.7])[:channels]
-    made = [torch.full((rows, channels, *size), torch.nan) for _ in range(2)]
-    for X, compute in zip(made, (augment_rows_cpu, augment_batch), strict=True):
-        compute(policy, params, index, images, X, mean, std)
-    assert_close(made[0], made[1], atol=2e-5, rtol=0)
+    image, row = torch.randint(9, (rows,)), torch.randperm(rows)
+    X = torch.full((rows, channels, *size), torch.nan)
+    augment_rows_cpu(policy, params, ViewIndex(image, row, torch.arange(rows)), images, X, mean, std)
+    batched = (policy(images[image], params, size) - column3(mean)) / column3(std)
+    assert_close(X[row], batched, atol=2e-5, rtol=0)
+
+
+def column3(v: Tensor) -> Tensor:
+    return v.view(-1, 1, 1)
+
+
+@pytest.mark.parametrize("side", [28, 32, 64, 96, 224])
+@pytest.mark.parametrize("name", ["simclr", "vicreg", "digits"])
+def test_views_from_uniforms_match_cpu_kernels(name: str, side: int) -> None:
+    """The views of other devices equal those of the CPU kernels row by row.
+
+    The tolerance grows with the side because float32 coordinates of pixels do. The images are noise.
+    """
+    images, V, channels = random_bytes(2, side), 2, 3
+    mean, std = torch.zeros(channels), torch.ones(channels)
+    [policy] = shipped(name).policies
+    uniforms = torch.rand(2 * V, MAX_DRAWS, generator=torch.Generator().manual_seed(side))
+    ours = views_from_uniforms([policy], images, V, mean, std, [uniforms], IMAGE_FORMAT)
+    params = policy.sample_params(UniformSampler(uniforms), (side, side), (side, side))
+    X, rows = torch.empty_like(ours), torch.arange(2 * V)
+    augment_rows_cpu(policy, params, ViewIndex(rows % 2, rows, rows), images, X, mean, std)
+    assert_close(ours, X, atol=3e-7 * side, rtol=0)
+
+
+def test_policy_with_all_operations_takes_all_uniform_numbers() -> None:
+    numbers = uniform_sampler()
+    Policy(**FULL, affine=AFFINE).sample_params(numbers, (8, 8), (8, 8))
+    assert numbers.taken == MAX_DRAWS
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("policies", [{"all": FULL}, {"first": FULL, "second": {"affine": AFFINE}}], ids=len)
+def test_views_on_device_do_not_sync_and_have_given_format(policies: dict, channels: int) -> None:
+    """Each call differs from the one before; a shard has the views that it has in the whole batch."""
+    augment, V = Augment(policies), 3
+    form = ViewFormat(12, torch.bfloat16, torch.channels_last)
+    images = torch.randint(0, 256, (8, channels, 16, 16), dtype=torch.uint8)
+    mean, std = torch.zeros(channels), torch.ones(channels)
+
+    def views(images: Tensor, *shard: int, calls: int = 1) -> Tensor:
+        generator = torch.Generator().manual_seed(7)
+        with pretended():
+            on_device = [OnDevice(tensor) for tensor in (mean, std)]
+            for _ in range(calls):
+                X = augment(OnDevice(images), V, *on_device, generator, *(shard or (0, 1)), form)
+        return X.values
+
+    X = views(images)
+    assert (X.shape, X.dtype) == ((V * 8, channels, 12, 12), torch.bfloat16)
+    assert X.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(X, views(images))
+    assert not torch.equal(X, views(images, calls=2))
+    halves = [views(half, rank, 2).unflatten(0, (V, 4)) for rank, half in enumerate(images.chunk(2))]
+    assert torch.equal(torch.cat(halves, 1), X.unflatten(0, (V, 8)))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch.compile's own warnings
+@pytest.mark.parametrize("name", ["simclr", "vicreg"])
+def test_compiled_views_have_few_kernels_and_match_eager(name: str) -> None:
+    """Inductor's number of kernels, on a CPU, with the sampling of the parameters; sort is not counted."""
+    augment, images, mean, std = shipped(name), random_bytes(16, 32), torch.zeros(3), torch.ones(3)
+    uniforms = [torch.rand(32, MAX_DRAWS, generator=torch.Generator().manual_seed(0))]
+    torch.compiler.reset()
+    metrics.reset()
+    augment.compile()
+    form = ViewFormat(None, torch.float32, torch.channels_last)
+    arguments = (augment.policies, images, 2, mean, std, uniforms, form)
+    compiled, eager = (make(*arguments) for make in (augment.from_uniforms, views_from_uniforms))
+    assert metrics.generated_kernel_count <= 20
+    assert compiled.is_contiguous(memory_format=torch.channels_last)
+    assert_close(compiled, eager, atol=1e-5, rtol=0)
+
+
+def random_bytes(n: int, side: int) -> Tensor:
+    return torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8)
+
+
+def shipped(name: str) -> Augment:
+    """The policies of conf/views."""
+    return instantiate(OmegaConf.load(CONF / "views" / f"{name}.yaml"), _convert_="all")
 
 
 @pytest.mark.slow
@@ -381,7 +480,7 @@ def test_views_of_other_size_match_resized_views(settings: dict, size: int) -> N
     images = (F.interpolate(coarse, size=32, mode="bicubic").clamp(0, 1) * 255).byte()
     smooth = {name: value for name, value in settings.items() if name != "solarize"}
     policy, mean, std = Augment({"all": smooth}), torch.zeros(3), torch.ones(3)
-    small = policy(images, 2, mean, std, torch.Generator().manual_seed(3), side=size)
+    small = policy(images, 2, mean, std, torch.Generator().manual_seed(3), view_format=ViewFormat(size))
     large = policy(images, 2, mean, std, torch.Generator().manual_seed(3))
     assert small.shape == (12, 3, size, size)
     assert (small - TF.resize(large, [size, size], antialias=True)).abs().mean() < 0.03
@@ -389,7 +488,9 @@ def test_views_of_other_size_match_resized_views(settings: dict, size: int) -> N
 
 def test_size_without_crop_matches_torchvision_resize() -> None:
     images = torch.randint(0, 256, (5, 3, 20, 20), dtype=torch.uint8)
-    X = Augment({"all": {}})(images, 2, torch.zeros(3), torch.ones(3), torch.Generator(), side=12)
+    X = Augment({"all": {}})(
+        images, 2, torch.zeros(3), torch.ones(3), torch.Generator(), view_format=ViewFormat(12)
+    )
     assert_close(X, TF.resize(images / 255, [12, 12], antialias=True).repeat(2, 1, 1, 1), atol=1e-5, rtol=0)
 
 

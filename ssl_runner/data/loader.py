@@ -14,7 +14,7 @@ from ssl_runner.batch import Batch
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.images import Images
 from ssl_runner.device import to_device
-from ssl_runner.views import Augment, to_unit
+from ssl_runner.views import IMAGE_FORMAT, Augment, ViewFormat, to_unit
 
 
 class MultiViewLoader:
@@ -81,12 +81,19 @@ class MultiViewLoader:
         return self.resolutions[min(part, len(self.resolutions) - 1)]
 
     def batches(
-        self, epoch: int, start: int = 0, *, size: int | None = None, whole_batch: bool = False
+        self,
+        epoch: int,
+        start: int = 0,
+        *,
+        size: int | None = None,
+        whole_batch: bool = False,
+        view_format: ViewFormat = IMAGE_FORMAT,
     ) -> Iterator[tuple[Tensor, Batch]]:
         """Yield X (V n, C, h, w), view-major, and its Batch, for the batches of an epoch from `start` on.
 
-        `size` overrides the number of images per batch. With `whole_batch` the Batch describes the images of
-        all ranks, in the order of the ranks. X always holds the views of this rank's images.
+        `size` overrides the number of images per batch. `view_format` states type and memory format of X.
+        With `whole_batch` the Batch describes the images of all ranks, in the order of the ranks. X always
+        holds the views of this rank's images.
         """
         size = size or self.batch_size
         order = self.order(epoch)[start * size :]
@@ -101,7 +108,8 @@ class MultiViewLoader:
             indices = pretrain.indices[(whole if whole_batch else shards)[number]]
             if len(indices) > len(labels):
                 labels = pretrain.labels[to_device(indices, self.device)]
-            X = self._views(images, self.view_generator, rank, ranks, self.resolution(first + number))
+            chosen = view_format._replace(side=self.resolution(first + number))
+            X = self._views(images, self.view_generator, rank, ranks, chosen)
             yield X, Batch(indices, labels, self.V, len(self.data.classes))
 
     def fixed_batch(self, images: Images, positions: Tensor) -> tuple[Tensor, Batch]:
@@ -116,10 +124,12 @@ class MultiViewLoader:
         generator: torch.Generator,
         rank: int = 0,
         ranks: int = 1,
-        side: int | None = None,
+        view_format: ViewFormat = IMAGE_FORMAT,
     ) -> Tensor:
-        side = side or self.data.view_size
-        return self.augment(images, self.V, self.data.mean, self.data.std, generator, rank, ranks, side)
+        view_format = view_format._replace(side=view_format.side or self.data.view_size)
+        return self.augment(
+            images, self.V, self.data.mean, self.data.std, generator, rank, ranks, view_format
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {

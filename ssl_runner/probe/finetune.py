@@ -19,7 +19,7 @@ from ssl_runner.errors import UsageError
 from ssl_runner.model import SSLModel
 from ssl_runner.probe.protocol import accuracies, extract
 from ssl_runner.probe.shares import LabelDraw
-from ssl_runner.views import Augment
+from ssl_runner.views import Augment, ViewFormat
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def train(
         for number, (images, y) in enumerate(data.train.stored.batches(order, size, device)):
             for group in algorithm.param_groups:
                 group["lr"] = schedule(epoch * steps + number)
-            x = augment(images, 1, data.mean, data.std, views, side=data.view_size)
+            x = augment(images, 1, data.mean, data.std, views, view_format=ViewFormat(data.view_size))
             loss = step(network, x, y, algorithm, scaler, AUTOCAST_DTYPES[precision])
         if not loss.isfinite():
             raise UsageError(

@@ -4,21 +4,42 @@ X is view-major. The random parameters of all rows are sampled first. The views 
 on a CPU (`cpu_kernels`), and for the whole batch on other devices, by pure tensor functions with one
 parameter per row (`geometry`, `color`). Both agree with torchvision.transforms.functional on one image with
 equal parameters. Images are float in [0, 1]; normalisation is the last step.
+
+On other devices than a CPU, random numbers are drawn first and `views_from_uniforms` computes the views from
+them: on the device, with static shapes and without copies from the host, so that `Augment.compile` fuses it
+into a few kernels and a CUDA graph can hold it.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ssl_runner.device import to_device
 from ssl_runner.errors import one_line
+from ssl_runner.views.geometry import to_unit
 from ssl_runner.views.policy import Policy
-from ssl_runner.views.sampler import Params, ParamSampler, ViewIndex
+from ssl_runner.views.sampler import MAX_DRAWS, Params, ParamSampler, UniformSampler, ViewIndex
+
+__all__ = ["IMAGE_FORMAT", "Augment", "ViewFormat", "normalize", "numba_works", "to_unit"]
+
+
+class ViewFormat(NamedTuple):
+    """Side of the views in pixels (None: that of the images), and their data type and memory format."""
+
+    side: int | None = None
+    dtype: torch.dtype = torch.float32
+    memory_format: torch.memory_format = torch.contiguous_format
+
+    def size(self, images: Tensor) -> tuple[int, int]:
+        """(height, width) of the views of images (n, C, H, W)."""
+        return (self.side, self.side) if self.side else (images.shape[2], images.shape[3])
+
+
+IMAGE_FORMAT = ViewFormat()  # as the images: float32, contiguous, of the same size
 
 
 class Augment:
@@ -41,6 +62,11 @@ class Augment:
                 raise ValueError(f"views.policies.{name}: {error}") from error
             except ValueError as error:
                 raise ValueError(f"views.policies.{name}.{error}") from error
+        self.from_uniforms: Callable[..., Tensor] = views_from_uniforms
+
+    def compile(self) -> None:
+        """Compile the views of devices other than a CPU. The kernels of a CPU are always compiled."""
+        self.from_uniforms = torch.compile(views_from_uniforms, fullgraph=True, dynamic=False)
 
     def __call__(
         self,
@@ -51,33 +77,90 @@ class Augment:
         generator: torch.Generator,
         rank: int = 0,
         ranks: int = 1,
-        side: int | None = None,
+        view_format: ViewFormat = IMAGE_FORMAT,
     ) -> Tensor:
         """Return V normalised views of every image.
 
         images     (n, C, H, W) uint8
         mean, std  (C,) per-channel statistics in [0, 1]
-        side       of the views in pixels, by default that of the images
-        returns    (V n, C, H, W) float32, or (V n, C, side, side); row v n + k is view v of image k
+        returns    (V n, C, H, W) float32, or as `view_format` states; row v n + k is view v of image k
 
         If the images are shard `rank` of a batch that is split into `ranks` equal shards, their views equal
         those that they have in the whole batch: parameters are drawn for all rows of the batch, and those of
         the shard are selected.
         """
-        n, C, H, W = images.shape
-        height, width = (side, side) if side else (H, W)
-        X = torch.empty(V * n, C, height, width, device=images.device)
-        row_by_row = images.device.type == "cpu" and numba_works()
-        compute = augment_rows_cpu if row_by_row else augment_batch
-        for number, policy in enumerate(self.policies[:V]):
-            v = torch.arange(number, V, len(self.policies))
-            rows = len(v) * ranks * n  # of this policy in the whole batch
-            sampler = ParamSampler(rows, images.device, generator)
-            params = policy.sample_params(sampler, (H, W), (height, width))
-            shard = torch.arange(rows).view(len(v), ranks, n)[:, rank].flatten()
-            index = ViewIndex(image=shard % n, row=v[shard // (ranks * n)] * n + shard % n, param=shard)
-            compute(policy, params, index, images, X, mean, std)
-        return X
+        n, device, size = len(images), images.device, view_format.size(images)
+        policies = self.policies[:V]
+        views = [range(number, V, len(policies)) for number in range(len(policies))]  # of each policy
+        rows = [len(own) * ranks * n for own in views]  # of each policy in the whole batch
+        if device.type != "cpu":
+            uniforms = [torch.rand(r, MAX_DRAWS, device=device, generator=generator) for r in rows]
+            uniforms = [of_shard(u, len(own), rank, ranks) for u, own in zip(uniforms, views, strict=True)]
+            return self.from_uniforms(policies, images, V, mean, std, uniforms, view_format)
+        image_size = (images.shape[2], images.shape[3])
+        params = [
+            policy.sample_params(ParamSampler(r, device, generator), image_size, size)
+            for policy, r in zip(policies, rows, strict=True)
+        ]
+        if not numba_works():
+            params = [
+                {name: of_shard(values, len(own), rank, ranks) for name, values in drawn.items()}
+                for drawn, own in zip(params, views, strict=True)
+            ]
+            return batched_views(policies, images, V, mean, std, params, view_format)
+        X = torch.empty(V * n, images.shape[1], *size)
+        for policy, drawn, own in zip(policies, params, views, strict=True):
+            param = of_shard(torch.arange(len(own) * ranks * n), len(own), rank, ranks)
+            row = torch.tensor(own)[param // (ranks * n)] * n + param % n
+            augment_rows_cpu(policy, drawn, ViewIndex(param % n, row, param), images, X, mean, std)
+        return X.to(view_format.dtype, memory_format=view_format.memory_format)
+
+
+def of_shard(values: Tensor, views: int, rank: int, ranks: int) -> Tensor:
+    """Select the rows of one rank from values (views * ranks * n, ...) of the whole batch."""
+    return values.unflatten(0, (views, ranks, -1))[:, rank].flatten(0, 1)
+
+
+def views_from_uniforms(
+    policies: Sequence[Policy],
+    images: Tensor,
+    V: int,
+    mean: Tensor,
+    std: Tensor,
+    uniforms: Sequence[Tensor],
+    view_format: ViewFormat,
+) -> Tensor:
+    """Compute `Augment.__call__` from uniform numbers in [0, 1), (rows, MAX_DRAWS) for each policy.
+
+    A row is a view of this rank's images. Pure, and static in all but tensors.
+    """
+    image_size, size = (images.shape[2], images.shape[3]), view_format.size(images)
+    params = [
+        policy.sample_params(UniformSampler(numbers), image_size, size)
+        for policy, numbers in zip(policies, uniforms, strict=True)
+    ]
+    return batched_views(policies, images, V, mean, std, params, view_format)
+
+
+def batched_views(
+    policies: Sequence[Policy],
+    images: Tensor,
+    V: int,
+    mean: Tensor,
+    std: Tensor,
+    params: Sequence[Params],
+    view_format: ViewFormat,
+) -> Tensor:
+    """Compute `Augment.__call__` with batched operations, from the parameters of each policy's rows."""
+    views: dict[int, Tensor] = {}
+    for number, (policy, drawn) in enumerate(zip(policies, params, strict=True)):
+        own = range(number, V, len(policies))
+        x = policy(images.repeat(len(own), 1, 1, 1), drawn, view_format.size(images))
+        x = normalize(x, mean, std).to(view_format.dtype, memory_format=view_format.memory_format)
+        if len(policies) == 1:
+            return x
+        views |= dict(zip(own, x.chunk(len(own)), strict=True))
+    return torch.cat([views[v] for v in range(V)])
 
 
 @cache
@@ -108,23 +191,7 @@ def augment_rows_cpu(
 
     kernel = policy.kernel((images.shape[2], images.shape[3]), (X.shape[2], X.shape[3]))
     threshold = policy.solarize["threshold"] if policy.solarize else 0.0
-    make_views(images, X, index, params.numbers | params.choices, mean, std, kernel, threshold)
-
-
-def augment_batch(
-    policy: Policy, params: Params, index: ViewIndex, images: Tensor, X: Tensor, mean: Tensor, std: Tensor
-) -> None:
-    """Compute the same as `augment_rows_cpu` on any device, by batched operations on all views."""
-    if policy.jitter:  # sort by hue position so that each group is one contiguous slice
-        index = index.select(params.choices["hue_position"][index.param].argsort(stable=True))
-    x = to_unit(images.index_select(0, to_device(index.image, images.device)))
-    x = policy(x, params.select(index.param, images.device), (X.shape[2], X.shape[3]))
-    X.index_copy_(0, to_device(index.row, images.device), normalize(x, mean, std))
-
-
-def to_unit(images: Tensor) -> Tensor:
-    """Convert uint8 images to float32 in [0, 1]."""
-    return images.float().mul_(1 / 255)
+    make_views(images, X, index, params, mean, std, kernel, threshold)
 
 
 def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:

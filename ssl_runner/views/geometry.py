@@ -1,7 +1,8 @@
 """Geometric augmentations and blur on batches; each equals torchvision's on one image.
 
-All but affine maps are separable weighted sums of a few rows, then of a few columns. A crop reads 2 rows per
-output row (more if it downscales), a blur as many as the side of its kernel.
+All but affine maps are separable weighted sums of a few columns, then of a few rows. Their number depends on
+the sizes of images and views only, so that all shapes are static. A crop reads 2 columns per output column,
+or 2 W / w if views are w < W pixels wide; a blur as many as the side of its kernel.
 """
 
 import math
@@ -11,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_runner.device import to_device
-from ssl_runner.views.sampler import ParamSampler
+from ssl_runner.views.sampler import ParamSampler, pick
 
 
 def random_boxes(
@@ -37,16 +37,18 @@ def random_boxes(
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
     first = fits.int().argmax(0, keepdim=True)
-    found = fits.any(0)
+    found = fits.gather(0, first)[0]
     w = torch.where(found, w.gather(0, first)[0], width)
     h = torch.where(found, h.gather(0, first)[0], height)
     top, left = ((size + 1 - side) * sampler.uniform(0, 1) for size, side in ((height, h), (width, w)))
-    return torch.stack([top.floor(), left.floor(), h, w], 1)
+    edges = torch.arange(4, device=sampler.device)
+    return pick(edges, *(values[:, None] for values in (top.floor(), left.floor(), h, w)))
 
 
 def full_boxes(rows: int, height: int, width: int, device: torch.device) -> Tensor:
     """Return the box of the whole image, repeated for every row: (rows, 4)."""
-    return to_device(torch.tensor([0.0, 0.0, height, width]), device).expand(rows, 4)
+    sides = [torch.full((rows,), float(side), device=device) for side in (0, 0, height, width)]
+    return torch.stack(sides, 1)
 
 
 def random_affines(
@@ -98,12 +100,12 @@ def resample(
 
     Output pixels are mapped to input pixels: flipped, then scaled into the box, then mapped by the matrix.
 
-    x         (B, C, H, W)
+    x         (B, C, H, W), float in [0, 1] or uint8
     boxes     (B, 4) top, left, height, width in pixels of x, by default the whole image
     flip      (B,) bool, True for a horizontal flip
     matrices  (B, 2, 3) as from `affine_matrices`
     size      (height, width) of the result, by default (H, W)
-    returns   (B, C, height, width)
+    returns   (B, C, height, width) float in [0, 1]
 
     Without matrices the result equals torchvision's resized_crop with antialias, and pixels outside the box
     are not read. With matrices, pixels outside the image are black, and x is first resized to `size`.
@@ -114,7 +116,7 @@ def resample(
         boxes = full_boxes(B, H, W, x.device)
     if matrices is None:
         return sum_both(x, *box_sums(boxes, flip, (H, W), size))
-    small = x if size == (H, W) else resample(x, size=size)
+    small = to_unit(x) if size == (H, W) else resample(x, size=size)
     # centres of the output pixels, in pixels of x
     down = torch.arange(0.5, size[0], device=x.device).mul(H / size[0]).expand(B, -1)
     right = torch.arange(0.5, size[1], device=x.device).mul(W / size[1]).expand(B, -1)
@@ -170,33 +172,49 @@ def triangle_filter(
 
 
 def sum_both(x: Tensor, rows: Tensor, row_weights: Tensor, columns: Tensor, column_weights: Tensor) -> Tensor:
-    """Return weighted sums of rows of x (B, C, H, W), then of columns of the result: (B, C, h, w).
+    """Return weighted sums of columns of x (B, C, H, W), then of rows of the result: (B, C, h, w).
 
-    rows and row_weights (B, h, K); columns and column_weights (B, w, K').
+    x is float, or uint8 and divided by 255. rows and row_weights (B, h, K); columns and column_weights
+    (B, w, K'). The result is channels-last in memory.
     """
-    return sum_rows(sum_rows(x, rows, row_weights).mT, columns, column_weights).mT.contiguous()
+    if x.dtype == torch.uint8:
+        column_weights = column_weights / 255
+    across = sum_columns(x, columns, column_weights)  # (B, w, C, H)
+    return sum_columns(across, rows, row_weights).permute(0, 3, 1, 2)
 
 
-def sum_rows(x: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Return sum_k weights_ik x[rows_ik], (B, C, h, W), for x (B, C, H, W), rows and weights (B, h, K)."""
-    B, C, H, W = x.shape
-    h, K = rows.shape[1:]
-    starts = torch.arange(0, B * C * H, H, device=x.device).view(B, C, 1, 1)
-    bags, weights = (rows[:, None] + starts).view(-1, K), weights[:, None].expand(B, C, h, K).reshape(-1, K)
-    return F.embedding_bag(bags, x.reshape(-1, W), mode="sum", per_sample_weights=weights).view(B, C, h, W)
+def sum_columns(x: Tensor, columns: Tensor, weights: Tensor) -> Tensor:
+    """Return sum_k weights_jk x[..., columns_jk], (B, w, C, H), for x (B, C, H, W), both others (B, w, K)."""
+    b = torch.arange(len(x), device=x.device)[:, None]
+    terms = (
+        x[b, :, :, column] * weight[:, :, None, None]
+        for column, weight in zip(columns.unbind(2), weights.unbind(2), strict=True)
+    )
+    return sum(terms, next(terms))
 
 
-def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
+def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int, chosen: Tensor | None = None) -> Tensor:
     """Blur x (B, C, H, W) with a Gaussian of standard deviation sigma (B,) in pixels. Edges are mirrored.
 
-    `kernel` is the side of the kernel: odd, and less than twice the side of the image.
+    `kernel` is the side of the kernel: odd, and less than twice the side of the image. Rows that are not
+    `chosen` (B,) are returned unchanged; by default all are blurred.
     """
-    offsets = torch.arange(kernel, device=x.device) - kernel // 2
+    half = kernel // 2
+    offsets = torch.arange(half + 1, device=x.device)
     weights = (-(offsets**2) / (2 * sigma[:, None] ** 2)).exp()
-    weights = (weights / weights.sum(1, keepdim=True))[:, None]
-    sums = []
-    for side in x.shape[-2:]:
-        pixels = torch.arange(side, device=x.device)[:, None] + offsets
-        pixels = side - 1 - (side - 1 - pixels.abs()).abs()  # mirror at both ends
-        sums += [pixels.expand(len(x), side, kernel), weights.expand(len(x), side, kernel)]
-    return sum_both(x, *sums)
+    weights = weights / (2 * weights.sum(1, keepdim=True) - 1)  # all but the first occur twice
+    if chosen is not None:
+        weights = torch.where(chosen[:, None], weights, (offsets == 0).float())
+    weights = weights[:, :, None, None, None]
+    for axis, padding in ((2, (0, 0, half, half)), (3, (half, half, 0, 0))):
+        side, padded = x.shape[axis], F.pad(x, padding, mode="reflect")
+        x = weights[:, 0] * x
+        for t in range(1, half + 1):
+            before, after = (padded.narrow(axis, half + offset, side) for offset in (-t, t))
+            x = x.addcmul(weights[:, t], before + after)
+    return x
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Convert uint8 images to float32 in [0, 1]. Float images are returned unchanged."""
+    return images.float().mul_(1 / 255) if images.dtype == torch.uint8 else images

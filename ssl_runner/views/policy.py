@@ -1,15 +1,21 @@
 """A policy: the random operations that make one view, their parameters, and the batched computation."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssl_runner.device import to_device
 from ssl_runner.rule import Rule
 from ssl_runner.views.color import blend_weights, color_jitter, hue_weights, luma, solarize
-from ssl_runner.views.geometry import full_boxes, gaussian_blur, random_affines, random_boxes, resample
+from ssl_runner.views.geometry import (
+    full_boxes,
+    gaussian_blur,
+    random_affines,
+    random_boxes,
+    resample,
+    to_unit,
+)
 from ssl_runner.views.sampler import Params, ParamSampler
 
 FRACTION, POSITIVE, NON_NEGATIVE = Rule(float, 0, 1), Rule(float, 0, open_low=True), Rule(float, 0)
@@ -63,10 +69,11 @@ class Policy:
         blur: Mapping[str, Any] | None = None,
         solarize: Mapping[str, Any] | None = None,
     ):
-        self.crop, self.affine, self.flip, self.jitter = crop, affine, flip, jitter
-        self.grayscale, self.blur, self.solarize = grayscale, blur, solarize
-        for operation in RULES:
-            check_settings(operation, getattr(self, operation))
+        given = {"crop": crop, "affine": affine, "jitter": jitter, "blur": blur, "solarize": solarize}
+        for operation, settings in given.items():
+            check_settings(operation, settings)
+        self.crop, self.affine, self.jitter, self.blur, self.solarize = map(plain, given.values())
+        self.flip, self.grayscale = flip, grayscale
         for name, probability in (("flip", flip), ("grayscale", grayscale)):
             if not FRACTION.accepts(probability):
                 raise ValueError(f"{name}={probability}: expected {FRACTION}")
@@ -80,8 +87,7 @@ class Policy:
 
         `image_size` and `size` are (height, width) of the images and of the views.
         """
-        numbers: dict[str, Tensor] = {}
-        choices: dict[str, Tensor] = {}
+        params: Params = {}
         boxes = (
             random_boxes(sampler, *image_size, **self.crop)
             if self.crop
@@ -89,29 +95,29 @@ class Policy:
         )
         flip = sampler.random() < self.flip
         if self.crop or self.affine or self.flip:
-            numbers |= {"boxes": boxes, "flip": flip}
+            params |= {"boxes": boxes, "flip": flip}
         if self.affine:
-            numbers["matrices"] = random_affines(sampler, *image_size, **self.affine)
+            params["matrices"] = random_affines(sampler, *image_size, **self.affine)
         if self.jitter:
             strengths = [self.jitter.get(name, 0.0) for name in ("brightness", "contrast", "saturation")]
-            factors = torch.stack([sampler.uniform(max(0, 1 - s), 1 + s) for s in strengths], 1)
-            numbers["blends"] = blend_weights(factors, sampler.random(3).argsort(1))
+            factors = [sampler.uniform(max(0, 1 - s), 1 + s) for s in strengths]
+            params["blends"] = blend_weights(factors, sampler.random(3).argsort(1))
             hue = self.jitter.get("hue", 0.0)
             turns = sampler.uniform(-hue, hue)
             if hue:
-                numbers["hues"] = hue_weights(turns)
-            choices["hue_position"] = torch.where(
+                params["hues"] = hue_weights(turns)
+            params["hue_position"] = torch.where(
                 sampler.coin(self.jitter.get("p", 1.0)), sampler.choice(4), 4
             )
         if self.grayscale:
-            choices["grayscale"] = sampler.coin(self.grayscale)
+            params["grayscale"] = sampler.coin(self.grayscale)
         if self.blur:
             low, high = (sigma * size[1] / image_size[1] for sigma in self.blur["sigma"])
-            numbers["sigma"] = sampler.uniform(low, high)
-            choices["blur"] = sampler.coin(self.blur["p"])
+            params["sigma"] = sampler.uniform(low, high)
+            params["blur"] = sampler.coin(self.blur["p"])
         if self.solarize:
-            choices["solarize"] = sampler.coin(self.solarize["p"])
-        return Params(numbers, choices)
+            params["solarize"] = sampler.coin(self.solarize["p"])
+        return params
 
     def kernel(self, image_size: tuple[int, int], size: tuple[int, int]) -> int:
         """Return the side of the blur kernel in pixels of the view, or 1 without a blur.
@@ -133,54 +139,47 @@ class Policy:
             )
         return side
 
-    def __call__(self, x: Tensor, params: Params, size: tuple[int, int]) -> Tensor:
-        """Apply the operations with the given parameters to a batch, on any device.
+    def __call__(self, images: Tensor, params: Params, size: tuple[int, int]) -> Tensor:
+        """Apply the operations with the given parameters to a batch.
 
-        x        (B, C, H, W) float in [0, 1], modified in place
-        params   sampled parameters of the B rows, sorted by `hue_position` among the jitter operations
+        images   (B, C, H, W) uint8
+        params   sampled parameters of the B rows
         size     (height, width) of the views
         returns  (B, C, height, width) float in [0, 1]
+
+        All operations process all rows, and shapes and control flow do not depend on values. An operation
+        that a row does not have leaves the row unchanged.
         """
-        C, *image_size = x.shape[1:]
-        numbers, choices = params.numbers, params.choices
-        if "boxes" in numbers or (image_size[0], image_size[1]) != size:
-            x = resample(x, numbers.get("boxes"), numbers.get("flip"), numbers.get("matrices"), size)
+        _, C, H, W = images.shape
+        if "boxes" in params or size != (H, W):
+            x = resample(images, params.get("boxes"), params.get("flip"), params.get("matrices"), size)
+        else:
+            x = to_unit(images)
+        channels: Sequence[Tensor] = x.unbind(1)
         if self.jitter:
-            x = color_jitter(
-                x, numbers["blends"], numbers.get("hues") if C == 3 else None, choices["hue_position"]
-            )
+            channels = color_jitter(channels, params["blends"], params.get("hues"), params["hue_position"])
         if self.grayscale and C == 3:
-            x = apply_where(choices["grayscale"], x, lambda y: luma(y).repeat(1, 3, 1, 1))
+            gray = luma(channels)
+            channels = [torch.where(params["grayscale"][:, None, None], gray, x) for x in channels]
+        x = torch.stack([*channels], 1)
         if self.blur:
-            kernel = self.kernel((image_size[0], image_size[1]), size)
-            x = apply_where(
-                choices["blur"], x, lambda y, sigma: gaussian_blur(y, sigma, kernel), numbers["sigma"]
-            )
+            x = gaussian_blur(x, params["sigma"], self.kernel((H, W), size), params["blur"])
         if self.solarize:
-            threshold = self.solarize["threshold"]
-            x = apply_where(choices["solarize"], x, lambda y: solarize(y, threshold))
+            inverted = solarize(x, self.solarize["threshold"])
+            x = torch.where(params["solarize"][:, None, None, None], inverted, x)
         return x
+
+
+def plain(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the settings of an operation as a dict of numbers and tuples, without types of OmegaConf."""
+    if settings is None:
+        return None
+    return {name: tuple(value) if name in RANGES else value for name, value in settings.items()}
 
 
 def odd(pixels: float) -> int:
     """Round a number of pixels to the side of a centred kernel, an odd integer: 4 and 5.9 -> 5, 6 -> 7."""
     return int(pixels / 2) * 2 + 1
-
-
-def apply_where(chosen: Tensor, x: Tensor, operation: Callable[..., Tensor], *numbers: Tensor) -> Tensor:
-    """Apply an operation to the chosen rows of x, and return the result.
-
-    chosen (B,) bool on the host; x (B, C, H, W), modified in place unless all rows are chosen; numbers
-    (B,): parameters of the operation.
-    """
-    if chosen.all():
-        return operation(x, *numbers)
-    rows = to_device(chosen.nonzero()[:, 0], x.device)
-    if len(rows):
-        x.index_copy_(
-            0, rows, operation(x.index_select(0, rows), *(number.index_select(0, rows) for number in numbers))
-        )
-    return x
 
 
 def check_settings(operation: str, settings: Any) -> None:

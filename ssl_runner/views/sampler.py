@@ -1,58 +1,68 @@
 """Random augmentation parameters for a batch, drawn independently for every row."""
 
+import math
 from dataclasses import dataclass
-from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from ssl_runner.device import to_device
+MAX_DRAWS = 41  # uniform numbers per row for a policy with all operations
 
 
 class ParamSampler:
-    """Draws one value per row: continuous numbers on the device, discrete choices on the host.
-
-    With the choices on the host, selecting the rows to which an operation applies needs no host-device sync.
-    If the device is not a CPU, a second generator on the host draws the choices. It is seeded with the state
-    of `generator`, so that this state alone determines all values.
-    """
+    """Draws one value per row from a generator, on the device of the generator."""
 
     def __init__(self, rows: int, device: torch.device, generator: torch.Generator):
-        self.rows, self.device, self.generator, self.host = rows, device, generator, generator
-        if device.type != "cpu":
-            self.host = torch.Generator().manual_seed(crc32(generator.get_state().numpy().tobytes()))
-            # advance the generator: the next sampler must differ even if this one draws no numbers
-            torch.rand(1, device=device, generator=generator)
+        self.rows, self.device, self.generator = rows, device, generator
 
     def random(self, *after: int, before: tuple[int, ...] = ()) -> Tensor:
-        """Uniform numbers in [0, 1), of shape (*before, rows, *after), on the device."""
+        """Uniform numbers in [0, 1), of shape (*before, rows, *after)."""
         return torch.rand(*before, self.rows, *after, device=self.device, generator=self.generator)
 
     def uniform(self, low: float, high: float) -> Tensor:
-        """Uniform numbers in [low, high), of shape (rows,), on the device."""
+        """Uniform numbers in [low, high), of shape (rows,)."""
         return low + (high - low) * self.random()
 
     def coin(self, p: float) -> Tensor:
-        """Bernoulli(p) samples, bool of shape (rows,), on the host."""
-        return torch.rand(self.rows, generator=self.host) < p
+        """Bernoulli(p) samples, bool of shape (rows,)."""
+        return self.random() < p
 
     def choice(self, k: int) -> Tensor:
-        """Uniform integers in [0, k), of shape (rows,), on the host."""
-        return torch.randint(k, (self.rows,), generator=self.host)
+        """Uniform integers in [0, k), of shape (rows,)."""
+        return torch.randint(k, (self.rows,), device=self.device, generator=self.generator)
 
 
-@dataclass
-class Params:
-    """Sampled parameters by name: numbers (rows, ...) on the device, choices (rows,) on the host."""
+class UniformSampler(ParamSampler):
+    """Takes its values from uniform numbers in [0, 1) that were drawn before: uniforms (rows, MAX_DRAWS).
 
-    numbers: dict[str, Tensor]
-    choices: dict[str, Tensor]
+    The sampling is then a pure function of a tensor, which torch.compile accepts; it refuses generators.
+    """
 
-    def select(self, rows: Tensor, device: torch.device) -> "Params":
-        """Return the parameters of the given rows; `rows` (B,) is an index tensor on the host."""
-        device_rows = to_device(rows, device)
-        numbers = {name: values.index_select(0, device_rows) for name, values in self.numbers.items()}
-        return Params(numbers, {name: values[rows] for name, values in self.choices.items()})
+    def __init__(self, uniforms: Tensor):
+        self.uniforms, self.taken = uniforms, 0
+        self.rows, self.device = len(uniforms), uniforms.device
+
+    def random(self, *after: int, before: tuple[int, ...] = ()) -> Tensor:
+        start, self.taken = self.taken, self.taken + math.prod(before) * math.prod(after)
+        numbers = self.uniforms[:, start : self.taken].T.reshape(*before, *after, self.rows)
+        return numbers.movedim(-1, len(before))
+
+    def choice(self, k: int) -> Tensor:
+        return (k * self.random()).long().clamp_(max=k - 1)  # k u rounds to k for u close to 1
+
+
+def pick(index: Tensor, *values: Tensor) -> Tensor:
+    """Return values[index] elementwise; all arguments are broadcast.
+
+    torch.compile fuses this with its inputs and outputs, unlike `torch.stack` and `torch.gather`.
+    """
+    chosen = values[-1]
+    for k, value in enumerate(values[:-1]):
+        chosen = torch.where(index == k, value, chosen)
+    return chosen
+
+
+Params = dict[str, Tensor]  # sampled parameters by name, each of shape (rows, ...)
 
 
 @dataclass
@@ -62,7 +72,3 @@ class ViewIndex:
     image: Tensor
     row: Tensor
     param: Tensor
-
-    def select(self, order: Tensor) -> "ViewIndex":
-        """The views at `order` (B,), an index tensor on the host."""
-        return ViewIndex(self.image[order], self.row[order], self.param[order])
