@@ -87,10 +87,13 @@ def versus(times: dict[str, float], ours: str = "ours") -> dict[str, float]:
 
 def describe(device: torch.device) -> str:
     """Describe the machine in one line: processor or GPU, threads, torch version."""
-    model = "CPU"
-    if sys.platform == "linux":
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), model)
-    if device.type == "cuda":
-        model = torch.cuda.get_device_name(device)
+    model = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
     return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def cpu_model() -> str:
+    """Name of the processor (Linux only; "CPU" elsewhere)."""
+    if sys.platform != "linux":
+        return "CPU"
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "CPU")
