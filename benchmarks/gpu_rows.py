@@ -44,7 +44,7 @@ class Section:
             file.write(json.dumps(line) + "\n")
 
     def attempt(self, what: str, work: Callable[[], dict[str, Any]]) -> None:
-        """Add the row that `work` returns. If it raises, the row states the error, and the section goes on."""
+        """Add the row that `work` returns. If it raises, the row has the error, and the section goes on."""
         try:
             self.row(what, **work())
         except Exception as error:  # whatever it is, it is the result of this row

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure
@@ -21,6 +22,7 @@ from benchmarks.gpu_job import BATCH, Job
 from benchmarks.gpu_rows import Section
 from ssl_runner import numerics
 from ssl_runner.config.compose import CONF
+from ssl_runner.device import synchronize
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, VICReg
 from ssl_runner.probe import KnnProbe, LinearProbe, RidgeProbe
 from ssl_runner.probe.protocol import accuracies, best_of
@@ -152,19 +154,21 @@ def timed(section: Section, work: Callable[[], Any], name: str | None) -> dict[s
 
     if device.type != "cuda":
         return {"ms": 1e3 * measure.seconds(block, device) / calls}
-    measure.synchronize(device)
+    synchronize(device)
     torch.cuda.empty_cache()  # of the trials of cuDNN, and of compilation
     torch.cuda.reset_peak_memory_stats(device)
     ms = 1e3 * statistics.median(measure.seconds(block, device) for _ in range(blocks)) / calls
     gib = torch.cuda.max_memory_reserved(device) / 2**30
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiled:
         for _ in range(PROFILED):
             work()
-        measure.synchronize(device)
+        synchronize(device)
     if name is not None:
         table = profiled.key_averages().table(sort_by="self_cuda_time_total", row_limit=40)
         (section.folder / f"profile-{name}.txt").write_text(table)
     kernels, busy = kernels_and_time(profiled.events())
+    if not kernels:  # the driver does not permit profiling
+        return {"ms": ms, "gib": gib}
     # the profiler makes the host slower, but not the kernels: their time is compared with that without it
     return {"ms": ms, "gib": gib, "kernels": kernels / PROFILED, "idle": max(0.0, 1 - busy / PROFILED / ms)}
 
@@ -172,16 +176,14 @@ def timed(section: Section, work: Callable[[], Any], name: str | None) -> dict[s
 def kernels_and_time(events: Iterable[Any]) -> tuple[int, float]:
     """Number of the kernels and copies on the device, and time in which at least one of them runs (ms).
 
-    The profiler also lists the ranges that the host has named, such as those of the optimizer, as events of
-    the device, under the same name. They are left out.
+    The profiler also lists ranges that the host has named, such as those of the optimizer, as events of the
+    device. They are left out.
     """
-    on_device, named = [], set()
-    for event in events:
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            on_device.append(event)
-        else:
-            named.add(event.name)
-    ranges = sorted((e.time_range.start, e.time_range.end) for e in on_device if e.name not in named)
+    ranges = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    )
     busy = last = 0.0
     for start, end in ranges:
         busy += max(0.0, end - max(start, last))

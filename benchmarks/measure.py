@@ -10,16 +10,10 @@ from typing import Any
 
 import torch
 
-from ssl_runner.device import release_freed_memory
+from ssl_runner.device import release_freed_memory, synchronize
 
 MIB = 2**20
 Work = Callable[[], Any]
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until all kernels queued on the device have finished. No effect on the CPU."""
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
 
 
 def seconds(work: Work, device: torch.device) -> float:

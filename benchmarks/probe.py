@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks import measure
 from ssl_runner.backbone import convnet
 from ssl_runner.data import dataset, image_folder
+from ssl_runner.device import synchronize
 from ssl_runner.probe.linear import LinearProbe
 from ssl_runner.probe.protocol import accuracies, best_of, extract
 from ssl_runner.probe.ridge import RidgeProbe
@@ -165,7 +166,7 @@ def sgd(train: Split, test: Split, rate: float, epochs: int) -> tuple[float, flo
 
     Batches of BATCH rows are indexed directly, without data loader, framework or logging.
     """
-    measure.synchronize(train.X.device)
+    synchronize(train.X.device)
     start = time.perf_counter()
     mean, std = train.X.mean(0), train.X.std(0).clamp(min=1e-6)
     X, y = (train.X - mean) / std, train.y
