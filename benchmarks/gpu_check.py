@@ -140,7 +140,7 @@ def begin(section: Section, work: Work) -> None:
     with open(section.folder / "log.txt", "a") as log:
         for descriptor in (1, 2):
             os.dup2(log.fileno(), descriptor)
-    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
     print(f"=== {section.name}", flush=True)
     work(section)
 
