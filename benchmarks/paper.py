@@ -3,9 +3,11 @@
 Nothing is timed. The network runs on fake tensors under bf16 autocast; views, loss and optimiser run on the
 CPU with the sizes of the real step. Every operation is assumed to read its inputs from memory and write its
 outputs to it, as in eager execution without caching or fusion. An operation that is not a view counts as one
-kernel, and a batch norm as two: one for the statistics, and one that reads its input again.
+kernel, and a batch norm as two: one for the statistics, and one that reads its input again. With --full,
+torch.compile fuses network and views for the CPU, which takes minutes, and its compiler counts instead.
 """
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -71,6 +73,24 @@ def counted(work: Callable[[], Any]) -> tuple[float, int, int]:
     return float(flops.get_total_flops()), traffic.bytes, traffic.kernels
 
 
+def compiled(work: Callable[[], Any]) -> tuple[int, int]:
+    """Count bytes and kernels of one call that compiles, as inductor's scheduler estimates them."""
+    from torch._inductor import config, metrics
+
+    log = logging.getLogger("torch._inductor.compile_fx.__inductor_metrics")  # if enabled, it counts
+    level, propagates, log.propagate = log.level, log.propagate, False
+    log.setLevel(logging.INFO)
+    torch.compiler.reset()
+    metrics.reset()
+    try:
+        with config.patch(force_disable_caches=True):  # what is cached is not counted
+            work()
+    finally:
+        log.setLevel(level)
+        log.propagate = propagates
+    return metrics.num_bytes_accessed, len(metrics.nodes_num_elem)
+
+
 def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[dict[str, Any]]:
     """One row per part of a step: work, tool, gflop, gib, kernels, floor_ms, host_ms.
 
@@ -96,16 +116,13 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
         )
 
     with FakeTensorMode():
-        backbone = resnet(3, SIDE, "resnet18")
-        network = nn.Sequential(backbone, mlp(backbone.width, 512, 2, K))
-        X = torch.empty(N, 3, SIDE, SIDE, dtype=torch.bfloat16)  # as the views write it
-
-        def descend_network() -> None:
-            with torch.autocast("cpu", torch.bfloat16):
-                Z = network(X)
-            Z.float().sum().backward()
-
-        add("forward and backward", "resnet18", "bf16", counted(descend_network))
+        flops, moved, kernels = counted(partial(descend_network, *resnet18(N)))
+        add("forward and backward", "resnet18", "bf16", (flops, moved, kernels))
+    if full:
+        network, X = resnet18(N)
+        network.to(memory_format=torch.channels_last).compile(dynamic=False)
+        counts = compiled(partial(descend_network, network, X))
+        add("forward and backward, compiled", "resnet18", "bf16", (flops, *counts))
     for name in ("simclr", "vicreg"):
         augment = instantiate(OmegaConf.load(CONF / "views" / f"{name}.yaml"), _convert_="all")
         images = torch.randint(0, 256, (BATCH, 3, SIDE, SIDE), dtype=torch.uint8)
@@ -114,6 +131,9 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
         views_format = ViewFormat(None, torch.bfloat16, torch.channels_last)
         arguments = (augment.policies, images, V, mean, std, uniforms, views_format)
         add("views, eager", name, "fp32", counted(partial(views_from_uniforms, *arguments)))
+        if full:
+            augment.compile()
+            add("views, compiled", name, "fp32", (0, *compiled(partial(augment.from_uniforms, *arguments))))
     for name, loss in LOSSES.items():
         Z = torch.randn(N, K, requires_grad=True)
         add("G and loss, forward and backward", name, "fp32", counted(partial(descend, loss(), Z)))
@@ -124,6 +144,21 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
     adamw.step()  # allocates the optimiser state
     add("optimiser", "AdamW", "fp32", counted(adamw.step))
     return rows
+
+
+def resnet18(N: int) -> tuple[nn.Module, Tensor]:
+    """ResNet-18 with its projector, and an input of N views, as the views of a device write it."""
+    backbone = resnet(3, SIDE, "resnet18")
+    network = nn.Sequential(backbone, mlp(backbone.width, 512, 2, K))
+    X = torch.randn(N, 3, SIDE, SIDE).to(torch.bfloat16, memory_format=torch.channels_last)
+    return network, X
+
+
+def descend_network(network: nn.Module, X: Tensor) -> None:
+    """Forward and backward pass under bf16 autocast."""
+    with torch.autocast("cpu", torch.bfloat16):
+        Z = network(X)
+    Z.float().sum().backward()
 
 
 def descend(loss: Loss, Z: Tensor) -> None:
