@@ -101,19 +101,7 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
     rows: list[dict[str, Any]] = []
 
     def add(work: str, tool: str, unit: str, count: tuple[float, int, int]) -> None:
-        flops, moved, kernels = count
-        ms = 1000 * max(flops / PEAK[unit], moved / BANDWIDTH)
-        rows.append(
-            {
-                "work": work,
-                "tool": tool,
-                "gflop": flops / 1e9,
-                "gib": moved / 2**30,
-                "kernels": kernels,
-                "floor_ms": ms,
-                "host_ms": 1000 * LAUNCH * kernels,
-            }
-        )
+        rows.append({"work": work, "tool": tool, **figures(unit, *count)})
 
     with FakeTensorMode():
         flops, moved, kernels = counted(partial(descend_network, *resnet18(N)))
@@ -121,6 +109,7 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
     if full:
         network, X = resnet18(N)
         network.to(memory_format=torch.channels_last).compile(dynamic=False)
+        X = X.contiguous(memory_format=torch.channels_last)
         counts = compiled(partial(descend_network, network, X))
         add("forward and backward, compiled", "resnet18", "bf16", (flops, *counts))
     for name in ("simclr", "vicreg"):
@@ -146,12 +135,22 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
     return rows
 
 
+def figures(unit: str, flops: float, moved: int, kernels: int) -> dict[str, float]:
+    """The figures of a row, from FLOPs in the arithmetic of `unit`, bytes and kernels."""
+    return {
+        "gflop": flops / 1e9,
+        "gib": moved / 2**30,
+        "kernels": kernels,
+        "floor_ms": 1000 * max(flops / PEAK[unit], moved / BANDWIDTH),
+        "host_ms": 1000 * LAUNCH * kernels,
+    }
+
+
 def resnet18(N: int) -> tuple[nn.Module, Tensor]:
-    """ResNet-18 with its projector, and an input of N views, as the views of a device write it."""
+    """ResNet-18 with its projector, and an input of N views in bf16."""
     backbone = resnet(3, SIDE, "resnet18")
     network = nn.Sequential(backbone, mlp(backbone.width, 512, 2, K))
-    X = torch.randn(N, 3, SIDE, SIDE).to(torch.bfloat16, memory_format=torch.channels_last)
-    return network, X
+    return network, torch.randn(N, 3, SIDE, SIDE).bfloat16()
 
 
 def descend_network(network: nn.Module, X: Tensor) -> None:
