@@ -62,11 +62,12 @@ def environment(section: Section) -> None:
 
 
 def driver() -> str:
-    """Version of the NVIDIA driver, as nvidia-smi gives it."""
+    """Version of the NVIDIA driver, power limit and largest clock, as nvidia-smi gives them."""
     if shutil.which("nvidia-smi") is None:
         return "nvidia-smi not found"
     command = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().splitlines()[0]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return (done.stdout.strip() or "nvidia-smi failed").splitlines()[0]
 
 
 def tests(section: Section) -> None:

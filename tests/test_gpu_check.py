@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch.autograd import DeviceType
 
-from benchmarks import gpu_check, gpu_rows, gpu_runs, gpu_timed
+from benchmarks import gpu_check, gpu_job, gpu_rows, gpu_runs, gpu_timed
 from benchmarks.gpu_rows import Section
 
 CPU = torch.device("cpu")
@@ -123,6 +123,41 @@ def test_timed_measures_idle_share_against_time_without_profiler(tmp_path: Path)
     assert (found["gib"], found["kernels"]) == (3.0, 200 / gpu_timed.PROFILED)
     assert found["idle"] == pytest.approx(1 - 15 / found["ms"])
     assert (tmp_path / "profile-name.txt").exists()
+
+
+def test_sections_for_a_gpu_cover_precisions_modes_and_sizes(section: Section) -> None:
+    """The rows of a GPU, with stand-ins for the work."""
+    given: list[tuple[tuple[str, ...], dict[str, object]]] = []
+
+    def job(section: Section, *overrides: str, **options: object) -> None:
+        given.append((overrides, options))
+
+    with (
+        mock.patch.object(Section, "tiny", False),
+        mock.patch.object(gpu_timed, "Job", job),
+        mock.patch.object(gpu_timed, "of_steps", return_value={}),
+        mock.patch.object(gpu_timed, "of_views", return_value={}),
+        mock.patch.object(gpu_timed, "timed", return_value={}),
+    ):
+        for work in (gpu_timed.steps, gpu_timed.data, gpu_timed.views, gpu_timed.losses):
+            work(section)
+    rows = gpu_rows.read(section.folder)
+    assert not any(row["failed"] for row in rows)
+    assert len({row["what"] for row in rows}) == len(rows) == 12 + 2 + 10 + 12
+    assert given[:3] == [(("precision=bf16",), {"compile": mode}) for mode in ("false", "true", "graphs")]
+    assert {(*overrides, options["compile"]) for overrides, options in given[:12]} == {
+        (f"precision={precision}", mode)
+        for precision in ("bf16", "fp32", "tf32", "fp16")
+        for mode in ("false", "true", "graphs")
+    }
+    assert given[12:] == [((f"dataset.storage={place}",), {"side": 96}) for place in ("device", "host")]
+
+
+def test_job_for_a_gpu_is_resnet18_at_batch_512(tmp_path: Path) -> None:
+    cfg = gpu_job.settings(Section("part", torch.device("cuda", 1), tmp_path), "+dataset.side=32")
+    assert (cfg.backbone.name, cfg.batch_size, cfg.V, cfg.device) == ("resnet18", 512, 2, "cuda:1")
+    assert cfg.dataset._target_ == "benchmarks.made.images"
+    assert cfg.dataset.n_train >= 4 * cfg.batch_size
 
 
 def test_largest_difference_includes_projector(tmp_path: Path) -> None:
