@@ -50,7 +50,7 @@ def main() -> None:
     # never uses CUDA, and each section is forked from it. With the variable, looking for a GPU is no use.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.gpu_runs", "benchmarks.gpu_timed", "torch._dynamo"])
+    context.set_forkserver_preload(["benchmarks.gpu_imports"])
     first = context.Process(target=int)  # starts the server, whose imports take no section's time
     first.start()
     first.join()

@@ -162,7 +162,8 @@ def nccl(section: Section) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
+    # with CUDA from a server of this section: counting the GPUs may have used CUDA in this process
+    context: Any = multiprocessing.get_context("fork" if section.tiny else "forkserver")
     group = os.getpgid(0)
     ranks = [context.Process(target=one_rank, args=(section, rank, W, port, group)) for rank in range(W)]
     for process in ranks:
