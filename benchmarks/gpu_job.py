@@ -7,7 +7,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from benchmarks.gpu_rows import Section
-from ssl_runner import build, pipeline
+from ssl_runner import build
+from ssl_runner.compiler import compile_solver
 from ssl_runner.config.compose import CONF, prefer_our_presets, register_resolvers
 from ssl_runner.guard import NonFiniteGuard
 from ssl_runner.preemption import Preemption
@@ -27,7 +28,7 @@ class Job:
         experiment = build.build(cfg)
         self.batch_size = cfg.batch_size
         training: Any = experiment.solver(Preemption(), lambda state, how: None)
-        self.compiled = pipeline.compile_solver(cfg, experiment, training)
+        self.compiled = compile_solver(cfg.compile, training, experiment.loader)
         training.model.train()
         self.training, self.guard = training, NonFiniteGuard()
         self.batches = itertools.chain.from_iterable(
@@ -46,7 +47,7 @@ class Job:
     def mode(self) -> str:
         """What is compiled: off, on or graphs, as `run.json` has it; or that a graph was not recorded."""
         gradients = self.training.gradients
-        failed = isinstance(gradients, StepGraph) and gradients.failed
+        failed = isinstance(gradients, StepGraph) and gradients.has_syncs
         return f"{self.compiled}, but not recorded" if failed else self.compiled
 
 

@@ -1,18 +1,21 @@
 """One background thread of a run: it executes jobs in the order in which they were submitted."""
 
+import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
-MAX_WAITING = 4  # jobs; `submit` waits while there are more
+from ssl_runner.errors import one_line
+
+MAX_WAITING = 1  # jobs; `submit` waits while there are more, so that a checkpoint does not wait for long
 
 
 class Background:
     """Context manager with one thread. On exit it waits for all jobs.
 
     A job that raises ends the sequence: later jobs are not executed, and the next `submit`, `wait` or the
-    exit raises its exception.
+    exit raises its exception, unless the exit is due to another one.
     """
 
     def __init__(self) -> None:
@@ -36,9 +39,14 @@ class Background:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
             self.wait()
+        except Exception as failure:
+            if error is None:
+                raise
+            if failure is not error:  # the first error is the one to report
+                print(f"also failed, in the background: {one_line(failure)}", file=sys.stderr, flush=True)
         finally:
             self.thread.shutdown()  # waits as well, if a signal has interrupted `wait`
 

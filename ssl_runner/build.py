@@ -122,12 +122,12 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     """
     check_values(cfg)
     device = choose_device(cfg.device, distributed.rank_info())
+    switches = numerics.apply(device, cfg.precision, cfg.deterministic)  # before anything that uses CUDA
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     distributed.check_devices(device)
     if device.type == "cpu":
         keep_freed_memory()
-    switches = numerics.apply(device, cfg.precision, cfg.deterministic)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     solver_class: type[Solver] = get_class(cfg.solver._target_)
     precision = solver_precision(cfg, solver_class, device)
     torch.manual_seed(cfg.seed)  # for a loss with random initial parameters

@@ -11,9 +11,6 @@ from ssl_runner.distributed import RankInfo
 from ssl_runner.errors import UsageError
 
 AUTOCAST_DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Steps after which torch.compile has repaid itself on CUDA. Estimated: 60 s to compile a ResNet-18 and its
-# views, and 7 ms saved in each step of 512 images.
-REPAID_STEPS = 10_000
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # malloc.h
 
 
@@ -74,19 +71,6 @@ def choose_precision(precision: str, device: torch.device) -> str:
 def has_tf32(device: torch.device) -> bool:
     """Return whether the device has TF32 units: NVIDIA GPUs since Ampere."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def choose_compile(compile: str | bool, device: torch.device, steps: int, ranks: int) -> str:
-    """Return what torch.compile does in a run with `steps` training steps per view size: off, on or graphs.
-
-    `auto` is on if CUDA repays the compilation, see REPAID_STEPS. It is off with several processes, where
-    every synchronised batch norm ends a compiled part.
-    """
-    if compile == "auto":
-        compile = device.type == "cuda" and ranks == 1 and steps >= REPAID_STEPS
-    if isinstance(compile, bool):
-        return "on" if compile else "off"
-    return compile
 
 
 def cpu_has_bf16() -> bool:

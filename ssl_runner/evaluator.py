@@ -18,6 +18,7 @@ class Evaluator:
 
     columns: tuple[str, ...] = ()
     after_last: bool = True
+    quick: bool = False  # takes about a second; before others the state of the training is written to disk
 
     def __init__(self, every: int = 1):
         if every < 1:
@@ -32,11 +33,14 @@ class Evaluator:
         `last`: no epoch follows. Raises ValueError, here or in the function, if `evaluate` does not return
         exactly `columns`, since the header of metrics.csv is written once.
         """
-        due = self.after_last if last else epoch % self.every == 0
-        if not due:
+        if not self.due(epoch, last):
             return dict.fromkeys(self.columns)
         values = self.evaluate(model, epoch)
         return (lambda: self._checked(values())) if callable(values) else self._checked(values)
+
+    def due(self, epoch: int, last: bool = False) -> bool:
+        """Whether `evaluate` runs in this epoch."""
+        return self.after_last if last else epoch % self.every == 0
 
     def _checked(self, values: Columns) -> Columns:
         if set(values) != set(self.columns):

@@ -81,7 +81,8 @@ def set_cublas_workspace(deterministic: bool) -> None:
             f"deterministic=true: expected {CUBLAS} to be one of {', '.join(DETERMINISTIC_CUBLAS)}, found"
             f" {given}; unset it"
         )
-    os.environ.setdefault(CUBLAS, DETERMINISTIC_CUBLAS[0])
+    if not torch.cuda.is_initialized():  # later it has no effect
+        os.environ.setdefault(CUBLAS, DETERMINISTIC_CUBLAS[0])
 
 
 def set_tf32(convolutions: bool, products: bool) -> None:

@@ -14,9 +14,10 @@ from tqdm import tqdm
 from ssl_runner import __version__, distributed, numerics
 from ssl_runner.background import Background
 from ssl_runner.build import Experiment, baseline_cache, build
+from ssl_runner.compiler import compile_solver
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.loader import preview
-from ssl_runner.device import choose_compile, release_freed_memory
+from ssl_runner.device import release_freed_memory
 from ssl_runner.embedding_map import write_map
 from ssl_runner.evaluator import Columns
 from ssl_runner.model import count_parameters
@@ -68,7 +69,10 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         def save(state: dict[str, Any], how: Save) -> None:
             if is_main:
                 state |= {"evaluators": [evaluator.state_dict() for evaluator in evaluators]}
-                (writer.hold if how is Save.HOLD else writer.write)(state)
+                slow = any(
+                    evaluator.due(state["epoch"] + 1) for evaluator in evaluators if not evaluator.quick
+                )
+                (writer.hold if how is Save.HOLD and not slow else writer.write)(state)
                 if how is Save.WAIT:
                     background.wait()
 
@@ -86,12 +90,13 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         )  # final probes of kept weights
         if experiment.initial_weights is not None and is_main:
             print(experiment.initial_weights, flush=True)
-        record.update(compile=compile_solver(cfg, experiment, solver))
+        if is_main and cfg.views.preview:
+            preview(experiment.loader, folder / "views.png")
+        before = record.content.get("compile")
+        record.update(compile=compile_solver(cfg.compile, solver, experiment.loader, before))
         record.update(**facts(experiment))
         if is_main:
             print("\n".join([headline(cfg, record), *notes(data, cfg.probe.features)]), flush=True)
-        if is_main and cfg.views.preview:
-            preview(experiment.loader, folder / "views.png")
 
         for row in solver.epochs():
             start = time.perf_counter()
@@ -119,23 +124,6 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
             network = networks(experiment)[solver.result_features]()
             write_map(network, data, folder, **cfg.embedding, seed=cfg.dataset.split_seed)
     return result
-
-
-def compile_solver(cfg: DictConfig, experiment: Experiment, solver: Solver) -> str:
-    """Compile what a step runs, as `compile` asks for. Returns what is done: off, on or graphs."""
-    steps = (solver.total_epochs - solver.epoch) * experiment.loader.steps_per_epoch
-    sizes = len(set(experiment.loader.resolutions))
-    mode = choose_compile(cfg.compile, experiment.device, steps // sizes, distributed.world_size())
-    if mode == "off":
-        return mode
-    # dynamo counts what it compiles in a process, and beyond its limit runs without compiling
-    torch.compiler.reset()
-    dynamo = torch._dynamo.config
-    dynamo.cache_size_limit = max(dynamo.cache_size_limit, sizes)
-    reason = solver.compile(graphs=mode == "graphs")
-    if reason and distributed.is_main_process():
-        print(f"compile=graphs: {reason}: the network and the views are compiled only", flush=True)
-    return "on" if reason else mode
 
 
 def with_evaluators_time(row: Columns, seconds: float) -> Columns:

@@ -1,16 +1,18 @@
-"""CUDA graphs of a training step's gradients: recorded once per input shape, replayed in every later step."""
+"""A CUDA graph of a training step's gradients: recorded once per shape, replayed in every later step."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch import Tensor, nn
 
 from ssl_runner.batch import Batch
-from ssl_runner.errors import one_line
+from ssl_runner.errors import UsageError, one_line
 
 Values = dict[str, Tensor]
 WARMUP_STEPS = 3  # eager steps on the recording's stream: they compile, and allocate what libraries keep
@@ -34,34 +36,30 @@ class StepGraph:
     capturable: shapes are fixed, and everything that differs between steps is in X, in the labels, in tensors
     that are updated in place, or drawn from the device's default generator.
 
-    The first steps of every shape of X run eagerly, and are steps of the training like all others. If
-    recording fails, all later steps run eagerly, and one line says so.
+    The first steps of every shape of X run eagerly, and are steps of the training like all others. The last
+    of them is checked for host-device syncs, which cannot be recorded: if it has one, all later steps run
+    eagerly, and one line says so. Only the graph of the current shape is kept: it holds all activations.
     """
 
     def __init__(
         self, compute: Callable[[Tensor, Batch], Values], parameters: Sequence[Tensor], capture: "Capture"
     ):
         self.compute, self.parameters, self.capture = compute, parameters, capture
-        self.recordings: dict[torch.Size, Recording] = {}
-        self.eager_steps: Counter[torch.Size] = Counter()
-        self.failed = False
+        self.recording: Recording | None = None
+        self.eager_steps: Counter[torch.Size] = Counter()  # by shape of X
+        self.has_syncs = False
 
     def __call__(self, X: Tensor, batch: Batch) -> Values:
         """Set the gradients of a step. Returns its scalars, which the next call does not change."""
-        if self.failed:
+        if self.has_syncs:
             return self.compute(X, batch)
-        if X.shape not in self.recordings:
-            if self.eager_steps[X.shape] < WARMUP_STEPS:
-                self.eager_steps[X.shape] += 1
-                with self.capture.stream():
-                    return self.compute(X, batch)
-            try:
-                self.recordings[X.shape] = self._record(X, batch)
-            except RuntimeError as error:
-                self.failed = True
-                print(f"compile=graphs: the step cannot be recorded ({one_line(error)}): it runs without")
-                return self.compute(X, batch)
-        recording = self.recordings[X.shape]
+        if self.eager_steps[X.shape] < WARMUP_STEPS:
+            self.eager_steps[X.shape] += 1
+            return self._warm_up(X, batch, check=self.eager_steps[X.shape] == WARMUP_STEPS)
+        if self.recording is None or self.recording.X.shape != X.shape:
+            self._record(X, batch)
+        recording = self.recording
+        assert recording is not None
         recording.X.copy_(X)
         recording.labels.copy_(batch.labels)
         recording.replay()
@@ -69,17 +67,39 @@ class StepGraph:
             parameter.grad = gradient
         return {name: value.clone() for name, value in recording.values.items()}
 
-    def _record(self, X: Tensor, batch: Batch) -> Recording:
+    def _warm_up(self, X: Tensor, batch: Batch, check: bool) -> Values:
+        with self.capture.stream():
+            if not check:
+                return self.compute(X, batch)
+            try:
+                with self.capture.syncs_raise():
+                    return self.compute(X, batch)
+            except RuntimeError as error:
+                self.has_syncs, reason = True, one_line(error)
+        print(f"compile=graphs: the step cannot be recorded ({reason}): it runs without a graph", flush=True)
+        return self.compute(X, batch)  # the running statistics of batch norm see this batch twice
+
+    def _record(self, X: Tensor, batch: Batch) -> None:
+        self.recording = None  # frees the memory of another shape
+        for parameter in self.parameters:
+            parameter.grad = None
         X, labels = X.clone(), batch.labels.clone()
-        values, replay = self.capture.record(lambda: self.compute(X, replace(batch, labels=labels)))
-        return Recording(X, labels, values, [parameter.grad for parameter in self.parameters], replay)
+        try:
+            values, replay = self.capture.record(lambda: self.compute(X, replace(batch, labels=labels)))
+        except RuntimeError as error:  # torch cannot compute reliably after a capture that failed
+            cause = one_line(error.__context__ or error)
+            raise UsageError(
+                f"compile=graphs: the step cannot be recorded ({cause}); use compile=true"
+            ) from error
+        gradients = [parameter.grad for parameter in self.parameters]
+        self.recording = Recording(X, labels, values, gradients, replay)
 
 
 class Capture:
     """Records on a CUDA device. Nothing runs while it records; the first replay is the first execution."""
 
     def __init__(self, device: torch.device):
-        self.side = torch.cuda.Stream(device)
+        self.side = side_stream(device)
 
     @contextmanager
     def stream(self) -> Any:
@@ -90,12 +110,33 @@ class Capture:
             yield
         current.wait_stream(self.side)
 
+    @contextmanager
+    def syncs_raise(self) -> Any:
+        """Within it a host-device sync raises RuntimeError."""
+        mode = torch.cuda.get_sync_debug_mode()
+        with catch_warnings():
+            filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+
     def record(self, work: Callable[[], Values]) -> tuple[Values, Callable[[], None]]:
-        """Record `work`. Returns its outputs, which a replay fills, and the replay."""
+        """Record `work`. Returns its outputs, which a replay fills, and the replay.
+
+        Other threads, such as the one that prefetches images, may use CUDA meanwhile.
+        """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.side):
+        with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):
             values = work()
         return values, graph.replay
+
+
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a device on which this process records. torch gives the 33rd stream a second time."""
+    return torch.cuda.Stream(device)
 
 
 def why_not(device: torch.device, ranks: int, **parts: nn.Module | Any) -> str | None:

@@ -2,19 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial, partialmethod
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
+from ssl_runner import compiler
 from ssl_runner.backbone import Backbone, from_timm, linear, resnet, vit_tiny
+from ssl_runner.compiler import REPAID_STEPS, compile_solver
 from ssl_runner.loss import Loss, SimCLR
-from ssl_runner.pipeline import compile_solver
 from ssl_runner.projector import mlp
 from ssl_runner.relation.builders import FromViews
 from ssl_runner.views import Augment
@@ -83,8 +81,7 @@ def counted_jobs(
         training.model.backbone = training.network.backbone = SMALL(3, 4, widths=[4, width])
         training.model.projector = mlp(width, 8, 2, 5)
         training.loader.resolutions = sides
-        experiment: Any = SimpleNamespace(loader=training.loader, device=CPU)
-        assert compile_solver(OmegaConf.create({"compile": True}), experiment, training) == "on"
+        assert compile_solver(True, training, training.loader) == "on"
         list(training.epochs())
         counts.append(counter.frame_count - before)
     return counts
@@ -98,3 +95,34 @@ def test_every_job_of_a_process_is_compiled(monkeypatch: pytest.MonkeyPatch) -> 
 def test_every_view_size_of_every_job_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     sides = [None, *range(6, 24, 2)]
     assert counted_jobs(monkeypatch, [4, 5, 6], sides) == [len(sides)] * 3
+
+
+def test_resumed_run_is_compiled_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps that remain do not decide: compiled networks round differently."""
+    training = pretraining()
+    training.epoch, training.loader.device = 2, torch.device("cuda")
+    monkeypatch.setattr(compiler, "REPAID_STEPS", 9)
+    assert compile_solver("auto", training, training.loader) == "on"
+    monkeypatch.setattr(compiler, "REPAID_STEPS", 10)
+    assert compile_solver("auto", training, training.loader) == "off"
+    assert compile_solver("auto", training, training.loader, before="on") == "on"
+
+
+@pytest.mark.parametrize(
+    ("compile", "device", "steps", "ranks", "expected"),
+    [
+        ("auto", "cpu", 10**9, 1, "off"),
+        ("auto", "mps", 10**9, 1, "off"),
+        ("auto", "cuda", REPAID_STEPS - 1, 1, "off"),
+        ("auto", "cuda", REPAID_STEPS, 1, "on"),
+        ("auto", "cuda", REPAID_STEPS, 2, "off"),  # synchronised batch norm ends compiled parts
+        (True, "cuda", 1, 2, "on"),
+        (True, "cpu", 1, 1, "on"),
+        (False, "cuda", 10**9, 1, "off"),
+        ("graphs", "cuda", 1, 1, "graphs"),
+    ],
+)
+def test_auto_compiles_on_cuda_if_the_run_is_long_enough(
+    compile: str | bool, device: str, steps: int, ranks: int, expected: str
+) -> None:
+    assert compiler.choose(compile, torch.device(device), steps, ranks) == expected

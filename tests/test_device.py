@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from ssl_runner.device import (
-    REPAID_STEPS,
-    choose_compile,
     choose_device,
     choose_precision,
     to_device,
@@ -137,23 +135,3 @@ def test_keep_freed_memory_avoids_page_faults() -> None:
     )
     assert kept < 100
     assert default > 4 * 24  # pages may be 2 MiB large
-
-
-@pytest.mark.parametrize(
-    ("compile", "device", "steps", "ranks", "expected"),
-    [
-        ("auto", "cpu", 10**9, 1, "off"),
-        ("auto", "mps", 10**9, 1, "off"),
-        ("auto", "cuda", REPAID_STEPS - 1, 1, "off"),
-        ("auto", "cuda", REPAID_STEPS, 1, "on"),
-        ("auto", "cuda", REPAID_STEPS, 2, "off"),  # synchronised batch norm ends compiled parts
-        (True, "cuda", 1, 2, "on"),
-        (True, "cpu", 1, 1, "on"),
-        (False, "cuda", 10**9, 1, "off"),
-        ("graphs", "cuda", 1, 1, "graphs"),
-    ],
-)
-def test_auto_compiles_on_cuda_if_the_run_is_long_enough(
-    compile: str | bool, device: str, steps: int, ranks: int, expected: str
-) -> None:
-    assert choose_compile(compile, torch.device(device), steps, ranks) == expected

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ssl_runner.errors import UsageError
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.relation.builders import FromLabels, FromNeighbors, FromViews, RelationBuilder, Rewired
 from ssl_runner.step_graph import WARMUP_STEPS, StepGraph, Values, why_not
@@ -23,6 +24,9 @@ class HostCapture:
         self.training, self.recorded, self.replays = training, 0, 0
 
     def stream(self) -> Any:
+        return nullcontext()
+
+    def syncs_raise(self) -> Any:
         return nullcontext()
 
     def record(self, work: Callable[[], Values]) -> tuple[Values, Callable[[], None]]:
@@ -91,44 +95,63 @@ def test_each_view_size_has_a_recording() -> None:
     assert (capture.recorded, capture.replays) == (2, 18 - 2 * WARMUP_STEPS)
 
 
-def test_gradients_of_two_recordings_are_not_mixed_up() -> None:
-    """Steps that alternate between two shapes get the gradients of their own shape."""
+def test_shapes_that_alternate_get_gradients_of_their_own() -> None:
+    """Only one recording is kept, since each holds the memory of all activations."""
     training = pretraining()
-    recorded(training)
-    loader = training.loader
-    small, large = (
-        next(iter(loader.batches(0, size=size))) for size in (10, 20)
-    )  # (X, batch), with 10 and with 20 images
-    for _ in range(WARMUP_STEPS + 1):
-        for X, batch in (small, large):
-            training.gradients(X, batch)
+    capture = recorded(training)
+    small, large = (next(iter(training.loader.batches(0, size=size))) for size in (10, 20))
+    for X, batch in WARMUP_STEPS * [small, large]:
+        training.gradients(X, batch)
     for X, batch in (small, large, small):
         training.gradients(X, batch)
         found = [p.grad.clone() for p in training.parameters() if p.grad is not None]
         training._gradients(X, batch)
         for a, b in zip(found, [p.grad for p in training.parameters()], strict=True):
             assert torch.equal(a, b)
+    assert capture.recorded == 3
 
 
-def test_step_that_cannot_be_recorded_runs_eagerly_and_says_so_once(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_step_with_syncs_runs_eagerly_and_says_so_once(capsys: pytest.CaptureFixture[str]) -> None:
+    @contextmanager
+    def syncs_raise() -> Any:
+        yield
+        raise RuntimeError("called a synchronizing CUDA operation\nmore lines")
+
     expected = rows(pretraining())
     training = pretraining()
     capture = recorded(training)
+    capture.syncs_raise = syncs_raise  # type: ignore[method-assign]
+    assert rows(training) == expected
+    assert capture.recorded == 0
+    line = "compile=graphs: the step cannot be recorded (called a synchronizing CUDA operation more lines)"
+    assert capsys.readouterr().out == f"{line}: it runs without a graph\n"
 
-    def refuse(work: Callable[[], Values]) -> Any:
-        work()
-        raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
 
-    capture.record = refuse  # type: ignore[method-assign]
-    assert [row["step"] for row in rows(training)] == [row["step"] for row in expected]
-    assert capsys.readouterr().out.count("compile=graphs: the step cannot be recorded (operation not") == 1
+def test_capture_that_fails_ends_the_run_with_its_cause() -> None:
+    training = pretraining()
+    capture = recorded(training)
+
+    def record(work: Callable[[], Values]) -> Any:
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    capture.record = record  # type: ignore[method-assign]
+    with pytest.raises(
+        UsageError, match=r"cannot be recorded \(operation not permitted .*; use compile=true"
+    ):
+        rows(training)
 
 
 class OwnTerms(VICReg):
     def _terms(self, Z: Tensor, G: Any) -> dict[str, Tensor]:
         return super()._terms(Z, G)
+
+
+class OwnNeighbors(FromNeighbors):
+    def __call__(self, batch: Any, Z: Tensor) -> Any:
+        return super().__call__(batch, Z)
 
 
 CUDA = torch.device("cuda:0")
@@ -141,6 +164,7 @@ CUDA = torch.device("cuda:0")
         (CUDA, 1, SimCLR(), FromLabels(normalized=True), None),
         (CUDA, 1, BarlowTwins(), FromNeighbors(2), None),
         (CUDA, 1, VICReg(), FromNeighbors(2, queue=9), r"relation \(FromNeighbors\) depends on values"),
+        (CUDA, 1, VICReg(), OwnNeighbors(2), r"relation \(OwnNeighbors\) depends on values"),
         (CUDA, 1, VICReg(), Rewired(FromViews()), r"relation \(Rewired\) depends on values"),
         (CUDA, 1, OwnTerms(), FromViews(), r"loss \(OwnTerms\) depends on values"),
         (CUDA, 2, VICReg(), FromViews(), "2 processes exchange gradients"),

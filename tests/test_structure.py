@@ -18,7 +18,7 @@ IMPORTS = """
     backbone        names
     projector
     preemption
-    background
+    background      errors
     host_copy
     timer
     console         errors
@@ -50,8 +50,9 @@ IMPORTS = """
     checks          backbone config data distributed errors model relation solver views
     build           backbone checks config data device distributed errors evaluator loss model numerics
                     optimizer preemption probe relation runs solver
+    compiler        data distributed solver
     embedding_map   data distributed probe runs
-    pipeline        background build data device distributed embedding_map evaluator model numerics
+    pipeline        background build compiler data device distributed embedding_map evaluator model numerics
                     preemption probe runs solver views
     evaluation      build config console data device errors model numerics pretrained probe runs views
     cli             build config console distributed errors pipeline preemption runs version

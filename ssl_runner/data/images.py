@@ -64,7 +64,9 @@ class Images:
             return
         chunks = self.indices[order].split(batch_size)
         prefetcher = prefetcher_of(device)
-        with ThreadPoolExecutor(1) as thread:
+        # otherwise the thread would create a context on GPU 0, which takes about 500 MB
+        current = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        with ThreadPoolExecutor(1, "prefetch", *current) as thread:
             ahead = thread.submit(prefetcher.fetch, self, chunks[0])
             for following in [*chunks[1:], None]:
                 ready = prefetcher.ready(ahead.result())

@@ -10,9 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ssl_runner.distributed.collectives import all_reduce_sharded
 from ssl_runner.distributed.group import world_size
 
-SMALLEST = (
-    1e-30  # stands for eps where only the variance is wanted: keeps the inverse of a zero variance finite
-)
+SMALLEST = 1e-30  # eps where only the variance is wanted: the inverse of a zero variance stays finite
 
 
 class SyncBatchNorm(_BatchNorm):

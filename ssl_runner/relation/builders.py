@@ -110,7 +110,7 @@ class FromNeighbors(RelationBuilder):
     Raises ValueError for k < 1, and for 0 < queue <= k.
     """
 
-    depends_on_embeddings = True
+    depends_on_embeddings = capturable = True
 
     def __init__(self, k: int = 1, queue: int = 0, normalized: bool = False):
         if k < 1 or (queue and queue <= k):
@@ -119,7 +119,8 @@ class FromNeighbors(RelationBuilder):
                 " set queue=0 to search within the batch"
             )
         self.k, self.size, self.normalized = k, queue, normalized
-        self.uses_memory, self.capturable = queue > 0, queue == 0
+        self.uses_memory = queue > 0
+        self.capturable = type(self).capturable and queue == 0
         self.min_batch_size = 1 if queue else k + 1
         # (size, K) ring buffer of embeddings, and the number of embeddings ever added
         self.queue, self.seen = torch.empty(0), 0

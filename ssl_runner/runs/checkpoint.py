@@ -97,8 +97,12 @@ class Writer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._write_held()
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            self._write_held()
+        except Exception:
+            if error is None:
+                raise  # otherwise the exit of `background` reports it
 
 
 def find(folder: Path) -> Path | None:

@@ -18,7 +18,8 @@ from ssl_runner.preemption import EXIT, Preempted
 from ssl_runner.runs.files import read_json, write_json
 from ssl_runner.version import git_commit
 
-KEPT = ("data_digest", "images")  # of an earlier start, until the data set has been read and compared
+# of an earlier start: until the data set has been read and compared, and what a resume does again
+KEPT = ("data_digest", "images", "compile")
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "hydra-core", "omegaconf")
 
 

@@ -74,6 +74,8 @@ class Diagnostics(Evaluator):
         "diagnostics_s",
     )
 
+    quick = True
+
     def __init__(
         self,
         loader: MultiViewLoader,
