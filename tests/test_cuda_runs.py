@@ -25,12 +25,15 @@ from tests.device_run import Mismatch, emulated_cuda
 from tests.helpers import TINY, make_pictures, preempt_after, run_folder, run_script, table
 
 EVERY_PROBE = (
-    "epochs=1 probe.probes=[knn,ridge] probe.layer=0 dataset.size=14 dataset.subset=100 batch_size=25"
+    "epochs=1 probe.probes=[knn,ridge] probe.layer=0"
     " probe.features=[backbone,projector,random_init,pixels,pca,lda]"
 )
-LINEAR = "epochs=1 solver=closed_form backbone=linear dataset.size=14 dataset.subset=200 batch_size=50 embedding.method=none"
+LINEAR = (
+    "epochs=1 solver=closed_form backbone=linear dataset.size=14 dataset.subset=200 batch_size=50"
+    " embedding.method=none diagnostics.num_images=60"
+)
 SAME_VIEWS = "views=none precision=fp32"  # the views do not depend on random numbers, which differ
-NO_PROBES = "probe.features=[backbone] dataset.subset=100 batch_size=25 diagnostics.num_images=60"
+SMALL = "probe.features=[backbone] dataset.size=14 dataset.subset=100 batch_size=25 diagnostics.num_images=60"
 
 
 @pytest.fixture
@@ -68,12 +71,10 @@ def check(folder: Path) -> None:
         "relation=noisy relation@relation.base=neighbors deterministic=true",
         "forward=per_view views=crop precision=bf16 optimizer=sgd optimizer.lr=0.01",
         "dataset.storage=host views=simclr deterministic=true",
-        "dataset.storage=host precision=fp16 views.resolutions=[12,20] optimizer.clip_grad_norm=1",
+        "dataset.storage=host precision=fp16 views.resolutions=[10,14] optimizer.clip_grad_norm=1",
         "dataset.storage=host precision=bf16 V=4 channels_last=false views.preview=true",
-        "views.resolutions=[12,20,28] deterministic=true loss=simclr",
-        "backbone=timm backbone.name=test_resnet precision=bf16",
-        "backbone=timm backbone.name=test_vit +backbone.patch_size=14 precision=fp16 epochs=1",
-        "dataset.eval_resize=32 dataset.eval_crop=28 embedding.method=pca embedding.images=50",
+        "views.resolutions=[10,12,14] deterministic=true loss=simclr",
+        "dataset.eval_resize=16 dataset.eval_crop=12 embedding.method=pca embedding.images=50",
         "probe.every=1 probe.keep=best precision=bf16 probe.labels=[0.1,0.5] probe.draws=2",
     ],
 )
@@ -81,7 +82,7 @@ def test_run_with_every_option_on_cuda(cuda_run: Callable, settings: str) -> Non
     tiny = TINY
     if "backbone=timm" in settings:
         tiny = tiny.replace("backbone.widths=[8,16]", "")
-    code, out, err = cuda_run(f"{tiny} {NO_PROBES} precision=fp32 {settings}")
+    code, out, err = cuda_run(f"{tiny} {SMALL} precision=fp32 {settings}")
     assert (code, err) == (0, "")
     check(run_folder(out))
 
@@ -89,13 +90,16 @@ def test_run_with_every_option_on_cuda(cuda_run: Callable, settings: str) -> Non
 @pytest.mark.parametrize(
     "settings",
     [
-        f"{TINY} {EVERY_PROBE}",
-        f"{TINY} loss=simclr relation=labels V=3 dataset.storage=host",
-        f"{TINY} loss=barlow relation=neighbors forward=per_view",
-        f"{TINY} loss=spectral relation=noisy relation.normalized=true optimizer=sgd",
-        f"{TINY} probe.every=1 probe.keep=best deterministic=true views.resolutions=[20,28]",
+        f"{TINY} {SMALL} {EVERY_PROBE}",
+        f"{TINY} {SMALL} loss=simclr relation=labels V=3 dataset.storage=host",
+        f"{TINY} {SMALL} loss=barlow relation=neighbors forward=per_view",
+        f"{TINY} {SMALL} loss=spectral relation=noisy relation.normalized=true optimizer=sgd",
+        f"{TINY} {SMALL} probe.every=1 probe.keep=best deterministic=true views.resolutions=[10,14]",
         f"{LINEAR} backbone.width=8 probe.features=[backbone]",
-        f"{LINEAR} loss=spectral relation=labels probe.features=[backbone] probe.probes=[ridge,knn]",
+        pytest.param(
+            f"{LINEAR} loss=spectral relation=labels probe.features=[backbone] probe.probes=[ridge,knn]",
+            marks=pytest.mark.slow,
+        ),
         f"{LINEAR} loss=barlow backbone.width=16 probe.features=[backbone] probe.probes=[ridge,knn]",
     ],
 )
@@ -130,19 +134,27 @@ def close(value: str, expected: str, column: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", ["backbone=resnet18", "backbone=vit_tiny precision=bf16"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "backbone=resnet18 dataset.size=28",
+        "backbone=timm backbone.name=test_resnet dataset.size=28 dataset.subset=200 batch_size=50",
+        "backbone=vit_tiny dataset.size=28 precision=bf16",
+        "backbone=timm backbone.name=test_vit +backbone.patch_size=14 precision=fp16 forward=per_view",
+    ],
+)
 def test_run_of_large_backbone_on_cuda(cuda_run: Callable, settings: str) -> None:
     tiny = TINY.replace("backbone.widths=[8,16]", "")
-    code, out, err = cuda_run(f"{tiny} {NO_PROBES} precision=fp32 epochs=1 {settings}")
+    code, out, err = cuda_run(f"{tiny} {SMALL} precision=fp32 epochs=1 {settings}")
     assert (code, err) == (0, "")
     check(run_folder(out))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "fp16"])
 def test_preempted_cuda_run_resumes_exactly(
     cuda_run: Callable, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = f"{TINY} {NO_PROBES} relation=neighbors relation.queue=30 views=crop precision={precision}"
+    command = f"{TINY} {SMALL} relation=neighbors relation.queue=30 views=crop precision={precision}"
     code, out, _ = cuda_run(command)
     assert code == 0
     whole = run_folder(out)
@@ -160,7 +172,7 @@ def test_finished_cuda_run_is_probed_and_embedded(
     cuda_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """ssl-probe with label shares and fine-tuning; ssl-embed of the data set and of a folder as on a CPU."""
-    code, out, err = cuda_run(f"{TINY} {NO_PROBES} epochs=1 dataset.storage=host")
+    code, out, err = cuda_run(f"{TINY} {SMALL} epochs=1 dataset.storage=host")
     assert (code, err) == (0, "")
     run = run_folder(out)
     make_pictures(tmp_path / "pictures", 2, 2, side=20)
@@ -256,7 +268,7 @@ def test_pinned_memory_written_too_early_is_detected(monkeypatch: pytest.MonkeyP
 
 def test_prefetcher_without_waits_is_detected(cuda_run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compute stream waits for the copy of a batch, and the buffer is filled after its last copy."""
-    command = f"{TINY} {NO_PROBES} epochs=1 dataset.storage=host"
+    command = f"{TINY} {SMALL} epochs=1 dataset.storage=host"
     with monkeypatch.context() as patch:
         patch.setattr(images.Prefetcher, "ready", lambda self, batch: batch)
         code, _, err = cuda_run(command)
