@@ -18,7 +18,7 @@ from ssl_runner.errors import UsageError
 from ssl_runner.evaluation import embed_cli, probe_cli
 from ssl_runner.evaluation.embed import data_set_batches
 from ssl_runner.runs.weights import read_header
-from ssl_runner.views import Augment, normalize, to_unit
+from ssl_runner.views import Augment, ViewFormat, normalize, to_unit
 from tests.helpers import CPU, load, make_pictures, run_folder, run_script, table, toy
 
 BICUBIC = v2.InterpolationMode.BICUBIC
@@ -90,11 +90,11 @@ def test_views_are_cut_from_stored_images_at_the_evaluation_size(tmp_path: Path)
     X, batch = next(loader.batches(0))
     stored = data.train.images[batch.indices]
     views = torch.Generator().manual_seed(0)
-    assert torch.equal(X, augment(stored, 2, data.mean, data.std, views, side=8))
+    assert torch.equal(X, augment(stored, 2, data.mean, data.std, views, view_format=ViewFormat(8)))
     fixed, _ = loader.fixed_batch(data.train, torch.arange(5))
     stored = data.train.images[data.train.indices[:5]]
     views = torch.Generator().manual_seed(0)
-    assert torch.equal(fixed, augment(stored, 2, data.mean, data.std, views, side=8))
+    assert torch.equal(fixed, augment(stored, 2, data.mean, data.std, views, view_format=ViewFormat(8)))
     preview(loader, tmp_path / "views.png")
     assert (tmp_path / "views.png").exists()
 

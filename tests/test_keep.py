@@ -105,7 +105,7 @@ def test_final_probes_carry_the_exported_epoch(
     ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if the run resumes after some of its final probes."""
-    settings = f"{KEEP} probe.features=[backbone,pixels]"
+    settings = f"{KEEP} probe.features=[backbone,pixels] probe.cache=false"
     whole = run_folder(ssl_run(f"{settings} hydra.run.dir=whole")[1])
     rows = table(whole / "probe.csv")
     best = json.loads((whole / "run.json").read_text())["exported_epoch"]
