@@ -4,6 +4,8 @@ Within `pretended()` a tensor on cuda:0 is an `OnDevice`: its values are in CPU 
 cuda:0. Operations that would cause a host-device sync on CUDA raise `Waits`: reading values, copies between
 host and device that are blocking or use unpinned memory, and operations whose output size depends on values.
 Operations that mix tensors of host and device also raise it. Ordinary CPU tensors are not affected.
+
+tests/device_run.py runs whole commands on this device, where waiting is allowed.
 """
 
 from collections.abc import Iterator
@@ -39,6 +41,20 @@ READ = {
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._unsafe_index, aten._index_put_impl_}
 
 
+_pinned: dict[int, torch.UntypedStorage] = {}  # by address; the storages stay alive, so addresses are unique
+
+
+def pin(tensor: Tensor) -> Tensor:
+    """Mark the memory of a host tensor as pinned, until the emulation ends. Returns the tensor."""
+    _pinned[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+    return tensor
+
+
+def is_pinned(tensor: Tensor) -> bool:
+    """Return whether a tensor lies in memory that was marked as pinned."""
+    return not isinstance(tensor, OnDevice) and tensor.untyped_storage().data_ptr() in _pinned
+
+
 class Waits(AssertionError):
     """An operation would cause a host-device sync."""
 
@@ -72,6 +88,10 @@ class OnDevice(Tensor):
     def is_cpu(self) -> bool:  # type: ignore[override]
         return False
 
+    @property
+    def is_meta(self) -> bool:  # type: ignore[override]
+        return False
+
     def numpy(self, *, force: bool = False) -> Any:
         raise Waits("numpy() of a tensor on the device")
 
@@ -86,7 +106,9 @@ class OnDevice(Tensor):
         raise AssertionError(f"{func} on an OnDevice tensor outside pretended()")
 
 
-class _Device(TorchDispatchMode):
+class EmulatedDevice(TorchDispatchMode):
+    """Executes the operations on `OnDevice` tensors. `copies` and `computes` refuse what syncs."""
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         packet = func.overloadpacket
@@ -98,9 +120,7 @@ class _Device(TorchDispatchMode):
         if device is not None:
             kwargs["device"] = torch.device("cpu")
         if packet is aten._pin_memory:
-            pinned = args[0].clone()
-            pinned.is_pinned_here = True
-            return pinned
+            return pin(args[0].clone())
         pinned = kwargs.pop("pin_memory", False)
         if ours or there:
             if packet in (aten._to_copy, aten.copy_):
@@ -110,7 +130,7 @@ class _Device(TorchDispatchMode):
         args, kwargs = tree_map(lambda x: x.values if isinstance(x, OnDevice) else x, (args, kwargs))
         result = func(*args, **kwargs)
         if pinned:
-            result.is_pinned_here = True
+            pin(result)
         if not there or (packet is aten.copy_ and id(args[0]) not in ours):
             return result
         return tree_map(
@@ -122,12 +142,12 @@ class _Device(TorchDispatchMode):
         """Raise `Waits` if _to_copy(source, non_blocking=) or copy_(to, source, non_blocking) would sync."""
         if func.overloadpacket is aten._to_copy:
             source, blocking = args[0], not kwargs.get("non_blocking", False)
-            to_device, pinned = there, getattr(source, "is_pinned_here", False)
+            to_device, pinned = there, is_pinned(source)
         else:
             to, source = args[:2]
             blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
             to_device = isinstance(to, OnDevice)
-            pinned = getattr(to if isinstance(source, OnDevice) else source, "is_pinned_here", False)
+            pinned = is_pinned(to if isinstance(source, OnDevice) else source)
         if isinstance(source, OnDevice) == to_device or not source.numel():
             return  # within one device, or empty
         if to_device and (blocking or not pinned):
@@ -200,9 +220,12 @@ def pretended() -> Iterator[None]:
         mock.patch.multiple(torch.cuda, **stand_ins),
         mock.patch.object(torch, "Generator", generator),
         amp,
-        _Device(),
+        EmulatedDevice(),
     ):
-        yield
+        try:
+            yield
+        finally:
+            _pinned.clear()
 
 
 def moved(module: nn.Module) -> nn.Module:
@@ -210,7 +233,7 @@ def moved(module: nn.Module) -> nn.Module:
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                with _Device():
+                with EmulatedDevice():
                     part._parameters[name] = nn.Parameter(OnDevice(parameter.detach()))
         for name, buffer in part._buffers.items():
             if buffer is not None:
