@@ -222,8 +222,11 @@ def data_sets_of_a_run_with_an_evaluation_transform(folder: Path, tmp_path: Path
     assert data.name == f"folder:eval_resize=20,root={tmp_path}/square"
     data, pixels = read(square, "dataset.size=16", *given)
     assert (data.transform, data.stored_size) == (None, 16)
-    for settings in (given, ("dataset=folder", *given)):  # without a transform, the size of the input
-        assert torch.equal(read(square, *settings)[1], pixels)
+    for settings in (
+        (),
+        ("dataset=folder", "dataset.val_fraction=0.2"),
+    ):  # without a transform, the size of the input
+        assert torch.equal(read(square, *settings, *given)[1], pixels)
     data, _ = read(f"dataset.root={tmp_path}/oblong")  # resized to the size of the stored images
     assert (data.transform, data.stored_size) == (EvalTransform(18, 16), 24)
 
