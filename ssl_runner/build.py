@@ -208,20 +208,26 @@ def build_classifiers(cfg: DictConfig, names: Iterable[str]) -> dict[str, Classi
 
 
 def baseline_cache(
-    cfg: DictConfig, data: DataSet, draws: Sequence[LabelDraw | None], precision: str, K: int
+    cfg: DictConfig, data: DataSet, draws: Sequence[LabelDraw | None], switches: dict[str, bool], K: int
 ) -> BaselineCache:
-    """The cache of probe rows that do not depend on the training, or one without files if it is off."""
+    """The cache of probe rows that do not depend on the training, or one without files if it is off.
+
+    `switches` are those that `numerics.apply` returned. `random_init` with downloaded weights of timm is not
+    cached: their name does not tell their version.
+    """
     probe: Any = OmegaConf.to_container(cfg.probe, resolve=True)
     names = [name for name in probe["probes"] if name != "finetune"]
     settings = {
         "classifiers": [[name, probe["classifiers"][name]] for name in names],
-        "draws": [draw and draw.columns() for draw in draws],
-        "split_seed": cfg.dataset.split_seed,
-        "precision": precision,
+        "draws": [draw and draw.identity() for draw in draws],
+        "split_seed": cfg.dataset.split_seed,  # of the classifiers
+        "numerics": switches,
     }
-    backbone = OmegaConf.to_container(cfg.backbone, resolve=True)
+    backbone: Any = OmegaConf.to_container(cfg.backbone, resolve=True)
     initial = {"seed": cfg.seed, "channels_last": cfg.channels_last, "backbone": backbone}
-    networks = {"random_init": initial, "pixels": {}, "pca": {"K": K}, "lda": {}}
+    networks: dict[str, Any] = {"pixels": {}, "pca": {"K": K}, "lda": {}}
+    if not backbone.get("pretrained"):
+        networks["random_init"] = initial
     root = Path(os.environ.get("SSL_RUNNER_DATA") or "~/.cache/ssl_runner").expanduser()
     return BaselineCache(root / "baselines" if probe.get("cache", True) else None, data, settings, networks)
 

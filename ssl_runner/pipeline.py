@@ -1,7 +1,7 @@
 """One run, from its configuration to its files: the stages, top to bottom."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ssl_runner.embedding_map import write_map
 from ssl_runner.evaluator import Columns
 from ssl_runner.model import count_parameters
 from ssl_runner.preemption import Preemption
-from ssl_runner.probe import affordable, evaluate, feature_networks, label_draws, layer_names
+from ssl_runner.probe import affordable, evaluate_seeded, feature_networks, label_draws, layer_names
 from ssl_runner.runs import checkpoint, resume, weights
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.runs.record import RunRecord
@@ -85,9 +85,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
             solver.load_state_dict(state)
         metrics.truncate_after(solver.epoch)
         probes.truncate_after(solver.epoch)
-        probes.truncate_at_repeat(
-            ("epoch", "features", "probe", "eval_split")
-        )  # final probes of kept weights
+        # final rows carry the epoch of the kept weights with probe.keep=best, so truncate_after keeps them
+        probes.truncate_at_repeat(("epoch", "features", "probe", "eval_split"))
         if experiment.initial_weights is not None and is_main:
             print(experiment.initial_weights, flush=True)
         if is_main and cfg.views.preview:
@@ -177,15 +176,14 @@ def probe(
     names = [solver.result_features, *cfg.probe.features, *layer_names(cfg.probe.layer)]
     chosen, _ = affordable(names, data)
     draws = [None, *label_draws(data.train.y, cfg.probe.labels, cfg.probe.draws, cfg.dataset.split_seed)]
-    builders, score_test = networks(experiment), len(data.test) > 0
-    cache = baseline_cache(cfg, data, draws, experiment.precision, experiment.model.K)
+    builders, seed = networks(experiment), cfg.dataset.split_seed
+    cache = baseline_cache(cfg, data, draws, experiment.numerics, experiment.model.K)
     scores: dict[tuple[str, str, str], float] = {}
     for features in tqdm(chosen, "probe", disable=None if distributed.is_main_process() else True):
-
-        def compute(features: str = features) -> Iterator[dict[str, Any]]:
-            release_freed_memory()  # of the training, or of other features
-            return evaluate(features, builders[features](), data, experiment.classifiers, score_test, draws)
-
+        release_freed_memory()  # of the training, or of other features
+        compute = partial(
+            evaluate_seeded, features, builders[features], data, experiment.classifiers, draws, seed
+        )
         for row in cache.rows(features, compute):
             log.append({"epoch": epoch, **row})
             if "draw" not in row:

@@ -1,18 +1,29 @@
 """Rows of the baselines are computed once per data set and settings, and reused unchanged."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ssl_runner import build
 from ssl_runner.data.dataset import DataSet
-from ssl_runner.probe import BaselineCache, KnnProbe, LinearProbe, evaluate
+from ssl_runner.evaluation.finished import compose_groups
+from ssl_runner.probe import (
+    BaselineCache,
+    KnnProbe,
+    LinearProbe,
+    Probe,
+    evaluate,
+    evaluate_seeded,
+    label_draws,
+)
 from tests.helpers import TINY, load, run_folder, table, toy
 
 CLASSIFIERS = {"linear": LinearProbe, "knn": KnnProbe}
@@ -140,6 +151,60 @@ def test_changed_source_of_a_custom_probe_misses(
     assert not hits(cache)
 
 
+def test_changed_content_of_a_file_named_in_the_settings_misses(tmp_path: Path, data: DataSet) -> None:
+    file = tmp_path / "weights.pt"
+    file.write_bytes(b"1234")
+    network = {"backbone": {"checkpoint_path": str(file), "long": "x" * 5000, "none": None, "nul": "\0"}}
+    cache = BaselineCache(tmp_path / "cache", data, SETTINGS, {"pixels": {}, "random_init": network})
+    assert not hits(cache, "random_init")
+    assert not hits(cache)
+    file.write_bytes(b"5678")
+    assert not hits(cache, "random_init")
+    assert hits(cache, "random_init")
+    assert hits(cache)  # does not depend on the file
+
+
+def test_other_number_of_processes_misses(
+    tmp_path: Path, data: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = BaselineCache(tmp_path, data, SETTINGS, NETWORKS)
+    assert not hits(cache)
+    monkeypatch.setattr("ssl_runner.distributed.world_size", lambda: 2)
+    assert not hits(cache)
+
+
+def test_features_without_rows_are_not_stored(tmp_path: Path, data: DataSet) -> None:
+    """They give a line in every run."""
+    cache = BaselineCache(tmp_path, data, SETTINGS, NETWORKS)
+    assert cache.rows("pixels", list) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def configured(data: DataSet, root: Path, *overrides: str, seed: int = 0, **switches: bool) -> BaselineCache:
+    """The cache of a run with label shares."""
+    cfg = compose_groups([f"dataset.root={root}", *overrides], None)
+    draws = label_draws(data.train.y, [0.5], 2, seed)
+    return build.baseline_cache(cfg, data, draws, {"deterministic": False, "tf32": False} | switches, K=8)
+
+
+def test_cache_of_a_run_depends_on_what_its_rows_depend_on(
+    tmp_path: Path, data: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_RUNNER_DATA", str(tmp_path))
+    make = partial(configured, data, tmp_path)
+    lines = ["dataset=folder"]
+    assert not hits(make(*lines))
+    assert hits(make(*lines))
+    assert hits(make(*lines, "precision=bf16"))  # features are computed in fp32
+    assert not hits(make(*lines, deterministic=True))
+    assert not hits(make(*lines, tf32=True))
+    assert not hits(make(*lines, seed=1))  # other draws
+    timm = [*lines, "backbone=timm", "backbone.name=resnet10t"]
+    assert not hits(make(*timm), "random_init")
+    assert hits(make(*timm), "random_init")
+    assert hits(make(*timm, "+backbone.pretrained=true"), "random_init") is None  # not cached
+
+
 @pytest.mark.parametrize("damage", ["cut", "number", "not a table"])
 def test_damaged_entry_is_computed_again_with_a_line(
     tmp_path: Path, data: DataSet, damage: str, capsys: pytest.CaptureFixture[str]
@@ -161,8 +226,37 @@ def test_cache_that_cannot_be_written_gives_a_line(
     tmp_path: Path, data: DataSet, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    assert not hits(BaselineCache(tmp_path / "file", data, SETTINGS, NETWORKS))
-    assert "the rows are not cached" in capsys.readouterr().err
+    cache = BaselineCache(tmp_path / "file", data, SETTINGS, NETWORKS)
+    assert not any(hits(cache, features) for features in NETWORKS)
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path}/file: expected a folder to read and write (Not a directory); the rows are not"
+        " cached\n"
+    )
+
+
+class Drawing(Probe):
+    """Scores from torch's generator."""
+
+    hyperparameter = "none"
+
+    def __init__(self, X: Tensor, y: Tensor, classes: int):
+        self.classes = classes
+
+    def path(self, X_eval: Tensor) -> Iterator[tuple[float, Tensor]]:
+        yield 0.0, self.scores(0.0, X_eval)
+
+    def scores(self, value: float, X_eval: Tensor) -> Tensor:
+        return torch.rand(len(X_eval), self.classes)
+
+
+def test_rows_of_a_classifier_that_draws_do_not_depend_on_earlier_features(data: DataSet) -> None:
+    def rows() -> list[Any]:
+        found = evaluate_seeded("pixels", nn.Flatten, data, {"drawing": Drawing}, [None], seed=3)
+        return [row | {"seconds": 0} for row in found]
+
+    before = rows()
+    torch.rand(5)
+    assert rows() == before
 
 
 def test_second_run_reads_the_baselines_of_the_first(ssl_run: Callable, tmp_path: Path) -> None:

@@ -5,8 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 import ssl_runner
@@ -17,6 +20,8 @@ from ssl_runner.embedding_map import pixels
 from ssl_runner.errors import UsageError
 from ssl_runner.evaluation import embed_cli, probe_cli
 from ssl_runner.evaluation.embed import data_set_batches
+from ssl_runner.evaluation.finished import compose_groups, config_of, read_data
+from ssl_runner.runs.files import write_json
 from ssl_runner.runs.weights import read_header
 from ssl_runner.views import Augment, ViewFormat, normalize, to_unit
 from tests.helpers import CPU, load, make_pictures, run_folder, run_script, table, toy
@@ -52,6 +57,28 @@ def test_eval_transform_equals_resize_and_center_crop_of_pillow_images(
         difference = (image.int() - expected.int()).abs()  # Pillow computes with fixed-point weights
         assert difference.max() <= (2 if resize else 0)
         assert (difference == 0).float().mean() > 0.99
+
+
+class BicubicDevices(TorchDispatchMode):
+    """Records the devices of antialiased bicubic interpolations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.devices: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "bicubic" in str(func):
+            self.devices.append(args[0].device.type)
+        return func(*args, **(kwargs or {}))
+
+
+def test_resize_of_images_on_mps_is_computed_on_the_cpu() -> None:
+    """MPS has no antialiased bicubic interpolation in the oldest versions of torch."""
+    with FakeTensorMode(), BicubicDevices() as bicubic:
+        images = torch.empty(2, 3, 12, 12, dtype=torch.uint8, device="mps")
+        result = EvalTransform(10)(images)
+    assert (result.device.type, result.shape) == ("mps", (2, 3, 10, 10))
+    assert bicubic.devices == ["cpu", "cpu"]
 
 
 def noisy(storage: str = "auto", resize: int | None = 10, crop: int | None = 8) -> DataSet:
@@ -160,7 +187,101 @@ def test_run_probe_embed_and_load_use_the_same_evaluation_images(
     assert code == 0, err
     again = table(folder / "probe.csv")[len(own) :]
     assert [row["top1"] for row in again] == [row["top1"] for row in own]
-    other = [str(folder), "dataset=folder", f"dataset.root={tmp_path}/pictures", "dataset.cache=cache"]
+    words = f"dataset=folder dataset.root={tmp_path}/pictures dataset.cache=cache dataset.val_fraction=0.2"
+    other = [str(folder), *words.split()]
     code, out, err = run_script(probe_cli.main, other, monkeypatch, capsys)
     assert code == 0, err  # the size and the evaluation transform are those of the run
-    assert "dataset" in table(folder / "probe.csv")[-1]
+    assert table(folder / "probe.csv")[-1]["dataset"] == "folder"
+    again = table(folder / "probe.csv")[2 * len(own) :]
+    assert [row["top1"] for row in again] == [row["top1"] for row in own]
+    data_sets_of_a_run_with_an_evaluation_transform(folder, tmp_path)
+
+
+def data_sets_of_a_run_with_an_evaluation_transform(folder: Path, tmp_path: Path) -> None:
+    """Options of the transform that are given replace those of the run, and name another data set."""
+    _, transform = ssl_runner.load(folder)
+    whole = natural(24, 3, 24, 24)
+    for root, images in (("square", whole), ("oblong", natural(24, 3, 30, 26))):
+        for number, image in enumerate(images):
+            path = tmp_path / root / "ab"[number % 2] / f"{number:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+
+    def read(*settings: str) -> tuple[DataSet, Tensor]:
+        cfg = config_of(folder, list(settings))
+        data = read_data(cfg, transform, CPU)
+        [(pixels, _)] = data.train.batches(torch.arange(len(data.train)), 100, CPU)
+        return data, pixels
+
+    whole = torch.cat([whole[::2], whole[1::2]])  # in the order of the classes
+    square, given = f"dataset.root={tmp_path}/square", ("dataset.eval_resize=null", "dataset.eval_crop=null")
+    data, pixels = read(square)
+    assert torch.equal(pixels, EvalTransform(18, 16)(whole[data.train.indices]))
+    data, pixels = read(square, "dataset.eval_resize=20")
+    assert torch.equal(pixels, EvalTransform(20, 16)(whole[data.train.indices]))
+    assert data.name == f"folder:eval_resize=20,root={tmp_path}/square"
+    data, pixels = read(square, "dataset.size=16", *given)
+    assert (data.transform, data.stored_size) == (None, 16)
+    for settings in (
+        (),
+        ("dataset=folder", "dataset.val_fraction=0.2"),
+    ):  # without a transform, the size of the input
+        assert torch.equal(read(square, *settings, *given)[1], pixels)
+    data, _ = read(f"dataset.root={tmp_path}/oblong")  # resized to the size of the stored images
+    assert (data.transform, data.stored_size) == (EvalTransform(18, 16), 24)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ("", "folder"),
+        ("dataset=folder dataset.root={root}", "folder"),
+        ("dataset=folder dataset.root={root} dataset.eval_resize=18 dataset.eval_crop=16", "folder"),
+        ("dataset.eval_resize=20", "folder:eval_resize=20"),
+        ("dataset.eval_resize=null", "folder:eval_resize=null"),
+        ("dataset.size=20", "folder:size=20"),
+        ("dataset.size=20 dataset.storage=host", "folder:size=20"),
+        ("dataset.eval_resize=null dataset.eval_crop=null", "folder:eval_resize=null,eval_crop=null"),
+        ("dataset=cifar10", "cifar10"),
+        ("dataset=cifar10 dataset.eval_crop=15", "cifar10:eval_resize=null,eval_crop=15"),
+        ("dataset=cifar10 dataset.size=20", "cifar10:size=20"),
+    ],
+)
+def test_name_of_a_data_set_lists_options_of_another_evaluation_transform(
+    settings: str, name: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "pictures"
+    saved = compose_groups(
+        ["dataset=folder", f"dataset.root={root}", "dataset.eval_resize=18", "dataset.eval_crop=16"], None
+    )
+    folder = finished_run(tmp_path, saved, "folder")
+    assert config_of(folder, settings.format(root=root).split()).dataset.name == name
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ("dataset.eval_crop=16", "folder:eval_crop=16"),
+        ("dataset.test_fraction=0.2", "folder:test_fraction=0.2"),
+        ("dataset.size=16", "folder"),  # the size that the network takes
+    ],
+)
+def test_name_lists_options_that_did_not_exist_when_the_run_was_made(
+    settings: str, name: str, tmp_path: Path
+) -> None:
+    saved = compose_groups(["dataset=folder", f"dataset.root={tmp_path}"], None)
+    for key in ("eval_resize", "eval_crop", "test_fraction"):
+        del saved.dataset[key]
+    assert config_of(finished_run(tmp_path, saved, "folder"), [settings]).dataset.name == name
+
+
+def finished_run(folder: Path, config: DictConfig, dataset: str) -> Path:
+    """Write the files of a finished run that `config_of` reads. Returns its folder."""
+    (folder / ".hydra").mkdir()
+    OmegaConf.save(config, folder / ".hydra" / "config.yaml")
+    choices = {
+        "hydra": {"runtime": {"choices": {"dataset": dataset, "probe": "default"}, "config_sources": []}}
+    }
+    OmegaConf.save(choices, folder / ".hydra" / "hydra.yaml")
+    write_json(folder / "run.json", {"status": "done", "cwd": str(folder)})
+    return folder

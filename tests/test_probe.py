@@ -283,10 +283,21 @@ def test_features_of_many_large_images_are_left_out_with_a_line(
     assert names == (["backbone"] if left_out else ["backbone", "pixels", "pca", "lda"])
     assert line == (
         "probes of pixels, pca, lda are left out: 8,427 values per image, 8,400 images to fit on and 8 to"
-        " test; expected at most 8,192 values, or 8,192 images to fit on and 400,000,000 values in all"
+        " test; expected at most 500,000,000 values in all, and at most 8,192 values per image or 8,192"
+        " images to fit on"
         if left_out
         else ""
     )
+
+
+@pytest.mark.parametrize(("n", "left_out"), [(160_000, False), (170_000, True)])
+def test_features_of_very_many_small_images_are_left_out(n: int, left_out: bool) -> None:
+    """n x 3 x 32 x 32 values, above and below 500 million."""
+    data = load(toy(side=32))
+    data.train.indices = torch.arange(n) % 60
+    names, line = affordable(["backbone", "pixels"], data)
+    assert names == (["backbone"] if left_out else ["backbone", "pixels"])
+    assert bool(line) == left_out
 
 
 def test_knn_neighbours_do_not_depend_on_the_size_of_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

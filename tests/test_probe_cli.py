@@ -374,6 +374,23 @@ def test_skipped_files_of_a_data_set_are_reported(
     assert "broken.png" in err
 
 
+def test_run_without_options_of_later_versions_is_probed(ssl_probe, finished: Path) -> None:
+    path = finished / ".hydra" / "config.yaml"
+    config = OmegaConf.load(path)
+    before = table(finished / "probe.csv")
+    for key in ("deterministic", "compile", "embedding", "init_weights"):
+        del config[key]
+    for key in ("eval_resize", "eval_crop", "test_fraction"):
+        del config.dataset[key]
+    for key in ("cache", "keep"):
+        del config.probe[key]
+    OmegaConf.save(config, path)
+    code, _, err = ssl_probe("")
+    assert code == 0, err
+    again = table(finished / "probe.csv")[len(before) :]
+    assert [row | {"probing": ""} for row in again] == [row | {"probing": ""} for row in before]
+
+
 def test_config_dir_that_has_moved_is_named(ssl_probe, finished: Path) -> None:
     path = finished / ".hydra" / "hydra.yaml"
     config = OmegaConf.load(path)

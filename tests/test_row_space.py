@@ -1,6 +1,7 @@
 """Probes and baselines in the row space of the features: the same results without a D x D matrix."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ssl_runner.probe import row_space
+from ssl_runner.errors import UsageError
+from ssl_runner.probe import evaluate_seeded, row_space
 from ssl_runner.probe.baselines import discriminants_of_few, linear_discriminants, principal_components
 from ssl_runner.probe.linear import LinearProbe
 from ssl_runner.probe.ridge import RidgeProbe
@@ -89,12 +91,12 @@ def test_ridge_probe_of_few_rows_matches_scikit_learn(wide, l2: float) -> None:
 
 
 def test_ridge_probe_agrees_on_both_sides_of_n_equal_d(wide) -> None:
-    """The moments and the row space, forced, give the same predictions."""
+    """With 20 more features that are constant, the fit is in the row space; they have no influence."""
     X, y = wide
-    direct = RidgeProbe(X[:, :30], y, CLASSES)
-    in_row_space = RidgeProbe(X[:, :30], y, CLASSES)
-    in_row_space.in_row_space(X[:, :30], F.one_hot(y, CLASSES))
-    assert_close(in_row_space.scores(0.1, X[:, :30]), direct.scores(0.1, X[:, :30]), atol=1e-5, rtol=0)
+    X = X[:, :30]
+    more = torch.cat([X, torch.ones(N, 20)], 1)
+    direct, in_row_space = RidgeProbe(X, y, CLASSES), RidgeProbe(more, y, CLASSES)
+    assert_close(in_row_space.scores(0.1, more), direct.scores(0.1, X), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("Probe", [LinearProbe, RidgeProbe])
@@ -132,7 +134,32 @@ def test_lda_of_few_images_matches_scikit_learn() -> None:
     theirs = LinearDiscriminantAnalysis().fit(pixels(data.train, data).double().numpy(), data.train.y.numpy())
     expected = torch.from_numpy(theirs.transform(x.flatten(1).double().numpy())).float()
     got = linear_discriminants(data)(x)
+    scale = (expected.norm() / got.norm()).item()  # before 1.9, scikit-learn divides variances by n - classes
+    assert scale == pytest.approx(1, abs=1e-3) or scale == pytest.approx((32 / 36) ** 0.5, abs=1e-3)
+    got *= scale
     assert_close(got * (got * expected).sum(0).sign(), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("side", [2, 6], ids=["many images", "few images"])
+@pytest.mark.parametrize("equal", ["images in every class", "means of all classes"])
+def test_lda_of_images_without_discriminants_is_left_out_with_a_line(
+    side: int, equal: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = pictures(side)  # 36 images of 12 or 108 values
+    if equal.startswith("images"):
+        data.train.images[:] = data.train.images[:4][data.train.labels]
+    else:
+        alternating = data.train.images[:2].clone()
+        for label in range(4):
+            rows = data.train.indices[data.train.y == label]
+            data.train.indices = data.train.indices[~torch.isin(data.train.indices, rows[8:])]
+            data.train.images[rows[:8]] = alternating[torch.arange(8) % 2]
+    with pytest.raises(UsageError, match=f"probe.features=lda: expected .*, found equal {equal}; leave out"):
+        linear_discriminants(data)
+    build = partial(linear_discriminants, data)
+    rows = list(evaluate_seeded("lda", build, data, {"linear": LinearProbe}, [None], seed=0))
+    assert rows == []
+    assert capsys.readouterr().out.startswith("probes of lda are left out: probe.features=lda: expected")
 
 
 class LargestTensor(TorchDispatchMode):

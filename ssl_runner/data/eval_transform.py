@@ -26,10 +26,11 @@ class EvalTransform:
         shorter = min(height, width)
         if self.resize is not None and shorter != self.resize:
             new_height, new_width = (side * self.resize // shorter for side in (height, width))
-            x = images.float()
+            # MPS has no antialiased bicubic interpolation before torch 2.8
+            x = (images.cpu() if images.device.type == "mps" else images).float()
             for size in ((height, new_width), (new_height, new_width)):
                 x = interpolate(x, size, mode="bicubic", antialias=True).add_(0.5).floor_().clamp_(0, 255)
-            images = x.to(torch.uint8)
+            images = x.to(torch.uint8).to(images.device)
         return images if self.crop is None else center_crop(images, [self.crop, self.crop])
 
     def side(self, stored: int) -> int:

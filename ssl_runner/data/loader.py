@@ -149,7 +149,7 @@ def preview(loader: MultiViewLoader, path: Path, images: int = 8) -> None:
     [(pixels, _)] = data.pretrain.batches(positions, len(positions), loader.device)
     X, _ = loader.fixed_batch(data.pretrain, positions)
     X = X * data.std[:, None, None] + data.mean[:, None, None]
-    originals = to_unit(pixels)
+    originals, X = to_unit(pixels).cpu(), X.cpu()  # MPS lacks antialiased interpolation in some versions
     if originals.shape[2:] != X.shape[2:]:
         originals = F.interpolate(originals, X.shape[2:], mode="bilinear", antialias=True)
     rows = torch.cat([originals[None], X.unflatten(0, (loader.V, -1))]).transpose(0, 1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,15 +30,8 @@ if TYPE_CHECKING:
 
 SETTABLE = ("dataset", "probe", "device", "precision")  # groups and options that an evaluation may change
 PATHS = ("root", "files", "cache")  # options of a data set that may be relative paths
-SAME_IMAGES = (
-    "size",
-    "channels",
-    "eval_resize",
-    "eval_crop",
-    "storage",
-    "cache",
-    "on_error",
-)  # options that change neither images nor splits
+EVALUATION = ("eval_resize", "eval_crop")  # options of the evaluation transform
+SAME_IMAGES = ("channels", "storage", "cache", "on_error")  # options that change neither images nor splits
 
 
 def config_of(
@@ -50,8 +43,10 @@ def config_of(
 ) -> DictConfig:
     """Return the configuration of a finished run, with the overrides `lines` of `settable`.
 
-    `dataset=<name>` or `probe=<name>` replaces the whole group by its defaults. Any other option keeps the
-    value of the run. Relative paths that the run was given stay relative to its working directory.
+    `dataset=<name>` or `probe=<name>` replaces the whole group by its defaults, except for the evaluation
+    transform, which stays that of the run unless the group or `lines` set one. Any other option keeps the
+    value of the run, or has its default if the run was made before the option existed. Relative paths that
+    the run was given stay relative to its working directory.
     `dataset.files` replaces the run's `dataset.root`, and vice versa. The name of a data set whose images or
     splits differ from the run's lists its options that differ; that of another data set lists the options
     that differ from its defaults.
@@ -73,7 +68,9 @@ def config_of(
     for path in PATHS:
         if config.dataset.get(path) is not None:
             config.dataset[path] = absolute(config.dataset[path], Path(record["cwd"]))
+    config = OmegaConf.merge(config, {key: composed[key] for key in composed if key not in config})
     own = config.dataset.copy()
+    transform = {key: own.get(key) for key in EVALUATION}
     for group in ("dataset", "probe"):
         config[group] = composed[group] if group in keys else OmegaConf.merge(composed[group], config[group])
     for one, other in (("root", "files"), ("files", "root")):
@@ -83,10 +80,22 @@ def config_of(
         OmegaConf.update(config, key, OmegaConf.select(composed, key), force_add=True)
     if own.name != config.dataset.name and "dataset" in keys:
         own = compose_groups([line for line in lines if line.startswith("dataset=")], config_dir).dataset
+    elif any(key not in own for key in config.dataset):  # the run was made before these options existed
+        own = OmegaConf.merge(compose_groups([f"dataset={choices.dataset}"], config_dir).dataset, own)
+    if "dataset" in keys:
+        keep_transform(own, transform)
+        if not keys & {f"dataset.{key}" for key in EVALUATION}:
+            keep_transform(config.dataset, transform)
     if "dataset.name" not in keys and (changed := changed_options(own, config.dataset)):
         config.dataset.name = f"{own.name}:{changed}"
     check_values(config, evaluation=True)
     return config
+
+
+def keep_transform(dataset: DictConfig, transform: Mapping[str, int | None]) -> None:
+    """Set the evaluation transform of a data set that has none."""
+    if all(dataset[key] is None for key in EVALUATION):
+        dataset.update(transform)
 
 
 def finished_record(folder: Path) -> dict[str, Any]:
@@ -139,7 +148,11 @@ def changed_options(own: DictConfig, other: DictConfig) -> str:
     """
     if own.name != other.name:
         return ""
-    shared = [str(key) for key in other if key in own and key not in SAME_IMAGES]
+    before, after = ([one.get(key) for key in EVALUATION] for one in (own, other))
+    # with the same transform, or none, `read_data` sets a size of null to that of the run
+    size_matters = before != after or (any(after) and other.get("size") is not None)
+    ignored = SAME_IMAGES if size_matters else (*SAME_IMAGES, "size")
+    shared = [str(key) for key in other if key in own and key not in ignored]
     then, now = (
         {key: real(one[key]) if key in PATHS else one[key] for key in shared} for one in (own, other)
     )
@@ -159,8 +172,9 @@ def real(path: Any) -> Any:
 def read_data(cfg: DictConfig, transform: Transform, device: torch.device) -> DataSet:
     """Read the data set of `cfg` for a network with this transform, whose mean and std it gets.
 
-    Images are resized to the size of the run's images if the data set has the option `size` and it is not
-    set. The evaluation transform is that of the run, unless `cfg` has one; then `size` stays as it is.
+    If the data set has the option `size`, and it is null, images are resized to the size of the run's stored
+    images if `cfg` has the evaluation transform of the run, and to that of the network's input if `cfg` has
+    none. With another transform they keep their size.
 
     Raises UsageError for images of another size or with other channels.
     """
@@ -169,18 +183,18 @@ def read_data(cfg: DictConfig, transform: Transform, device: torch.device) -> Da
     size, channels = transform.image_size, transform.channels
     cfg = cfg.copy()
     values = {"channels": channels}
-    if cfg.dataset.eval_resize is None and cfg.dataset.eval_crop is None:
+    evaluation = cfg.dataset.eval_resize, cfg.dataset.eval_crop
+    if evaluation == (transform.evaluation.resize, transform.evaluation.crop):
         values["size"] = transform.stored_size or size
-        cfg.dataset.eval_resize, cfg.dataset.eval_crop = (
-            transform.evaluation.resize,
-            transform.evaluation.crop,
-        )
+    elif evaluation == (None, None):
+        values["size"] = size
     for name, value in values.items():
         if name in cfg.dataset and cfg.dataset[name] is None:
             cfg.dataset[name] = value
     data = build.read_data(cfg, device)
     if (data.image_size, data.channels) != (size, channels):
-        settings = [f"dataset.{name}" for name in ("size", "channels") if name in cfg.dataset]
+        names = ("size", "channels") if evaluation == (None, None) else ("eval_crop", "channels")
+        settings = [f"dataset.{name}" for name in names if name in cfg.dataset]
         todo = f"set {' and '.join(settings)}" if settings else "use another data set"
         raise UsageError(
             f"dataset={data.name}: expected {size} x {size} pixels and {channels} channels, as the network"

@@ -26,7 +26,7 @@ from ssl_runner.probe import (
     LabelDraw,
     affordable,
     check_layer,
-    evaluate,
+    evaluate_seeded,
     feature_networks,
     finetune,
     label_draws,
@@ -44,7 +44,7 @@ def probe(folder: Path, cfg: DictConfig) -> str:
     are probed. Raises UsageError if the data set has no labels, or other images than the network takes.
     """
     device = choose_device(cfg.device)
-    numerics.apply(device, cfg.precision, cfg.deterministic)
+    switches = numerics.apply(device, cfg.precision, cfg.deterministic)
     precision = choose_precision(cfg.precision, device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -65,16 +65,24 @@ def probe(folder: Path, cfg: DictConfig) -> str:
         last = int(pd.read_csv(folder / "metrics.csv").epoch.iloc[-1])
         epoch = read_json(folder / "run.json").get("exported_epoch", last)
         probing = datetime.now().isoformat(timespec="milliseconds")
-        for row in probe_rows(cfg, chosen, model, data, precision):
+        for row in probe_rows(cfg, chosen, model, data, precision, switches):
             log.append({"epoch": epoch, **row, "probing": probing})
             rows.append(row)
     return format_results(rows)
 
 
 def probe_rows(
-    cfg: DictConfig, features: Sequence[str], model: SSLModel, data: DataSet, precision: str
+    cfg: DictConfig,
+    features: Sequence[str],
+    model: SSLModel,
+    data: DataSet,
+    precision: str,
+    switches: dict[str, bool],
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows of all probes that `cfg.probe` names, of these features."""
+    """Yield the rows of all probes that `cfg.probe` names, of these features.
+
+    `switches` are those that `numerics.apply` returned.
+    """
     device = data.mean.device
     if cfg.probe.layer is not None:
         check_layer(
@@ -89,12 +97,10 @@ def probe_rows(
     classifiers = build.build_classifiers(cfg, frozen)
     settings: Any = OmegaConf.to_container(cfg.probe.finetune) if "finetune" in cfg.probe.probes else None
     tuning = None if settings is None else FineTuning(**settings)  # checked before the first row
-    cache = build.baseline_cache(cfg, data, draws, precision, model.K)
+    cache = build.baseline_cache(cfg, data, draws, switches, model.K)
     for name in tqdm([*features, *layer_names(cfg.probe.layer)] if frozen else [], "probe", disable=None):
-
-        def compute(name: str = name) -> Iterator[dict[str, Any]]:
-            return evaluate(name, networks[name](), data, classifiers, len(data.test) > 0, draws)
-
+        seed = cfg.dataset.split_seed
+        compute = partial(evaluate_seeded, name, networks[name], data, classifiers, draws, seed)
         yield from cache.rows(name, compute)
     if tuning is not None:
         yield from finetune(model, data, tuning, draws, precision, cfg.seed)

@@ -5,7 +5,14 @@ from ssl_runner.probe.during_training import BestEpoch, ProbeEvaluator
 from ssl_runner.probe.finetune import FineTuning, finetune
 from ssl_runner.probe.knn import KnnProbe
 from ssl_runner.probe.linear import LinearProbe
-from ssl_runner.probe.networks import LayerFeatures, affordable, check_layer, feature_networks, layer_names
+from ssl_runner.probe.networks import (
+    LayerFeatures,
+    affordable,
+    check_layer,
+    evaluate_seeded,
+    feature_networks,
+    layer_names,
+)
 from ssl_runner.probe.protocol import Classifier, Probe, evaluate, extract
 from ssl_runner.probe.ridge import RidgeProbe
 from ssl_runner.probe.shares import LabelDraw, label_draws
@@ -25,6 +32,7 @@ __all__ = [
     "affordable",
     "check_layer",
     "evaluate",
+    "evaluate_seeded",
     "extract",
     "feature_networks",
     "finetune",

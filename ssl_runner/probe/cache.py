@@ -31,7 +31,8 @@ class BaselineCache:
 
     A file is used if everything that its rows depend on is the same: name, images, labels and splits of the
     data set, `settings`, the settings of the network, the source code of the probes and of all `_target_` in
-    the settings, the libraries, the device and the number of threads. A damaged file is replaced.
+    the settings, the content of files named in them, the libraries, the device and the numbers of threads and
+    processes. A damaged file is replaced.
 
     With folder=None all rows are computed. Every rank calls `rows`; the main process reads and writes.
     """
@@ -40,6 +41,7 @@ class BaselineCache:
         self, folder: Path | None, data: DataSet, settings: Mapping[str, Any], networks: Mapping[str, Any]
     ):
         self.folder, self.data, self.settings, self.networks = folder, data, settings, networks
+        self.usable = True  # until the folder cannot be read or written, which gives one line
 
     def rows(self, features: str, compute: Callable[[], Iterable[Row]]) -> list[Row]:
         """Rows of these features, from the cache or as returned by `compute`, with the column `cached`.
@@ -54,7 +56,7 @@ class BaselineCache:
         if rows is not None:
             return [{**row, "cached": True} for row in rows]
         rows = list(compute())
-        if key:
+        if key and rows:
             self.write(key, rows)
         return [{**row, "cached": False} for row in rows]
 
@@ -97,13 +99,16 @@ class BaselineCache:
             reason = "its checksum differs"
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            self.warn_unusable(error)
+            return None
+        except (ValueError, KeyError, TypeError) as error:
             reason = one_line(error)
         warn(f"{path}: expected cached rows of probe.csv ({reason}); they are computed again")
         return None
 
     def write(self, key: Row, rows: list[Row]) -> None:
-        """Write the file of `key` atomically, or a line on standard error if that is not possible."""
+        """Write the file of `key` atomically, or one line on standard error if that is not possible."""
         path = self.path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +116,14 @@ class BaselineCache:
                 content = {"key": key, "rows": rows, "sha256": digest(rows)}
                 file.write((json.dumps(content, indent=1) + "\n").encode())
         except OSError as error:
-            warn(f"{path}: expected a folder to write to ({one_line(error)}); the rows are not cached")
+            self.warn_unusable(error)
+
+    def warn_unusable(self, error: OSError) -> None:
+        """Print one line on standard error, for the first file that cannot be read or written."""
+        if self.usable:
+            reason = error.strerror or one_line(error)
+            warn(f"{self.folder}: expected a folder to read and write ({reason}); the rows are not cached")
+        self.usable = False
 
 
 def environment(data: DataSet, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,8 +136,22 @@ def environment(data: DataSet, settings: Mapping[str, Any]) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else device.type,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "processes": distributed.world_size(),
+        "files": named_files(settings),
         "products": torch.get_float32_matmul_precision(),
     }
+
+
+def named_files(node: Any) -> list[str]:
+    """SHA-256 of each existing file that a text in nested settings names, such as a checkpoint."""
+    if isinstance(node, str):
+        try:
+            with open(Path(node).expanduser(), "rb") as file:
+                return [hashlib.file_digest(file, "sha256").hexdigest()]
+        except (OSError, ValueError, RuntimeError):  # names no file, or cannot be a path
+            return []
+    children = node.values() if isinstance(node, Mapping) else node if isinstance(node, list | tuple) else ()
+    return [sha256 for child in children for sha256 in named_files(child)]
 
 
 def source(settings: Any) -> str:

@@ -30,6 +30,29 @@ def solve(L: Tensor, V: Tensor, upper: bool) -> Tensor:
     return torch.linalg.solve_triangular(L.T if upper else L, V, upper=upper, left=False)
 
 
+class StandardisedFeatures:
+    """Standardised rows of X (n, d), n >= d, with the interface of `RowSpace`: the coordinates are all d."""
+
+    def __init__(self, X: Tensor):
+        self.origin = X[0].clone()  # makes constant features exactly 0
+        self.X = X - self.origin
+        self.mean = self.X.mean(0)
+        self.X -= self.mean
+        gram = self.X.T @ self.X
+        std = (gram.diagonal() / (len(X) - 1)).sqrt()
+        self.scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0)
+        self.X *= self.scale
+        self.gram = float64(self.scale[:, None] * gram * self.scale / len(X))  # (d, d)
+
+    def coordinates(self) -> Tensor:
+        """The standardised rows, (n, d)."""
+        return self.X
+
+    def scores(self, W: Tensor, b: Tensor, X: Tensor) -> Tensor:
+        """Standardise other rows X (m, d), times W (d, k), plus b (k,): (m, k)."""
+        return F.linear((X - self.origin).sub_(self.mean).mul_(self.scale), W.T, b)
+
+
 class LinearProbe(Probe):
     """Multinomial logistic regression on standardised features X (n, d) with labels y (n,).
 
@@ -57,39 +80,20 @@ class LinearProbe(Probe):
 
     def __init__(self, X: Tensor, y: Tensor, classes: int, penalties: Sequence[float] = PENALTIES):
         self.penalties = penalties
-        self.rows: RowSpace | None = None
-        if len(X) < X.shape[1]:
-            self.rows = RowSpace(X, *moments(X, correction=1))
-            self.X = self.rows.coordinates().to(X)
-            self.gram = self.rows.values / len(X)  # (r,): the Gram matrix of the coordinates is diagonal
-        else:
-            self.origin = X[0].clone()  # makes constant features exactly 0
-            self.X = X - self.origin
-            self.mean = self.X.mean(0)
-            self.X -= self.mean
-            gram = self.X.T @ self.X
-            std = (gram.diagonal() / (len(X) - 1)).sqrt()
-            self.scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0)
-            self.X *= self.scale
-            self.gram = float64(self.scale[:, None] * gram * self.scale / len(X))
+        few = len(X) < X.shape[1]
+        self.space = RowSpace(X, *moments(X, correction=1)) if few else StandardisedFeatures(X)
+        self.X, self.gram = self.space.coordinates().to(X), self.space.gram
         block = BLOCK_ON_CPU if X.device.type == "cpu" else BLOCK
         rows = torch.arange(len(X), device=X.device) % block
         self.blocks = list(zip(self.X.split(block), y.split(block), rows.split(block), strict=True))
         self.W, self.b = X.new_zeros(classes, self.X.shape[1]), X.new_zeros(classes)
 
-    def standardise(self, X: Tensor) -> Tensor:
-        """Standardise X (n, d) with the mean and scale of the training features, unless `logits` does it."""
-        return X if self.rows is not None else (X - self.origin).sub_(self.mean).mul_(self.scale)
-
     def logits(self, X: Tensor) -> Tensor:
-        """Logits (n, classes) of X (n, d), as returned by `standardise`."""
-        if self.rows is not None:
-            return self.rows.scores(self.W.T, X) + self.b
-        return F.linear(X, self.W, self.b)
+        """Logits (n, classes) of the present fit for X (n, d)."""
+        return self.space.scores(self.W.T, self.b, X)
 
     def path(self, X_eval: Tensor) -> Iterator[tuple[float, Tensor]]:
         """Yield (l2, logits (n, classes) of X_eval (n, d)) for each of `penalties`, with warm starts."""
-        X_eval = self.standardise(X_eval)
         for l2 in self.penalties:
             self.fit(l2, self.LOOSE)
             yield l2, self.logits(X_eval)
@@ -97,7 +101,7 @@ class LinearProbe(Probe):
     def scores(self, l2: float, X_eval: Tensor) -> Tensor:
         """Fit at `l2`, starting from the previous fit; return the logits (n, classes) of X_eval (n, d)."""
         self.fit(l2)
-        return self.logits(self.standardise(X_eval))
+        return self.logits(X_eval)
 
     def factor(self, a: float, l2: float) -> Tensor:
         """L with LL' = a X'X / n + l2 I: lower triangular (d, d), or its diagonal (r,) in the row space."""

@@ -1,42 +1,44 @@
 """The networks whose features are probed, by name, and the output of one layer as features."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ssl_runner import distributed
 from ssl_runner.backbone import Backbone
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.errors import UsageError
 from ssl_runner.model import SSLModel, eval_mode
-from ssl_runner.probe.baselines import linear_discriminants, principal_components
+from ssl_runner.probe.baselines import NoDiscriminants, linear_discriminants, principal_components
+from ssl_runner.probe.protocol import Classifier, evaluate
+from ssl_runner.probe.shares import LabelDraw
 
 # of `pixels`, `pca` and `lda` of n images with D values each, which need n x D values in float32 a few times
 # and square matrices with min(n, D) rows in float64
-MAX_PIXELS, MAX_VALUES = 8192, 400_000_000
+MAX_PIXELS, MAX_VALUES = 8192, 500_000_000
 OF_PIXELS = ("pixels", "pca", "lda")
 
 
 def affordable(features: Iterable[str], data: DataSet) -> tuple[list[str], str]:
     """Leave out features of the pixels where they need too much memory and time.
 
-    They are probed if an image has at most MAX_PIXELS values. Larger images are probed if there are at most
-    MAX_PIXELS of them to fit on (train and val), and if these and the test images have at most MAX_VALUES
-    values together.
+    They are probed if the images of train, val and test have at most MAX_VALUES values together, and if
+    either each image has at most MAX_PIXELS values or train and val have at most MAX_PIXELS images.
 
     Returns the other names, each once, and a line about those left out, "" if there are none.
     """
     names = list(dict.fromkeys(features))
     pixels = data.channels * data.image_size**2
     fitted = len(data.train) + len(data.val)
-    few = fitted <= MAX_PIXELS and (fitted + len(data.test)) * pixels <= MAX_VALUES
-    if pixels <= MAX_PIXELS or few or not (large := [name for name in names if name in OF_PIXELS]):
+    small = min(pixels, fitted) <= MAX_PIXELS and (fitted + len(data.test)) * pixels <= MAX_VALUES
+    if small or not (large := [name for name in names if name in OF_PIXELS]):
         return names, ""
     line = (
         f"probes of {', '.join(large)} are left out: {pixels:,} values per image, {fitted:,} images to fit on"
-        f" and {len(data.test):,} to test; expected at most {MAX_PIXELS:,} values, or {MAX_PIXELS:,}"
-        f" images to fit on and {MAX_VALUES:,} values in all"
+        f" and {len(data.test):,} to test; expected at most {MAX_VALUES:,} values in all, and"
+        f" at most {MAX_PIXELS:,} values per image or {MAX_PIXELS:,} images to fit on"
     )
     return [name for name in names if name not in large], line
 
@@ -65,6 +67,29 @@ def feature_networks(
         [name] = layer_names(layer)
         networks[name] = lambda: LayerFeatures(model.backbone, layer)
     return networks
+
+
+def evaluate_seeded(
+    features: str,
+    build: Callable[[], nn.Module],
+    data: DataSet,
+    classifiers: Mapping[str, Classifier],
+    draws: Sequence[LabelDraw | None],
+    seed: int,
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of `evaluate` for the network that `build` returns, on test as well if there is one.
+
+    Seeds torch for the classifiers, so that rows do not depend on those computed before or read from a cache.
+    For a data set without linear discriminants there are no rows, but a line on standard output.
+    """
+    try:
+        network = build()
+    except NoDiscriminants as error:
+        if distributed.is_main_process():
+            print(f"probes of {features} are left out: {error}", flush=True)
+        return
+    torch.manual_seed(seed)
+    yield from evaluate(features, network, data, classifiers, len(data.test) > 0, draws)
 
 
 @torch.no_grad()

@@ -47,11 +47,20 @@ class RowSpace:
         A = self.U @ (float64(W).to(self.values.device) / self.values.sqrt()[:, None])
         return torch.cat([S.T @ A for S in self.blocks()])
 
-    def scores(self, W: Tensor, X: Tensor) -> Tensor:
-        """Standardise other rows X (m, D) and return their products with Q W, W (r, k): (m, k) as X."""
-        W = self.scale[:, None] * self.to_features(W)
+    @property
+    def gram(self) -> Tensor:
+        """The Gram matrix of the coordinates divided by n, which is diagonal: (r,)."""
+        return self.values / len(self.X)
+
+    def weights(self, W: Tensor) -> Tensor:
+        """Map weights W (r, k) of the coordinates to weights (D, k) of X - mean, in float64."""
+        return self.scale[:, None] * self.to_features(W)
+
+    def scores(self, W: Tensor, b: Tensor, X: Tensor) -> Tensor:
+        """Coordinates of other rows X (m, D) times W (r, k), plus b (k,): (m, k) as X."""
+        W = self.weights(W)
         blocks = X.split(max(1, BLOCK_ELEMENTS // X.shape[1]))
-        return torch.cat([(float64(rows) - self.mean) @ W for rows in blocks]).to(X)
+        return torch.cat([(float64(rows) - self.mean) @ W for rows in blocks]).to(X) + b
 
 
 def column_blocks(X: Tensor) -> Sequence[Tensor]:

@@ -1,5 +1,6 @@
 """Label shares: class-balanced random subsets of the labelled training images."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,11 @@ class LabelDraw:
     def columns(self) -> dict[str, float | int]:
         """The columns of probe.csv that identify the subset."""
         return {"label_share": self.share, "draw": self.number}
+
+    def identity(self) -> dict[str, float | int | str]:
+        """The columns, and the SHA-256 of the positions."""
+        positions = hashlib.sha256(self.positions.cpu().numpy().tobytes())
+        return {**self.columns(), "positions": positions.hexdigest()}
 
 
 def label_draws(y: Tensor, shares: Sequence[float] | None, draws: int, seed: int) -> list[LabelDraw]:
