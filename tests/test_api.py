@@ -57,6 +57,7 @@ def test_result_holds_the_tables_and_the_accuracy(tmp_path: Path) -> None:
     assert result.result["loss"] == result.metrics.loss.iloc[-1]
 
 
+@pytest.mark.slow
 def test_runs_follow_each_other_in_one_process() -> None:
     """A loop is a sweep. With resume=auto a finished run is not repeated; another folder can be resumed."""
     results = [ssl_runner.run(*QUICK, f"seed={seed}", "resume=auto") for seed in (0, 1, 0)]
@@ -175,6 +176,7 @@ def test_name_is_the_function_and_import_is_light() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
 
 
+@pytest.mark.slow
 def test_snippets_of_the_page_run(tmp_path: Path) -> None:
     """In order, in one namespace, as the cells of a notebook."""
     names: dict[str, object] = {}

@@ -117,6 +117,7 @@ def test_resume_on_changed_images_is_refused_until_they_are_restored(
     assert len(table(run / "metrics.csv")) == (3 if extend else 2)
 
 
+@pytest.mark.slow
 def test_run_recorded_without_digest_or_checkpoint_resumes(
     ssl_run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +136,7 @@ def test_run_recorded_without_digest_or_checkpoint_resumes(
         assert read_json(tmp_path / name / "run.json")["images"]["train"] == 55
 
 
+@pytest.mark.slow
 def test_evaluation_warns_of_changed_images_and_names_files(
     ssl_run, call, pictures: Path, tmp_path: Path
 ) -> None:

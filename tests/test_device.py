@@ -126,6 +126,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("sys.platform != 'linux' or __import__('platform').libc_ver()[0] != 'glibc'")
 def test_keep_freed_memory_avoids_page_faults() -> None:
     """Four steps cause few page faults with keep_freed_memory, but many by default."""

@@ -93,7 +93,9 @@ def test_exported_backbone_can_be_rebuilt_from_its_header(ssl_run) -> None:
     assert len(header["mean"]) == header["channels"] == 1
 
 
-@pytest.mark.parametrize("loss", ["vicreg", "simclr", "barlow"])
+@pytest.mark.parametrize(
+    "loss", ["vicreg", *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("simclr", "barlow"))]
+)
 def test_same_command_gives_same_csv(ssl_run, loss: str) -> None:
     folders = [run_folder(ssl_run(f"loss={loss} {TINY} {BOTH}")[1]) for _ in range(2)]
     assert folders[0] != folders[1]
@@ -145,6 +147,7 @@ def test_unsupported_resolutions_are_rejected(ssl_run, settings: str, message: s
     assert message in err
 
 
+@pytest.mark.slow
 def test_noisy_accepts_every_base_relation_in_sweep(ssl_run, tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("i,j\n" + "\n".join(f"{i},{i + 1}" for i in range(4999)))
     folders = []
@@ -177,8 +180,8 @@ def test_neighbors_k_may_exceed_number_of_diagnostics_images(ssl_run, settings: 
     "settings",
     [
         "backbone=linear projector=identity",
-        "backbone=resnet18 projector.K=8",
-        "backbone=vit_tiny projector.K=8",
+        pytest.param("backbone=resnet18 projector.K=8", marks=pytest.mark.slow),
+        pytest.param("backbone=vit_tiny projector.K=8", marks=pytest.mark.slow),
         "backbone=timm backbone.name=resnet10t projector.K=8",
     ],
 )
@@ -365,6 +368,7 @@ def test_resume_does_not_need_initial_weights_file(ssl_run, tmp_path: Path) -> N
     assert (code, err) == (0, "")
 
 
+@pytest.mark.slow
 def test_diagnostics_of_noisy_relation_are_unchanged_after_resume(ssl_run, tmp_path: Path) -> None:
     """The noise on the diagnostics subset is fixed, also if the base relation depends on Z."""
     command = f"{TINY} relation=noisy relation@relation.base=neighbors epochs=3"
@@ -416,6 +420,7 @@ def test_resume_works_from_another_directory(
     assert run_folder(out) == tmp_path / "mine"
 
 
+@pytest.mark.slow
 def test_resume_of_active_run_raises(ssl_run, tmp_path: Path) -> None:
     process = start(f"{TINY} epochs=2000 hydra.run.dir=outputs/alive", tmp_path)
     try:

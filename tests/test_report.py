@@ -502,6 +502,7 @@ def test_report_of_real_sweep_matches_its_output(ssl_run, tmp_path: Path, monkey
     assert ssl_report(monkeypatch, capsys, "outputs")[0] == 0  # again, over what it wrote
 
 
+@pytest.mark.slow
 def test_report_of_a_thousand_runs_stays_small(tmp_path: Path, monkeypatch, capsys) -> None:
     rng = np.random.default_rng(0)
     for i in range(1000):

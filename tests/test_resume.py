@@ -379,6 +379,7 @@ def test_repeated_sweep_runs_only_missing_or_failed_jobs(launcher: str, ssl_run,
     assert {status(folder) for folder in again - {folders[1]}} == {"done"}
 
 
+@pytest.mark.slow
 def test_extended_sweep_keeps_existing_runs(ssl_run, tmp_path: Path) -> None:
     """The sweep folder is the same, but its job numbers now refer to other configurations."""
     command = f"-m resume=auto {TINY} hydra.sweep.dir=swept seed="

@@ -210,7 +210,7 @@ def test_lower_bound_is_not_beaten_by_descent(name: str, reduction: str) -> None
     assert min(descend(loss, G, 2, seed) for seed in range(3)) >= best.value * (1 - 1e-9)
 
 
-@pytest.mark.parametrize("name", ["labels", "edges", "noisy"])
+@pytest.mark.parametrize("name", ["labels", pytest.param("edges", marks=pytest.mark.slow), "noisy"])
 def test_upper_bound_is_reached_or_beaten_by_descent(name: str) -> None:
     G = RELATIONS[name]
     for loss in (VICReg(2.0, 1.0, 2.0), BarlowTwins(1.0)):
