@@ -19,7 +19,7 @@ from ssl_runner.config import arguments, check, compose, hydra_internals
 from ssl_runner.config.help import help_text
 from ssl_runner.errors import UsageError, format_error
 from ssl_runner.preemption import Preempted, Preemption
-from ssl_runner.runs import resume, schedule
+from ssl_runner.runs import resume, saved, schedule
 from ssl_runner.runs.files import read_json
 from ssl_runner.version import describe_versions
 
@@ -199,10 +199,10 @@ def run_or_skip(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     if record is None:
         resume.write_hydra_files(cfg, folder)
     elif schedule.is_extension(cfg, folder):
-        schedule.extend(cfg, folder)
+        cfg = schedule.extend(cfg, folder)
     else:
         resume.refuse_finished(folder)
-        resume.refuse_changes(cfg, folder)
+        cfg = saved.resumed(cfg, folder)
     distributed.broadcast_object((OmegaConf.to_container(cfg), str(folder), str(Path.cwd())))
     from ssl_runner.pipeline import run
 

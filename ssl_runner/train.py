@@ -270,8 +270,9 @@ class Pretraining(Solver):
                 f"resume: the checkpoint was computed on {state['computed_on']}, this process computes on"
                 f" {self.computed_on}; results would differ: resume where it began, or start a new run"
             )
-        for name in ("epoch", "step", "seconds", "times"):
+        for name in ("epoch", "step", "seconds"):
             setattr(self, name, state[name])
+        self.times |= state.get("times") or {"step": self.seconds - state["seconds_before"]}  # formerly one
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         self.model.backbone.load_state_dict(state["backbone"])
         self.model.projector.load_state_dict(state["projector"])

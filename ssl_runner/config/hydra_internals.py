@@ -38,17 +38,19 @@ def config_repository(folder: Path, config_dir: str | None) -> Iterator[IConfigR
     """Context manager in which `hydra.compose` reads the configs in `folder` and in `config_dir`, if given.
 
     Yields the repository of these configs. A config in `folder` precedes one of the same name in
-    `config_dir`, as with Hydra's option --config-dir.
+    `config_dir`, as with Hydra's option --config-dir. Within a job, Hydra's state is restored on exit.
     """
     search_path = create_config_search_path(str(folder.resolve()))
     if config_dir is not None:
         before = SearchPathQuery(provider="schema")  # the position that --config-dir gives it
         search_path.prepend("command-line", f"file://{Path(config_dir).resolve()}", anchor=before)
+    state = GlobalHydra.instance()
+    outer, state.hydra = state.hydra, None
     hydra = Hydra.create_main_hydra2(task_name="check", config_search_path=search_path)
     try:
         yield hydra.config_loader.repository  # type: ignore[attr-defined]
     finally:
-        GlobalHydra.instance().clear()
+        state.hydra = outer
 
 
 def config_folders(repository: IConfigRepository) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Former names of options and choices, and names that other libraries use, with the names to use instead."""
+"""Former names and defaults of options, and names that other libraries use, with the names to use instead."""
 
 from ssl_runner.config.rules import format_value
 
@@ -19,6 +19,7 @@ REMOVED = {"diagnostics.moments": "use evaluators.moments, as experiment=linear_
 SHARES = {"dataset.test": "dataset.test_fraction"}  # key of some data sets -> the option for a share
 VALUES = {("views_forward", "separate"): "per_view"}  # former key and value -> value
 CHOICES = {("loss", "simclr_squared"): "spectral"}  # group and former choice -> choice
+DEFAULTS = {"compile": False}  # key -> former default
 
 SYNONYMS = {  # last part of a key -> the option of this package
     "augmentation": "views",

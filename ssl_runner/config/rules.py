@@ -104,6 +104,7 @@ LOSS_RULES = {
     "tau": _positive(float),
     "reduction": Rule(str, choices=REDUCTIONS),
 }
+NO_RESULT = ("dataset.cache", "probe.cache")  # folder and switch of caches, of the same images and rows
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -225,14 +226,31 @@ def base_rules(relation: DictConfig) -> dict[str, Rule]:
 
 
 def run_id(config: DictConfig) -> str:
-    """Return the SHA-256 of the resolved configuration without `resume`, which identifies a run.
+    """Return the SHA-256 of the options that can change a result, resolved, which identifies a run.
 
     The seed is included. Ints and floats compare equal, so 7 and 7.0 give the same digest.
     """
     content: Any = OmegaConf.to_container(config, resolve=True)
     del content["resume"]
+    for key in NO_RESULT:
+        group, _, name = key.partition(".")
+        content.get(group, {}).pop(name, None)
     numbers = json.loads(json.dumps(content), parse_int=float)
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
+
+
+def compared(content: Any) -> dict[str, Any]:
+    """Return the values of a resolved configuration, as nested dicts, that `run_id` identifies a run by."""
+    pairs = dict(_leaves(content))
+    return {key: value for key, value in pairs.items() if key not in ("resume", *NO_RESULT)}
+
+
+def _leaves(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
 
 
 MISSING = object()

@@ -1,14 +1,15 @@
 """Image data sets read by the library `datasets`: from the Hugging Face Hub, or saved to disk. Extra `hf`."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ssl_runner.data import decode
@@ -61,7 +62,8 @@ def hf(
                     f" {', '.join(data.column_names)}"
                 )
     classes, labels = _labels([parts[part] for part in parts if part in labelled], label)
-    images = _images(list(parts.values()), image, size, channels or 3, cache)
+    named = [(str(wanted[part]), data) for part, data in parts.items()]
+    images = _images(named, image, size, channels or 3, cache)
     rows = np.arange(len(images))
     n = len(parts["train"]) if labelled else 0
     labels = np.concatenate([labels, np.full(len(rows) - len(labels), -1)])
@@ -137,14 +139,16 @@ def _labels(splits: list[Any], column: str | None) -> tuple[list[str], np.ndarra
 
 @dataclass(frozen=True)
 class Row:
-    """The image in one row of a split, whose column `column` is not decoded."""
+    """One image of a split, in a `datasets.Image` column that is not decoded."""
 
+    split_name: str
     split: Any
     column: str
     row: int
 
     def __str__(self) -> str:
-        return self._encoded().get("path") or f"image {self.row} of dataset.image={self.column}"
+        place = f"image {self.row} of split {self.split_name} (dataset.image={self.column})"
+        return self._encoded().get("path") or place
 
     @property
     def name(self) -> str:
@@ -152,31 +156,68 @@ class Row:
 
     def open(self) -> Image.Image:
         encoded = self._encoded()
-        data = encoded["bytes"]
-        return Image.open(BytesIO(data) if data is not None else encoded["path"])
+        if not any(encoded.values()):
+            raise ValueError("no image")
+        if encoded["bytes"] is None:
+            return Image.open(encoded["path"])
+        try:
+            return Image.open(BytesIO(encoded["bytes"]))
+        except UnidentifiedImageError:  # its message is the address of the buffer
+            raise ValueError("not an image of a format that Pillow reads") from None
 
     def _encoded(self) -> dict[str, Any]:
         """{"bytes", "path"}, {} for a missing image."""
         return self.split[self.row][self.column] or {}
 
 
-def _images(splits: list[Any], column: str, size: int | None, channels: int, cache: str) -> Tensor:
+class Rows(Sequence[Row]):
+    """The images in a column of several splits, one after another.
+
+    splits   (name of the split, split); its column is a `datasets.Image` that is not decoded
+    """
+
+    def __init__(self, splits: list[tuple[str, Any]], column: str):
+        self.splits, self.column = splits, column
+        self.ends = np.cumsum([len(split) for _, split in splits])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        row = range(len(self))[index]
+        number = int(np.searchsorted(self.ends, row, side="right"))
+        name, split = self.splits[number]
+        return Row(name, split, self.column, row - int(self.ends[number]) + len(split))
+
+
+def _images(
+    splits: list[tuple[str, Any]], column: str, size: int | None, channels: int, cache: str
+) -> Tensor:
     """Return the images of all splits, (n, channels, side, side) uint8, from one memory-mapped file.
 
-    The file is reused while the fingerprints of the splits and the settings are the same.
+    splits: pairs of name and split. The file is reused while their fingerprints and the settings are the
+    same.
     """
     import datasets
 
-    key = f"{decode.VERSION} {size} {channels} {column} {[split._fingerprint for split in splits]}"
-    rows: list[Row] = []
-    for split in splits:
+    key = f"{decode.VERSION} {size} {channels} {column} {[split._fingerprint for _, split in splits]}"
+    encoded = []
+    for name, split in splits:
         if not isinstance(split.features[column], datasets.Image):
             raise UsageError(
                 f"dataset.image={column}: expected a column of images, found {split.features[column]};"
                 " set dataset.image"
             )
-        encoded = split.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-        rows += [Row(encoded, column, number) for number in range(len(split))]
+        undecoded = datasets.Image(decode=False)
+        encoded.append((name, split.select_columns([column]).cast_column(column, undecoded)))
     target = f"hf-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
     repair = "repair it, and save the data set again"
-    return decode_images(rows, target, size, cache, channels, skip_broken=False, repair=repair)[0]
+    return decode_images(
+        Rows(encoded, column), target, size, cache, channels, skip_broken=False, repair=repair
+    )[0]

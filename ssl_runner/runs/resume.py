@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssl_runner.config import compose, rules
 from ssl_runner.errors import UsageError
+from ssl_runner.runs import saved
 from ssl_runner.runs.files import read_json
 
 EXTENDED = "epochs-*"  # folders in that of an extended run: its results before the extension
@@ -37,10 +38,9 @@ def folder_of(cfg: DictConfig, made: Path) -> Path:
     """
     if cfg.resume is not None and cfg.resume != "auto":
         return made
-    identity = rules.run_id(cfg)
     record = read_json(made / "run.json") if (made / "run.json").exists() else None
     if cfg.resume == "auto":
-        matches = [path.parent for path in candidate_runs(made) if read_run_id(path) == identity]
+        matches = [path.parent for path in candidate_runs(made) if is_same_run(cfg, path.parent)]
         if matches:
             return max(
                 matches,
@@ -50,23 +50,27 @@ def folder_of(cfg: DictConfig, made: Path) -> Path:
                 ),
             )
         if record is not None and HydraConfig.get().mode == RunMode.MULTIRUN:
-            return made.with_name(f"{made.name}-{identity[:8]}")  # an earlier sweep used this job number
+            # an earlier sweep used this job number
+            return made.with_name(f"{made.name}-{rules.run_id(cfg)[:8]}")
     elif (
         record is not None
-        and record.get("identity") == identity
         and record.get("slurm_job") == os.environ.get("SLURM_JOB_ID", "")
+        and is_same_run(cfg, made)
     ):
         return made  # this job was requeued by Slurm
     refuse_occupied(made)
     return made
 
 
-def read_run_id(path: Path) -> str | None:
-    """Return the identity in a run.json, or None if the file is corrupt, for example after a power cut."""
+def is_same_run(cfg: DictConfig, folder: Path) -> bool:
+    """Return whether the run in `folder` has this configuration. False if its files are corrupt, for example
+    after a power cut, and for an extended run."""
     try:
-        return read_json(path).get("identity")
+        record = read_json(folder / "run.json")
     except UsageError:
-        return None
+        return False
+    extended = len(record.get("schedule") or ()) > 1
+    return record.get("identity") == rules.run_id(cfg) or (not extended and saved.matches(cfg, folder))
 
 
 def candidate_runs(made: Path) -> list[Path]:
@@ -142,23 +146,15 @@ def plan_resume(folder: Path, given: Collection[str], config_dir: str | None) ->
         raise UsageError(
             f"resume={folder}: this run is still running as process {record['pid']}; wait for it to end"
         )
-    overrides = compose.parse(read_overrides(folder))
+    overrides = compose.parse(saved.overrides(folder))
     added = [str(override.input_line) for override in overrides if override.key_or_group not in given]
     if "epochs" not in {*given, *(override.key_or_group for override in overrides)}:
-        saved = OmegaConf.load(folder / ".hydra" / "config.yaml")  # a preset may have other epochs by now
-        added.append(f"epochs={saved.epochs}")
+        added.append(f"epochs={saved.load(folder).epochs}")  # a preset may have other epochs by now
     return ResumePlan(
         overrides=[*added, f"hydra.run.dir={quote(folder)}"],
         config_dir=str(Path(config_dir).resolve()) if config_dir is not None else config_dir_of(folder),
         directory=Path(record["cwd"]),
     )
-
-
-def read_overrides(folder: Path) -> list[str]:
-    """Return the overrides that the run was started with. Interpolations in them are not resolved."""
-    lines = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml"), resolve=False)
-    assert isinstance(lines, list)
-    return [str(line) for line in lines]
 
 
 def quote(path: Path) -> str:
@@ -196,22 +192,6 @@ def is_running(record: dict) -> bool:
         return abs(psutil.Process(record["pid"]).create_time() - record["process_started"]) < 1
     except psutil.NoSuchProcess:
         return False
-
-
-def refuse_changes(cfg: DictConfig, folder: Path) -> None:
-    """Raise UsageError if `cfg` differs from the saved configuration of the run, apart from `resume`."""
-    saved = OmegaConf.load(folder / ".hydra" / "config.yaml")
-    assert isinstance(saved, DictConfig)
-    refuse_differences(cfg, saved)
-
-
-def refuse_differences(cfg: DictConfig, saved: DictConfig) -> None:
-    """Raise UsageError if two configurations differ, apart from `resume`."""
-    for key in dict.fromkeys([*rules.dotted_keys(saved), *rules.dotted_keys(cfg)]):
-        then, now = OmegaConf.select(saved, key), OmegaConf.select(cfg, key)
-        if then != now and key != "resume":
-            change = f"{key} ({rules.format_value(then)} -> {rules.format_value(now)})"
-            raise UsageError(f"Cannot change {change} when resuming: leave it out, or start a new run")
 
 
 def refuse_other_images(

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssl_runner.config import compose, rules
 from ssl_runner.errors import UsageError
-from ssl_runner.runs import resume
+from ssl_runner.runs import resume, saved
 from ssl_runner.runs.files import atomic_write, read_json, write_json
 
 # Parts in order, {"from_epoch": a, "to_epoch": b}: the learning rate of epochs a + 1 .. b has a warm-up and a
@@ -34,19 +34,21 @@ def identity(cfg: DictConfig, schedule: Schedule) -> str:
 
 def is_extension(cfg: DictConfig, folder: Path) -> bool:
     """Return whether `cfg`, given with resume=<folder>, has other epochs than the run was planned for."""
-    planned = read_schedule(folder, saved_config(folder).epochs)[-1]["to_epoch"]
+    planned = read_schedule(folder, saved.load(folder).epochs)[-1]["to_epoch"]
     return cfg.resume not in (None, "auto") and cfg.epochs != planned
 
 
-def extend(cfg: DictConfig, folder: Path) -> None:
+def extend(cfg: DictConfig, folder: Path) -> DictConfig:
     """Plan more epochs for the run in `folder`, which must be locked. `cfg` is its configuration with these.
+
+    Returns the configuration of the extended run.
 
     The new part begins after the epoch of the last checkpoint. The results of a finished run are copied to
     epochs-<planned>/, and its configuration to .hydra/config-<planned>.yaml. Raises UsageError, before
     anything is written, if the run cannot be extended.
     """
-    saved, record = saved_config(folder), read_json(folder / "run.json")
-    schedule = read_schedule(folder, saved.epochs)
+    record = read_json(folder / "run.json")
+    schedule = read_schedule(folder, saved.load(folder).epochs)
     planned = schedule[-1]["to_epoch"]
     new_run = f"start a new run with init_weights={folder}/backbone.safetensors"
     if cfg.epochs < planned:
@@ -54,6 +56,7 @@ def extend(cfg: DictConfig, folder: Path) -> None:
             f"epochs={cfg.epochs}: expected more than the {planned} epochs that {folder} was planned for;"
             " give more, or start a new run"
         )
+    cfg = extended_config(cfg, folder)
     solver: Any = get_class(cfg.solver._target_)
     if not solver.trains:
         raise UsageError(
@@ -64,7 +67,6 @@ def extend(cfg: DictConfig, folder: Path) -> None:
             f"epochs={cfg.epochs}: a run with views.resolutions cannot be extended, because these are spread"
             f" over its planned epochs; {new_run}"
         )
-    refuse_other_changes(cfg, saved, folder)
     begin = next_epoch(folder)
     if record["status"] == "done" and begin < planned:
         raise UsageError(f"epochs={cfg.epochs}: {folder} has no checkpoint of its last epoch; {new_run}")
@@ -75,10 +77,11 @@ def extend(cfg: DictConfig, folder: Path) -> None:
         )
     if record["status"] == "done":
         copy_results(folder, folder / f"epochs-{planned}")
-    write_config(saved, cfg.epochs, planned, folder)
+    write_config(cfg, cfg.epochs, planned, folder)
     parts = [part for part in schedule if part["from_epoch"] < begin]
     parts.append({"from_epoch": begin, "to_epoch": cfg.epochs})
     write_json(folder / "run.json", record | {"status": "preempted", "schedule": parts})
+    return cfg
 
 
 def remove_outdated(folder: Path) -> None:
@@ -88,28 +91,24 @@ def remove_outdated(folder: Path) -> None:
             path.unlink()
 
 
-def saved_config(folder: Path) -> DictConfig:
-    """Return the configuration in .hydra/."""
-    saved = OmegaConf.load(folder / ".hydra" / "config.yaml")
-    assert isinstance(saved, DictConfig)
-    return saved
+def extended_config(cfg: DictConfig, folder: Path) -> DictConfig:
+    """Return the configuration of the run with the `epochs` of `cfg`.
 
-
-def refuse_other_changes(cfg: DictConfig, saved: DictConfig, folder: Path) -> None:
-    """Raise UsageError for a change of another option than `epochs`.
-
-    Options that follow `epochs`, such as `every: ${epochs}`, may change with it. They are updated in `saved`.
+    Options that follow `epochs`, such as `every: ${epochs}`, may change with it. Raises UsageError for a
+    change of another option.
     """
+    config = saved.completed(folder)
     task = compose.parse(HydraConfig.get().overrides.task)  # interpolations are resolved in these
-    first = compose.parse(resume.read_overrides(folder))
+    first = compose.parse(saved.overrides(folder))
     follow = {override.key_or_group for override in first if "${" in str(override.input_line)}
     given = {override.key_or_group for override in task} - follow
-    before = saved.epochs
-    for key in list(rules.dotted_keys(saved)):
-        follows = OmegaConf.select(saved, key) == before and OmegaConf.select(cfg, key) == cfg.epochs
+    before = config.epochs
+    for key in list(rules.dotted_keys(config)):
+        follows = OmegaConf.select(config, key) == before and OmegaConf.select(cfg, key) == cfg.epochs
         if key == "epochs" or (follows and key not in given):
-            OmegaConf.update(saved, key, cfg.epochs)
-    resume.refuse_differences(cfg, saved)
+            OmegaConf.update(config, key, cfg.epochs)
+    saved.refuse_changes(cfg, config)
+    return config
 
 
 def next_epoch(folder: Path) -> int:
@@ -142,7 +141,7 @@ def write_config(config: DictConfig, epochs: int, planned: int, folder: Path) ->
     before = hydra / f"config-{planned}.yaml"
     if not before.exists():
         shutil.copy2(hydra / "config.yaml", before)
-    overrides = [line for line in resume.read_overrides(folder) if not line.startswith("epochs=")]
+    overrides = [line for line in saved.overrides(folder) if not line.startswith("epochs=")]
     contents = {"overrides": OmegaConf.create([*overrides, f"epochs={epochs}"]), "config": config}
     for name, content in contents.items():
         with atomic_write(hydra / f"{name}.yaml") as file:

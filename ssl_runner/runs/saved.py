@@ -1,0 +1,138 @@
+"""The saved configuration of a run, which another version of this package may have written.
+
+An option that it lacks has its default. An option that is not on the command line keeps its saved value, also
+if a default or a preset has changed since.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from ssl_runner.config import check, compose, renamed, rules
+from ssl_runner.errors import UsageError
+
+
+def load(folder: Path) -> DictConfig:
+    """Return the configuration in .hydra/."""
+    saved = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    assert isinstance(saved, DictConfig)
+    return saved
+
+
+def overrides(folder: Path) -> list[str]:
+    """Return the overrides that the run was started with. Interpolations in them are not resolved."""
+    lines = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml"), resolve=False)
+    assert isinstance(lines, list)
+    return [str(line) for line in lines]
+
+
+def resumed(cfg: DictConfig, folder: Path) -> DictConfig:
+    """Return the configuration with which the run in `folder` resumes, given that of the command line.
+
+    Raises UsageError if the command line changes an option, or if this version does not have one.
+    """
+    if not any(_differences(cfg, load(folder))):
+        return cfg
+    config = completed(folder)
+    refuse_changes(cfg, config)
+    return config
+
+
+def completed(folder: Path) -> DictConfig:
+    """Return the saved configuration, with the default of this version for every option that it lacks.
+
+    Raises UsageError for a group that the command line changes, and for an option or a value that this
+    version does not accept.
+    """
+    now, then = HydraConfig.get().runtime.choices, _choices(folder)
+    for override in compose.parse(HydraConfig.get().overrides.task):
+        group = check.key_of(override)
+        if group in now and now[group] != then.get(group):
+            raise _changed(group, then.get(group), now[group])
+    reference = _reference(OmegaConf.merge(now, then))
+    config: Any = OmegaConf.merge(reference, load(folder))
+    OmegaConf.resolve(config)
+    try:
+        check.check_tree(config, reference)
+        rules.check_values(config)
+    except UsageError as error:
+        raise UsageError(f"resume={folder}: this run has options of another version: {error}") from error
+    return config
+
+
+def refuse_changes(cfg: DictConfig, config: DictConfig) -> None:
+    """Raise UsageError if an option on the command line differs from that of the run.
+
+    Options that change no result are copied from `cfg` to `config`.
+    """
+    task = compose.parse(HydraConfig.get().overrides.task)
+    groups = HydraConfig.get().runtime.choices
+    given = [override.key_or_group for override in task if check.key_of(override) not in groups]
+    for key in _differences(cfg, config):
+        if any(key == one or key.startswith(f"{one}.") for one in given):
+            raise _changed(key, OmegaConf.select(config, key), OmegaConf.select(cfg, key))
+    for key in rules.NO_RESULT:
+        if (value := OmegaConf.select(cfg, key)) is not None:
+            OmegaConf.update(config, key, value)
+
+
+def matches(cfg: DictConfig, folder: Path) -> bool:
+    """Return whether a run has the configuration of the command line, also if another version wrote it.
+
+    Options that it lacks must have their defaults. A former default (`renamed.DEFAULTS`) equals the present
+    one, unless it was set on one of the command lines.
+    """
+    try:
+        content = yaml.load((folder / ".hydra" / "config.yaml").read_text(), _LOADER)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    then, now = (rules.compared(tree) for tree in (content, OmegaConf.to_container(cfg, resolve=True)))
+    changed = {key for key in then if key not in now or then[key] != now[key]}
+    absent = now.keys() - then.keys()
+    if not absent or changed - renamed.DEFAULTS.keys():
+        return not (absent or changed)
+    given = {o.key_or_group for o in compose.parse([*HydraConfig.get().overrides.task, *overrides(folder)])}
+    if any(key in given or then[key] != renamed.DEFAULTS[key] for key in changed):
+        return False
+    defaults = OmegaConf.merge(_reference(HydraConfig.get().runtime.choices), OmegaConf.create(content))
+    values = rules.compared(OmegaConf.to_container(defaults, resolve=True))
+    return all(key in values and values[key] == now[key] for key in absent)
+
+
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def _differences(cfg: DictConfig, config: DictConfig) -> Iterator[str]:
+    """Yield the options that differ and can change a result."""
+    for key in dict.fromkeys([*rules.dotted_keys(config), *rules.dotted_keys(cfg)]):
+        ignored = key in ("resume", *rules.NO_RESULT)
+        if not ignored and OmegaConf.select(config, key) != OmegaConf.select(cfg, key):
+            yield key
+
+
+def _changed(key: str, then: Any, now: Any) -> UsageError:
+    change = f"{key} ({rules.format_value(then)} -> {rules.format_value(now)})"
+    return UsageError(f"Cannot change {change} when resuming: leave it out, or start a new run")
+
+
+def _choices(folder: Path) -> Any:
+    """Return the chosen config of every group of a run."""
+    return OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.choices
+
+
+def _reference(choices: Any) -> Any:
+    """Return the defaults of this version for these choices, composed as for the present job."""
+    hydra = HydraConfig.get()
+    sources = {source.provider: source.path for source in hydra.runtime.config_sources}
+    args = argparse.Namespace(
+        config_dir=sources.get("command-line"), config_path=sources["main"], config_name=hydra.job.config_name
+    )
+    added = {check.key_of(one) for one in compose.parse(hydra.overrides.task) if one.is_add()}
+    with compose.composer(args) as composer:
+        reference = composer.reference(choices, added)
+    return OmegaConf.create(OmegaConf.to_container(reference, resolve=False))

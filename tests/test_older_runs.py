@@ -1,0 +1,146 @@
+"""Runs that an earlier version made: their configuration lacks options, or has former defaults."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from ssl_runner.config import renamed, rules
+from tests.helpers import TINY, preempt_after, run_folder, table
+
+LATER = ("deterministic", "dataset.eval_resize", "dataset.eval_crop", "probe.cache")  # options added since
+COMMAND = f"{TINY} diagnostics.every=0"
+EXACT = ("metrics.csv", "probe.csv")
+
+
+def record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())
+
+
+def config(folder: Path) -> Any:
+    return OmegaConf.load(folder / ".hydra" / "config.yaml")
+
+
+def age(folder: Path) -> None:
+    """Make a run look like one of a version without `LATER` and with the former defaults."""
+    content = OmegaConf.to_container(config(folder))
+    assert isinstance(content, dict)
+    for key in LATER:
+        path, _, name = key.rpartition(".")
+        del (content[path] if path else content)[name]
+    content |= renamed.DEFAULTS
+    OmegaConf.save(OmegaConf.create(content), folder / ".hydra" / "config.yaml")
+    (folder / "run.json").write_text(json.dumps(record(folder) | {"identity": "of an earlier version"}))
+
+
+@pytest.fixture
+def preempted(ssl_run, tmp_path: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        preempt_after(4, patch)
+        assert ssl_run(f"{COMMAND} hydra.run.dir=mine")[0] == 75
+    age(tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+@pytest.mark.parametrize("again", ["resume=mine", "resume=mine deterministic=false compile=false"])
+def test_run_of_an_earlier_version_resumes_exactly(
+    again: str, preempted: Path, ssl_run, tmp_path: Path
+) -> None:
+    assert ssl_run(f"{COMMAND} hydra.run.dir=whole")[0] == 0
+    code, _, err = ssl_run(again)
+    assert (code, err) == (0, "")
+    for name in EXACT:
+        assert table(preempted / name) == table(tmp_path / "whole" / name)
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ("compile=true", "compile (false -> true)"),
+        ("compile=auto", "compile (false -> auto)"),
+        ("deterministic=true", "deterministic (false -> true)"),
+        ("dataset.eval_crop=20", "dataset.eval_crop (null -> 20)"),
+        ("optimizer=sgd", "optimizer (adamw -> sgd)"),
+        ("+evaluators.norm._target_=tests.helpers.Norm", "evaluators.norm._target_ (null -> "),
+    ],
+)
+def test_change_of_an_earlier_versions_run_is_refused(
+    options: str, change: str, preempted: Path, ssl_run
+) -> None:
+    before = record(preempted)
+    code, _, err = ssl_run(f"resume=mine {options}")
+    assert (code, err.count("\n")) == (1, 1)
+    assert f"Cannot change {change}" in err
+    assert record(preempted) == before
+
+
+def test_run_of_an_earlier_version_is_extended(ssl_run, tmp_path: Path) -> None:
+    command = COMMAND.replace("diagnostics.every=0", "diagnostics.every=${epochs}")
+    for name in ("old", "new"):
+        assert ssl_run(f"{command} hydra.run.dir={name}")[0] == 0
+    age(tmp_path / "old")
+    for name in ("old", "new"):
+        code, _, err = ssl_run(f"resume={name} epochs=3")
+        assert (code, err) == (0, "")
+    for name in EXACT:
+        assert table(tmp_path / "old" / name) == table(tmp_path / "new" / name)
+    assert config(tmp_path / "old") == OmegaConf.merge(config(tmp_path / "new"), renamed.DEFAULTS)
+
+
+def test_resume_auto_finds_a_run_of_an_earlier_version(ssl_run, tmp_path: Path) -> None:
+    """Not if an option that the run lacks has another value, or if a former default was given."""
+    command = f"{COMMAND} epochs=1 resume=auto"
+    folder = run_folder(ssl_run(command)[1])
+    given = run_folder(ssl_run(f"{command} compile=true")[1])
+    shutil.copytree(given, tmp_path / "kept")
+    age(folder)
+    code, out, err = ssl_run(command)
+    assert (code, err, run_folder(out)) == (0, "", folder)
+    assert "already done" in out
+    (folder / "run.json").write_text(json.dumps(record(folder) | {"status": "failed"}))
+    for starts in (2, 2):
+        code, out, err = ssl_run(command)
+        assert (code, err, run_folder(out)) == (0, "", folder)
+        assert (record(folder)["starts"], record(folder)["status"]) == (starts, "done")
+    assert config(folder).compile is False
+    others = [run_folder(ssl_run(f"{command} {key}")[1]) for key in ("compile=auto", "deterministic=true")]
+    assert len({folder, given, *others}) == 4
+
+
+def test_saved_value_wins_over_an_edited_preset(ssl_run, tmp_path: Path) -> None:
+    preset = tmp_path / "mine" / "loss" / "short.yaml"
+    preset.parent.mkdir(parents=True)
+    text = "# @package _global_\ntau: {}\nloss:\n  _target_: ssl_runner.loss.SimCLR\n  tau: ${{tau}}\n"
+    preset.write_text(text.format(0.2))
+    with pytest.MonkeyPatch.context() as patch:
+        preempt_after(4, patch)
+        assert ssl_run(f"{COMMAND} --config-dir mine loss=short hydra.run.dir=1")[0] == 75
+    preset.write_text(text.format(0.5))
+    assert "Cannot change tau (0.2 -> 0.5)" in ssl_run("resume=1 tau=0.5")[2]
+    assert ssl_run(f"{COMMAND} --config-dir mine loss=short resume=auto hydra.run.dir=1")[0] == 1
+    code, _, err = ssl_run("resume=1")
+    assert (code, err) == (0, "")
+    assert config(tmp_path / "1").tau == 0.2
+
+
+def test_removed_option_is_named(preempted: Path, ssl_run) -> None:
+    removed = OmegaConf.merge(config(preempted), {"views_forward": "joint"})
+    OmegaConf.save(removed, preempted / ".hydra" / "config.yaml")
+    _, _, err = ssl_run("resume=mine")
+    assert "resume=mine: this run has options of another version: views_forward was renamed" in err.replace(
+        str(preempted), "mine"
+    )
+
+
+def test_options_of_caches_do_not_identify_a_run(preempted: Path, ssl_run) -> None:
+    one = OmegaConf.create({"probe": {"cache": True}, "dataset": {"cache": "a"}, "seed": 0, "resume": None})
+    other = OmegaConf.merge(one, {"probe": {"cache": False}, "dataset": {"cache": "b"}})
+    assert rules.run_id(one) == rules.run_id(other)
+    code, _, err = ssl_run("resume=mine probe.cache=false")
+    assert (code, err) == (0, "")
+    code, out, err = ssl_run(f"{COMMAND} probe.cache=true resume=auto hydra.run.dir=mine")
+    assert (code, err) == (0, "")
+    assert "already done" in out
