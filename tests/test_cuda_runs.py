@@ -137,9 +137,7 @@ def close(value: str, expected: str, column: str) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        "backbone=resnet18 dataset.size=28",
         "backbone=timm backbone.name=test_resnet dataset.size=28 dataset.subset=200 batch_size=50",
-        "backbone=vit_tiny dataset.size=28 precision=bf16",
         "backbone=timm backbone.name=test_vit +backbone.patch_size=14 precision=fp16 forward=per_view",
     ],
 )

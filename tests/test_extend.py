@@ -71,7 +71,11 @@ def test_finished_run_is_extended(ssl_run, tmp_path: Path) -> None:
     }
     originals = {path.relative_to(folder): content for path, content in before.items()}
     assert kept.items() <= originals.items()
-    assert {path.name for path in originals.keys() - kept.keys()} == {"checkpoint.pt", ".lock"}
+    assert {path.name for path in originals.keys() - kept.keys()} == {
+        "checkpoint.pt",
+        "checkpoint-before.pt",
+        ".lock",
+    }
     assert config(folder).epochs == 5
     assert config(folder, "config-2.yaml").epochs == 2
     assert "epochs=5" in config(folder, "overrides.yaml")

@@ -125,6 +125,7 @@ def test_timed_measures_idle_share_against_time_without_profiler(tmp_path: Path)
     assert (tmp_path / "profile-name.txt").exists()
 
 
+@pytest.mark.slow
 def test_sections_for_a_gpu_cover_precisions_modes_and_sizes(section: Section) -> None:
     """The rows of a GPU, with stand-ins for the work."""
     given: list[tuple[tuple[str, ...], dict[str, object]]] = []

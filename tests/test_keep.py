@@ -113,7 +113,7 @@ def test_final_probes_carry_the_exported_epoch(
     assert [row["epoch"] for row in rows[3:]] == [str(best)] * 4
     assert best < 4
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "evaluate", stop_before_pixels(pipeline.evaluate))
+        patch.setattr(pipeline, "evaluate_seeded", stop_before_pixels(pipeline.evaluate_seeded))
         assert ssl_run(f"{settings} hydra.run.dir=mine")[0] != 0
     assert len(table(tmp_path / "mine" / "probe.csv")) == 5
     assert ssl_run("resume=mine")[0] == 0

@@ -90,6 +90,7 @@ def test_run_of_an_earlier_version_is_extended(ssl_run, tmp_path: Path) -> None:
     assert config(tmp_path / "old") == OmegaConf.merge(config(tmp_path / "new"), renamed.DEFAULTS)
 
 
+@pytest.mark.slow
 def test_resume_auto_finds_a_run_of_an_earlier_version(ssl_run, tmp_path: Path) -> None:
     """Not if an option that the run lacks has another value, or if a former default was given."""
     command = f"{COMMAND} epochs=1 resume=auto"

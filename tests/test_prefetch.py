@@ -50,6 +50,7 @@ def emulated() -> Iterator[list[Tensor]]:
         "Stream": Stream,
         "stream": nullcontext,
         "current_stream": lambda device: compute,
+        "set_device": lambda device: None,
     }
     with (
         mock.patch.multiple(torch.cuda, **stand_ins),
