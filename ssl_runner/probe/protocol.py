@@ -17,6 +17,8 @@ from ssl_runner.model import eval_mode
 from ssl_runner.probe.shares import LabelDraw
 from ssl_runner.views import normalize, to_unit
 
+BATCH_VALUES = 512 * 3 * 96 * 96  # of the images in a batch of `extract`
+
 
 class Probe(ABC):
     """A classifier of features X (n, d), float32, with labels y (n,) in 0 .. classes - 1.
@@ -42,12 +44,14 @@ Classifier = Callable[[Tensor, Tensor, int], Probe]  # a Probe class, or a parti
 
 
 @torch.no_grad()
-def extract(network: nn.Module, images: Images, mean: Tensor, std: Tensor, batch_size: int = 512) -> Tensor:
+def extract(network: nn.Module, images: Images, mean: Tensor, std: Tensor) -> Tensor:
     """Return the features (n, d), float32, of n unaugmented images.
 
     The network runs in eval mode, and the previous mode of every module is restored. Batches are distributed
-    round-robin over the ranks, and the features are all-gathered: every rank returns all of them.
+    round-robin over the ranks, and the features are all-gathered: every rank returns all of them. They have
+    512 images, and fewer above 96 pixels, since activations grow with the image.
     """
+    batch_size = min(512, max(1, BATCH_VALUES // images.images[0].numel()))
     with eval_mode(network):
         shards = distributed.shard_indices(len(images), batch_size)
         batches = images.batches(shards[distributed.rank()], batch_size, mean.device)
