@@ -26,7 +26,7 @@ from ssl_runner.distributed import collectives, group
 from ssl_runner.errors import UsageError
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.preemption import Preempted, Preemption
-from ssl_runner.probe import KnnProbe, LinearProbe, RidgeProbe, evaluate, extract
+from ssl_runner.probe import KnnProbe, LinearProbe, RidgeProbe, evaluate, extract, protocol
 from ssl_runner.relation import Labels, Relation, Views, builders
 from ssl_runner.runs.files import read_json
 from ssl_runner.runs.record import RunRecord
@@ -290,7 +290,8 @@ def evaluations() -> tuple[Tensor, list[dict], list[dict], list[dict]]:
     """Features, probe rows, diagnostics and spectrum of one model. Rank 0 alone has all diagnostics."""
     training = pretraining()
     model, loader, data = training.model, training.loader, training.loader.data
-    features = extract(model.backbone, data.train, data.mean, data.std, batch_size=7)
+    with mock.patch.object(protocol, "BATCH_VALUES", 7 * 48):  # several batches of 7 images on every rank
+        features = extract(model.backbone, data.train, data.mean, data.std)
     classifiers = {"linear": LinearProbe, "knn": KnnProbe, "ridge": RidgeProbe}
     probes = list(evaluate("backbone", model.backbone, data, classifiers, score_test=True))
     neighbors = builders.FromNeighbors(2)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ssl_runner.errors import UsageError
-from ssl_runner.probe import affordable, knn, linear
+from ssl_runner.probe import affordable, knn, linear, protocol
 from ssl_runner.probe.knn import KnnProbe
 from ssl_runner.probe.linear import LinearProbe
 from ssl_runner.probe.protocol import accuracies, best_of, evaluate, extract
@@ -215,23 +215,27 @@ def test_best_of_stops_without_improvement() -> None:
 
 
 class Spy(nn.Module):
-    """Records whether it is in training or eval mode at each call."""
+    """Records at each call whether it is in training or eval mode, and the size of the batch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(3)
         self.modes: set[bool] = set()
+        self.batches: list[int] = []
 
     def forward(self, x: Tensor) -> Tensor:
         self.modes.add(self.training)
+        self.batches.append(len(x))
         return self.norm(x).flatten(1)
 
 
-def test_extract_uses_eval_mode_and_restores_training_mode() -> None:
+def test_extract_uses_eval_mode_and_restores_training_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "BATCH_VALUES", 7 * 48 + 1)  # 7 images of the toy data set
     data, spy = load(toy()), Spy().train()
     before = {name: value.clone() for name, value in spy.state_dict().items()}
-    features = extract(spy, data.train, data.mean, data.std, batch_size=7)
+    features = extract(spy, data.train, data.mean, data.std)
     assert features.shape == (60, 48)
+    assert spy.batches == [7] * 8 + [4]
     assert spy.modes == {False}
     assert spy.training
     assert all(torch.equal(value, before[name]) for name, value in spy.state_dict().items())
