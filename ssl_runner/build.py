@@ -27,6 +27,7 @@ from ssl_runner.errors import UsageError, one_line
 from ssl_runner.evaluator import Evaluator
 from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel
+from ssl_runner.names import EVALUATION
 from ssl_runner.preemption import Preemption
 from ssl_runner.probe import BaselineCache, BestEpoch, Classifier, LabelDraw, ProbeEvaluator, check_layer
 from ssl_runner.relation.builders import RelationBuilder
@@ -37,7 +38,6 @@ from ssl_runner.solver import Save, Solver
 
 # options of `dataset.load`, not of the reader
 DATASET_SETTINGS = ("name", "val_fraction", "test_fraction", "subset", "split_seed", "storage")
-EVALUATION = ("eval_resize", "eval_crop")  # of the evaluation transform
 OPTIMIZER_SETTINGS = ("lr", "weight_decay", "warmup_epochs", "final_lr_ratio", "clip_grad_norm")
 
 

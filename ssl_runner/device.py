@@ -2,7 +2,10 @@
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch import Tensor
@@ -99,6 +102,23 @@ def to_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(tensor.device))
     return host, event
+
+
+@contextmanager
+def syncs_raise() -> Iterator[None]:
+    """Within this context a host-device sync on CUDA raises RuntimeError.
+
+    The mode does not cover torch.sparse and torch.distributed. The syncs of these are visible in a profile.
+    """
+    mode = torch.cuda.get_sync_debug_mode()
+    with catch_warnings():
+        # torch calls the mode a prototype, once, where it is set first
+        filterwarnings("ignore", "Synchronization debug mode", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def synchronize(device: torch.device) -> None:

@@ -10,4 +10,5 @@ REDUCTIONS = ("mean", "sum")
 STEMS = ("auto", "cifar", "pool", "imagenet")
 MAPS = ("pca", "tsne", "umap", "none")
 FEATURES = ("backbone", "projector", "random_init", "pixels", "pca", "lda")
+EVALUATION = ("eval_resize", "eval_crop")  # dataset.*: the evaluation transform
 ON_ERROR = ("refuse", "skip")  # dataset.on_error

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
-from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch import Tensor, nn
 
 from ssl_runner.batch import Batch
+from ssl_runner.device import syncs_raise
 from ssl_runner.errors import UsageError, one_line
 
 Values = dict[str, Tensor]
@@ -98,6 +98,8 @@ class StepGraph:
 class Capture:
     """Records on a CUDA device. Nothing runs while it records; the first replay is the first execution."""
 
+    syncs_raise = staticmethod(syncs_raise)
+
     def __init__(self, device: torch.device):
         self.side = side_stream(device)
 
@@ -109,18 +111,6 @@ class Capture:
         with torch.cuda.stream(self.side):
             yield
         current.wait_stream(self.side)
-
-    @contextmanager
-    def syncs_raise(self) -> Any:
-        """Within it a host-device sync raises RuntimeError."""
-        mode = torch.cuda.get_sync_debug_mode()
-        with catch_warnings():
-            filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                yield
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
 
     def record(self, work: Callable[[], Values]) -> tuple[Values, Callable[[], None]]:
         """Record `work`. Returns its outputs, which a replay fills, and the replay.

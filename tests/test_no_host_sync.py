@@ -3,9 +3,8 @@
 Most tests run whole steps on the emulated device of tests/device.py, which needs no GPU.
 """
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from ssl_runner.backbone import Backbone, convnet, resnet, vit_tiny
 from ssl_runner.batch import Batch
 from ssl_runner.config.compose import CONF
 from ssl_runner.data.loader import MultiViewLoader
-from ssl_runner.device import to_device
+from ssl_runner.device import syncs_raise, to_device
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.model import SSLModel
 from ssl_runner.projector import mlp
@@ -72,22 +71,6 @@ POLICIES = ("simclr", "vicreg", "barlow", "digits")
 
 def policy(name: str) -> Augment:
     return instantiate(OmegaConf.load(CONF / "views" / f"{name}.yaml"))
-
-
-@contextmanager
-def syncs_raise() -> Iterator[None]:
-    """Within this context a host-device sync on CUDA raises RuntimeError.
-
-    The mode does not cover torch.sparse and torch.distributed. The syncs of these are visible in a profile.
-    """
-    with warnings.catch_warnings():
-        # torch calls the mode a prototype, once, where it is set first
-        warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def steps(

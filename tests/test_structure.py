@@ -38,7 +38,7 @@ IMPORTS = """
     evaluator       model
     solver          loss model relation
 
-    step_graph      batch errors
+    step_graph      batch device errors
     train           batch data device distributed errors guard loss model numerics preemption relation
                     solver step_graph timer views
     theory          backbone data device distributed errors evaluator host_copy loss model relation runs
@@ -48,13 +48,14 @@ IMPORTS = """
     pretrained      data device errors runs views
 
     checks          backbone config data distributed errors model relation solver views
-    build           backbone checks config data device distributed errors evaluator loss model numerics
-                    optimizer preemption probe relation runs solver
+    build           backbone checks config data device distributed errors evaluator loss model names
+                    numerics optimizer preemption probe relation runs solver
     compiler        data distributed solver
     embedding_map   data distributed probe runs
     pipeline        background build compiler data device distributed embedding_map evaluator model numerics
                     preemption probe runs solver views
-    evaluation      build config console data device errors model numerics pretrained probe runs views
+    evaluation      build config console data device errors model names numerics pretrained probe runs
+                    views
     cli             build config console distributed errors pipeline preemption runs version
     __main__        cli
     api             cli config errors runs

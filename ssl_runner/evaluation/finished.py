@@ -19,6 +19,7 @@ from ssl_runner.config import check, compose
 from ssl_runner.config.rules import check_values, format_value
 from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError
+from ssl_runner.names import EVALUATION
 from ssl_runner.runs import resume
 from ssl_runner.runs.files import read_json
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 SETTABLE = ("dataset", "probe", "device", "precision")  # groups and options that an evaluation may change
 PATHS = ("root", "files", "cache")  # options of a data set that may be relative paths
-EVALUATION = ("eval_resize", "eval_crop")  # options of the evaluation transform
 SAME_IMAGES = ("channels", "storage", "cache", "on_error")  # options that change neither images nor splits
 
 
