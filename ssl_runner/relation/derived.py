@@ -14,6 +14,8 @@ class ViewExpanded(Relation):
     are a positive pair in A.
     """
 
+    V: int
+
     def __init__(self, A: Relation, V: int):
         self.A, self.V, self.n, self.num_rows = A, V, A.num_rows, A.num_rows * V
         self.degrees = (V - 1 + V * A.degrees).repeat(V)
@@ -39,14 +41,14 @@ class WithSupportSet(Relation):
     """
 
     def __init__(self, n: int, V: int, support: Tensor):
-        self.views, self.n, self.V, self.support = Views(n, V, device=support.device), n, V, support
+        self.views, self.n, self.support = Views(n, V, device=support.device), n, support
         self.num_rows, self.k = n * V + len(support), len(support) // n
         self.degrees = torch.cat([self.views.degrees + self.k, self.views.degrees.new_full((n * self.k,), V)])
 
     def _product(self, Z: Tensor) -> Tensor:
         Z, support = Z[: self.views.num_rows], Z[self.views.num_rows :]
-        sums = Z.reshape(self.V, self.n, -1).sum(0)
-        support_sums = support.reshape(self.n, self.k, -1).sum(1).repeat(self.V, 1)
+        sums = Z.reshape(self.views.V, self.n, -1).sum(0)
+        support_sums = support.reshape(self.n, self.k, -1).sum(1).repeat(self.views.V, 1)
         return torch.cat([self.views @ Z + support_sums, sums.repeat_interleave(self.k, 0)])
 
     def edges(self) -> Tensor:
@@ -65,6 +67,7 @@ class DegreeNormalized(Relation):
 
     def __init__(self, G: Relation):
         self.G, self.num_rows, self.support = G, G.num_rows, G.support
+        self.V = G.V
         degrees = to_float64(G.degrees)
         # a product, because torch.where with the scalar 0 causes a host-device sync on CUDA
         self.scale = (degrees > 0) * degrees.clamp(min=1).rsqrt()

@@ -23,6 +23,7 @@ class Relation(ABC):
 
     num_rows: int
     degrees: Tensor
+    V: int | None = None  # if rows are V equal blocks, view-major: row v n + k is view v of image k
     support: Tensor | None = None  # (m, K) constant embeddings appended to Z (NNCLR support set), or None
 
     def __matmul__(self, Z: Tensor) -> Tensor:
@@ -63,6 +64,8 @@ class Views(Relation):
     n images with V >= 2 views each, N = V n; row v n + k is view v of image k. `G @ Z` takes O(N K),
     independent of V. Raises ValueError for n < 1 or V < 2.
     """
+
+    V: int
 
     def __init__(self, n: int, V: int, normalized: bool = False, device: torch.device | str | None = None):
         if n < 1 or V < 2:
