@@ -67,6 +67,7 @@ def check_fit(cfg: DictConfig, data: DataSet, relation: RelationBuilder) -> None
     if not data.classes:
         check_unlabelled(cfg, data)
     relation.bind(data.pretrain.labels.cpu())
+    relation.check_images(data.pretrain.indices)
     if relation.needs_labels and bool((data.pretrain.y < 0).any()):
         raise UsageError(
             f"relation: needs a label for every image, but {data.name} has unlabelled images;"

@@ -78,6 +78,8 @@ RULES = {
     "relation.k": _positive(int),
     "relation.queue": Rule(int, low=0),
     "relation.path": Rule(str, optional=True),
+    "relation.weighted": Rule(bool),
+    "relation.steps": _positive(int),
     "relation.rewire_fraction": Rule(float, low=0, high=1),
     "solver.passes": _positive(int),
     "solver.ridge": Rule(float, low=0),

@@ -63,7 +63,10 @@ class WithSupportSet(Relation):
 
 
 class DegreeNormalized(Relation):
-    """D^-1/2 G D^-1/2 of a relation G with entries 0 or 1. Rows without positives stay zero."""
+    """D^-1/2 G D^-1/2 of a relation G with entries 0 or 1. Rows without positives stay zero.
+
+    The relations with other entries have an option `normalized` of their own.
+    """
 
     def __init__(self, G: Relation):
         self.G, self.num_rows, self.support = G, G.num_rows, G.support

@@ -230,27 +230,29 @@ def _row_sums(pairs: Tensor, Z: Tensor) -> Tensor:
 class KNearest(Relation):
     """Rows are positives iff at least one of them is among the k nearest neighbours of the other.
 
-    neighbors (n, k): the indices of the k nearest rows of each row i, distinct and different from i. `G @ Z`
-    takes O(n k K) and needs no host-device sync, which symmetrising a sparse matrix would.
+    neighbors (n, k): the indices of the k nearest rows of each row i, distinct. An entry i in row i is no
+    pair. `G @ Z` takes O(n k K) and needs no host-device sync, which symmetrising a sparse matrix would.
     """
 
     def __init__(self, neighbors: Tensor):
         self.num_rows, self.k = neighbors.shape
         self.neighbors = neighbors
         own = torch.arange(self.num_rows, device=neighbors.device)[:, None, None]
+        self.loops = (neighbors[..., None] == own).sum(1).to(torch.float32)  # (n, 1): 1 where row i lists i
         # (n, k): 0 where the neighbour lists row i as well, so that a mutual pair counts once
         self.one_sided = 1 - (neighbors[neighbors] == own).any(2).to(torch.float32)
         self.degrees = self._product(torch.ones(self.num_rows, 1, device=neighbors.device))[:, 0]
 
     def _product(self, Z: Tensor) -> Tensor:
         one_sided = self.one_sided[..., None].to(Z.dtype)
-        forward = Z[self.neighbors].sum(1)
+        forward = Z[self.neighbors].sum(1) - self.loops.to(Z.dtype) * Z
         reverse = (one_sided * Z[:, None]).flatten(0, 1)
         return forward + torch.zeros_like(Z).index_add(0, self.neighbors.flatten(), reverse)
 
     def edges(self) -> Tensor:
         own = torch.arange(self.num_rows, device=self.neighbors.device).repeat_interleave(self.k)
-        return Edges(own, self.neighbors.flatten(), self.num_rows).edges()
+        others = self.neighbors.flatten()
+        return Edges(own[own != others], others[own != others], self.num_rows).edges()
 
 
 def to_float64(x: Tensor) -> Tensor:
