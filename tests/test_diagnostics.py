@@ -61,14 +61,15 @@ def test_row_has_every_column_and_is_deterministic(loss: Loss, relation: Relatio
     assert {k: v for k, v in row.items() if k != "diagnostics_s"} == {
         k: v for k, v in again.items() if k != "diagnostics_s"
     }
-    assert all(math.isfinite(value) for name, value in row.items() if name != "floor_kind")
+    upper = row["closed_form_kind"] == "upper bound"
+    assert {name for name, value in row.items() if value is None} == ({"loss_gap"} if upper else set())
+    assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
     assert 0 <= row["alignment"] <= 1 + 1e-9
     assert 0 <= row["label_energy"] <= 1 + 1e-9
-    assert row["loss_gap"] == row["subset_loss"] - row["loss_floor"]
     assert row["rank"] == 5
     assert row["backbone_rank"] == 8
-    if row["floor_kind"] != "upper bound":
-        assert row["loss_gap"] > -1e-6
+    if not upper:
+        assert row["loss_gap"] == row["subset_loss"] - row["closed_form_loss"] > -1e-6
 
 
 def test_diagnostics_use_eval_mode_and_restore_network() -> None:
@@ -120,7 +121,7 @@ def test_loss_gap_of_closed_form_optimum_is_zero(loss: Loss) -> None:
     G = diagnose.relation(diagnose.batch, torch.zeros(len(diagnose.X), 3))
     model = SSLModel(Backbone(nn.Flatten(), 48), Constant(optima.optimum(loss, G, 3).Z))
     row = diagnose.evaluate(model, epoch=1)
-    assert abs(row["loss_gap"]) < 1e-4 * max(1, abs(row["loss_floor"]))
+    assert abs(row["loss_gap"]) < 1e-4 * max(1, abs(row["closed_form_loss"]))
     assert_close(row["alignment"], 1.0, rtol=0, atol=1e-6)
     assert_close(row["relation_label_energy"], 1.0, rtol=0, atol=1e-6)
     for line in diagnose.spectrum(model)[:2]:
@@ -186,7 +187,7 @@ def test_loss_without_closed_form_leaves_theory_columns_empty() -> None:
 
     row = make_diagnostics(Other()).evaluate(linear_model(), epoch=1)
     assert tuple(row) == Diagnostics.columns
-    assert row["loss_floor"] is row["alignment"] is row["relation_label_energy"] is None
+    assert row["closed_form_loss"] is row["alignment"] is row["relation_label_energy"] is None
     assert row["rank"] == 5
 
 

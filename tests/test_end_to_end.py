@@ -173,7 +173,7 @@ def test_neighbors_k_may_exceed_number_of_diagnostics_images(ssl_run, settings: 
         f"relation=neighbors relation.k=25 {settings} {TINY} diagnostics.num_images=20 diagnostics.every=1"
     )
     assert (code, err) == (0, "")
-    assert all(float(row["optimal_rank"]) >= 0 for row in table(run_folder(out) / "metrics.csv"))
+    assert all(float(row["closed_form_rank"]) >= 0 for row in table(run_folder(out) / "metrics.csv"))
 
 
 @pytest.mark.parametrize(

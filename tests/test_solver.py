@@ -38,7 +38,7 @@ def test_linear_backbone_is_solved_end_to_end(ssl_run, loss: str) -> None:
     [row] = table(folder / "metrics.csv")
     solved = float(row["loss"])
     assert_close(float(row["moments_loss"]), solved, rtol=1e-4, atol=1e-4)  # the model's weights are float32
-    assert_close(float(row["moments_floor"]), solved)
+    assert_close(float(row["moments_closed_form"]), solved)
     assert (row["epoch"], row["step"], row["images_seen"], row["lr"]) == ("2", "6", "300", "")
     assert row["loss_kind"] == ("upper bound" if loss in ("vicreg", "barlow") else "exact")
     assert row["loss_name"] == {"v": "VICReg", "s": "SpectralContrastive", "b": "BarlowTwins"}[loss[0]]
@@ -98,7 +98,9 @@ def test_every_relation_trains(ssl_run, tmp_path: Path, relation: str, normalize
     assert (code, err) == (0, "")
     rows = table(run_folder(out) / "metrics.csv")
     assert len(rows) == 2
-    assert all(np.isfinite(float(row[name])) for row in rows for name in ("loss", "loss_floor", "alignment"))
+    assert all(
+        np.isfinite(float(row[name])) for row in rows for name in ("loss", "closed_form_loss", "alignment")
+    )
     if relation.startswith("edges"):
         assert json.loads((run_folder(out) / "run.json").read_text())["relation"]["pairs"] > 1000
         _, out, _ = ssl_run(f"relation=views relation.normalized={normalized} {tiny} {SMALL}")
@@ -235,8 +237,8 @@ def test_moments_gap_is_zero_for_the_solution_and_positive_otherwise() -> None:
     gap.check(fitted.model)
     values = gap(fitted.model, epoch=1, last=True)
     assert tuple(values) == MomentsGap.columns
-    assert values["moments_floor_kind"] == "exact"
-    assert_close(values["moments_floor"], row["loss"])
+    assert values["moments_closed_form_kind"] == "exact"
+    assert_close(values["moments_closed_form"], row["loss"])
     assert_close(values["moments_loss"], row["loss"], rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         fitted.model.backbone.body[1].weight.normal_()

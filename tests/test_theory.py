@@ -20,7 +20,7 @@ from ssl_runner.relation import (
     WithSupportSet,
     rewire,
 )
-from ssl_runner.theory import EXACT, LOWER, UPPER, Optimum, eigenspaces, measures, optimum
+from ssl_runner.theory import EXACT, LOWER, NUMERIC, UPPER, Optimum, eigenspaces, infonce, measures, optimum
 from ssl_runner.theory.selection import repeat_values, take_leading
 
 
@@ -248,8 +248,15 @@ def test_hinge_scales_minimise_each_column(eps: float, name: str) -> None:
     assert_close(best.singular_values, 11**0.5 * at.sort(descending=True).values, rtol=0, atol=1e-3)
 
 
-def test_simclr_lower_bound_is_row_entropy() -> None:
+def test_simclr_lower_bound_of_many_rows_is_row_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(infonce, "MAX_ROWS", 11)
     G = RELATIONS["edges"]
+    best = optimum(SimCLR(0.5), G, 4)
+    assert (best.kind, best.rank, best.Z, measures.alignment(torch.randn(12, 4), best)) == (
+        LOWER,
+        *[None] * 3,
+    )
+    assert measures.label_energy_of_optimum(torch.randn(12, 2), best) == (None, None)
     d = G.dense(torch.float64).sum(1)
     assert_close(optimum(SimCLR(0.5, "sum"), G, 4).value, float(torch.special.xlogy(d, d).sum()))
     P = DegreeNormalized(G).dense(torch.float64)
@@ -259,8 +266,8 @@ def test_simclr_lower_bound_is_row_entropy() -> None:
     )
 
 
-def test_optimal_rank_follows_gamma_for_vicreg_and_eigenvalues_for_simclr() -> None:
-    """VICReg: rank = #{k <= K: gamma (N-1) lambda_k < N alpha}. SimCLR: number of positive eigenvalues."""
+def test_closed_form_rank_follows_gamma_for_vicreg_and_eigenvalues_for_spectral() -> None:
+    """VICReg: rank = #{k <= K: gamma (N-1) lambda_k < N alpha}. Spectral: number of positive eigenvalues."""
     G, K, N = RELATIONS["edges"], 10, 12
     values = torch.linalg.eigvalsh(matrix(G, "laplacian", False))[1 : K + 1]
     for gamma in (0.01, 0.3, 1.0, 3.0):
@@ -268,12 +275,40 @@ def test_optimal_rank_follows_gamma_for_vicreg_and_eigenvalues_for_simclr() -> N
         assert optimum(VICReg(2.0, 2.0, gamma, variance="squared"), G, K).rank == expected
     positive = int((torch.linalg.eigvalsh(G.dense(torch.float64)) > 1e-9).sum())
     assert optimum(SpectralContrastive(), G, 12).rank == positive < 12
-    assert optimum(SimCLR(), G, 12).rank == positive
+
+
+STAR = Edges(torch.zeros(6, dtype=torch.long), torch.arange(1, 7), 7)
+PATH = Edges(torch.arange(7), torch.arange(1, 8), 8)
+UNEQUAL = Labels(torch.tensor([0] * 6 + [1] * 3 + [2] * 2 + [3]))
+INFONCE_RANKS = [(STAR, 0.05, 6), (STAR, 2.0, 6), (PATH, 0.1, 4), (PATH, 0.5, 3), (PATH, 2.0, 2)]
+INFONCE_RANKS += [(UNEQUAL, 0.1, 3), (UNEQUAL, 0.5, 3), (UNEQUAL, 2.0, 2)]
+
+
+@pytest.mark.parametrize(("G", "tau", "rank"), INFONCE_RANKS)
+def test_rank_of_simclr_depends_on_tau_and_its_value_is_certified(G: Relation, tau: float, rank: int) -> None:
+    """Its squared form has rank 1 on the star, 4 on the path and 3 on the labels, for every tau."""
+    loss, N = SimCLR(tau, "sum"), G.num_rows
+    best = optimum(loss, G, N)
+    assert (best.kind, best.rank) == (NUMERIC, rank)
+    assert_close(float(loss(best.Z, G)), best.value)
+    found = infonce.infonce_minimum(G.dense(torch.float64).numpy(), tau, N)
+    assert found.attained
+    assert found.bound <= min(descend(loss, G, N, seed) for seed in range(2)) + 1e-9
+    assert_close(optimum(SimCLR(tau), G, N).value, best.value / float(G.degrees.sum()))
+
+
+def test_numeric_optimum_of_equal_groups_is_the_simplex() -> None:
+    G = Labels(torch.arange(20) % 5)
+    simplex = optimum(SimCLR(0.3, "sum"), G, 6)
+    found = infonce.infonce_minimum(G.dense(torch.float64).numpy(), 0.3, 6)
+    assert simplex.kind == EXACT
+    assert_close(found.value, simplex.value, rtol=1e-6, atol=0)
+    assert found.bound <= simplex.value * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("seed", range(10))
-def test_optimal_rank_ignores_eigenvalues_at_rounding_level(seed: int, center: bool) -> None:
+def test_closed_form_rank_ignores_eigenvalues_at_rounding_level(seed: int, center: bool) -> None:
     G = random_pairs(40, 25, seed)
     values = torch.linalg.eigvalsh(matrix(G, "adjacency", center))
     positive = int((values > 1e-9).sum())

@@ -24,10 +24,10 @@ from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.theory import measures
 from ssl_runner.theory.matrices import centred, padded
-from ssl_runner.theory.optima import Optimum, optimum
+from ssl_runner.theory.optima import UPPER, Optimum, optimum
 
 OF_EMBEDDING = ("rank", "effective_rank", "alignment", "label_energy", "min_std", "mean_correlation")
-OF_LOSS = ("subset_loss", "loss_floor", "loss_gap", "floor_kind", "optimal_rank")
+OF_LOSS = ("subset_loss", "closed_form_loss", "loss_gap", "closed_form_kind", "closed_form_rank")
 OF_RELATION = ("relation_label_energy", "relation_label_energy_mean")
 FORWARD_ROWS = 512  # rows per forward pass
 MAX_CORRELATED = 1024  # columns, evenly spaced, whose correlations are averaged
@@ -53,10 +53,11 @@ class Diagnostics(Evaluator):
     Of the loss and the relation on the subset:
 
     subset_loss                 loss of Z
-    loss_floor, floor_kind      value of the loss's closed form, and whether it is exact, an upper or a lower
-                                bound
-    loss_gap                    subset_loss - loss_floor
-    optimal_rank                rank of the closed form
+    closed_form_loss, closed_form_kind
+                                value of the loss's closed form, and whether it is exact, an upper or a lower
+                                bound, or numeric: found by an iteration
+    loss_gap                    subset_loss - closed_form_loss; empty if that is an upper bound
+    closed_form_rank            rank of the closed form; empty if it is not known
     relation_label_energy       label energy of the closed form, the highest over the choices within
                                 a tied eigenspace
     relation_label_energy_mean  the same, as the mean over these choices
@@ -161,10 +162,10 @@ class Diagnostics(Evaluator):
             most, mean = measures.label_energy_of_optimum(self.Y, best)
         row |= {
             "subset_loss": subset_loss,
-            "loss_floor": best.value if best else None,
-            "loss_gap": subset_loss - best.value if best else None,
-            "floor_kind": best.kind if best else None,
-            "optimal_rank": best.rank if best else None,
+            "closed_form_loss": best.value if best else None,
+            "loss_gap": subset_loss - best.value if best and best.kind != UPPER else None,
+            "closed_form_kind": best.kind if best else None,
+            "closed_form_rank": best.rank if best else None,
             "relation_label_energy": most,
             "relation_label_energy_mean": mean,
         }
@@ -195,7 +196,9 @@ class Diagnostics(Evaluator):
             _, best = self.optimum(Z)
         canonical = best.canonicalize(Z) if best else centred(Z)
         measured = padded(torch.linalg.svdvals(canonical), Z.shape[1])
-        optimal = best.singular_values if best else [None] * Z.shape[1]
+        optimal: Any = best.singular_values if best else None
+        if optimal is None:
+            optimal = [None] * Z.shape[1]
         root = len(Z) ** 0.5
         return [
             {"k": k + 1, "Z": float(z) / root, "closed_form": None if s is None else float(s) / root}

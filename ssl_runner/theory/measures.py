@@ -8,23 +8,28 @@ from ssl_runner.theory.optima import Optimum
 from ssl_runner.theory.selection import Selection
 
 
-def alignment(Z: Tensor, best: Optimum) -> float:
+def alignment(Z: Tensor, best: Optimum) -> float | None:
     """Mean cos^2 of the principal angles between Z (N, K) and the closed form, in [0, 1].
 
     Compares the left singular space of the canonicalised Z with the closest optimal subspace. At random it is
-    about dim / N.
+    about dim / N. None if the optimal subspace is not known.
     """
+    if best.spaces is None:
+        return None
     U = left_singular_space(best.canonicalize(Z))
     angles = min(U.shape[1], sum(q for _, q in best.spaces))
     return projected_energy(U, best.spaces)[0] / angles if angles else 0.0
 
 
-def label_energy_of_optimum(Y: Tensor, best: Optimum) -> tuple[float, float]:
+def label_energy_of_optimum(Y: Tensor, best: Optimum) -> tuple[float | None, float | None]:
     """|U'Yc|_F^2 / |Yc|_F^2, with U the eigenvectors of the closed form and Yc centred targets Y (N, C).
 
     For one-hot targets this is the share of label energy that a network trained to the optimum on G exposes
-    to a linear probe. Returns the maximum and the mean over the choices within a tied eigenspace.
+    to a linear probe. Returns the maximum and the mean over the choices within a tied eigenspace, or None
+    twice if the eigenvectors are not known.
     """
+    if best.spaces is None:
+        return None, None
     Yc = centred(Y)
     total = float(Yc.square().sum())
     maximum, mean = projected_energy(Yc, best.spaces)

@@ -133,7 +133,7 @@ class MomentsGap(Evaluator):
     projector=identity.
     """
 
-    columns = ("moments_loss", "moments_floor", "moments_floor_kind")
+    columns = ("moments_loss", "moments_closed_form", "moments_closed_form_kind")
 
     def __init__(
         self,
