@@ -3,8 +3,8 @@
 A result is used again for the same input and the same texts of config files. Callers get copies of it.
 """
 
-import copy
 import functools
+import pickle
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
@@ -38,14 +38,14 @@ def override(parser: OverridesParser, text: str, rule: str) -> Hashable:
 
 def cached(method: Callable[..., Any], key: Callable[..., Hashable]) -> Callable[..., Any]:
     """Return a method that keeps its results under key(self, *arguments)."""
-    results: dict[Hashable, Any] = {}
+    results: dict[Hashable, bytes] = {}
 
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         entry = key(*args, **kwargs)
         if entry not in results:
-            results[entry] = method(*args, **kwargs)
-        return copy.deepcopy(results[entry])
+            results[entry] = pickle.dumps(method(*args, **kwargs))
+        return pickle.loads(results[entry])
 
     return call
 
