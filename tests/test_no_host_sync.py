@@ -65,6 +65,11 @@ RELATIONS: dict[str, Callable[[str], RelationBuilder]] = {
     "edges": lambda path: FromEdges(path),
     "noisy edges": lambda path: Rewired(FromEdges(path)),
 }
+# an option that does not concern the relation runs with two of them, all other losses with all
+OPTIONS = ("squared", "centred")
+PAIRS = [
+    (loss, of) for loss in LOSSES for of in RELATIONS if loss not in OPTIONS or of in ("views", "labels")
+]
 SMALL = partial(convnet, widths=[4, 8])
 POLICIES = ("simclr", "vicreg", "barlow", "digits")
 
@@ -133,12 +138,11 @@ def pairs(tmp_path: Path) -> str:
     return str(tmp_path / "pairs.csv")
 
 
-@pytest.mark.parametrize("of", RELATIONS)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("loss", "of"), PAIRS)
 def test_losses_and_relations_do_not_sync(loss: str, of: str, pairs: str) -> None:
-    # every policy runs with every loss and with every relation
+    # every policy runs with every relation
     views = POLICIES[([*LOSSES].index(loss) + [*RELATIONS].index(of)) % len(POLICIES)]
-    steps(LOSSES[loss](), RELATIONS[of](pairs), policy(views))
+    steps(LOSSES[loss](), RELATIONS[of](pairs), policy(views), rounds=2)
 
 
 @pytest.mark.parametrize("algorithm", OPTIMIZERS)

@@ -78,23 +78,35 @@ def backbone_scores(out: str) -> list[str]:
     return [row["top1"] for row in table(run_folder(out) / "probe.csv") if row["features"] == "backbone"]
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with 8 of 100 pairs of a batch."""
+    path = tmp_path_factory.mktemp("relation") / "pairs.csv"
+    pairs = np.random.default_rng(0).integers(0, 5000, (1_000_000, 2))
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    np.savetxt(path, pairs, fmt="%d", delimiter=",", header="i,j", comments="")
+    return path
+
+
 @pytest.mark.parametrize(
-    "relation",
+    ("relation", "normalized"),
     [
-        "neighbors",
-        "neighbors relation.queue=64",
-        "noisy",
-        "noisy relation@relation.base=views",
-        "edges relation.path=pairs.csv",
+        ("neighbors", "true"),
+        pytest.param("neighbors", "false", marks=pytest.mark.slow),
+        ("neighbors relation.queue=64", "false"),
+        pytest.param("neighbors relation.queue=64", "true", marks=pytest.mark.slow),
+        ("noisy", "true"),
+        pytest.param("noisy", "false", marks=pytest.mark.slow),
+        ("noisy relation@relation.base=views", "false"),
+        pytest.param("noisy relation@relation.base=views", "true", marks=pytest.mark.slow),
+        ("edges relation.path='{pairs}'", "true"),
+        pytest.param("edges relation.path='{pairs}'", "false", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("normalized", ["false", "true"])
-def test_every_relation_trains(ssl_run, tmp_path: Path, relation: str, normalized: str) -> None:
-    pairs = np.random.default_rng(0).integers(0, 5000, (1_000_000, 2))  # 8 of 100 pairs of a batch
-    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-    np.savetxt(tmp_path / "pairs.csv", pairs, fmt="%d", delimiter=",", header="i,j", comments="")
+def test_every_relation_trains(ssl_run, pairs: Path, relation: str, normalized: str) -> None:
     tiny = "backbone.widths=[8,16] projector.width=16 projector.K=8 probe.every=0"
-    code, out, err = ssl_run(f"relation={relation} relation.normalized={normalized} {tiny} {SMALL}")
+    settings = f"relation.normalized={normalized} {tiny} {SMALL}"
+    code, out, err = ssl_run(f"relation={relation.format(pairs=pairs)} {settings}")
     assert (code, err) == (0, "")
     rows = table(run_folder(out) / "metrics.csv")
     assert len(rows) == 2
@@ -103,17 +115,16 @@ def test_every_relation_trains(ssl_run, tmp_path: Path, relation: str, normalize
     )
     if relation.startswith("edges"):
         assert json.loads((run_folder(out) / "run.json").read_text())["relation"]["pairs"] > 1000
-        _, out, _ = ssl_run(f"relation=views relation.normalized={normalized} {tiny} {SMALL}")
+        _, out, _ = ssl_run(f"relation=views {settings}")
         assert table(run_folder(out) / "metrics.csv")[0]["loss"] != rows[0]["loss"]
 
 
 @pytest.mark.parametrize(
-    "relation", ["neighbors", "noisy", "noisy relation@relation.base=views", "edges relation.path=pairs.csv"]
+    "relation",
+    ["neighbors", "noisy", "noisy relation@relation.base=views", "edges relation.path='{pairs}'"],
 )
-def test_every_relation_within_a_batch_has_closed_form(ssl_run, tmp_path: Path, relation: str) -> None:
-    pairs = np.random.default_rng(0).integers(0, 5000, (1_000_000, 2))
-    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-    np.savetxt(tmp_path / "pairs.csv", pairs, fmt="%d", delimiter=",", header="i,j", comments="")
+def test_every_relation_within_a_batch_has_closed_form(ssl_run, pairs: Path, relation: str) -> None:
+    relation = relation.format(pairs=pairs)
     code, _, err = ssl_run(f"solver=closed_form relation={relation} backbone=linear backbone.width=8 {SMALL}")
     assert (code, err) == (0, "")
 
