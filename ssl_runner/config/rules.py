@@ -26,6 +26,7 @@ from ssl_runner.names import (
     VARIANCES,
 )
 from ssl_runner.rule import Rule
+from ssl_runner.view_layout import check_views
 
 
 def _positive(kind: type[int] | type[float], optional: bool = False) -> Rule:
@@ -158,6 +159,11 @@ def check_values(config: DictConfig, evaluation: bool = False) -> None:
             f"views.resolutions={format_value(resolutions)}: expected a list of integers >= 4,"
             " such as [16,24,32], or null"
         )
+    if config.views.get("_target_") == "ssl_runner.views.Augment":
+        try:
+            check_views(config.views, config.V, config.backbone._target_ == "ssl_runner.backbone.linear")
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     if config.probe.keep == "best" and not config.probe.every:
         raise UsageError("probe.keep=best: expected probe.every >= 1; add probe.every=1, or use keep=last")
     if OmegaConf.select(config, "embedding.method") == "umap" and find_spec("umap") is None:
