@@ -32,17 +32,17 @@ def layout(policies: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     return sizes, counts
 
 
-def view_count(policies: Mapping[str, Any]) -> int | None:
-    """Return the sum of the counts, None for policies without counts. Raises ValueError as `layout` does."""
-    counts = [*layout(policies)[1].values()]
-    return None if None in counts else sum(counts)
+def view_count(policies: Mapping[str, Any]) -> int:
+    """Return the sum of the counts, 0 for policies without counts. Raises nothing for invalid policies."""
+    counts = [policy.get("count") for policy in policies.values() if isinstance(policy, Mapping)]
+    return sum(count for count in counts if type(count) is int)
 
 
 def check_views(views: Mapping[str, Any], V: int, linear_backbone: bool) -> None:
     """Raise ValueError if the views of `ssl_runner.views.Augment` contradict other options of a run."""
     sizes, _ = layout(views["policies"])
     total = view_count(views["policies"])
-    if total not in (None, V):
+    if total not in (0, V):
         raise ValueError(f"V={V}: expected {total}, the sum of count over views.policies; set V={total}")
     name, size = next(((name, size) for name, size in sizes.items() if size is not None), ("", None))
     if size is None:

@@ -31,7 +31,7 @@ def register_resolvers() -> None:
     """Register the resolvers of the configs.
 
     `${unique:}` is eight random hex digits, constant within a run or sweep. `${view_count:}` is the sum of
-    count over views.policies, null without counts.
+    count over views.policies.
     """
     OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(4), use_cache=True, replace=True)
     OmegaConf.register_new_resolver(

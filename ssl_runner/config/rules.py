@@ -114,6 +114,11 @@ def check_values(config: DictConfig, evaluation: bool = False) -> None:
 
     Needs no reference configuration, so it can also check a configuration built in Python.
     """
+    if config.views.get("_target_") == "ssl_runner.views.Augment":
+        try:
+            check_views(config.views, config.V, config.backbone._target_ == "ssl_runner.backbone.linear")
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     ours = str(config.loss.get("_target_")).startswith("ssl_runner.loss.")
     rules = RULES | base_rules(config.relation) | (LOSS_RULES if ours else {})
     if str(config.dataset.get("_target_")).endswith(".image_folder.folder"):
@@ -159,11 +164,6 @@ def check_values(config: DictConfig, evaluation: bool = False) -> None:
             f"views.resolutions={format_value(resolutions)}: expected a list of integers >= 4,"
             " such as [16,24,32], or null"
         )
-    if config.views.get("_target_") == "ssl_runner.views.Augment":
-        try:
-            check_views(config.views, config.V, config.backbone._target_ == "ssl_runner.backbone.linear")
-        except ValueError as error:
-            raise UsageError(str(error)) from error
     if config.probe.keep == "best" and not config.probe.every:
         raise UsageError("probe.keep=best: expected probe.every >= 1; add probe.every=1, or use keep=last")
     if OmegaConf.select(config, "embedding.method") == "umap" and find_spec("umap") is None:

@@ -104,7 +104,7 @@ class Augment:
 
         Raises ValueError if V is not the sum of the counts.
         """
-        if self.total not in (None, V):
+        if self.total not in (0, V):
             raise ValueError(f"V={V}: expected {self.total}, the sum of the counts of the policies")
         blocks = [
             self._block(views, images, mean, std, generator, (rank, ranks), view_format._replace(side=side))
