@@ -25,6 +25,7 @@ from ssl_runner.train import Pretraining
 from ssl_runner.views import Augment, ViewFormat, augment
 from tests.device import OnDevice, pretended
 from tests.helpers import TWO_SIZES, noise_loader, pretraining, rows, weights
+from tests.test_compile import LIMIT
 from tests.test_views import FULL
 
 STATISTICS = torch.full((3,), 0.5), torch.full((3,), 0.25)
@@ -159,18 +160,17 @@ def test_resume_is_exact() -> None:
         assert torch.equal(value, weights(second)[name])
 
 
-@pytest.mark.slow
-@torch._dynamo.config.patch(cache_size_limit=8)  # torch's default, which timm.optim changes
+@torch._dynamo.config.patch({LIMIT: 8})  # torch's default, which timm.optim changes
 def test_each_size_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step may have more sizes than the versions of one function that dynamo compiles by default."""
+    """Dynamo may compile a version of the network for every size of a step, and 8 for evaluators."""
     counter, compiled = CompileCounter(), nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", partialmethod(compiled, backend=counter))
-    policies = {f"{side}": {"count": 1, "size": side} for side in range(6, 24, 2)}
-    training, eager = (pretraining(V=9, augment=Augment(policies), epochs=1) for _ in range(2))
+    training = two_sizes(epochs=2)
     assert compile_solver(True, training, training.loader) == "on"
-    losses = [[row["loss"] for row in rows(solver)] for solver in (training, eager)]
+    assert getattr(torch._dynamo.config, LIMIT) == 8 + 2
+    losses = [[row["loss"] for row in rows(solver)] for solver in (training, two_sizes(epochs=2))]
     assert_close(*losses, rtol=1e-3, atol=0)
-    assert counter.frame_count == 9
+    assert counter.frame_count == 2
 
 
 # --- evaluations ---
