@@ -76,8 +76,8 @@ INVALID = [
     ("views=multicrop views.policies.small.size=3", "small.size=3: expected an integer >= 4 or null"),
     ("+views.policies.all.size=small", "views.policies.all.size=small: expected an integer >= 4 or null"),
     (
-        "views=multicrop views.policies.large.count=null",
-        "views.policies.large.count=null: expected an integer >= 1, since another policy has a count; set it",
+        "views=barlow +views.policies.first.count=2",
+        "views.policies.second.count=null: expected an integer >= 1, since another policy has a count",
     ),
     (
         "views=multicrop views.resolutions=[16,28]",
