@@ -70,6 +70,23 @@ INVALID = [
         "views.resolutions=16: expected a list of integers >= 4, such as [16,24,32], or null",
     ),
     ("views.resolutions=[16,2]", "views.resolutions=[16,2]: expected a list of integers >= 4"),
+    ("views=multicrop V=4", "V=4: expected 8, the sum of count over views.policies; set V=8"),
+    ("+views.policies.all.count=3", "V=2: expected 3, the sum of count over views.policies; set V=3"),
+    ("views=multicrop views.policies.small.count=0", "small.count=0: expected an integer >= 1 or null"),
+    ("views=multicrop views.policies.small.size=3", "small.size=3: expected an integer >= 4 or null"),
+    ("+views.policies.all.size=small", "views.policies.all.size=small: expected an integer >= 4 or null"),
+    (
+        "views=barlow +views.policies.first.count=2",
+        "views.policies.second.count=null: expected an integer >= 1, since another policy has a count",
+    ),
+    (
+        "views=multicrop views.resolutions=[16,28]",
+        "views.policies.small.size=16: expected null with views.resolutions; leave one of the two out",
+    ),
+    (
+        "views=multicrop backbone=linear",
+        "views.policies.small.size=16: expected null with backbone=linear, which accepts one size; leave it",
+    ),
     ("compile=maybe", "compile=maybe: expected one of auto, graphs, true, false"),
     ("channels_last=1", "channels_last=1: expected true or false"),
     ("backbone.widths=8", "backbone.widths=8: expected a list"),

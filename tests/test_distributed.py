@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ssl_runner import backbone, cli, distributed
+from ssl_runner.batch import ViewTensors, per_size
 from ssl_runner.device import choose_device
 from ssl_runner.distributed import collectives, group
 from ssl_runner.errors import UsageError
@@ -33,7 +34,7 @@ from ssl_runner.runs.record import RunRecord
 from ssl_runner.solver import Save
 from ssl_runner.theory.diagnostics import Diagnostics
 from ssl_runner.views import Augment
-from tests.helpers import TIMINGS, TINY, complete_rows, pretraining, rows, run_folder, weights
+from tests.helpers import TIMINGS, TINY, TWO_SIZES, complete_rows, pretraining, rows, run_folder, weights
 from tests.processes import in_processes
 from tests.test_views import FULL
 
@@ -190,23 +191,31 @@ def test_synchronized_batch_norm_keeps_activation_and_parameter_names() -> None:
 
 # --- training steps ---
 
+PLAIN = {"affine": {"degrees": 9, "translate": 0.1}, "flip": 0.3}
+
 
 @pytest.mark.parametrize("parts", [2, 3, 6])
-@pytest.mark.parametrize("policies", [1, 2])
-def test_views_of_a_shard_match_those_of_the_whole_batch(parts: int, policies: int) -> None:
-    batch = torch.randint(0, 256, (12, 3, 20, 20), dtype=torch.uint8)
-    plain = {"affine": {"degrees": 9, "translate": 0.1}, "flip": 0.3}
-    augment = Augment({"all": FULL} if policies == 1 else {"first": FULL, "second": plain})
+@pytest.mark.parametrize(
+    "policies",
+    [
+        {"all": FULL},
+        {"first": FULL, "second": PLAIN},
+        {"first": FULL | {"count": 1}, "second": PLAIN | {"count": 2, "size": 12}},
+    ],
+    ids=["one", "two", "two sizes"],
+)
+def test_views_of_a_shard_match_those_of_the_whole_batch(parts: int, policies: dict) -> None:
+    batch, augment = torch.randint(0, 256, (12, 3, 20, 20), dtype=torch.uint8), Augment(policies)
 
-    def views(images: Tensor, *part: int) -> tuple[Tensor, Tensor]:
+    def views(images: Tensor, *part: int) -> tuple[list[Tensor], Tensor]:
         generator = torch.Generator().manual_seed(5)
-        X = augment(images, 3, torch.zeros(3), torch.ones(3), generator, *part)
-        return X.unflatten(0, (3, -1)), torch.rand(2, generator=generator)
+        X = per_size(augment(images, 3, torch.zeros(3), torch.ones(3), generator, *part))
+        return [x.unflatten(0, (-1, len(images))) for x in X], torch.rand(2, generator=generator)
 
     whole, after = views(batch)
     for part, images in enumerate(batch.chunk(parts)):
         own, after_part = views(images, part, parts)
-        assert_close(own, whole.chunk(parts, dim=1)[part], rtol=0, atol=1e-6)
+        assert_close(own, [x.chunk(parts, dim=1)[part] for x in whole], rtol=0, atol=1e-6)
         assert torch.equal(after_part, after)
 
 
@@ -234,6 +243,10 @@ TRAININGS = {
     "queue": lambda: pretraining(VICReg(), builders.FromNeighbors(2, queue=30)),
     "noisy labels": lambda: pretraining(VICReg(), builders.Rewired(builders.FromLabels(), 0.5)),
     "custom loss": lambda: pretraining(Mean(), builders.FromViews()),
+    "views of two sizes": lambda: pretraining(VICReg(), V=5, augment=Augment(TWO_SIZES)),
+    "two sizes, neighbors": lambda: pretraining(
+        VICReg(), builders.FromNeighbors(2), V=5, augment=Augment(TWO_SIZES), per_view=True
+    ),
     "images on the host": lambda: pretraining(VICReg(), builders.FromLabels(), storage="host"),
 }
 
@@ -259,11 +272,13 @@ class Doubled:
     def __init__(self, augment: Augment):
         self.augment = augment
 
-    def __call__(self, *arguments: object, **options: object) -> Tensor:
-        return self.augment(*arguments, **options).double()
+    def __call__(self, *arguments: object, **options: object) -> ViewTensors:
+        X = [x.double() for x in per_size(self.augment(*arguments, **options))]
+        return X if len(X) > 1 else X[0]
 
 
-ALL_GATHERED = ("neighbors", "queue", "custom loss", "noisy labels")  # all-gathered rows are float32
+# all-gathered rows are float32
+ALL_GATHERED = ("neighbors", "two sizes, neighbors", "queue", "custom loss", "noisy labels")
 
 
 @pytest.mark.parametrize("W", [2, pytest.param(4, marks=pytest.mark.slow)])

@@ -132,6 +132,10 @@ def test_run_succeeds_with_every_option(ssl_run, settings: str) -> None:
             "views.resolutions=[16,28]: this backbone does not accept 16 x 16 images; leave 16 out",
         ),
         ("backbone=linear solver=closed_form views.resolutions=[28]", "views.resolutions is for training"),
+        (
+            "views=multicrop backbone=vit_tiny",
+            "views.policies.small.size=16: this backbone does not accept 16 x 16 images; leave 16 out",
+        ),
     ],
 )
 def test_unsupported_resolutions_are_rejected(ssl_run, settings: str, message: str) -> None:

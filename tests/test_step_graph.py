@@ -14,7 +14,8 @@ from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICR
 from ssl_runner.relation.builders import FromLabels, FromNeighbors, FromViews, RelationBuilder, Rewired
 from ssl_runner.step_graph import WARMUP_STEPS, StepGraph, Values, why_not
 from ssl_runner.train import Pretraining
-from tests.helpers import pretraining, rows, weights
+from ssl_runner.views import Augment
+from tests.helpers import TWO_SIZES, pretraining, rows, weights
 
 
 class HostCapture:
@@ -67,6 +68,7 @@ def recorded(training: Pretraining) -> HostCapture:
         (SimCLR, FromLabels, {"clip_grad_norm": 0.1}),
         (BarlowTwins, lambda: FromNeighbors(2), {"precision": "fp16"}),
         (SpectralContrastive, FromViews, {"V": 3, "per_view": True}),
+        (VICReg, FromViews, {"V": 5, "augment": Augment(TWO_SIZES)}),
     ],
 )
 def test_replayed_steps_train_exactly_as_eager_ones(

@@ -26,6 +26,7 @@ from ssl_runner.names import (
     VARIANCES,
 )
 from ssl_runner.rule import Rule
+from ssl_runner.view_layout import check_views
 
 
 def _positive(kind: type[int] | type[float], optional: bool = False) -> Rule:
@@ -113,6 +114,11 @@ def check_values(config: DictConfig, evaluation: bool = False) -> None:
 
     Needs no reference configuration, so it can also check a configuration built in Python.
     """
+    if config.views.get("_target_") == "ssl_runner.views.Augment":
+        try:
+            check_views(config.views, config.V, config.backbone._target_ == "ssl_runner.backbone.linear")
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     ours = str(config.loss.get("_target_")).startswith("ssl_runner.loss.")
     rules = RULES | base_rules(config.relation) | (LOSS_RULES if ours else {})
     if str(config.dataset.get("_target_")).endswith(".image_folder.folder"):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_runner import distributed
+from ssl_runner.batch import per_size
 from ssl_runner.data.loader import MultiViewLoader
 from ssl_runner.data.splits import balanced_order
 from ssl_runner.device import to_device
@@ -94,7 +95,8 @@ class Diagnostics(Evaluator):
         number = min(num_images, len(y))
         number -= number % classes if number >= classes > 0 else 0
         chosen = torch.from_numpy(balanced_order(y.numpy(), loader.seed)[:number])
-        self.X, batch = loader.fixed_batch(images, chosen)
+        X, batch = loader.fixed_batch(images, chosen)
+        self.X = per_size(X)
         self.batch = replace(batch, labels=batch.labels.cpu())
         self.Y: Tensor | None = None  # (N, C)
         if classes:
@@ -110,11 +112,15 @@ class Diagnostics(Evaluator):
         The rows are sharded over the ranks and all-gathered.
         """
         with eval_mode(model):
-            indices = distributed.shard_indices(len(self.X), FORWARD_ROWS)
-            own = self.X[to_device(indices[distributed.rank()], self.X.device)]
-            features = torch.cat([model.features(x) for x in own.split(FORWARD_ROWS)]).float()
-            features = distributed.unshard(features, indices)
+            features = torch.cat([self._features(model, X) for X in self.X])
             return features, model.projector(features).float()
+
+    def _features(self, model: SSLModel, X: Tensor) -> Tensor:
+        """Features (rows, width) of views X of one size."""
+        indices = distributed.shard_indices(len(X), FORWARD_ROWS)
+        own = X[to_device(indices[distributed.rank()], X.device)]
+        features = torch.cat([model.features(x) for x in own.split(FORWARD_ROWS)]).float()
+        return distributed.unshard(features, indices)
 
     def optimum(self, Z: Tensor) -> tuple[Relation, Optimum | None]:
         """The relation over the subset and the loss's closed form on it, None for a loss without one.

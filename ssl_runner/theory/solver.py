@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ssl_runner import distributed
 from ssl_runner.backbone import LinearBackbone
+from ssl_runner.batch import per_size
 from ssl_runner.data.loader import MultiViewLoader
 from ssl_runner.errors import UsageError
 from ssl_runner.evaluator import Evaluator
@@ -216,7 +217,8 @@ def stream_moments(
     ) as bar:
         for number in range(passes):
             for views, batch in loader.batches(number, size=size):
-                X = torch.cat([frozen(x).flatten(1) for x in views.split(FORWARD_ROWS)])
+                parts = [x for block in per_size(views) for x in block.split(FORWARD_ROWS)]
+                X = torch.cat([frozen(x).flatten(1) for x in parts])
                 if type(relation) is FromLabels:
                     moments.add_classes(X, batch.labels.repeat(loader.V))
                 else:
