@@ -71,17 +71,10 @@ def check(folder: Path) -> None:
         "forward=per_view views=crop precision=bf16 optimizer=sgd optimizer.lr=0.01",
         "dataset.storage=host views=simclr views.resolutions=[10,12,14] deterministic=true",
         "dataset.storage=host precision=fp16 views.resolutions=[10,14] optimizer.clip_grad_norm=1",
-<<<<<<< HEAD
+        "views=multicrop views.policies.small.size=8 precision=bf16 views.preview=true relation=neighbors",
         "loss=simclr dataset.storage=host precision=bf16 V=4 channels_last=false views.preview=true",
         "dataset.eval_resize=16 dataset.eval_crop=12 embedding.method=pca embedding.images=50 probe.every=1"
         " probe.keep=best precision=bf16 probe.labels=[0.1,0.5] probe.draws=2",
-=======
-        "dataset.storage=host precision=bf16 V=4 channels_last=false views.preview=true",
-        "views.resolutions=[10,12,14] deterministic=true loss=simclr",
-        "views=multicrop views.policies.small.size=8 precision=bf16 views.preview=true relation=neighbors",
-        "dataset.eval_resize=16 dataset.eval_crop=12 embedding.method=pca embedding.images=50",
-        "probe.every=1 probe.keep=best precision=bf16 probe.labels=[0.1,0.5] probe.draws=2",
->>>>>>> sizes
     ],
 )
 def test_run_with_every_option_on_cuda(cuda_run: Callable, settings: str) -> None:
