@@ -32,6 +32,7 @@ from ssl_runner.theory.eigenspaces import (
     to_sparse,
 )
 from ssl_runner.theory.matrices import (
+    HOST,
     TIE_TOLERANCE,
     as_float64,
     centred,
@@ -206,7 +207,7 @@ def simclr_optimum(loss: SimCLR, G: Relation, K: int) -> Optimum:
         )
     M, m = len(groups.sizes), int(groups.sizes[0])
     negatives = (N - m) * math.exp(-(1 + 1 / (M - 1)) / loss.tau) if M > 1 else 0.0
-    one = torch.ones(N, dtype=torch.float64)
+    one = torch.ones(N, **HOST)
     space = group_constant_space(1.0, groups.y, one, groups.sizes > 0, one if M > 1 else None)
     dims = min(K, max(M - 1, 1))
 
@@ -214,15 +215,15 @@ def simclr_optimum(loss: SimCLR, G: Relation, K: int) -> Optimum:
         if M > MAX_SIMPLEX_POINTS:
             raise ValueError(f"simplex of {M} points: expected at most {MAX_SIMPLEX_POINTS} to build Z")
         if M == 1:
-            return F.pad(torch.ones(N, 1, dtype=torch.float64), (0, K - 1))
-        vertices = helmert(torch.ones(M, dtype=torch.float64), M - 1) * math.sqrt(M / (M - 1))
+            return F.pad(torch.ones(N, 1, **HOST), (0, K - 1))
+        vertices = helmert(torch.ones(M, **HOST), M - 1) * math.sqrt(M / (M - 1))
         return padded(vertices[groups.y], K)
 
     return Optimum(
         form="simplex",
         kind=EXACT if K >= M - 1 else LOWER,
         value=math.log(m - 1 + negatives) * (1 if loss.reduction == "mean" else total),
-        singular_values=padded(torch.full((dims,), math.sqrt(N / dims), dtype=torch.float64), K),
+        singular_values=padded(torch.full((dims,), math.sqrt(N / dims), **HOST), K),
         spaces=[(space, dims)],
         canonicalize=(lambda Z: centred(unit_rows(Z))) if M > 1 else unit_rows,
         build_embedding=build_embedding if K >= M - 1 else None,
@@ -254,7 +255,7 @@ def barlow_optimum(loss: BarlowTwins, G: Relation, K: int) -> Optimum:
     unit = 1 / (1 + loss.eps)  # C_kk of a column with z'Gz = z'Dz = 1
     rho = repeat_values(selection)
     ones = int((rho > 1 - TIE_TOLERANCE).sum())
-    frames = [torch.eye(len(rho), K, dtype=torch.float64)]
+    frames = [torch.eye(len(rho), K, **HOST)]
     if len(rho) < K:
         frames += [tight_frame(r, K) for r in {len(rho), ones} - {0}]
     values = [float(loss.total(loss.of_correlations(unit * M.T @ (rho[: len(M), None] * M)))) for M in frames]
@@ -264,7 +265,7 @@ def barlow_optimum(loss: BarlowTwins, G: Relation, K: int) -> Optimum:
     scale = torch.where(d > 0, d.clamp(min=1e-300).rsqrt(), 0)[:, None]
 
     def build_embedding() -> Tensor:
-        return scale * assemble_embedding(selection, torch.ones(r, dtype=torch.float64), N, r) @ frame
+        return scale * assemble_embedding(selection, torch.ones(r, **HOST), N, r) @ frame
 
     def canonicalize(Z: Tensor) -> Tensor:
         Z = as_float64(Z)
