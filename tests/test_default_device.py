@@ -103,7 +103,7 @@ def of_relation(name: str) -> list[Tensor]:
         numbers = [
             best.value,
             *label_energy_of_optimum(Y, best),
-            *of_embedding(rows.detach(), Y, best).values(),
+            *of_embedding(rows.detach(), 2, Y, best).values(),
         ]
         moments = Moments(4, CPU)
         moments.add(rows.detach(), G)
