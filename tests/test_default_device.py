@@ -108,6 +108,7 @@ def of_relation(name: str) -> list[Tensor]:
         moments = Moments(4, CPU)
         moments.add(rows.detach(), G)
         W = linear_optimum(loss, moments.centred(), 3, ridge=0.1).W
+        numbers = [x for x in numbers if x is not None]
         values += [torch.tensor(numbers, dtype=torch.float64, device="cpu"), W]
     return values
 
