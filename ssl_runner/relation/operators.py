@@ -228,9 +228,14 @@ def _sparse(pairs: Tensor, Z: Tensor) -> Tensor:
     """G @ Z as a product with a sparse matrix. cuSPARSE may sum in another order in every call."""
     # In torch 2.11 `check_invariants=False` warns outside of this context.
     with torch.sparse.check_sparse_tensor_invariants(enable=False):
-        ones, shape = Z.new_ones(pairs.shape[1]), (len(Z), len(Z))
+        # a CPU is named for the case that torch's default device is another one; other devices follow from Z
         G = torch.sparse_coo_tensor(
-            pairs, ones, shape, device=Z.device, is_coalesced=True, check_invariants=False
+            pairs,
+            Z.new_ones(pairs.shape[1]),
+            (len(Z), len(Z)),
+            device="cpu" if Z.device.type == "cpu" else None,
+            is_coalesced=True,
+            check_invariants=False,
         )
         return torch.sparse.mm(G, Z)
 
