@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from ssl_runner.distributed import world_size
 from ssl_runner.relation import Relation
 
 
@@ -20,11 +21,14 @@ class Loss(nn.Module, ABC):
 
     If `capturable` is True, `_terms` can be recorded in a CUDA graph: fixed shapes, no numbers from the host
     that differ between steps, such as those of a random generator on the host.
+
+    `min_rows` is the smallest number of rows, over all ranks, for which the loss is defined.
     """
 
     weights: dict[str, float]
     supports_sharding: bool = False
     capturable: bool = False
+    min_rows: int = 1
 
     def __init_subclass__(cls) -> None:
         """Reset `supports_sharding` and `capturable`: a subclass that overrides `_terms` must set them."""
@@ -36,7 +40,7 @@ class Loss(nn.Module, ABC):
     def forward(self, Z: Tensor, G: Relation) -> Tensor:
         """Z (N, K) embeddings, G a relation over its N rows -> the loss, a scalar.
 
-        Raises ValueError if Z does not have the shape that G expects.
+        Raises ValueError if Z does not have the shape that G expects, or has fewer than `min_rows` rows.
         """
         return self.total(self.terms(Z, G))
 
@@ -53,6 +57,10 @@ class Loss(nn.Module, ABC):
         if Z.ndim != 2 or len(Z) != G.num_rows:
             raise ValueError(
                 f"Z.shape={tuple(Z.shape)}: expected ({G.num_rows}, K); give one embedding per row of G"
+            )
+        if (N := len(Z) * (world_size() if self.supports_sharding else 1)) < self.min_rows:
+            raise ValueError(
+                f"{N} rows: expected at least {self.min_rows} for {type(self).__name__}; give more embeddings"
             )
         with torch.autocast(Z.device.type, enabled=False):
             return self._terms(Z.float() if Z.dtype in (torch.float16, torch.bfloat16) else Z, G)

@@ -21,6 +21,7 @@ from ssl_runner.loss.kernels import column_products, first_derivative
 from ssl_runner.names import REDUCTIONS
 from ssl_runner.relation import Relation
 
+MIN_MAGNITUDE, MAX_MAGNITUDE = 1e-12, 1e16  # rows whose float32 norms F.normalize computes
 # Memory is that of float32. A CPU tile fits into the cache; elsewhere large tiles need fewer kernel launches.
 BLOCK_ELEMENTS = 2**22  # similarities held at a time: 16 MiB
 SIDE = 512  # rows and columns of a tile: 1 MiB
@@ -40,6 +41,7 @@ class SimCLR(Loss):
     """
 
     supports_sharding = capturable = True
+    min_rows = 2  # the softmax of a row is over the other rows
 
     def __init__(self, tau: float = 0.2, reduction: str = "mean") -> None:
         super().__init__()
@@ -51,7 +53,7 @@ class SimCLR(Loss):
         self.tau, self.reduction = tau, reduction
 
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
-        Z, d = F.normalize(Z), G.degrees.to(Z)
+        Z, d = unit_rows(Z), G.degrees.to(Z)
         with torch.no_grad():
             GZ = G @ Z
         positives = all_reduce_replicated(d.sum()).clamp(min=1) if self.reduction == "mean" else 1
@@ -62,6 +64,20 @@ class SimCLR(Loss):
             "repulsion": repulsion.apply(Z, d, self.tau) / positives,
             "attraction": -all_reduce_replicated(column_products(Z, GZ).sum()) / (self.tau * positives),
         }
+
+
+def unit_rows(Z: Tensor) -> Tensor:
+    """Z (N, K) with rows of norm 1. A zero row stays zero, and its gradient is finite.
+
+    F.normalize is wrong where the norm is below its eps or its square overflows. Rows of such magnitude are
+    divided by their largest entry first; all others are multiplied by 1.
+    """
+    with torch.no_grad():
+        largest = torch.linalg.vector_norm(Z, torch.inf, 1, keepdim=True)
+        in_range = ((largest > MIN_MAGNITUDE) & (largest < MAX_MAGNITUDE)) | (largest == 0)
+        inverse = largest.clamp(min=torch.finfo(Z.dtype).tiny).reciprocal()
+        scale = torch.where(in_range, torch.ones_like(largest), inverse)
+    return F.normalize(Z * scale)
 
 
 def block_elements(device: torch.device) -> int:

@@ -28,6 +28,7 @@ class VICReg(Loss):
     """
 
     supports_sharding = capturable = True
+    min_rows = 2  # a covariance
 
     def __init__(
         self,

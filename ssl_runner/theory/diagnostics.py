@@ -24,10 +24,15 @@ from ssl_runner.relation import Relation
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.theory import measures
+from ssl_runner.theory.label_free import alpha_req, effective_rank, lidar, off_diagonal_shares
 from ssl_runner.theory.matrices import centred, padded
 from ssl_runner.theory.optima import UPPER, Optimum, optimum
 
-OF_EMBEDDING = ("rank", "effective_rank", "alignment", "label_energy", "min_std", "mean_correlation")
+OF_EMBEDDING = (
+    *("rank", "effective_rank", "lidar", "alpha_req"),
+    *("alignment", "label_energy", "min_std", "mean_correlation"),
+)
+DUALITY = ("covariance_off_diagonal", "gram_off_diagonal", "duality_difference")
 OF_LOSS = ("subset_loss", "closed_form_loss", "loss_gap", "closed_form_kind", "closed_form_rank")
 OF_RELATION = ("relation_label_energy", "relation_label_energy_mean")
 FORWARD_ROWS = 512  # rows per forward pass
@@ -45,11 +50,20 @@ class Diagnostics(Evaluator):
 
     rank               number of singular values above max(N, K) eps of the largest, eps that of float32
     effective_rank     exp of the entropy of p_k = sigma_k / sum sigma + 1e-7 (RankMe, Garrido et al. 2023)
+    lidar              the same of the eigenvalues of linear discriminant analysis, with images as classes and
+                       views as their members (Thilak et al. 2023)
+    alpha_req          exponent of the decay of the eigenvalues of the covariance (Agrawal et al. 2022)
     alignment          mean squared cosine of the principal angles to the subspace of the closed form
     label_energy       share of the variance of the one-hot labels that a linear map explains on these rows;
                        rank / N at random
     min_std            smallest standard deviation of a column
     mean_correlation   mean |correlation| of two columns
+
+    Of the centred Z alone (Garrido et al. 2022, arXiv:2206.02574):
+
+    covariance_off_diagonal   share of |Z'Z|_F^2 off the diagonal, which non-contrastive losses reduce
+    gram_off_diagonal         share of |ZZ'|_F^2 off the diagonal, which contrastive losses reduce
+    duality_difference        gram_off_diagonal - covariance_off_diagonal
 
     Of the loss and the relation on the subset:
 
@@ -70,6 +84,7 @@ class Diagnostics(Evaluator):
 
     columns = (
         *OF_EMBEDDING,
+        *DUALITY,
         *OF_LOSS,
         *OF_RELATION,
         *(f"backbone_{name}" for name in OF_EMBEDDING),
@@ -162,7 +177,10 @@ class Diagnostics(Evaluator):
         G, best = self.optimum(Z)
         with torch.no_grad():
             subset_loss = float(loss(Z, G))
-        row = of_embedding(Z, self.Y, best)
+        V = self.batch.V
+        row = of_embedding(Z, V, self.Y, best)
+        covariance, gram = off_diagonal_shares(centred(Z))
+        row |= dict(zip(DUALITY, (covariance, gram, gram - covariance), strict=True))
         most = mean = None
         if best is not None and self.Y is not None:
             most, mean = measures.label_energy_of_optimum(self.Y, best)
@@ -175,7 +193,8 @@ class Diagnostics(Evaluator):
             "relation_label_energy": most,
             "relation_label_energy_mean": mean,
         }
-        row |= {f"backbone_{name}": value for name, value in of_embedding(features, self.Y, best).items()}
+        of_backbone = of_embedding(features, V, self.Y, best)
+        row |= {f"backbone_{name}": value for name, value in of_backbone.items()}
         return row | {"diagnostics_s": round(seconds + time.perf_counter() - start, 3)}
 
     def finish(self, model: SSLModel) -> None:
@@ -212,25 +231,20 @@ class Diagnostics(Evaluator):
         ]
 
 
-def of_embedding(Z: Tensor, Y: Tensor | None, best: Optimum | None) -> dict[str, Any]:
-    """The columns OF_EMBEDDING of an embedding Z (N, K) with one-hot labels Y (N, C), None without labels."""
+def of_embedding(Z: Tensor, V: int, Y: Tensor | None, best: Optimum | None) -> dict[str, Any]:
+    """The columns OF_EMBEDDING of Z (N, K), V views of each image with one-hot labels Y (N, C) or None."""
     values = measures.singular_values(Z)
+    U, centred_values = measures.left_singular_vectors(centred(Z))
     return {
         "rank": len(values),
         "effective_rank": effective_rank(values),
+        "lidar": lidar(U, centred_values, V),
+        "alpha_req": alpha_req(centred_values),
         "alignment": measures.alignment(Z, best) if best else None,
-        "label_energy": None if Y is None else measures.label_energy(Z, Y),
+        "label_energy": None if Y is None else measures.label_energy(U, Y),
         "min_std": float(Z.std(0).min()),
         "mean_correlation": mean_correlation(Z),
     }
-
-
-def effective_rank(values: Tensor) -> float:
-    """exp of the entropy of singular values (r,) > 0, normalised to sum 1 (plus 1e-7, as in RankMe)."""
-    if not len(values):
-        return 0.0
-    p = values / values.sum() + 1e-7
-    return float((-(p * p.log()).sum()).exp())
 
 
 def mean_correlation(Z: Tensor) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.loss.base import off_diagonal
 from ssl_runner.theory.dispatch import ExactTypeDispatch
-from ssl_runner.theory.matrices import gram_singular_values, padded
+from ssl_runner.theory.matrices import HOST, gram_singular_values, padded
 from ssl_runner.theory.moments import CentredMoments
 from ssl_runner.theory.optima import EXACT, UPPER, vicreg_scales
 
@@ -56,7 +56,7 @@ def vicreg_value_of(loss: VICReg, Z: CentredMoments) -> float:
 def spectral_value_of(loss: SpectralContrastive, Z: CentredMoments) -> float:
     """|Z'Z|_F^2 and tr(Z'GZ), of centred Z if the loss centres."""
     Z = Z if loss.center else Z.about_zero()
-    total, square_norm = (torch.tensor(scalar, dtype=torch.float64) for scalar in (Z.total, Z.square_norm))
+    total, square_norm = (torch.tensor(scalar, **HOST) for scalar in (Z.total, Z.square_norm))
     return float(loss.total(loss.of_products(Z.XHX, Z.XGX.trace(), Z.N, total, square_norm)))
 
 
@@ -146,7 +146,7 @@ def spectral_linear_optimum(
     With center=False, X gets a constant column, whose weight is the bias.
     """
     X = moments if loss.center else moments.with_constant()
-    t = loss.target_scale(X.N, torch.tensor(X.total))
+    t = loss.target_scale(X.N, torch.tensor(X.total, **HOST))
     g, W = eigenpairs(t * X.XGX, X.XHX, K, ridge)
     W = W * g.clamp(min=0).sqrt()
     kind = EXACT if ridge == 0 else UPPER
@@ -216,7 +216,7 @@ def eigenpairs(
     kept = values > MIN_VARIANCE_RATIO * values.max()
     T = vectors[:, kept] / values[kept].sqrt()
     if ridge:
-        L = torch.linalg.cholesky(torch.eye(T.shape[1]).to(T) + T.T @ (ridges[:, None] * T))
+        L = torch.linalg.cholesky(torch.eye(T.shape[1], **HOST) + T.T @ (ridges[:, None] * T))
         T = torch.linalg.solve_triangular(L, T.T, upper=False).T
     K = min(K, T.shape[1])
     # not "evr", which computes subsets but can fail on high multiplicities

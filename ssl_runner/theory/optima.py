@@ -28,6 +28,7 @@ from ssl_runner.theory.eigenspaces import (
     to_sparse,
 )
 from ssl_runner.theory.matrices import (
+    HOST,
     TIE_TOLERANCE,
     as_float64,
     centred,
@@ -192,7 +193,7 @@ def barlow_optimum(loss: BarlowTwins, G: Relation, K: int) -> Optimum:
     unit = 1 / (1 + loss.eps)  # C_kk of a column with z'Gz = z'Dz = 1
     rho = repeat_values(selection)
     ones = int((rho > 1 - TIE_TOLERANCE).sum())
-    frames = [torch.eye(len(rho), K, dtype=torch.float64)]
+    frames = [torch.eye(len(rho), K, **HOST)]
     if len(rho) < K:
         frames += [tight_frame(r, K) for r in {len(rho), ones} - {0}]
     values = [float(loss.total(loss.of_correlations(unit * M.T @ (rho[: len(M), None] * M)))) for M in frames]
@@ -202,7 +203,7 @@ def barlow_optimum(loss: BarlowTwins, G: Relation, K: int) -> Optimum:
     scale = torch.where(d > 0, d.clamp(min=1e-300).rsqrt(), 0)[:, None]
 
     def build_embedding() -> Tensor:
-        return scale * assemble_embedding(selection, torch.ones(r, dtype=torch.float64), N, r) @ frame
+        return scale * assemble_embedding(selection, torch.ones(r, **HOST), N, r) @ frame
 
     def canonicalize(Z: Tensor) -> Tensor:
         Z = as_float64(Z)

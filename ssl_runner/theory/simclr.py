@@ -11,7 +11,7 @@ from ssl_runner.loss import SimCLR
 from ssl_runner.relation import Relation
 from ssl_runner.theory import infonce
 from ssl_runner.theory.eigenspaces import Groups, explicit_space, find_groups, group_constant_space, to_sparse
-from ssl_runner.theory.matrices import centred, helmert, padded, unit_rows
+from ssl_runner.theory.matrices import HOST, centred, helmert, padded, unit_rows
 from ssl_runner.theory.optima import EXACT, LOWER, NUMERIC, Optimum, check_rows, optimum
 
 MAX_SIMPLEX_POINTS = 5000  # largest simplex whose vertices are computed
@@ -48,7 +48,7 @@ def simplex(loss: SimCLR, groups: Groups, K: int, scale: float) -> Optimum:
     """The optimum for M groups of one size m. `scale` times the mean over positive pairs is the value."""
     N, M, m = len(groups.y), len(groups.sizes), int(groups.sizes[0])
     negatives = (N - m) * math.exp(-(1 + 1 / (M - 1)) / loss.tau) if M > 1 else 0.0
-    one = torch.ones(N, dtype=torch.float64)
+    one = torch.ones(N, **HOST)
     space = group_constant_space(1.0, groups.y, one, groups.sizes > 0, one if M > 1 else None)
     dims = min(K, max(M - 1, 1))
 
@@ -56,15 +56,15 @@ def simplex(loss: SimCLR, groups: Groups, K: int, scale: float) -> Optimum:
         if M > MAX_SIMPLEX_POINTS:
             raise ValueError(f"simplex of {M} points: expected at most {MAX_SIMPLEX_POINTS} to build Z")
         if M == 1:
-            return F.pad(torch.ones(N, 1, dtype=torch.float64), (0, K - 1))
-        vertices = helmert(torch.ones(M, dtype=torch.float64), M - 1) * math.sqrt(M / (M - 1))
+            return F.pad(torch.ones(N, 1, **HOST), (0, K - 1))
+        vertices = helmert(torch.ones(M, **HOST), M - 1) * math.sqrt(M / (M - 1))
         return padded(vertices[groups.y], K)
 
     return Optimum(
         form="simplex",
         kind=EXACT if K >= M - 1 else LOWER,
         value=scale * math.log(m - 1 + negatives),
-        singular_values=padded(torch.full((dims,), math.sqrt(N / dims), dtype=torch.float64), K),
+        singular_values=padded(torch.full((dims,), math.sqrt(N / dims), **HOST), K),
         spaces=[(space, dims)],
         canonicalize=(lambda Z: centred(unit_rows(Z))) if M > 1 else unit_rows,
         build_embedding=build_embedding if K >= M - 1 else None,

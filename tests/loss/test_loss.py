@@ -361,6 +361,56 @@ def test_loss_rejects_wrong_number_of_rows(loss: Loss) -> None:
         loss(torch.randn(9, 3), RELATIONS["labels"])
 
 
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("N", [0, 1])
+def test_loss_of_one_row_is_defined_or_rejected(loss: Loss, N: int) -> None:
+    empty = torch.empty(0, dtype=torch.long)
+    Z, G = torch.randn(N, 3, requires_grad=True), Edges(empty, empty, N)
+    if loss.min_rows > N:
+        with pytest.raises(ValueError, match=f"^{N} rows: expected at least {loss.min_rows} for"):
+            loss(Z, G)
+    else:
+        value = loss(Z, G)
+        value.backward()
+        assert value.isfinite()
+        assert Z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["barlow centred", "spectral sum"])
+@pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
+def test_centred_loss_is_exact_for_large_means(name: str, G: Relation) -> None:
+    """Means of 1e6 deviations. float64 on the same float32 input is the reference."""
+    Z = torch.randn(10, 3) + torch.tensor([1e6, -3e6, 2e6])
+    exact = Z.double().requires_grad_()
+    value, expected = LOSSES[name](Z.requires_grad_(), G), LOSSES[name](exact, G)
+    value.backward()
+    expected.backward()
+    assert_close(value.double(), expected, rtol=1e-5, atol=0)
+    assert_close(Z.grad.double(), exact.grad, rtol=1e-3, atol=1e-3 * float(exact.grad.abs().max()))
+
+
+@pytest.mark.parametrize("magnitude", [1e-38, 1e-20, 1e-13, 1e17, 1e20, 1e37])
+def test_simclr_is_invariant_to_extreme_scales_of_rows(magnitude: float) -> None:
+    """Only the directions of rows count, and the gradient of a row is inverse to its norm."""
+    Z = torch.randn(10, 3).requires_grad_()
+    scales = torch.tensor([1.0, magnitude]).repeat(5)[:, None]
+    scaled = (Z.detach() * scales).requires_grad_()
+    value, expected = (SimCLR()(rows, RELATIONS["labels"]) for rows in (scaled, Z))
+    value.backward()
+    expected.backward()
+    assert_close(value, expected)
+    assert_close(scaled.grad * scales, Z.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_simclr_normalises_usual_rows_as_torch() -> None:
+    Z = torch.randn(6, 4) * torch.tensor([1e-11, 1e-5, 1.0, 1e5, 1e15, 0.0])[:, None]
+    a, b = Z.clone().requires_grad_(), Z.clone().requires_grad_()
+    assert torch.equal(simclr.unit_rows(a), F.normalize(b))
+    simclr.unit_rows(a)[:, 0].sum().backward()
+    F.normalize(b)[:, 0].sum().backward()
+    assert torch.equal(a.grad, b.grad)
+
+
 @pytest.mark.parametrize(
     "make",
     [lambda: SimCLR(0), lambda: SimCLR(reduction="none"), lambda: VICReg(variance="soft")],
