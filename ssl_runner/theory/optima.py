@@ -188,24 +188,28 @@ def simclr_optimum(loss: SimCLR, G: Relation, K: int) -> Optimum:
     Simplex: log(m - 1 + (N - m) exp(-(1 + 1/(M-1)) / tau)) per positive pair, attained iff K >= M - 1.
     Otherwise: the entropy of the rows of G, attained if each row's softmax equals the row of G. Rank and
     eigenspaces are then those of its squared surrogate, SpectralContrastive, scaled to unit rows.
+    denominator="negatives" has no m - 1 in the first, and cosines of 1 and -1 in place of the second.
     """
     N = check_rows(G, K)
-    total = float(G.degrees.cpu().double().sum())
+    loss.check_relation(G)
+    total, decoupled = float(G.degrees.cpu().double().sum()), loss.denominator == "negatives"
     groups = find_groups(G)
     if groups is None or len(groups.sizes.unique()) > 1 or total == 0:
         surrogate = optimum(SpectralContrastive(), G, K)
         scale = math.sqrt(N) / max(float(surrogate.singular_values.norm()), 1e-300)
+        value = decoupled_bound(groups, loss.tau) if decoupled and groups else row_entropy(G, groups)
         return Optimum(
-            form="row entropy",
+            form="opposite negatives" if decoupled else "row entropy",
             kind=LOWER if total else EXACT,
-            value=row_entropy(G, groups) / (total if loss.reduction == "mean" and total else 1),
+            value=value / (total if loss.reduction == "mean" and total else 1),
             singular_values=scale * surrogate.singular_values,
             spaces=surrogate.spaces,
             canonicalize=unit_rows,
             build_embedding=None,
         )
     M, m = len(groups.sizes), int(groups.sizes[0])
-    negatives = (N - m) * math.exp(-(1 + 1 / (M - 1)) / loss.tau) if M > 1 else 0.0
+    gap = (1 + 1 / (M - 1)) / loss.tau if M > 1 else math.inf  # s of positives - s of negatives
+    per_pair = math.log(N - m) - gap if decoupled else math.log(m - 1 + (N - m) * math.exp(-gap))
     one = torch.ones(N, dtype=torch.float64)
     space = group_constant_space(1.0, groups.y, one, groups.sizes > 0, one if M > 1 else None)
     dims = min(K, max(M - 1, 1))
@@ -221,12 +225,18 @@ def simclr_optimum(loss: SimCLR, G: Relation, K: int) -> Optimum:
     return Optimum(
         form="simplex",
         kind=EXACT if K >= M - 1 else LOWER,
-        value=math.log(m - 1 + negatives) * (1 if loss.reduction == "mean" else total),
+        value=per_pair * (1 if loss.reduction == "mean" else total),
         singular_values=padded(torch.full((dims,), math.sqrt(N / dims), dtype=torch.float64), K),
         spaces=[(space, dims)],
         canonicalize=(lambda Z: centred(unit_rows(Z))) if M > 1 else unit_rows,
         build_embedding=build_embedding if K >= M - 1 else None,
     )
+
+
+def decoupled_bound(groups: Groups, tau: float) -> float:
+    """sum_i d_i (log(N - m_i) - 2 / tau) over the rows i, each with m_i rows in its group."""
+    negatives = (groups.sizes.sum() - groups.sizes).double()
+    return float((groups.sizes * groups.degrees * (negatives.log() - 2 / tau)).sum())
 
 
 def row_entropy(G: Relation, groups: Groups | None) -> float:
