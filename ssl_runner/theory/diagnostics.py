@@ -61,7 +61,8 @@ class Diagnostics(Evaluator):
                                 a tied eigenspace
     relation_label_energy_mean  the same, as the mean over these choices
 
-    Columns that need a closed form are empty for a loss without one, and columns of labels for a data set
+    Columns that need a closed form are empty for a loss without one, those that need its eigenspaces also for
+    a bound without them, and columns of labels for a data set
     without labels, whose subset is drawn from the pretraining images. `finish` writes spectrum.csv to
     `folder`.
     """
@@ -155,20 +156,21 @@ class Diagnostics(Evaluator):
         G, best = self.optimum(Z)
         with torch.no_grad():
             subset_loss = float(loss(Z, G))
-        row = of_embedding(Z, self.Y, best)
+        known = best if best and (best.spaces or not best.rank) else None  # some bounds have no eigenspaces
+        row = of_embedding(Z, self.Y, known)
         most = mean = None
-        if best is not None and self.Y is not None:
-            most, mean = measures.label_energy_of_optimum(self.Y, best)
+        if known is not None and self.Y is not None:
+            most, mean = measures.label_energy_of_optimum(self.Y, known)
         row |= {
             "subset_loss": subset_loss,
             "loss_floor": best.value if best else None,
             "loss_gap": subset_loss - best.value if best else None,
             "floor_kind": best.kind if best else None,
-            "optimal_rank": best.rank if best else None,
+            "optimal_rank": known.rank if known else None,
             "relation_label_energy": most,
             "relation_label_energy_mean": mean,
         }
-        row |= {f"backbone_{name}": value for name, value in of_embedding(features, self.Y, best).items()}
+        row |= {f"backbone_{name}": value for name, value in of_embedding(features, self.Y, known).items()}
         return row | {"diagnostics_s": round(seconds + time.perf_counter() - start, 3)}
 
     def finish(self, model: SSLModel) -> None:
