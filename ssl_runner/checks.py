@@ -89,7 +89,10 @@ def check_loss(cfg: DictConfig, loss: Loss, relation: RelationBuilder, data: Dat
     if not (loss.needs_groups or loss.needs_views):
         return
     if loss.needs_views and relation.uses_memory:
-        raise UsageError("relation.queue: expected 0, because this loss needs rows of views only")
+        raise UsageError(
+            f"relation.queue={cfg.relation.get('queue')}: expected 0 for this loss, which needs rows of views"
+            " only; set relation.queue=0"
+        )
     images = data.pretrain
     chosen = torch.linspace(0, len(images) - 1, cfg.batch_size).long()
     batch = Batch(images.indices[chosen], images.labels.cpu()[chosen], cfg.V, len(data.classes))
