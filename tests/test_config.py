@@ -20,7 +20,8 @@ INVALID = [
     # options of another loss
     (
         "loss=simclr gamma=25",
-        "gamma is an option of loss=frossl and loss=vicreg, not of loss=simclr (options: tau, reduction, denominator)",
+        "gamma is an option of loss=frossl and loss=vicreg, not of loss=simclr"
+        " (options: tau, reduction, denominator)",
     ),
     ("loss=simclr +gamma=25", "gamma is an option of loss=frossl and loss=vicreg, not of loss=simclr"),
     (
@@ -43,7 +44,8 @@ INVALID = [
     ("los=simclr", "Did you mean 'loss'?"),
     (
         "loss=simclrr",
-        "Unknown loss 'simclrr'. Did you mean 'simclr'? Available: barlow, frossl, mmcr, simclr, spectral, vicreg",
+        "Unknown loss 'simclrr'. Did you mean 'simclr'?"
+        " Available: barlow, frossl, mmcr, simclr, spectral, vicreg",
     ),
     ("optimizer=adam", "Unknown optimizer 'adam'. Did you mean 'adamw'? Available: adamw, lars, sgd"),
     ("experiment=nope", "Unknown experiment 'nope'. Available: "),
