@@ -5,10 +5,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssl_runner import distributed
 from ssl_runner.backbone import Backbone
+from ssl_runner.batch import Batch
 from ssl_runner.config.compose import CONF
 from ssl_runner.config.rules import format_value
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.errors import UsageError
+from ssl_runner.loss import Loss
 from ssl_runner.model import eval_mode
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.solver import Solver
@@ -81,6 +83,29 @@ def check_fit(cfg: DictConfig, data: DataSet, relation: RelationBuilder) -> None
             f"relation.path={cfg.relation.get('path')}: no pair joins two of the {images} pretraining images;"
             " number the images as conf/relation/edges.yaml says (validation and test images do not count)"
         )
+
+
+def check_loss(cfg: DictConfig, loss: Loss, relation: RelationBuilder, data: DataSet) -> None:
+    """Raise UsageError if the loss is not defined for the relation, which is bound to the data set.
+
+    The relation of one batch, of images spread over the data set, represents all of them.
+    """
+    if not (loss.needs_groups or loss.needs_views):
+        return
+    if loss.needs_views and relation.uses_memory:
+        raise UsageError(
+            f"relation.queue={cfg.relation.get('queue')}: expected 0 for this loss, which needs rows of views"
+            " only; set relation.queue=0"
+        )
+    images = data.pretrain
+    chosen = torch.linspace(0, len(images) - 1, cfg.batch_size).long()
+    batch = Batch(images.indices[chosen], images.labels.cpu()[chosen], cfg.V, len(data.classes))
+    with distributed.local_only():
+        G = relation.frozen_copy()(batch, torch.zeros(cfg.V * cfg.batch_size, 1))
+        try:
+            loss.check_relation(G)
+        except ValueError as error:
+            raise UsageError(f"relation: {error}") from error
 
 
 def check_unlabelled(cfg: DictConfig, data: DataSet) -> None:

@@ -20,15 +20,22 @@ INVALID = [
     # options of another loss
     (
         "loss=simclr gamma=25",
-        "gamma is an option of loss=vicreg, not of loss=simclr (options: tau, reduction)",
+        "gamma is an option of loss=frossl and loss=vicreg, not of loss=simclr"
+        " (options: tau, reduction, denominator)",
     ),
-    ("loss=simclr +gamma=25", "gamma is an option of loss=vicreg, not of loss=simclr"),
+    ("loss=simclr +gamma=25", "gamma is an option of loss=frossl and loss=vicreg, not of loss=simclr"),
     (
         "loss=vicreg tau=0.5",
         "tau is an option of loss=simclr, not of loss=vicreg (options: alpha, beta, gamma, variance)",
     ),
-    ("loss=simclr alpha=1", "alpha is an option of loss=barlow and loss=vicreg, not of loss=simclr"),
-    ("-m loss=vicreg,simclr gamma=1,25", "gamma is an option of loss=vicreg, not of loss=simclr"),
+    (
+        "loss=simclr alpha=1",
+        "alpha is an option of loss=barlow and loss=mmcr and loss=vicreg, not of loss=simclr",
+    ),
+    (
+        "-m loss=vicreg,simclr gamma=1,25",
+        "gamma is an option of loss=frossl and loss=vicreg, not of loss=simclr",
+    ),
     # unknown keys and choices
     ("epoch=3", "Unknown option 'epoch'. Did you mean 'epochs'? List all: ssl-run --cfg job"),
     ("-m epoch=3,4", "Unknown option 'epoch'. Did you mean 'epochs'? List all: ssl-run --cfg job"),
@@ -37,7 +44,8 @@ INVALID = [
     ("los=simclr", "Did you mean 'loss'?"),
     (
         "loss=simclrr",
-        "Unknown loss 'simclrr'. Did you mean 'simclr'? Available: barlow, simclr, spectral, vicreg",
+        "Unknown loss 'simclrr'. Did you mean 'simclr'?"
+        " Available: barlow, frossl, mmcr, simclr, spectral, vicreg",
     ),
     ("optimizer=adam", "Unknown optimizer 'adam'. Did you mean 'adamw'? Available: adamw, lars, sgd"),
     ("experiment=nope", "Unknown experiment 'nope'. Available: "),
@@ -54,9 +62,15 @@ INVALID = [
     ),
     ("views.policies.all.flip=0.5", "Add it as a new argument: +views.policies.all.flip=0.5"),
     ("loss.gamma=3", "loss.gamma=3: options of a loss are set at the top level; write gamma=3"),
-    ("~loss", "~loss=null: expected loss=<name>; use one of barlow, simclr, spectral, vicreg"),
-    ("loss=null", "loss=null: expected loss=<name>; use one of barlow, simclr, spectral, vicreg"),
-    ("'loss=[vicreg,simclr]'", "expected loss=<name>; use one of barlow, simclr, spectral, vicreg"),
+    ("~loss", "~loss=null: expected loss=<name>; use one of barlow, frossl, mmcr, simclr, spectral, vicreg"),
+    (
+        "loss=null",
+        "loss=null: expected loss=<name>; use one of barlow, frossl, mmcr, simclr, spectral, vicreg",
+    ),
+    (
+        "'loss=[vicreg,simclr]'",
+        "expected loss=<name>; use one of barlow, frossl, mmcr, simclr, spectral, vicreg",
+    ),
     ("--foo", "unrecognized arguments: --foo"),
     # types
     ("gamma=abc", "gamma=abc: expected a number >= 0"),
@@ -101,6 +115,8 @@ INVALID = [
     ("gamma=-1", "gamma=-1: expected a number >= 0"),
     ("loss=simclr tau=0", "tau=0: expected a number > 0"),
     ("loss=simclr reduction=none", "reduction=none: expected one of mean, sum"),
+    ("loss=simclr denominator=some", "denominator=some: expected one of all, negatives"),
+    ("loss=frossl per_view=2", "per_view=2: expected true or false"),
     ("variance=soft", "variance=soft: expected one of hinge, squared"),
     ("projector.K=0", "projector.K=0: expected an integer >= 1"),
     ("projector.depth=0", "projector.depth=0: expected an integer >= 1"),
@@ -373,7 +389,7 @@ def test_experiment_file_is_validated_like_command_line(ssl_run, tmp_path: Path)
     experiments.mkdir(parents=True)
     header = "# @package _global_\ndefaults:\n  - override /loss: simclr\n"
     for name, text, message in [
-        ("other", "gamma: 25", "gamma is an option of loss=vicreg, not of loss=simclr"),
+        ("other", "gamma: 25", "gamma is an option of loss=frossl and loss=vicreg, not of loss=simclr"),
         ("typo", "epoch: 3", "Unknown option 'epoch'. Did you mean 'epochs'? List all: ssl-run --cfg job"),
         (
             "nested",

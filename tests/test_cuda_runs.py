@@ -93,6 +93,7 @@ def test_run_with_every_option_on_cuda(cuda_run: Callable, settings: str) -> Non
         f"{TINY} {SMALL} loss=simclr relation=labels V=3 dataset.storage=host",
         f"{TINY} {SMALL} loss=barlow relation=neighbors forward=per_view",
         f"{TINY} {SMALL} loss=spectral relation=noisy relation.normalized=true optimizer=sgd",
+        pytest.param(f"{TINY} {SMALL} loss=mmcr alpha=0.1 V=3", marks=pytest.mark.slow),
         f"{TINY} {SMALL} probe.every=1 probe.keep=best deterministic=true views.resolutions=[10,14]",
         f"{TINY} {SMALL} V=3 +views.policies.all.count=1 +views.policies.small={{count:2,size:8}}",
         f"{LINEAR} backbone.width=8 probe.features=[backbone]",

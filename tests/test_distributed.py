@@ -25,7 +25,7 @@ from ssl_runner.batch import ViewTensors, per_size
 from ssl_runner.device import choose_device
 from ssl_runner.distributed import collectives, group
 from ssl_runner.errors import UsageError
-from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
+from ssl_runner.loss import MMCR, BarlowTwins, FroSSL, Loss, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.preemption import Preempted, Preemption
 from ssl_runner.probe import KnnProbe, LinearProbe, RidgeProbe, evaluate, extract, protocol
 from ssl_runner.relation import Labels, Relation, Views, builders
@@ -46,6 +46,11 @@ LOSSES = {
     "spectral": partial(SpectralContrastive, center=True),
     "barlow": partial(BarlowTwins, 0.02),
     "barlow centred": partial(BarlowTwins, 0.02, center=True),
+    "simclr negatives": partial(SimCLR, denominator="negatives"),
+    "mmcr": MMCR,
+    "mmcr with manifolds": partial(MMCR, 0.5),
+    "frossl": FroSSL,
+    "frossl per view": partial(FroSSL, per_view=True),
 }
 RELATIONS = ("views", "views normalized", "labels", "labels normalized")
 n, K, CLASSES = 8, 6, 3  # images, embedding dimension, classes
@@ -79,7 +84,11 @@ def value_and_gradient(loss: Loss, name: str, V: int, dtype: torch.dtype) -> tup
     return value.detach(), distributed.all_reduce_sum(W.grad) / distributed.world_size()
 
 
-CASES = list(itertools.product(LOSSES, RELATIONS, (2, 4), (torch.float64, torch.float32)))
+CASES = [
+    case
+    for case in itertools.product(LOSSES, RELATIONS, (2, 4), (torch.float64, torch.float32))
+    if not (LOSSES[case[0]]().needs_views and case[1].startswith("labels"))
+]
 
 
 def table() -> list[tuple[Tensor, Tensor]]:
@@ -112,7 +121,7 @@ def collective_calls() -> dict[str, list[tuple[str, int]]]:
 
         setattr(torch.distributed, name, counted)
     found = {}
-    for loss in ("vicreg", "barlow", "spectral", "simclr"):
+    for loss in ("vicreg", "barlow", "spectral", "simclr", "simclr negatives", "mmcr", "frossl"):
         calls.clear()
         Z = torch.randn(40, K, requires_grad=True)
         LOSSES[loss]()(Z, Views(20, 2)).backward()
@@ -121,10 +130,11 @@ def collective_calls() -> dict[str, list[tuple[str, int]]]:
 
 
 @pytest.mark.parametrize("W", [2, 4])
-def test_collective_sizes_are_independent_of_batch_size_except_for_simclr(W: int) -> None:
+def test_collective_sizes_are_independent_of_batch_size_except_for_simclr_and_mmcr(W: int) -> None:
     """Forward all-reduces sums and K x K moments, and backward communicates nothing of that size.
 
-    SimCLR all-gathers all rows in forward and reduce-scatters their gradients in backward.
+    MMCR all-reduces one sum of rows, and their number, for each of the images of all ranks. SimCLR
+    all-gathers all rows in forward and reduce-scatters their gradients in backward.
     """
     found = in_processes(W, collective_calls)[0]
     sizes = {
@@ -133,9 +143,17 @@ def test_collective_sizes_are_independent_of_batch_size_except_for_simclr(W: int
     assert sizes["vicreg"] == [1, K, K * K]
     assert sizes["barlow"] == [K, K * K]
     assert sizes["spectral"] == [1, 1, 1, K, K, K * K]
-    assert all(name == "all_reduce" for loss in ("vicreg", "barlow", "spectral") for name, _ in found[loss])
-    gathers = [call for call in found["simclr"] if call[0] != "all_reduce"]
-    assert gathers == [(collectives.ALL_GATHER, W * 40 * K), (collectives.REDUCE_SCATTER, W * 40 * K)]
+    assert sizes["frossl"] == [1, K * K]
+    assert sizes["mmcr"] == [W * 20, W * 20 * K]
+    assert all(
+        name == "all_reduce"
+        for loss in set(found) - {"simclr", "simclr negatives"}
+        for name, _ in found[loss]
+    )
+    gathers = [(collectives.ALL_GATHER, W * 40 * K), (collectives.REDUCE_SCATTER, W * 40 * K)]
+    assert [call for call in found["simclr"] if call[0] != "all_reduce"] == gathers
+    groups = (collectives.ALL_GATHER, W * 40)
+    assert [call for call in found["simclr negatives"] if call[0] != "all_reduce"] == [groups, *gathers]
 
 
 def network() -> nn.Module:
@@ -237,6 +255,9 @@ TRAININGS = {
     "vicreg": lambda: pretraining(VICReg(), builders.FromViews()),
     "vicreg V=3 per view": lambda: pretraining(VICReg(), builders.FromViews(), V=3, per_view=True),
     "simclr labels": lambda: pretraining(SimCLR(), builders.FromLabels()),
+    "decoupled simclr": lambda: pretraining(SimCLR(denominator="negatives"), builders.FromViews()),
+    "mmcr": lambda: pretraining(MMCR(), builders.FromViews(), V=3),
+    "frossl neighbors": lambda: pretraining(FroSSL(per_view=True), builders.FromNeighbors(2)),
     "barlow clipped": lambda: pretraining(BarlowTwins(), builders.FromViews(), clip_grad_norm=0.5),
     "barlow normalized labels": lambda: pretraining(BarlowTwins(), builders.FromLabels(True)),
     "neighbors": lambda: pretraining(SimCLR(), builders.FromNeighbors(2)),
@@ -278,7 +299,10 @@ class Doubled:
 
 
 # all-gathered rows are float32
-ALL_GATHERED = ("neighbors", "two sizes, neighbors", "queue", "custom loss", "noisy labels")
+ALL_GATHERED = (
+    *("neighbors", "two sizes, neighbors", "frossl neighbors"),
+    *("queue", "custom loss", "noisy labels"),
+)
 
 
 @pytest.mark.parametrize("W", [2, pytest.param(4, marks=pytest.mark.slow)])

@@ -24,7 +24,7 @@ from ssl_runner.batch import Batch
 from ssl_runner.config.compose import CONF
 from ssl_runner.data.loader import MultiViewLoader
 from ssl_runner.device import syncs_raise, to_device
-from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
+from ssl_runner.loss import MMCR, BarlowTwins, FroSSL, Loss, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.model import SSLModel
 from ssl_runner.projector import mlp
 from ssl_runner.relation import Relation
@@ -48,6 +48,7 @@ LOSSES = {
     "barlow": BarlowTwins,
     "centred": partial(BarlowTwins, center=True),
     "surrogate": SpectralContrastive,
+    "frossl": FroSSL,
 }
 OPTIMIZERS: dict[str, Callable] = {
     "adamw": torch.optim.AdamW,
@@ -143,6 +144,13 @@ def test_losses_and_relations_do_not_sync(loss: str, of: str, pairs: str) -> Non
     # every policy runs with every relation
     views = POLICIES[([*LOSSES].index(loss) + [*RELATIONS].index(of)) % len(POLICIES)]
     steps(LOSSES[loss](), RELATIONS[of](pairs), policy(views), rounds=2)
+
+
+@pytest.mark.parametrize("loss", [partial(SimCLR, denominator="negatives"), partial(FroSSL, per_view=True)])
+def test_losses_of_some_relations_do_not_sync(loss: Callable[[], Loss]) -> None:
+    steps(loss(), FromViews(), Augment({"all": {}}))
+    if loss().needs_groups:
+        steps(loss(), FromLabels(normalized=True), Augment({"all": {}}))
 
 
 @pytest.mark.parametrize("algorithm", OPTIMIZERS)
@@ -296,6 +304,12 @@ def test_sync_in_rewired_neighbors_is_detected() -> None:
     """Rewired neighbours are the one relation that is documented to sync."""
     with pytest.raises(Waits, match="from the device to the host"):
         steps(VICReg(), Rewired(FromNeighbors(2)), Augment({"all": {}}), rounds=1)
+
+
+def test_sync_in_mmcr_is_detected() -> None:
+    """MMCR is the one loss that is documented to sync."""
+    with pytest.raises(Waits, match="a singular value decomposition"):
+        steps(MMCR(), FromViews(), Augment({"all": {}}), rounds=1)
 
 
 def test_sync_in_views_is_detected() -> None:

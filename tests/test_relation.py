@@ -238,3 +238,36 @@ def test_pairs_are_numbered_exactly_up_to_the_largest_number_of_rows() -> None:
 def test_relation_rejects_invalid_input(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class Overridden(Views):
+    """A subclass may override the product, so its groups are not known."""
+
+
+@pytest.mark.parametrize(
+    "G",
+    [
+        Views(3, 4),
+        Views(3, 2, normalized=True),
+        Labels(torch.tensor([2, 0, 2, 5, 0, 2])),
+        DegreeNormalized(Labels(torch.tensor([2, 0, 2, 5, 0, 2]))),
+    ],
+)
+def test_groups_are_equal_iff_rows_are_positives(G: Relation) -> None:
+    same = G.groups[:, None] == G.groups
+    assert torch.equal(same.fill_diagonal_(False), G.dense() > 0)
+    assert 0 <= int(G.groups.min()) <= int(G.groups.max()) < G.num_groups
+
+
+@pytest.mark.parametrize(
+    "G",
+    [
+        Overridden(3, 4),
+        DegreeNormalized(Overridden(3, 4)),
+        Edges(LEFT, RIGHT, 7),
+        ViewExpanded(Labels(torch.tensor([0, 0, 1])), 2),
+        WithSupportSet(3, 2, torch.ones(3, 5)),
+    ],
+)
+def test_other_relations_have_no_groups(G: Relation) -> None:
+    assert G.groups is None

@@ -8,7 +8,7 @@ from sklearn.manifold import SpectralEmbedding
 from torch import Tensor
 from torch.testing import assert_close
 
-from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
+from ssl_runner.loss import MMCR, BarlowTwins, FroSSL, Loss, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.relation import (
     DegreeNormalized,
     Edges,
@@ -163,6 +163,18 @@ EXACTS += [
     for tau, reduction in ((0.5, "mean"), (0.2, "sum"))
     for name, K in (("views V=2", 5), ("views V=3 normalized", 6), ("balanced labels", 2))
 ]
+EXACTS += [
+    (SimCLR(0.5, denominator="negatives"), "views V=2", 5),
+    (SimCLR(0.3, "sum", "negatives"), "balanced labels", 2),
+    (MMCR(), "views V=2", 3),
+    (MMCR(), "views V=2", 9),
+    (MMCR(), "labels", 3),
+    (FroSSL(), "views V=2", 3),
+    (FroSSL(), "views V=3 normalized", 12),
+    (FroSSL(2.0), "views V=3 normalized", 12),
+    (FroSSL(0.05), "balanced labels", 14),
+    (FroSSL(per_view=True), "views V=3 normalized", 6),
+]
 
 
 @pytest.mark.parametrize(("loss", "name", "K"), EXACTS, ids=lambda case: str(case).partition("(")[0])
@@ -181,11 +193,28 @@ ATTAINED += [(VICReg(2.0, 0.1, 0.5, variance="squared"), 4), (VICReg(2.0, 2.0, 0
 ATTAINED += [(SpectralContrastive(), 4), (SpectralContrastive("sum", center=True), 14)]
 ATTAINED += [(BarlowTwins(0.1, center, eps=1e-12), K) for center in (False, True) for K in (2, 8, 14)]
 ATTAINED += [(BarlowTwins(alpha, eps=1e-2), 12) for alpha in (0.005, 3.0)]
-ATTAINED += [(SimCLR(0.3), 12), (SimCLR(0.3, "sum"), 14)]
+ATTAINED += [(SimCLR(0.3), 12), (SimCLR(0.3, "sum"), 14), (SimCLR(0.3, denominator="negatives"), 12)]
+ATTAINED += [(MMCR(alpha), K) for alpha in (0.0, 0.5) for K in (2, 8)]
+ATTAINED += [(FroSSL(gamma), K) for gamma in (0.0, 0.2) for K in (2, 14)] + [(FroSSL(per_view=True), 5)]
 
 
-@pytest.mark.parametrize("name", RELATIONS | MULTIPLE)
-@pytest.mark.parametrize(("loss", "K"), ATTAINED)
+def is_defined(loss: Loss, G: Relation) -> bool:
+    try:
+        loss.check_relation(G)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("loss", "K", "name"),
+    [
+        (loss, K, name)
+        for loss, K in ATTAINED
+        for name, G in (RELATIONS | MULTIPLE).items()
+        if is_defined(loss, G)
+    ],
+)
 def test_embedding_attains_exact_value_or_upper_bound(loss: Loss, K: int, name: str) -> None:
     G = (RELATIONS | MULTIPLE)[name]
     best = optimum(loss, G, K)
@@ -212,6 +241,34 @@ def test_lower_bound_is_not_beaten_by_descent(name: str, reduction: str) -> None
     G, loss = RELATIONS[name], SimCLR(0.3, reduction)
     best = optimum(loss, G, 2)
     assert min(descend(loss, G, 2, seed) for seed in range(3)) >= best.value * (1 - 1e-9)
+
+
+BOUNDED = [
+    (SimCLR(0.3, denominator="negatives"), "views V=2", 3),
+    (SimCLR(0.3, denominator="negatives"), "labels", 4),
+    (FroSSL(), "views V=2", 8),
+    (FroSSL(0.05), "balanced labels", 5),
+    (FroSSL(), "labels", 3),
+    (FroSSL(), "edges", 4),
+    (FroSSL(per_view=True), "neighbors", 3),
+]
+
+
+@pytest.mark.parametrize(("loss", "name", "K"), BOUNDED)
+def test_lower_bound_of_decoupled_simclr_and_frossl_is_not_beaten(loss: Loss, name: str, K: int) -> None:
+    best = optimum(loss, RELATIONS[name], K)
+    assert best.kind == LOWER
+    assert descend(loss, RELATIONS[name], K, 0) >= best.value - 1e-9
+
+
+@pytest.mark.parametrize("K", [2, 4, 6])
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0])
+def test_mmcr_with_manifolds_is_not_lower_near_its_optimum(scale: float, K: int) -> None:
+    """Not by descent: equal views are where the nuclear norm of a group is not differentiable."""
+    loss, G = MMCR(0.7), RELATIONS["views V=3 normalized"]
+    best = optimum(loss, G, K)
+    values = [float(loss(best.Z + scale * torch.randn(12, K), G)) for _ in range(20)]
+    assert best.value < min(values) < best.value + 10 * scale
 
 
 @pytest.mark.parametrize(

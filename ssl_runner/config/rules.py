@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from ssl_runner.errors import UsageError
 from ssl_runner.names import (
     COMPILE,
+    DENOMINATORS,
     FEATURES,
     FORWARD,
     KEEP,
@@ -104,6 +105,8 @@ LOSS_RULES = {
     "variance": Rule(str, choices=VARIANCES),
     "tau": _positive(float),
     "reduction": Rule(str, choices=REDUCTIONS),
+    "denominator": Rule(str, choices=DENOMINATORS),
+    "per_view": Rule(bool),
 }
 NO_RESULT = ("dataset.cache", "probe.cache")  # folder and switch of caches, of the same images and rows
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")

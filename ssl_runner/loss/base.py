@@ -19,6 +19,8 @@ class Loss(nn.Module, ABC):
     rows with `all_reduce_replicated` or `all_reduce_sharded` (`ssl_runner.distributed`). If it is False,
     training gathers all rows before it calls the loss.
 
+    `needs_groups` and `needs_views` restrict the relations: see `check_relation`.
+
     If `capturable` is True, `_terms` can be recorded in a CUDA graph: fixed shapes, no numbers from the host
     that differ between steps, such as those of a random generator on the host.
 
@@ -29,6 +31,8 @@ class Loss(nn.Module, ABC):
     supports_sharding: bool = False
     capturable: bool = False
     min_rows: int = 1
+    needs_groups: bool = False  # G consists of groups, such as Views and Labels
+    needs_views: bool = False  # the rows are V equal, view-major blocks
 
     def __init_subclass__(cls) -> None:
         """Reset `supports_sharding` and `capturable`: a subclass that overrides `_terms` must set them."""
@@ -62,8 +66,23 @@ class Loss(nn.Module, ABC):
             raise ValueError(
                 f"{N} rows: expected at least {self.min_rows} for {type(self).__name__}; give more embeddings"
             )
+        self.check_relation(G)
         with torch.autocast(Z.device.type, enabled=False):
             return self._terms(Z.float() if Z.dtype in (torch.float16, torch.bfloat16) else Z, G)
+
+    def check_relation(self, G: Relation) -> None:
+        """Raise ValueError if the loss is not defined for G. Causes no host-device sync."""
+        name = type(self).__name__
+        if self.needs_groups and G.groups is None:
+            raise ValueError(
+                f"G={type(G).__name__}: expected a relation whose positives form groups, for {name} with"
+                " these options; use relation=views or relation=labels"
+            )
+        if self.needs_views and G.V is None:
+            raise ValueError(
+                f"G={type(G).__name__}: expected a relation of views, for {name} with these options;"
+                " use relation=views"
+            )
 
     @abstractmethod
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:

@@ -67,7 +67,7 @@ class DegreeNormalized(Relation):
 
     def __init__(self, G: Relation):
         self.G, self.num_rows, self.support = G, G.num_rows, G.support
-        self.V = G.V
+        self.V, self.num_groups = G.V, G.num_groups
         degrees = to_float64(G.degrees)
         # a product, because torch.where with the scalar 0 causes a host-device sync on CUDA
         self.scale = (degrees > 0) * degrees.clamp(min=1).rsqrt()
@@ -76,6 +76,10 @@ class DegreeNormalized(Relation):
     def _product(self, Z: Tensor) -> Tensor:
         scale = self.scale[:, None].to(Z.dtype)
         return scale * (self.G @ (scale * Z))
+
+    @property
+    def groups(self) -> Tensor | None:
+        return self.G.groups if type(self) is DegreeNormalized else None
 
     def edges(self) -> Tensor:
         return self.G.edges()

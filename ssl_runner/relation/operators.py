@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssl_runner.device import to_device
-from ssl_runner.distributed import all_gather_object, all_reduce_sharded, all_reduce_sum
+from ssl_runner.distributed import all_gather_object, all_reduce_sharded, all_reduce_sum, rank, world_size
 
 MAX_ROWS = math.isqrt(2**63 - 1)  # of Edges: the number i * num_rows + j of a pair fits into int64
 
@@ -27,6 +27,7 @@ class Relation(ABC):
     num_rows: int
     degrees: Tensor
     V: int | None = None  # if rows are V equal blocks, view-major: row v n + k is view v of image k
+    num_groups: int | None = None  # number of groups over all ranks, see `groups`
     support: Tensor | None = None  # (m, K) constant embeddings appended to Z (NNCLR support set), or None
 
     def __matmul__(self, Z: Tensor) -> Tensor:
@@ -40,6 +41,16 @@ class Relation(ABC):
     @abstractmethod
     def _product(self, Z: Tensor) -> Tensor:
         """Z (N, K) -> G @ Z (N, K)."""
+
+    @property
+    def groups(self) -> Tensor | None:
+        """Group of each row, (N,) int64 below `num_groups`, if rows are positives iff their groups are equal.
+
+        None for any other relation, and for subclasses, which may override the product. A group has the same
+        number on all ranks, and its rows may lie on several: a sharded loss all-reduces its sums over groups,
+        of shape (num_groups, ...). Groups without rows are possible.
+        """
+        return None
 
     @abstractmethod
     def edges(self) -> Tensor:
@@ -75,7 +86,7 @@ class Views(Relation):
             raise ValueError(
                 f"n={n}, V={V}: expected n >= 1 and V >= 2; give at least two views of at least one image"
             )
-        self.n, self.V, self.num_rows = n, V, n * V
+        self.n, self.V, self.num_rows, self.num_groups = n, V, n * V, n * world_size()
         self.weight = 1 / (V - 1) if normalized else 1.0
         self.degrees = torch.full(
             (self.num_rows,), 1.0 if normalized else V - 1.0, dtype=torch.float32, device=device
@@ -85,6 +96,11 @@ class Views(Relation):
         views = Z.reshape(self.V, self.n, -1)
         GZ = (views.flip(0) if self.V == 2 else views.sum(0) - views).reshape(self.num_rows, -1)
         return GZ if self.weight == 1 else self.weight * GZ
+
+    @property
+    def groups(self) -> Tensor | None:
+        rows = torch.arange(self.num_rows, device=self.degrees.device)
+        return rows % self.n + rank() * self.n if type(self) is Views else None
 
     def edges(self) -> Tensor:
         rows = torch.arange(self.num_rows, device=self.degrees.device)
@@ -132,6 +148,7 @@ class Labels(Relation):
                 " leave out the rows that have no label"
             )
         self.y, self.num_rows, self.num_classes, self.normalized = y.long(), len(y), num_classes, normalized
+        self.num_groups = num_classes
         ones = torch.ones(self.num_rows, dtype=torch.float32, device=y.device)
         sizes = all_reduce_sum(ones.new_zeros(num_classes).index_add_(0, self.y, ones))
         self.positives = sizes[self.y] - 1
@@ -141,6 +158,10 @@ class Labels(Relation):
         sums = all_reduce_sharded(Z.new_zeros(self.num_classes, Z.shape[1]).index_add(0, self.y, Z))
         GZ = sums[self.y] - Z
         return GZ / self.positives.clamp(min=1)[:, None].to(Z.dtype) if self.normalized else GZ
+
+    @property
+    def groups(self) -> Tensor | None:
+        return self.y if type(self) is Labels else None
 
     def edges(self) -> Tensor:
         same = self.y[:, None] == self.y

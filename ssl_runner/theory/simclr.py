@@ -21,22 +21,25 @@ MAX_SIMPLEX_POINTS = 5000  # largest simplex whose vertices are computed
 def simclr_optimum(loss: SimCLR, G: Relation, K: int) -> Optimum:
     """A regular simplex if G consists of M groups of one size m; otherwise L-BFGS or a lower bound.
 
-    Simplex: log(m - 1 + (N - m) exp(-(1 + 1/(M-1)) / tau)) per positive pair, attained iff K >= M - 1.
-    Otherwise, up to `infonce.MAX_ROWS` rows: the minimum that L-BFGS finds. For more rows: the entropy of the
-    rows of G, a lower bound attained if each row's softmax equals the row of G; its rank is not known.
+    Simplex: log(m - 1 + (N - m) exp(-(1 + 1/(M-1)) / tau)) per positive pair, attained iff K >= M - 1; without
+    m - 1 for denominator="negatives". Otherwise, up to `infonce.MAX_ROWS` rows: the minimum that L-BFGS
+    finds. For more rows: the entropy of the rows of G, a lower bound attained if each row's softmax equals
+    the row of G; for denominator="negatives" that of `decoupled_bound`. Their rank is not known.
     """
     N = check_rows(G, K)
-    total = float(G.degrees.cpu().double().sum())
+    loss.check_relation(G)
+    total, decoupled = float(G.degrees.cpu().double().sum()), loss.denominator == "negatives"
     groups = find_groups(G)
     if groups is not None and total and len(groups.sizes.unique()) == 1:
         return simplex(loss, groups, K, scale=1 if loss.reduction == "mean" else total)
     scale = 1 / total if loss.reduction == "mean" and total else 1.0
-    if total and N <= infonce.MAX_ROWS:
+    if total and N <= infonce.MAX_ROWS and not decoupled:
         return numeric_optimum(loss, G, K, scale)
+    value = decoupled_bound(groups, loss.tau) if decoupled and groups else row_entropy(G, groups)
     return Optimum(
-        form="row entropy",
+        form="opposite negatives" if decoupled else "row entropy",
         kind=LOWER if total else EXACT,
-        value=scale * row_entropy(G, groups),
+        value=scale * value,
         singular_values=None,
         spaces=None,
         canonicalize=unit_rows,
@@ -47,7 +50,11 @@ def simclr_optimum(loss: SimCLR, G: Relation, K: int) -> Optimum:
 def simplex(loss: SimCLR, groups: Groups, K: int, scale: float) -> Optimum:
     """The optimum for M groups of one size m. `scale` times the mean over positive pairs is the value."""
     N, M, m = len(groups.y), len(groups.sizes), int(groups.sizes[0])
-    negatives = (N - m) * math.exp(-(1 + 1 / (M - 1)) / loss.tau) if M > 1 else 0.0
+    gap = (1 + 1 / (M - 1)) / loss.tau if M > 1 else math.inf  # s of positives - s of negatives
+    if loss.denominator == "negatives":
+        per_pair = math.log(N - m) - gap
+    else:
+        per_pair = math.log(m - 1 + (N - m) * math.exp(-gap))
     one = torch.ones(N, **HOST)
     space = group_constant_space(1.0, groups.y, one, groups.sizes > 0, one if M > 1 else None)
     dims = min(K, max(M - 1, 1))
@@ -63,7 +70,7 @@ def simplex(loss: SimCLR, groups: Groups, K: int, scale: float) -> Optimum:
     return Optimum(
         form="simplex",
         kind=EXACT if K >= M - 1 else LOWER,
-        value=scale * math.log(m - 1 + negatives),
+        value=scale * per_pair,
         singular_values=padded(torch.full((dims,), math.sqrt(N / dims), **HOST), K),
         spaces=[(space, dims)],
         canonicalize=(lambda Z: centred(unit_rows(Z))) if M > 1 else unit_rows,
@@ -85,6 +92,12 @@ def numeric_optimum(loss: SimCLR, G: Relation, K: int, scale: float) -> Optimum:
         canonicalize=unit_rows,
         build_embedding=lambda: torch.from_numpy(found.Z),
     )
+
+
+def decoupled_bound(groups: Groups, tau: float) -> float:
+    """sum_i d_i (log(N - m_i) - 2 / tau) over the rows i, each with m_i rows in its group."""
+    negatives = (groups.sizes.sum() - groups.sizes).double()
+    return float((groups.sizes * groups.degrees * (negatives.log() - 2 / tau)).sum())
 
 
 def row_entropy(G: Relation, groups: Groups | None) -> float:

@@ -3,8 +3,10 @@
 import json
 import math
 from inspect import signature
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,9 +15,20 @@ from omegaconf import OmegaConf
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg, kernels, simclr
+from ssl_runner.loss import (
+    MMCR,
+    BarlowTwins,
+    FroSSL,
+    Loss,
+    SimCLR,
+    SpectralContrastive,
+    VICReg,
+    kernels,
+    mmcr,
+    simclr,
+)
 from ssl_runner.loss.base import off_diagonal
-from ssl_runner.relation import Edges, Labels, Relation, Views
+from ssl_runner.relation import DegreeNormalized, Edges, Labels, Relation, Views
 
 CONFIGS = sorted((Path(__file__).parents[2] / "conf" / "loss").glob("*.yaml"))
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
@@ -32,11 +45,31 @@ LOSSES = {
     "vicreg squared": VICReg(2.0, 2.0, 0.5, variance="squared"),
     "simclr": SimCLR(0.2),
     "simclr sum": SimCLR(0.5, reduction="sum"),
+    "simclr negatives": SimCLR(0.2, denominator="negatives"),
     "spectral": SpectralContrastive(),
     "spectral sum": SpectralContrastive("sum", center=True),
     "barlow": BarlowTwins(0.1),
     "barlow centred": BarlowTwins(5e-3, center=True),
+    "mmcr": MMCR(),
+    "frossl": FroSSL(),
 }
+OF_VIEWS = {"mmcr with manifolds": MMCR(0.7), "frossl per view": FroSSL(per_view=True)}
+
+
+def is_defined(loss: Loss, G: Relation) -> bool:
+    try:
+        loss.check_relation(G)
+    except ValueError:
+        return False
+    return True
+
+
+DEFINED = [
+    pytest.param(loss, G, id=f"{name}-{of}")
+    for name, loss in (LOSSES | OF_VIEWS).items()
+    for of, G in RELATIONS.items()
+    if is_defined(loss, G)
+]
 
 
 def golden_embeddings(case: dict, dtype: torch.dtype) -> torch.Tensor:
@@ -160,8 +193,118 @@ def test_barlow_matches_authors_formula() -> None:
     )
 
 
+def test_mmcr_matches_authors_formula() -> None:
+    """Yerxa et al.: alpha mean_b |Z_b|_* - |C|_* over b images with rows image-major, n_aug views each."""
+    for n, V in ((5, 2), (2, 5)):
+        Z = torch.randn(V * n, 4, dtype=torch.float64)
+        image_major = np.stack(
+            [[(z := Z[v * n + b].numpy()) / np.linalg.norm(z) for v in range(V)] for b in range(n)]
+        )
+        local = sum(np.linalg.norm(rows, "nuc") for rows in image_major) / n
+        official = 0.7 * local - np.linalg.norm(image_major.mean(1), "nuc")
+        assert_close(float(MMCR(0.7)(Z, Views(n, V))), official)
+
+
+def test_mmcr_of_labels_matches_loop_over_classes() -> None:
+    """A class without rows does not count."""
+    Z = torch.randn(10, 3, dtype=torch.float64)
+    unit = [z / np.linalg.norm(z) for z in Z.numpy()]
+    C = np.stack([np.mean([unit[i] for i in range(10) if Y[i] == c], axis=0) for c in range(4)])
+    for G in (Labels(Y), Labels(Y, num_classes=9), Labels(Y, normalized=True), DegreeNormalized(Labels(Y))):
+        assert_close(float(MMCR()(Z, G)), -np.linalg.norm(C, "nuc"))
+
+
+@pytest.mark.parametrize("shape", [(4, 7), (7, 4), (5, 5)])
+@pytest.mark.parametrize("rank", [0, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nuclear_norm_has_smallest_subgradient_at_deficient_rank(
+    shape: tuple[int, int], rank: int, dtype: torch.dtype
+) -> None:
+    """f(X) >= f(C) + <g, X - C> for all X. UV' of rank r is the only subgradient of squared norm r."""
+    C = torch.randn(shape[0], rank, dtype=dtype) @ torch.randn(rank, shape[1], dtype=dtype)
+    C.requires_grad_()
+    value = mmcr._NuclearNorm.apply(C)
+    (g,) = torch.autograd.grad(value, C)
+    assert_close(g.square().sum(), torch.tensor(rank, dtype=dtype), rtol=1e-4, atol=1e-4)
+    for scale in (1e-3, 1.0, 10.0):
+        step = scale * torch.randn(shape, dtype=dtype)
+        further = np.linalg.norm((C.detach() + step).double().numpy(), "nuc")
+        assert further >= float(value.detach() + (g * step).sum()) - 1e-5 * (1 + scale)
+
+
+def test_mmcr_of_non_finite_embeddings_is_nan() -> None:
+    """torch.linalg.svd raises for them, and the training's guard would not report the diverged term."""
+    Z = torch.randn(10, 3)
+    Z[4, 1] = torch.nan
+    assert MMCR()(Z, Views(5, 2)).isnan()
+    assert MMCR(1.0)(Z, Views(5, 2)).isnan()
+
+
+@pytest.mark.parametrize("V", [2, 5])
+def test_frossl_matches_authors_multiview_formula(V: int) -> None:
+    """Skean et al.: sum over views of 2 log |K_v|_F + mse(view, mean view), rows of length sqrt(K).
+
+    K_v is the Gram matrix of the view, K x K or n x n, divided by its trace.
+    """
+    n, K, weight = 10 // V, 4, 0.8
+    Z = torch.randn(10, K, dtype=torch.float64)
+    views = [K**0.5 * z / z.norm(dim=1, keepdim=True) for z in Z.chunk(V)]
+    mean = torch.stack(views).mean(0)
+    official = torch.zeros((), dtype=torch.float64)
+    for view in views:
+        gram = view.T @ view if n > K else view @ view.T
+        official += 2 * (gram / gram.trace()).norm().log() + weight * F.mse_loss(view, mean)
+    loss = FroSSL(weight / (2 * V), per_view=True)
+    assert_close(V * loss(Z, Views(n, V)), official)
+
+
 @pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_frossl_matches_double_sums(G: Relation) -> None:
+    Z, dense = torch.randn(10, 4, dtype=torch.float64), G.dense(torch.float64)
+    cosines = F.cosine_similarity(Z[:, None], Z, dim=2)
+    assert_close(FroSSL(0)(Z, G), (cosines / 10).square().sum().log())
+    assert_close(FroSSL(3)(Z, G) - FroSSL(0)(Z, G), 3 / 10 * (dense * (2 - 2 * cosines)).sum())
+
+
+def test_decoupled_simclr_matches_authors_formula() -> None:
+    """Yeh et al.: -s of the positive + log sum over both views of the n - 1 other images, for each row."""
+    n, tau = 6, 0.3
+    Z = F.normalize(torch.randn(2 * n, 5, dtype=torch.float64))
+    terms = []
+    for i in range(2 * n):
+        positive = Z[i] @ Z[(i + n) % (2 * n)] / tau
+        others = torch.stack([Z[i] @ Z[k] / tau for k in range(2 * n) if k % n != i % n])
+        terms.append(-positive + others.exp().sum().log())
+    assert_close(SimCLR(tau, denominator="negatives")(Z, Views(n, 2)), torch.stack(terms).mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_decoupled_simclr_keeps_small_negatives_at_small_temperature(dtype: torch.dtype) -> None:
+    """A group's own sum, exp(20) a row, is 10^17 times the negatives': subtracting it would leave nothing."""
+    rows = torch.tensor([[1.0, 0.0], [1.0, 0.1], [-1.0, 0.0], [-1.0, 0.2], [-1.0, -0.1], [0.0, 1.0]])
+    y, tau = torch.tensor([0, 0, 1, 1, 1, 2]), 0.05
+    loss, exact = SimCLR(tau, denominator="negatives"), rows.double().requires_grad_()
+    Z = rows.to(dtype).requires_grad_()
+    value, expected = loss(Z, Labels(y)), sum(plain_simclr(loss, exact, Labels(y)).values())
+    assert_close(value.double(), expected, rtol=1e-6, atol=0)
+    (gradient,), (true,) = torch.autograd.grad(value, Z), torch.autograd.grad(expected, exact)
+    assert_close(gradient.double(), true, rtol=1e-4, atol=1e-5 * float(true.norm()))
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.5])
+def test_simclr_with_normalized_labels_is_supcon_out(tau: float) -> None:
+    """Khosla et al. 2020, eq. 2: mean over anchors i of -1/|P(i)| sum_{p in P(i)} log softmax_{a != i}."""
+    Z = F.normalize(torch.randn(10, 4, dtype=torch.float64))
+    anchors = []
+    for i in range(10):
+        P = [p for p in range(10) if p != i and Y[p] == Y[i]]
+        denominator = sum((Z[i] @ Z[a] / tau).exp() for a in range(10) if a != i)
+        if P:
+            anchors.append(-sum(((Z[i] @ Z[p] / tau).exp() / denominator).log() for p in P) / len(P))
+    assert_close(SimCLR(tau)(Z, Labels(Y, normalized=True)), torch.stack(anchors).mean())
+
+
+@pytest.mark.parametrize(("loss", "G"), DEFINED)
 def test_loss_passes_gradcheck(loss: Loss, G: Relation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simclr, "BLOCK_ELEMENTS", 30)  # 5 x 5 tiles, or blocks of 3 rows with a last one of 1
     monkeypatch.setitem(kernels.STRIPE, "cpu", 2)  # stripes of 2 rows of C with a last one of 1
@@ -190,12 +333,13 @@ def plain_barlow(loss: BarlowTwins, Z: torch.Tensor, G: Relation) -> dict[str, t
 
 
 def plain_simclr(loss: SimCLR, Z: torch.Tensor, G: Relation) -> dict[str, torch.Tensor]:
-    S = (F.normalize(Z) @ F.normalize(Z).T / loss.tau).fill_diagonal_(-torch.inf)
-    dense = G.dense(Z.dtype)
+    S = F.normalize(Z) @ F.normalize(Z).T / loss.tau
+    dense, eye = G.dense(Z.dtype), torch.eye(len(Z), dtype=torch.bool)
+    left_out = eye | (dense > 0) if loss.denominator == "negatives" else eye
     positives = dense.sum() if loss.reduction == "mean" else 1
     return {
-        "repulsion": dense.sum(1) @ S.logsumexp(1) / positives,
-        "attraction": -(dense * S.masked_fill(torch.eye(len(S), dtype=torch.bool), 0)).sum() / positives,
+        "repulsion": dense.sum(1) @ S.masked_fill(left_out, -torch.inf).logsumexp(1) / positives,
+        "attraction": -(dense * S).sum() / positives,
     }
 
 
@@ -206,11 +350,19 @@ PLAIN = {
     BarlowTwins(0.1, center=True): plain_barlow,
     SimCLR(): plain_simclr,
     SimCLR(0.1, "sum"): plain_simclr,
+    SimCLR(0.1, denominator="negatives"): plain_simclr,
+    SimCLR(0.01, "sum", "negatives"): plain_simclr,
 }
 
 
-@pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
-@pytest.mark.parametrize("loss", PLAIN, ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize(
+    ("loss", "G"),
+    [
+        pytest.param(loss, G, id=f"{type(loss).__name__}-{of}")
+        for loss, (of, G) in product(PLAIN, RELATIONS.items())
+        if is_defined(loss, G)
+    ],
+)
 @pytest.mark.parametrize("blockwise", [False, True], ids=["one block", "many blocks"])
 def test_terms_and_gradients_match_plain_autograd(
     loss: Loss, G: Relation, blockwise: bool, monkeypatch: pytest.MonkeyPatch
@@ -317,7 +469,8 @@ def test_collapsed_embeddings_have_finite_gradients(loss: Loss) -> None:
         assert Z.grad.isfinite().all()
 
 
-def test_simclr_allocates_no_n_by_n_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("denominator", ["all", "negatives"])
+def test_simclr_allocates_no_n_by_n_tensor(denominator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -332,7 +485,7 @@ def test_simclr_allocates_no_n_by_n_tensor(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(simclr, "BLOCK_ELEMENTS", 2**14)
     Z = torch.randn(2048, 4, requires_grad=True)
     with Largest() as largest:
-        SimCLR()(Z, Views(1024, 2)).backward()
+        SimCLR(denominator=denominator)(Z, Views(1024, 2)).backward()
     assert 2**13 < largest.elements <= 2**14
 
 
@@ -413,9 +566,39 @@ def test_simclr_normalises_usual_rows_as_torch() -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: SimCLR(0), lambda: SimCLR(reduction="none"), lambda: VICReg(variance="soft")],
-    ids=["tau", "reduction", "variance"],
+    [
+        lambda: SimCLR(0),
+        lambda: SimCLR(reduction="none"),
+        lambda: SimCLR(denominator="positives"),
+        lambda: VICReg(variance="soft"),
+    ],
+    ids=["tau", "reduction", "denominator", "variance"],
 )
 def test_loss_rejects_invalid_hyperparameters(make) -> None:
     with pytest.raises(ValueError, match=": expected "):
         make()
+
+
+class ViewsOfMine(Views):
+    """A subclass may override the product, so its groups are not known."""
+
+
+@pytest.mark.parametrize(
+    ("loss", "G", "message"),
+    [
+        (MMCR(), RELATIONS["edges"], "G=Edges: expected a relation whose positives form groups, for MMCR"),
+        (MMCR(), ViewsOfMine(5, 2), "G=ViewsOfMine: expected a relation whose positives form groups"),
+        (SimCLR(denominator="negatives"), RELATIONS["edges"], "G=Edges: .* groups, for SimCLR"),
+        (
+            SimCLR(denominator="negatives"),
+            Views(1, 10),
+            "denominator=negatives: expected rows of two or more",
+        ),
+        (SimCLR(denominator="negatives"), Labels(Y * 0, 4), "denominator=negatives: expected rows of two"),
+        (MMCR(1.0), RELATIONS["labels"], "G=Labels: expected a relation of views, for MMCR"),
+        (FroSSL(per_view=True), RELATIONS["labels"], "G=Labels: expected a relation of views, for FroSSL"),
+    ],
+)
+def test_loss_rejects_relation_it_is_not_defined_for(loss: Loss, G: Relation, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loss(torch.randn(10, 3), G)
