@@ -479,7 +479,7 @@ def test_nested_relation_is_composed(ssl_run) -> None:
 
 
 def test_experiment_is_accepted_with_plus(ssl_run) -> None:
-    plain, added = (ssl_run(f"{sign}experiment=low_label --cfg job") for sign in ("", "+"))
+    plain, added = (ssl_run(f"{sign}experiment=supervised_digits --cfg job") for sign in ("", "+"))
     assert plain == added
     assert plain[0] == 0
 

@@ -34,10 +34,10 @@ def header_commands() -> list[str]:
     return found
 
 
-@pytest.mark.slow  # composes all 250 jobs
+@pytest.mark.slow  # composes 90 jobs
 @pytest.mark.parametrize("command", header_commands())
 def test_header_commands_of_experiments_are_accepted(ssl_run, command: str) -> None:
-    code, out, err = ssl_run(f"{command} --cfg job")
+    code, out, err = ssl_run(f"{command} seed=0 --cfg job")  # one seed: a third of the jobs
     assert (code, err) == (0, "")
     assert out
 
