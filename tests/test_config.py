@@ -15,6 +15,7 @@ from ssl_runner.config.compose import CONF
 from ssl_runner.config.help import read_comments
 from ssl_runner.config.rules import dotted_keys, format_value
 from ssl_runner.data.readers import mnist5k
+from ssl_runner.errors import UsageError
 
 INVALID = [
     # options of another loss
@@ -511,7 +512,7 @@ def test_nested_relation_is_composed(ssl_run) -> None:
 
 
 def test_experiment_is_accepted_with_plus(ssl_run) -> None:
-    plain, added = (ssl_run(f"{sign}experiment=low_label --cfg job") for sign in ("", "+"))
+    plain, added = (ssl_run(f"{sign}experiment=supervised_digits --cfg job") for sign in ("", "+"))
     assert plain == added
     assert plain[0] == 0
 
@@ -539,6 +540,12 @@ def test_sweep_of_experiment_file_is_listed_and_validated(ssl_run, tmp_path: Pat
     assert (code, out) == (0, "#0 gamma=1 experiment=good\n#1 gamma=5 experiment=good\n2 jobs\n")
     code, out, err = ssl_run("--config-dir mine -m experiment=bad")
     assert (code, out, err) == (1, "", "gamma=-5: expected a number >= 0\n")
+    assert ssl_run("--config-dir mine experiment=good gamma=3,4 --cfg job")[1].endswith("2 jobs\n")
+    assert ssl_run("--config-dir mine experiment=bad") == (code, out, err)  # without -m
+    assert ssl_run("--config-dir mine experiment=bad gamma=3 --cfg job")[1].startswith("V: 2\n")
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
+    with pytest.raises(UsageError, match=r"expected a single run, .* \(2 jobs, .* gamma=1"):
+        ssl_runner.run("experiment=good", config_dir="mine")
 
 
 # --- help and version ---------------------------------------------------------------------------------------

@@ -55,6 +55,19 @@ def check(args: argparse.Namespace, evaluation: bool = False) -> list[tuple[str,
         ]
 
 
+def has_grid(args: argparse.Namespace) -> bool:
+    """Return whether the experiment has a sweep (`hydra.sweeper.params`).
+
+    Options that the command line sets to one value are not swept over.
+    """
+    overrides = compose.parse(args.overrides)
+    fixed = {override.key_or_group for override in overrides if not override.is_sweep_override()}
+    if "experiment" not in fixed:
+        return False
+    with compose.composer(args) as composer:
+        return any(axis.key_or_group not in fixed for axis in sweeper_params(composer, overrides))
+
+
 def sweeper_params(composer: Composer, overrides: list[Override]) -> list[Override]:
     """Return the sweep in `hydra.sweeper.params`, which an experiment may set."""
     lines = [

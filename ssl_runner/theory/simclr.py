@@ -21,10 +21,10 @@ MAX_SIMPLEX_POINTS = 5000  # largest simplex whose vertices are computed
 def simclr_optimum(loss: SimCLR, G: Relation, K: int) -> Optimum:
     """A regular simplex if G consists of M groups of one size m; otherwise L-BFGS or a lower bound.
 
-    Simplex: log(m - 1 + (N - m) exp(-(1 + 1/(M-1)) / tau)) per positive pair, attained iff K >= M - 1; without
-    m - 1 for denominator="negatives". Otherwise, up to `infonce.MAX_ROWS` rows: the minimum that L-BFGS
-    finds. For more rows: the entropy of the rows of G, a lower bound attained if each row's softmax equals
-    the row of G; for denominator="negatives" that of `decoupled_bound`. Their rank is not known.
+    Simplex: log(m - 1 + (N - m) exp(-(1 + 1/(M-1)) / tau)) per positive pair, attained iff K >= M - 1;
+    without m - 1 for denominator="negatives". Otherwise, up to `infonce.MAX_ROWS` rows: the minimum that
+    L-BFGS finds. For more rows: the entropy of the rows of G, a lower bound attained if each row's softmax
+    equals the row of G; for denominator="negatives" that of `decoupled_bound`. Their rank is not known.
     """
     N = check_rows(G, K)
     loss.check_relation(G)
