@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ssl_runner import distributed, numerics, optimizer
 from ssl_runner.backbone import Backbone, LinearBackbone
-from ssl_runner.checks import check_blur, check_fit, check_resolutions
+from ssl_runner.checks import check_blur, check_fit, check_resolutions, check_whitening
 from ssl_runner.config.rules import check_values
 from ssl_runner.data import dataset
 from ssl_runner.data.dataset import DataSet
@@ -132,6 +132,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     precision = solver_precision(cfg, solver_class, device)
     torch.manual_seed(cfg.seed)  # for a loss with random initial parameters
     loss = build_node("loss", cfg.loss).to(device)
+    check_whitening(cfg, loss)
     relation = build_node("relation", cfg.relation)
     augment = build_node("views", cfg.views, without=("preview", "resolutions"))
     classifiers = build_classifiers(cfg, cfg.probe.probes)

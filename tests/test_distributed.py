@@ -24,7 +24,7 @@ from ssl_runner import backbone, distributed
 from ssl_runner.device import choose_device
 from ssl_runner.distributed import collectives, group
 from ssl_runner.errors import UsageError
-from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
+from ssl_runner.loss import WMSE, BarlowTwins, Loss, SIGReg, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.preemption import Preempted, Preemption
 from ssl_runner.probe import KnnProbe, LinearProbe, RidgeProbe, evaluate, extract, protocol
 from ssl_runner.relation import Labels, Relation, Views, builders
@@ -37,6 +37,12 @@ from tests.helpers import TIMINGS, TINY, complete_rows, pretraining, rows, run_f
 from tests.processes import in_processes
 from tests.test_views import FULL
 
+
+def seeded_sigreg() -> SIGReg:
+    torch.manual_seed(0)  # as at the start of a run
+    return SIGReg(directions=9)
+
+
 LOSSES = {
     "vicreg": partial(VICReg, 25.0, 2.0, 10.0),
     "vicreg squared": partial(VICReg, 25.0, 25.0, 10.0, variance="squared"),
@@ -45,6 +51,9 @@ LOSSES = {
     "spectral": partial(SpectralContrastive, center=True),
     "barlow": partial(BarlowTwins, 0.02),
     "barlow centred": partial(BarlowTwins, 0.02, center=True),
+    "sigreg": seeded_sigreg,
+    "wmse": WMSE,
+    "wmse without unit rows": partial(WMSE, unit_rows=False),
 }
 RELATIONS = ("views", "views normalized", "labels", "labels normalized")
 n, K, CLASSES = 8, 6, 3  # images, embedding dimension, classes
@@ -111,7 +120,7 @@ def collective_calls() -> dict[str, list[tuple[str, int]]]:
 
         setattr(torch.distributed, name, counted)
     found = {}
-    for loss in ("vicreg", "barlow", "spectral", "simclr"):
+    for loss in ("vicreg", "barlow", "spectral", "sigreg", "wmse", "simclr"):
         calls.clear()
         Z = torch.randn(40, K, requires_grad=True)
         LOSSES[loss]()(Z, Views(20, 2)).backward()
@@ -132,7 +141,9 @@ def test_collective_sizes_are_independent_of_batch_size_except_for_simclr(W: int
     assert sizes["vicreg"] == [1, K, K * K]
     assert sizes["barlow"] == [K, K * K]
     assert sizes["spectral"] == [1, 1, 1, K, K, K * K]
-    assert all(name == "all_reduce" for loss in ("vicreg", "barlow", "spectral") for name, _ in found[loss])
+    assert sizes["sigreg"] == [1, K, 2 * 16 * 9]  # cosines and sines at 16 knots, for 9 directions
+    assert sizes["wmse"] == [1, 1, K, K, K * K, K * K]
+    assert all(name == "all_reduce" for loss in sizes if loss != "simclr" for name, _ in found[loss])
     gathers = [call for call in found["simclr"] if call[0] != "all_reduce"]
     assert gathers == [(collectives.ALL_GATHER, W * 40 * K), (collectives.REDUCE_SCATTER, W * 40 * K)]
 

@@ -12,7 +12,7 @@ from ssl_runner.relation import Relation
 
 
 class WMSE(Loss):
-    """Mean over the positive pairs of |w_i - w_j|^2, for W = (Z - mean) L^-T with LL' = C, the covariance of Z:
+    """Mean over the positive pairs of |w_i - w_j|^2, for W = (Z - mean) L^-T, LL' = C, the covariance of Z:
 
         distance  sum_ij G_ij |w_i - w_j|^2 / sum_ij G_ij
 
