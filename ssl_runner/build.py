@@ -132,13 +132,13 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     precision = solver_precision(cfg, solver_class, device)
     torch.manual_seed(cfg.seed)  # for a loss with random initial parameters
     loss = build_node("loss", cfg.loss).to(device)
-    check_whitening(cfg, loss)
     relation = build_node("relation", cfg.relation)
     augment = build_node("views", cfg.views, without=("preview", "resolutions"))
     classifiers = build_classifiers(cfg, cfg.probe.probes)
     solver_class.check_loss(loss, relation)
     if solver_class.trains:  # wrong options are refused before the data set is read
         build_optimizer(cfg, nn.ParameterList([torch.zeros(1)]))
+        check_whitening(cfg, loss)
     if data is None:
         data = read_data(cfg, device)
     check_fit(cfg, data, relation)

@@ -103,6 +103,8 @@ def test_loss_and_averaged_gradient_match_single_process(W: int) -> None:
             CASES, rank, expected, strict=True
         ):
             tolerance = 1e-12 if case[-1] == torch.float64 else 1e-5
+            if case[0].startswith("wmse"):  # divides by the square root of the smallest variance
+                tolerance *= 10
             assert gradient_of_one.abs().max() > 1e-3, case
             assert abs(value - value_of_one) <= tolerance * abs(value_of_one), case
             assert (gradient - gradient_of_one).norm() <= tolerance * gradient_of_one.norm(), case
