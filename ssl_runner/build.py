@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ssl_runner import distributed, numerics, optimizer
 from ssl_runner.backbone import Backbone, LinearBackbone
-from ssl_runner.checks import check_blur, check_fit, check_resolutions, check_whitening
+from ssl_runner.checks import check_blur, check_fit, check_resolutions
 from ssl_runner.config.rules import check_values
 from ssl_runner.data import dataset
 from ssl_runner.data.dataset import DataSet
@@ -138,7 +138,6 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     solver_class.check_loss(loss, relation)
     if solver_class.trains:  # wrong options are refused before the data set is read
         build_optimizer(cfg, nn.ParameterList([torch.zeros(1)]))
-        check_whitening(cfg, loss)
     if data is None:
         data = read_data(cfg, device)
     check_fit(cfg, data, relation)

@@ -11,7 +11,6 @@ from ssl_runner.config.compose import CONF
 from ssl_runner.config.rules import format_value
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.errors import UsageError
-from ssl_runner.loss import WMSE, Loss
 from ssl_runner.model import eval_mode
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.solver import Solver
@@ -77,19 +76,6 @@ def check_fit(cfg: DictConfig, data: DataSet, relation: RelationBuilder) -> None
         raise UsageError(
             f"relation.path={cfg.relation.get('path')}: no pair joins two of the {images} pretraining images;"
             " number the images as conf/relation/edges.yaml says (validation and test images do not count)"
-        )
-
-
-def check_whitening(cfg: DictConfig, loss: Loss) -> None:
-    """Raise UsageError if WMSE whitens too few rows for the columns of the projector."""
-    K = cfg.projector.get("K")
-    if not isinstance(loss, WMSE) or K is None:
-        return
-    rows = cfg.V * cfg.batch_size if loss.whitening_size is None else min(loss.whitening_size, cfg.batch_size)
-    if rows <= K:
-        raise UsageError(
-            f"projector.K={K}: expected less than the {rows} rows that loss=wmse whitens at once; use a"
-            " smaller one, such as 64"
         )
 
 

@@ -47,7 +47,7 @@ IMPORTS = """
 
     pretrained      data device errors runs views
 
-    checks          backbone config data distributed errors loss model relation solver views
+    checks          backbone config data distributed errors model relation solver views
     build           backbone checks config data device distributed errors evaluator loss model names
                     numerics optimizer preemption probe relation runs solver
     compiler        data distributed solver
