@@ -17,26 +17,33 @@ from ssl_runner.config.rules import dotted_keys, format_value
 from ssl_runner.data.readers import mnist5k
 from ssl_runner.errors import UsageError
 
+LOSS_NAMES = ", ".join(sorted(path.stem for path in (CONF / "loss").glob("*.yaml")))
 INVALID = [
     # options of another loss
     (
         "loss=simclr gamma=25",
-        "gamma is an option of loss=frossl and loss=vicreg, not of loss=simclr"
+        "gamma is an option of loss=frossl and loss=sigreg and loss=vicreg, not of loss=simclr"
         " (options: tau, reduction, denominator)",
     ),
-    ("loss=simclr +gamma=25", "gamma is an option of loss=frossl and loss=vicreg, not of loss=simclr"),
+    ("loss=simclr +gamma=25", "gamma is an option of loss=frossl and loss=sigreg and loss=vicreg, not of"),
     (
         "loss=vicreg tau=0.5",
         "tau is an option of loss=simclr, not of loss=vicreg (options: alpha, beta, gamma, variance)",
     ),
     (
         "loss=simclr alpha=1",
-        "alpha is an option of loss=barlow and loss=mmcr and loss=vicreg, not of loss=simclr",
+        "alpha is an option of loss=barlow and loss=mmcr and loss=sigreg and loss=vicreg, not of",
     ),
     (
         "-m loss=vicreg,simclr gamma=1,25",
-        "gamma is an option of loss=frossl and loss=vicreg, not of loss=simclr",
+        "gamma is an option of loss=frossl and loss=sigreg and loss=vicreg, not of loss=simclr",
     ),
+    (
+        "loss=wmse",
+        "projector.K=256: expected less than the 256 rows that loss=wmse whitens at once; use a smaller one",
+    ),
+    ("loss=wmse projector.K=64 whitening_size=64", "projector.K=64: expected less than the 64 rows"),
+    ("loss=sigreg directions=0", "directions=0: expected an integer >= 1"),
     # unknown keys and choices
     ("epoch=3", "Unknown option 'epoch'. Did you mean 'epochs'? List all: ssl-run --cfg job"),
     ("-m epoch=3,4", "Unknown option 'epoch'. Did you mean 'epochs'? List all: ssl-run --cfg job"),
@@ -45,8 +52,7 @@ INVALID = [
     ("los=simclr", "Did you mean 'loss'?"),
     (
         "loss=simclrr",
-        "Unknown loss 'simclrr'. Did you mean 'simclr'?"
-        " Available: barlow, frossl, mmcr, simclr, spectral, vicreg",
+        f"Unknown loss 'simclrr'. Did you mean 'simclr'? Available: {LOSS_NAMES}",
     ),
     ("optimizer=adam", "Unknown optimizer 'adam'. Did you mean 'adamw'? Available: adamw, lars, sgd"),
     ("experiment=nope", "Unknown experiment 'nope'. Available: "),
@@ -63,14 +69,14 @@ INVALID = [
     ),
     ("views.policies.all.flip=0.5", "Add it as a new argument: +views.policies.all.flip=0.5"),
     ("loss.gamma=3", "loss.gamma=3: options of a loss are set at the top level; write gamma=3"),
-    ("~loss", "~loss=null: expected loss=<name>; use one of barlow, frossl, mmcr, simclr, spectral, vicreg"),
+    ("~loss", f"~loss=null: expected loss=<name>; use one of {LOSS_NAMES}"),
     (
         "loss=null",
-        "loss=null: expected loss=<name>; use one of barlow, frossl, mmcr, simclr, spectral, vicreg",
+        f"loss=null: expected loss=<name>; use one of {LOSS_NAMES}",
     ),
     (
         "'loss=[vicreg,simclr]'",
-        "expected loss=<name>; use one of barlow, frossl, mmcr, simclr, spectral, vicreg",
+        f"expected loss=<name>; use one of {LOSS_NAMES}",
     ),
     ("--foo", "unrecognized arguments: --foo"),
     # types
@@ -390,7 +396,11 @@ def test_experiment_file_is_validated_like_command_line(ssl_run, tmp_path: Path)
     experiments.mkdir(parents=True)
     header = "# @package _global_\ndefaults:\n  - override /loss: simclr\n"
     for name, text, message in [
-        ("other", "gamma: 25", "gamma is an option of loss=frossl and loss=vicreg, not of loss=simclr"),
+        (
+            "other",
+            "gamma: 25",
+            "gamma is an option of loss=frossl and loss=sigreg and loss=vicreg, not of loss=simclr",
+        ),
         ("typo", "epoch: 3", "Unknown option 'epoch'. Did you mean 'epochs'? List all: ssl-run --cfg job"),
         (
             "nested",

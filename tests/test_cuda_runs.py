@@ -65,6 +65,8 @@ def check(folder: Path) -> None:
         "loss=spectral relation=labels precision=bf16 optimizer=lars",
         "loss=barlow center=true views=barlow precision=tf32",
         "variance=squared views=vicreg precision=fp16",
+        "loss=sigreg per_view=true V=3 precision=bf16",
+        "loss=wmse projector.K=8 precision=fp16",
         "loss=simclr relation=labels relation.normalized=true precision=fp16 optimizer=lars",
         "relation=neighbors relation.queue=100 precision=bf16 optimizer=sgd optimizer.clip_grad_norm=1",
         "relation=noisy relation@relation.base=neighbors deterministic=true",

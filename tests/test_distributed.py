@@ -25,7 +25,7 @@ from ssl_runner.batch import ViewTensors, per_size
 from ssl_runner.device import choose_device
 from ssl_runner.distributed import collectives, group
 from ssl_runner.errors import UsageError
-from ssl_runner.loss import MMCR, BarlowTwins, FroSSL, Loss, SimCLR, SpectralContrastive, VICReg
+from ssl_runner.loss import MMCR, WMSE, BarlowTwins, FroSSL, Loss, SIGReg, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.preemption import Preempted, Preemption
 from ssl_runner.probe import KnnProbe, LinearProbe, RidgeProbe, evaluate, extract, protocol
 from ssl_runner.relation import Labels, Relation, Views, builders
@@ -37,6 +37,12 @@ from ssl_runner.views import Augment
 from tests.helpers import TIMINGS, TINY, TWO_SIZES, complete_rows, pretraining, rows, run_folder, weights
 from tests.processes import in_processes
 from tests.test_views import FULL
+
+
+def seeded_sigreg() -> SIGReg:
+    torch.manual_seed(0)  # as at the start of a run
+    return SIGReg(directions=9)
+
 
 LOSSES = {
     "vicreg": partial(VICReg, 25.0, 2.0, 10.0),
@@ -51,6 +57,9 @@ LOSSES = {
     "mmcr with manifolds": partial(MMCR, 0.5),
     "frossl": FroSSL,
     "frossl per view": partial(FroSSL, per_view=True),
+    "sigreg": seeded_sigreg,
+    "wmse": WMSE,
+    "wmse without unit rows": partial(WMSE, unit_rows=False),
 }
 RELATIONS = ("views", "views normalized", "labels", "labels normalized")
 n, K, CLASSES = 8, 6, 3  # images, embedding dimension, classes
@@ -104,6 +113,8 @@ def test_loss_and_averaged_gradient_match_single_process(W: int) -> None:
             CASES, rank, expected, strict=True
         ):
             tolerance = 1e-12 if case[-1] == torch.float64 else 1e-5
+            if case[0].startswith("wmse"):  # divides by the square root of the smallest variance
+                tolerance *= 10
             assert gradient_of_one.abs().max() > 1e-3, case
             assert abs(value - value_of_one) <= tolerance * abs(value_of_one), case
             assert (gradient - gradient_of_one).norm() <= tolerance * gradient_of_one.norm(), case
@@ -121,7 +132,17 @@ def collective_calls() -> dict[str, list[tuple[str, int]]]:
 
         setattr(torch.distributed, name, counted)
     found = {}
-    for loss in ("vicreg", "barlow", "spectral", "simclr", "simclr negatives", "mmcr", "frossl"):
+    for loss in (
+        "vicreg",
+        "barlow",
+        "spectral",
+        "simclr",
+        "simclr negatives",
+        "mmcr",
+        "frossl",
+        "sigreg",
+        "wmse",
+    ):
         calls.clear()
         Z = torch.randn(40, K, requires_grad=True)
         LOSSES[loss]()(Z, Views(20, 2)).backward()
@@ -145,6 +166,8 @@ def test_collective_sizes_are_independent_of_batch_size_except_for_simclr_and_mm
     assert sizes["spectral"] == [1, 1, 1, K, K, K * K]
     assert sizes["frossl"] == [1, K * K]
     assert sizes["mmcr"] == [W * 20, W * 20 * K]
+    assert sizes["sigreg"] == [1, K, 2 * 16 * 9]  # cosines and sines at 16 knots, for 9 directions
+    assert sizes["wmse"] == [1, 1, K, K, K * K, K * K]
     assert all(
         name == "all_reduce"
         for loss in set(found) - {"simclr", "simclr negatives"}

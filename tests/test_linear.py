@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ssl_runner.errors import UsageError
-from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
+from ssl_runner.loss import WMSE, BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.relation import DegreeNormalized, Edges, Labels, Relation, Views
 from ssl_runner.relation.builders import FromViews
 from ssl_runner.theory import EXACT, UPPER, LinearOptimum, linear_optimum, value_of
@@ -105,6 +105,7 @@ LOSSES = [
     SpectralContrastive("sum"),
     SpectralContrastive("mean"),
     BarlowTwins(0.1),
+    WMSE(unit_rows=False),
 ]
 
 
@@ -202,8 +203,9 @@ def test_spectral_optimum_is_multidimensional_scaling_in_range_of_x(G: Relation,
         SpectralContrastive(),
         SpectralContrastive("sum"),
         SpectralContrastive("sum", center=True),
+        WMSE(unit_rows=False),
     ],
-    ids=["vicreg", "vicreg beta>alpha", "spectral", "spectral sum", "spectral centred"],
+    ids=["vicreg", "vicreg beta>alpha", "spectral", "spectral sum", "spectral centred", "wmse"],
 )
 def test_exact_linear_optimum_is_reached_but_not_beaten_by_descent(loss: Loss, G: Relation) -> None:
     X, K = data(), 3

@@ -24,7 +24,7 @@ from ssl_runner.batch import Batch
 from ssl_runner.config.compose import CONF
 from ssl_runner.data.loader import MultiViewLoader
 from ssl_runner.device import syncs_raise, to_device
-from ssl_runner.loss import MMCR, BarlowTwins, FroSSL, Loss, SimCLR, SpectralContrastive, VICReg
+from ssl_runner.loss import MMCR, WMSE, BarlowTwins, FroSSL, Loss, SIGReg, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.model import SSLModel
 from ssl_runner.projector import mlp
 from ssl_runner.relation import Relation
@@ -49,6 +49,9 @@ LOSSES = {
     "centred": partial(BarlowTwins, center=True),
     "surrogate": SpectralContrastive,
     "frossl": FroSSL,
+    "sigreg": SIGReg,
+    "wmse": WMSE,
+    "wmse blocks": partial(WMSE, whitening_size=6),
 }
 OPTIMIZERS: dict[str, Callable] = {
     "adamw": torch.optim.AdamW,

@@ -24,7 +24,7 @@ SMALL = (
     "dataset.subset=200 batch_size=50 epochs=2 device=cpu probe.probes=[linear] probe.features=[backbone]"
     " diagnostics.num_images=40 diagnostics.every=1"
 )
-LOSSES = ["vicreg", "vicreg variance=squared beta=25", "simclr", "spectral center=true", "barlow"]
+LOSSES = ["vicreg", "vicreg variance=squared beta=25", "simclr", "spectral center=true", "barlow", "wmse"]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -41,7 +41,8 @@ def test_linear_backbone_is_solved_end_to_end(ssl_run, loss: str) -> None:
     assert_close(float(row["moments_closed_form"]), solved)
     assert (row["epoch"], row["step"], row["images_seen"], row["lr"]) == ("2", "6", "300", "")
     assert row["loss_kind"] == ("upper bound" if loss in ("vicreg", "barlow") else "exact")
-    assert row["loss_name"] == {"v": "VICReg", "s": "SpectralContrastive", "b": "BarlowTwins"}[loss[0]]
+    names = {"v": "VICReg", "s": "SpectralContrastive", "b": "BarlowTwins", "w": "WMSE"}
+    assert row["loss_name"] == names[loss[0]]
     assert json.loads((folder / "run.json").read_text())["precision"] == "fp32"
     assert "projector=0 parameters" in out
 

@@ -8,7 +8,7 @@ from sklearn.manifold import SpectralEmbedding
 from torch import Tensor
 from torch.testing import assert_close
 
-from ssl_runner.loss import MMCR, BarlowTwins, FroSSL, Loss, SimCLR, SpectralContrastive, VICReg
+from ssl_runner.loss import MMCR, WMSE, BarlowTwins, FroSSL, Loss, SIGReg, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.relation import (
     DegreeNormalized,
     Edges,
@@ -175,6 +175,10 @@ EXACTS += [
     (FroSSL(0.05), "balanced labels", 14),
     (FroSSL(per_view=True), "views V=3 normalized", 6),
 ]
+EXACTS += [
+    (WMSE(unit_rows=False), name, 3) for name in ("views V=2", "labels normalized", "edges", "neighbors")
+]
+EXACTS += [(WMSE(), "views V=2", 3)]
 
 
 @pytest.mark.parametrize(("loss", "name", "K"), EXACTS, ids=lambda case: str(case).partition("(")[0])
@@ -196,6 +200,8 @@ ATTAINED += [(BarlowTwins(alpha, eps=1e-2), 12) for alpha in (0.005, 3.0)]
 ATTAINED += [(SimCLR(0.3), 12), (SimCLR(0.3, "sum"), 14), (SimCLR(0.3, denominator="negatives"), 12)]
 ATTAINED += [(MMCR(alpha), K) for alpha in (0.0, 0.5) for K in (2, 8)]
 ATTAINED += [(FroSSL(gamma), K) for gamma in (0.0, 0.2) for K in (2, 14)] + [(FroSSL(per_view=True), 5)]
+ATTAINED += [(WMSE(), 3), (WMSE(unit_rows=False), 8), (WMSE(whitening_size=4), 3)]
+ATTAINED += [(SIGReg(1.0, gamma, directions=20).eval(), K) for gamma in (0.01, 10.0) for K in (3, 14)]
 
 
 def is_defined(loss: Loss, G: Relation) -> bool:
@@ -624,3 +630,29 @@ def test_simclr_optimum_of_one_group_is_one_point() -> None:
         assert (best.kind, best.rank) == (EXACT, 1)
         assert_close(measures.alignment(best.Z, best), 1.0)
         assert measures.label_energy_of_optimum(Y, best) == pytest.approx((0.0, 0.0), abs=1e-12)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.1, 100.0])
+def test_sigreg_bound_is_between_zero_and_descent(gamma: float) -> None:
+    """L-BFGS on free Z from four starts. In one dimension and without invariance it almost reaches 0."""
+    G, loss = RELATIONS["edges"], SIGReg(1.0, gamma, directions=10).eval()
+    bound = optimum(loss, G, 3)
+    assert bound.kind == UPPER
+    reached = min(descend(loss, G, 3, seed) for seed in range(4))
+    assert 0 < reached < bound.value
+    if gamma == 0:
+        assert 0 < min(descend(loss, G, 1, seed) for seed in range(4)) < 1e-3
+
+
+def test_sigreg_collapses_if_invariance_outweighs() -> None:
+    connected = Edges(torch.arange(11), torch.arange(1, 12), 12)
+    spread, collapsed = (optimum(SIGReg(1.0, gamma, 20).eval(), connected, 3) for gamma in (1e-3, 1e3))
+    assert (spread.rank, collapsed.rank) == (3, 0)
+    weights = torch.linspace(-3, 3, 33, dtype=torch.float64)
+    phi = (-weights.square() / 2).exp()
+    assert_close(collapsed.value, 12 * float(torch.trapezoid((1 - phi).square() * phi, weights)))
+
+
+def test_wmse_refuses_more_columns_than_it_can_whiten() -> None:
+    with pytest.raises(ValueError, match="K=12: expected at most N - 1 = 11"):
+        optimum(WMSE(), RELATIONS["edges"], 12)

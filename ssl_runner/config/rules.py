@@ -106,7 +106,10 @@ LOSS_RULES = {
     "tau": _positive(float),
     "reduction": Rule(str, choices=REDUCTIONS),
     "denominator": Rule(str, choices=DENOMINATORS),
+    "directions": _positive(int),
     "per_view": Rule(bool),
+    "unit_rows": Rule(bool),
+    "whitening_size": Rule(int, low=2, optional=True),
 }
 NO_RESULT = ("dataset.cache", "probe.cache")  # folder and switch of caches, of the same images and rows
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")

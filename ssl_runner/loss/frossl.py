@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ssl_runner.distributed import all_reduce_replicated, world_size
 from ssl_runner.loss.base import Loss
-from ssl_runner.loss.kernels import column_products
+from ssl_runner.loss.kernels import invariance
 from ssl_runner.relation import Relation
 
 
@@ -37,7 +37,4 @@ class FroSSL(Loss):
         blocks = U.unflatten(0, (G.V or 1 if self.per_view else 1, -1))  # (V, n, K), or (1, N, K)
         C = all_reduce_replicated(blocks.mT @ blocks) / (W * blocks.shape[1])
         squares = C.square().sum((1, 2)).clamp(min=torch.finfo(C.dtype).tiny)  # 0 only for Z = 0
-        with torch.no_grad():
-            LU = G.degrees.to(U)[:, None] * U - G @ U
-        invariance = all_reduce_replicated(column_products(U, LU).sum())  # tr(U'LU)
-        return {"entropy": squares.log().mean(), "invariance": 2 / (W * len(U)) * invariance}
+        return {"entropy": squares.log().mean(), "invariance": invariance(U, G)}

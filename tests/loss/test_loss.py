@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from hydra.utils import get_class
@@ -17,15 +18,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_runner.loss import (
     MMCR,
+    WMSE,
     BarlowTwins,
     FroSSL,
     Loss,
+    SIGReg,
     SimCLR,
     SpectralContrastive,
     VICReg,
+    counter,
     kernels,
     mmcr,
+    sigreg,
     simclr,
+    wmse,
 )
 from ssl_runner.loss.base import off_diagonal
 from ssl_runner.relation import DegreeNormalized, Edges, Labels, Relation, Views
@@ -52,6 +58,9 @@ LOSSES = {
     "barlow centred": BarlowTwins(5e-3, center=True),
     "mmcr": MMCR(),
     "frossl": FroSSL(),
+    "sigreg": SIGReg(0.5, 2.0, directions=5).eval(),
+    "wmse": WMSE(),
+    "wmse without unit rows": WMSE(unit_rows=False),
 }
 OF_VIEWS = {"mmcr with manifolds": MMCR(0.7), "frossl per view": FroSSL(per_view=True)}
 
@@ -258,6 +267,114 @@ def test_frossl_matches_authors_multiview_formula(V: int) -> None:
     assert_close(V * loss(Z, Views(n, V)), official)
 
 
+@pytest.mark.parametrize("V", [2, 3])
+def test_sigreg_per_view_matches_authors_formula(V: int) -> None:
+    """Balestriero & LeCun: lambda * statistic + (1 - lambda) * squared distance from the mean of the views.
+
+    Their minimal example has 17 knots in [0, 3], and takes means over views, images, columns and directions.
+    """
+    n, K, lamb = 8, 4, 0.02
+    loss = SIGReg(lamb, (1 - lamb) / (2 * V * K), directions=6, per_view=True).eval()
+    Z = torch.randn(V, n, K, dtype=torch.float64, requires_grad=True)
+    t = torch.linspace(0, 3, 17, dtype=torch.float64)
+    gaussian = torch.exp(-(t**2) / 2)
+    weights = torch.tensor([1.0] + 15 * [2.0] + [1.0]).double() * 3 / 16 * gaussian
+    angles = torch.einsum("vnk,km,t->vnmt", Z, directions(loss, Z[0]), t)
+    errors = (angles.cos().mean(1) - gaussian) ** 2 + angles.sin().mean(1) ** 2
+    prediction = (Z.mean(0) - Z).square().mean()
+    official = lamb * n * (errors @ weights).mean() + (1 - lamb) * prediction
+    value = loss(Z.flatten(0, 1), Views(n, V))
+    assert_close(value, official)
+    gradients = [torch.autograd.grad(total, Z)[0] for total in (value, official)]
+    assert_close(*gradients)
+
+
+@pytest.mark.parametrize("size", [12, 6, 4])
+@pytest.mark.parametrize("unit_rows", [True, False])
+def test_wmse_matches_authors_formula(size: int, unit_rows: bool) -> None:
+    """Ermolov et al.: each view of `size` random images is whitened; mean distance of the pairs of views.
+
+    With unit rows it is 2 - 2 cos, otherwise the mean over columns as well.
+    """
+    n, K, V = 12, 3, 3
+    Z = torch.randn(V * n, K, dtype=torch.float64)
+    loss = WMSE(unit_rows, whitening_size=size).eval()
+    W = torch.zeros_like(Z).view(V, n, K)
+    for images in loss.counter.bits(n).argsort().view(-1, size):
+        for v in range(V):
+            z = Z.view(V, n, K)[v, images]
+            inverse = torch.linalg.inv(torch.linalg.cholesky(z.T.cov()))
+            W[v, images] = (z - z.mean(0)) @ inverse.T
+    pairs = [(W[u], W[v]) for u in range(V) for v in range(u)]
+    if unit_rows:
+        official = sum(2 - 2 * F.cosine_similarity(a, b).mean() for a, b in pairs) / len(pairs)
+    else:
+        official = K * sum(F.mse_loss(a, b) for a, b in pairs) / len(pairs)
+    assert_close(loss(Z, Views(n, V)), official)
+
+
+def test_wmse_is_invariant_to_invertible_linear_maps() -> None:
+    Z, G = torch.randn(10, 3, dtype=torch.float64), RELATIONS["edges"]
+    A = torch.randn(3, 3, dtype=torch.float64)
+    plain = WMSE(unit_rows=False)
+    assert_close(plain(Z @ A + 5, G), plain(Z, G))
+    W = wmse.whitened(Z)
+    assert_close(W.T.cov(), torch.eye(3, dtype=torch.float64))
+
+
+def test_wmse_blocks_have_at_least_whitening_size_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    monkeypatch.setattr(wmse, "whitened", lambda Z: (rows.append(len(Z)), Z)[1])
+    Z = torch.randn(22, 3)
+    WMSE(whitening_size=4)(Z, Views(11, 2))
+    assert rows == [6, 5, 6, 5]  # blocks of each view
+    assert_close(WMSE(False, 4)(Z, Views(11, 2)), (Z[:11] - Z[11:]).square().sum() / 11)  # rows are in order
+
+
+def test_statistic_of_gaussian_and_collapsed_rows() -> None:
+    """N normal quantiles give almost 0, N equal rows N times that of one row."""
+    quantiles = torch.special.ndtri((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000)[:, None]
+    one = sigreg.epps_pulley(torch.zeros(1, 1, dtype=torch.float64))
+    assert 0 < sigreg.epps_pulley(quantiles) < 1e-3 * one
+    assert_close(sigreg.epps_pulley(torch.zeros(7, 2, dtype=torch.float64)), 7 * one.expand(2))
+    normal = torch.randn(200, 2000, dtype=torch.float64)
+    t = torch.linspace(-3, 3, 33, dtype=torch.float64)
+    null = torch.trapezoid((1 - (-t.square()).exp()) * (-t.square() / 2).exp(), t)  # E N |ecf - phi|^2
+    assert_close(sigreg.epps_pulley(normal).mean(), null, rtol=0.05, atol=0)
+
+
+def test_counter_matches_splitmix64() -> None:
+    """Published outputs for the seed 1234567 (Vigna's splitmix64.c), as unsigned integers."""
+    states = torch.tensor(1234567) + counter.INCREMENT * torch.arange(1, 4)
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert [x % 2**64 for x in counter.mix(states).tolist()] == published
+
+
+def test_counter_draws_independent_normal_numbers() -> None:
+    numbers = counter.Counter()
+    numbers.state.fill_(5)
+    first = numbers.normal(300, 400)
+    numbers.advance()
+    second = numbers.normal(300, 400)
+    for x in (first, second):
+        assert scipy.stats.kstest(x.flatten().numpy(), "norm").pvalue > 0.01
+    for a, b in ((first, second), (first[1:], first[:-1]), (first[:, 1:], first[:, :-1])):
+        assert abs(float((a * b).mean())) < 4 / math.sqrt(a.numel())
+
+
+@pytest.mark.parametrize("make", [SIGReg, lambda: WMSE(whitening_size=5)], ids=["sigreg", "wmse"])
+def test_random_numbers_change_with_training_steps_only(make) -> None:
+    Z, G, loss = torch.randn(20, 3, requires_grad=True), Views(10, 2), make()
+    state = {name: value.clone() for name, value in loss.state_dict().items()}
+    first = loss(Z, G)
+    with torch.no_grad():
+        second = loss(Z, G)
+        assert loss(Z, G) == second != first
+    loss.load_state_dict(state)
+    assert loss(Z, G) == first
+    assert loss(Z, G) == second
+
+
 @pytest.mark.parametrize("G", RELATIONS.values(), ids=RELATIONS)
 def test_frossl_matches_double_sums(G: Relation) -> None:
     Z, dense = torch.randn(10, 4, dtype=torch.float64), G.dense(torch.float64)
@@ -343,7 +460,32 @@ def plain_simclr(loss: SimCLR, Z: torch.Tensor, G: Relation) -> dict[str, torch.
     }
 
 
+def directions(loss: SIGReg, Z: torch.Tensor) -> torch.Tensor:
+    return F.normalize(loss.counter.normal(Z.shape[1], loss.directions).double(), dim=0)
+
+
+def plain_sigreg(loss: SIGReg, Z: torch.Tensor, G: Relation) -> dict[str, torch.Tensor]:
+    """The statistic by complex exponentials at knots on both sides of 0."""
+    t = torch.linspace(-3, 3, 33, dtype=torch.float64)
+    phi = (-t.square() / 2).exp()
+    ecf = torch.exp(1j * (Z @ directions(loss, Z))[..., None] * t).mean(0)
+    return {
+        "gaussianity": len(Z) * torch.trapezoid((ecf - phi).abs().square() * phi, t, dim=-1).mean(),
+        "invariance": (G.dense(Z.dtype) * (Z[:, None] - Z).square().sum(2)).sum() / len(Z),
+    }
+
+
+def plain_wmse(loss: WMSE, Z: torch.Tensor, G: Relation) -> dict[str, torch.Tensor]:
+    W = (Z - Z.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(Z.T.cov())).T
+    W = F.normalize(W) if loss.unit_rows else W
+    dense = G.dense(Z.dtype)
+    return {"distance": (dense * (W[:, None] - W).square().sum(2)).sum() / dense.sum()}
+
+
 PLAIN = {
+    SIGReg(directions=5).eval(): plain_sigreg,
+    WMSE(): plain_wmse,
+    WMSE(unit_rows=False): plain_wmse,
     VICReg(1.0, 2.0, 3.0, eps=1e-2): plain_vicreg,
     VICReg(variance="squared"): plain_vicreg,
     BarlowTwins(0.1, eps=1e-2): plain_barlow,
@@ -461,6 +603,9 @@ def test_half_precision_loss_is_computed_in_float32(loss: Loss, dtype: torch.dty
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_collapsed_embeddings_have_finite_gradients(loss: Loss) -> None:
+    if isinstance(loss, WMSE):  # cannot be whitened
+        assert loss(torch.ones(10, 3), RELATIONS["labels"]).isnan()
+        return
     for Z in (torch.zeros(10, 3), torch.ones(10, 3)):
         Z.requires_grad_()
         value = loss(Z, RELATIONS["labels"])
@@ -571,8 +716,12 @@ def test_simclr_normalises_usual_rows_as_torch() -> None:
         lambda: SimCLR(reduction="none"),
         lambda: SimCLR(denominator="positives"),
         lambda: VICReg(variance="soft"),
+        lambda: SIGReg(directions=0),
+        lambda: SIGReg(per_view=True)(torch.randn(10, 3), Labels(Y)),
+        lambda: WMSE(whitening_size=1),
+        lambda: WMSE()(torch.randn(10, 10), Labels(Y)),
     ],
-    ids=["tau", "reduction", "denominator", "variance"],
+    ids=["tau", "reduction", "denominator", "variance", "directions", "per_view", "whitening_size", "K"],
 )
 def test_loss_rejects_invalid_hyperparameters(make) -> None:
     with pytest.raises(ValueError, match=": expected "):
