@@ -14,6 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from ssl_runner.backbone import Backbone
+from ssl_runner.batch import per_size
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.model import SSLModel
 from ssl_runner.relation import builders
@@ -63,7 +64,7 @@ def test_row_has_every_column_and_is_deterministic(loss: Loss, relation: Relatio
     assert {k: v for k, v in row.items() if k != "diagnostics_s"} == {
         k: v for k, v in again.items() if k != "diagnostics_s"
     }
-    upper = row["closed_form_kind"] == "upper bound"
+    upper = row["optimum_kind"] == "upper bound"
     assert {name for name, value in row.items() if value is None} == ({"loss_gap"} if upper else set())
     assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
     assert 0 <= row["alignment"] <= 1 + 1e-9
@@ -71,7 +72,7 @@ def test_row_has_every_column_and_is_deterministic(loss: Loss, relation: Relatio
     assert row["rank"] == 5
     assert row["backbone_rank"] == 8
     if not upper:
-        assert row["loss_gap"] == row["subset_loss"] - row["closed_form_loss"] > -1e-6
+        assert row["loss_gap"] == row["subset_loss"] - row["optimum_loss"] > -1e-6
 
 
 def test_diagnostics_use_eval_mode_and_restore_network() -> None:
@@ -97,7 +98,7 @@ def test_diagnostics_leave_order_and_views_of_training_unchanged() -> None:
 
 def test_subset_is_class_balanced() -> None:
     diagnose = make_diagnostics(VICReg(), num_images=41)
-    assert len(diagnose.X) == 2 * len(diagnose.batch.labels)
+    assert sum(map(len, per_size(diagnose.X))) == 2 * len(diagnose.batch.labels)
     counts = torch.bincount(diagnose.batch.labels)
     assert (counts == counts[0]).all()
 
@@ -123,7 +124,7 @@ def test_loss_gap_of_closed_form_optimum_is_zero(loss: Loss) -> None:
     G = diagnose.relation(diagnose.batch, torch.zeros(len(diagnose.X), 3))
     model = SSLModel(Backbone(nn.Flatten(), 48), Constant(optima.optimum(loss, G, 3).Z))
     row = diagnose.evaluate(model, epoch=1)
-    assert abs(row["loss_gap"]) < 1e-4 * max(1, abs(row["closed_form_loss"]))
+    assert abs(row["loss_gap"]) < 1e-4 * max(1, abs(row["optimum_loss"]))
     assert_close(row["alignment"], 1.0, rtol=0, atol=1e-6)
     assert_close(row["relation_label_energy"], 1.0, rtol=0, atol=1e-6)
     for line in diagnose.spectrum(model)[:2]:
@@ -249,7 +250,7 @@ def test_loss_without_closed_form_leaves_theory_columns_empty() -> None:
 
     row = make_diagnostics(Other()).evaluate(linear_model(), epoch=1)
     assert tuple(row) == Diagnostics.columns
-    assert row["closed_form_loss"] is row["alignment"] is row["relation_label_energy"] is None
+    assert row["optimum_loss"] is row["alignment"] is row["relation_label_energy"] is None
     assert row["rank"] == 5
 
 
@@ -275,7 +276,7 @@ def test_columns_from_device_are_computed_on_the_host_without_a_sync() -> None:
     relation.bind(loader.data.pretrain.labels)
     diagnose = Diagnostics(loader, relation, VICReg(), NOWHERE, every=1, num_images=40)
     expected = diagnose.evaluate(model, epoch=1)
-    diagnose.X, diagnose.known = OnDevice(diagnose.X), None
+    diagnose.X, diagnose.known = [OnDevice(x) for x in per_size(diagnose.X)], None
     moved(model)
     with pretended():
         columns = diagnose.evaluate(model, epoch=1)

@@ -163,7 +163,7 @@ def test_collective_sizes_are_independent_of_batch_size_except_for_simclr_and_mm
     }
     assert sizes["vicreg"] == [1, K, K * K]
     assert sizes["barlow"] == [K, K * K]
-    assert sizes["spectral"] == [1, 1, 1, K, K, K * K]
+    assert sizes["spectral"] == [1, 1, 1, *[K] * 4, K * K]  # the mean is subtracted twice
     assert sizes["frossl"] == [1, K * K]
     assert sizes["mmcr"] == [W * 20, W * 20 * K]
     assert sizes["sigreg"] == [1, K, 2 * 16 * 9]  # cosines and sines at 16 knots, for 9 directions

@@ -20,7 +20,7 @@ from ssl_runner.report import cli, label_free, page, plots, tables
 from ssl_runner.report.read import Run, canonical_value, read_run, read_runs
 from tests.helpers import TINY, run_script
 
-METRICS = "epoch,step,loss,images_per_s,closed_form_kind\n1,3,9.5,100.0,\n2,6,7.5,300.0,exact\n"
+METRICS = "epoch,step,loss,images_per_s,optimum_kind\n1,3,9.5,100.0,\n2,6,7.5,300.0,exact\n"
 PROBE = "epoch,probe,features,train_split,eval_split,selection,n_train,top1,top5,seconds\n"
 
 
@@ -165,7 +165,7 @@ def test_runs_table_row_matches_files(tmp_path: Path) -> None:
         "ssl_runner.relation.builders.FromViews",
         False,
     )
-    assert (a["epochs_done"], a["epochs_asked"], a["metrics.loss"], a["metrics.closed_form_kind"]) == (
+    assert (a["epochs_done"], a["epochs_asked"], a["metrics.loss"], a["metrics.optimum_kind"]) == (
         2,
         "2",
         7.5,

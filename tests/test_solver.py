@@ -112,7 +112,7 @@ def test_every_relation_trains(ssl_run, pairs: Path, relation: str, normalized: 
     rows = table(run_folder(out) / "metrics.csv")
     assert len(rows) == 2
     assert all(
-        np.isfinite(float(row[name])) for row in rows for name in ("loss", "closed_form_loss", "alignment")
+        np.isfinite(float(row[name])) for row in rows for name in ("loss", "optimum_loss", "alignment")
     )
     if relation.startswith("edges"):
         assert json.loads((run_folder(out) / "run.json").read_text())["relation"]["pairs"] > 1000

@@ -30,6 +30,7 @@ class WMSE(Loss):
     ValueError for a block of K rows or fewer, whose C is singular, and for whitening_size < 2.
     """
 
+    min_rows = 2
     supports_sharding = True  # capturable stays False: a factorisation has not been tried in a CUDA graph
 
     def __init__(self, unit_rows: bool = True, whitening_size: int | None = None) -> None:

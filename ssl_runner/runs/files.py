@@ -32,9 +32,9 @@ def atomic_write(path: Path, concurrent: bool = False) -> Iterator[BinaryIO]:
 
 
 FORMER_COLUMNS = {  # of metrics.csv in runs of earlier versions
-    "loss_floor": "closed_form_loss",
-    "floor_kind": "closed_form_kind",
-    "optimal_rank": "closed_form_rank",
+    "loss_floor": "optimum_loss",
+    "floor_kind": "optimum_kind",
+    "optimal_rank": "optimum_rank",
     "moments_floor": "moments_closed_form",
     "moments_floor_kind": "moments_closed_form_kind",
 }

@@ -33,7 +33,7 @@ OF_EMBEDDING = (
     *("alignment", "label_energy", "min_std", "mean_correlation"),
 )
 DUALITY = ("covariance_off_diagonal", "gram_off_diagonal", "duality_difference")
-OF_LOSS = ("subset_loss", "closed_form_loss", "loss_gap", "closed_form_kind", "closed_form_rank")
+OF_LOSS = ("subset_loss", "optimum_loss", "loss_gap", "optimum_kind", "optimum_rank")
 OF_RELATION = ("relation_label_energy", "relation_label_energy_mean")
 FORWARD_ROWS = 512  # rows per forward pass
 MAX_CORRELATED = 1024  # columns, evenly spaced, whose correlations are averaged
@@ -68,11 +68,10 @@ class Diagnostics(Evaluator):
     Of the loss and the relation on the subset:
 
     subset_loss                 loss of Z
-    closed_form_loss, closed_form_kind
-                                value of the loss's closed form, and whether it is exact, an upper or a lower
+    optimum_loss, optimum_kind  value of the loss's closed form, and whether it is exact, an upper or a lower
                                 bound, or numeric: found by an iteration
-    loss_gap                    subset_loss - closed_form_loss; empty if that is an upper bound
-    closed_form_rank            rank of the closed form; empty if it is not known
+    loss_gap                    subset_loss - optimum_loss; empty if that is an upper bound
+    optimum_rank                rank of the closed form; empty if it is not known
     relation_label_energy       label energy of the closed form, the highest over the choices within
                                 a tied eigenspace
     relation_label_energy_mean  the same, as the mean over these choices
@@ -187,10 +186,10 @@ class Diagnostics(Evaluator):
             most, mean = measures.label_energy_of_optimum(self.Y, best)
         row |= {
             "subset_loss": subset_loss,
-            "closed_form_loss": best.value if best else None,
+            "optimum_loss": best.value if best else None,
             "loss_gap": subset_loss - best.value if best and best.kind != UPPER else None,
-            "closed_form_kind": best.kind if best else None,
-            "closed_form_rank": best.rank if best else None,
+            "optimum_kind": best.kind if best else None,
+            "optimum_rank": best.rank if best else None,
             "relation_label_energy": most,
             "relation_label_energy_mean": mean,
         }

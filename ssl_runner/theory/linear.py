@@ -126,7 +126,7 @@ def vicreg_linear_optimum(loss: VICReg, moments: CentredMoments, K: int, ridge: 
     """
     A, B = moments.XDX - moments.XGX, moments.XHX
     if ridge:
-        penalised = A + ridge * B.trace() / len(B) * torch.eye(len(B), dtype=B.dtype)
+        penalised = A + ridge * B.trace() / len(B) * torch.eye(len(B), dtype=B.dtype, device=B.device)
         _, W = eigenpairs(penalised, B, K, smallest=True)
         mu = ((A @ W) * W).sum(0)
     else:

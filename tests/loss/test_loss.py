@@ -664,6 +664,8 @@ def test_loss_rejects_wrong_number_of_rows(loss: Loss) -> None:
 def test_loss_of_one_row_is_defined_or_rejected(loss: Loss, N: int) -> None:
     empty = torch.empty(0, dtype=torch.long)
     Z, G = torch.randn(N, 3, requires_grad=True), Edges(empty, empty, N)
+    if loss.needs_groups and N:
+        G = Labels(torch.zeros(N, dtype=torch.long))
     if loss.min_rows > N:
         with pytest.raises(ValueError, match=f"^{N} rows: expected at least {loss.min_rows} for"):
             loss(Z, G)
