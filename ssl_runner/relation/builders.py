@@ -166,8 +166,8 @@ class FromNeighbors(RelationBuilder):
         self.capturable = type(self).capturable and queue == 0
         self.min_batch_size = 1 if queue else k + 1
         # (size, K) ring buffer of embeddings, and the number of embeddings ever added
-        self.queue, self.seen = torch.empty(0), 0
-        self.indices = torch.empty(queue, dtype=torch.int64)  # of the images in the queue, on the CPU
+        self.queue, self.seen = torch.empty(0, device="cpu"), 0
+        self.indices = torch.empty(queue, dtype=torch.int64, device="cpu")  # of the images in the queue
 
     def __call__(self, batch: Batch, Z: Tensor) -> Relation:
         embeddings = Z.float().reshape(batch.V, len(batch.indices), -1).mean(0)
@@ -195,7 +195,7 @@ class FromNeighbors(RelationBuilder):
         if not self.seen:
             self.queue = embeddings.new_zeros(self.size, embeddings.shape[1])
         newest = embeddings[-self.size :]
-        places = (self.seen + torch.arange(len(newest))) % self.size
+        places = (self.seen + torch.arange(len(newest), device="cpu")) % self.size
         self.queue = self.queue.to(device).index_copy(0, to_device(places, device), newest)
         self.indices = self.indices.index_copy(0, places, batch.indices[-self.size :])
         self.seen += len(newest)

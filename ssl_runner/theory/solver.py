@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ssl_runner import distributed
 from ssl_runner.backbone import LinearBackbone
+from ssl_runner.batch import per_size
 from ssl_runner.data.loader import MultiViewLoader
 from ssl_runner.errors import UsageError
 from ssl_runner.evaluator import Evaluator
@@ -133,7 +134,7 @@ class MomentsGap(Evaluator):
     projector=identity.
     """
 
-    columns = ("moments_loss", "moments_floor", "moments_floor_kind")
+    columns = ("moments_loss", "moments_closed_form", "moments_closed_form_kind")
 
     def __init__(
         self,
@@ -220,7 +221,8 @@ def stream_moments(
     ) as bar:
         for number in range(passes):
             for views, batch in loader.batches(number, size=size):
-                X = torch.cat([frozen(x).flatten(1) for x in views.split(FORWARD_ROWS)])
+                parts = [x for block in per_size(views) for x in block.split(FORWARD_ROWS)]
+                X = torch.cat([frozen(x).flatten(1) for x in parts])
                 if of_classes:
                     moments.add_classes(X, batch.labels.repeat(loader.V))
                 else:
