@@ -28,6 +28,7 @@ from ssl_runner.runs.files import CsvLog
 from ssl_runner.runs.record import RunRecord
 from ssl_runner.runs.schedule import identity, read_schedule, remove_outdated
 from ssl_runner.solver import Save, Solver
+from ssl_runner.theory.gamma import describe_gamma, expected_relation
 from ssl_runner.views.augment import numba_works
 
 
@@ -95,7 +96,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         record.update(compile=compile_solver(cfg.compile, solver, experiment.loader, before))
         record.update(**facts(experiment))
         if is_main:
-            print("\n".join([headline(cfg, record), *notes(data, cfg.probe.features)]), flush=True)
+            lines = [headline(cfg, record), *notes(data, cfg.probe.features)]
+            print("\n".join([*lines, *gamma_lines(experiment)]), flush=True)
 
         for row in solver.epochs():
             start = time.perf_counter()
@@ -268,6 +270,16 @@ def notes(data: DataSet, features: Sequence[str]) -> list[str]:
     if not len(data.test):
         lines.append("no test images: the result is the top-1 on the validation split, which also selects")
     return lines
+
+
+def gamma_lines(experiment: Experiment) -> list[str]:
+    """A line on the gamma at which the optimum of the loss drops directions, if it is known."""
+    if not experiment.solver_class.trains:
+        return []
+    cfg, labels = experiment.cfg, experiment.data.pretrain.y
+    G = expected_relation(experiment.relation, cfg.V, cfg.batch_size, labels)
+    line = describe_gamma(experiment.loss, G, experiment.model.K)
+    return [line] if line else []
 
 
 def format_table(scores: dict[tuple[str, str, str], float], split: str) -> str:

@@ -13,6 +13,7 @@ from ssl_runner.relation import (
     KNearest,
     Labels,
     Relation,
+    SharedLabels,
     ViewExpanded,
     Views,
     WithSupportSet,
@@ -70,6 +71,17 @@ CASES += [(Labels(Y), labels_by_loop(Y)), (Edges(LEFT, RIGHT, 7), edges_by_loop(
 CASES += [(KNearest(NEIGHBORS), nearest_neighbors_by_loop())]
 CASES += [(ViewExpanded(KNearest(NEIGHBORS), 3), view_expanded_by_loop(nearest_neighbors_by_loop(), 3))]
 CASES += [(ViewExpanded(Edges(LEFT, RIGHT, 7), 2), view_expanded_by_loop(edges_by_loop(), 2))]
+SEVERAL = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 1, 0], [0, 0, 0], [1, 0, 1], [0, 0, 1]])
+
+
+def shared_labels_by_loop() -> torch.Tensor:
+    rows = [set(row.nonzero()[:, 0].tolist()) for row in SEVERAL]
+    N = range(len(rows))
+    return torch.tensor([[float(i != j and len(rows[i] & rows[j])) for j in N] for i in N])
+
+
+CASES += [(SharedLabels(SEVERAL), shared_labels_by_loop())]
+CASES += [(SharedLabels(torch.nn.functional.one_hot(Y)), labels_by_loop(Y))]
 CASES += [(WithSupportSet(3, 2, torch.zeros(3 * k, 1)), support_set_by_loop(3, 2, k)) for k in (1, 2)]
 
 
@@ -146,11 +158,18 @@ def test_normalized_relation_matches_symmetric_normalization(G: Relation, dense:
     assert_close(normalized.edges(), dense.nonzero().T)
 
 
+def test_normalized_shared_labels_match_symmetric_normalization() -> None:
+    G, expected = SharedLabels(SEVERAL, normalized=True), DegreeNormalized(SharedLabels(SEVERAL))
+    assert_close(G.dense(), expected.dense())
+    assert_close(G.degrees, expected.degrees)
+
+
 ALL_RELATIONS = [G for G, _ in CASES] + [DegreeNormalized(G) for G, _ in CASES]
 ALL_RELATIONS += [
     Views(4, 5, normalized=True),
     Labels(Y, normalized=True),
     Labels(torch.arange(3), normalized=True),
+    SharedLabels(SEVERAL, normalized=True),
 ]
 
 

@@ -55,7 +55,7 @@ IMPORTS = """
     compiler        data distributed solver views
     embedding_map   data distributed probe runs
     pipeline        background build compiler data device distributed embedding_map evaluator model numerics
-                    preemption probe runs solver views
+                    preemption probe runs solver theory views
     evaluation      build config console data device errors model names numerics pretrained probe runs
                     views
     cli             build config console distributed errors pipeline preemption runs version

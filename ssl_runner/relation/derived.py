@@ -63,10 +63,7 @@ class WithSupportSet(Relation):
 
 
 class DegreeNormalized(Relation):
-    """D^-1/2 G D^-1/2 of a relation G with entries 0 or 1. Rows without positives stay zero.
-
-    The relations with other entries have an option `normalized` of their own.
-    """
+    """D^-1/2 G D^-1/2 of a relation G. Rows without positives stay zero."""
 
     def __init__(self, G: Relation):
         self.G, self.num_rows, self.support = G, G.num_rows, G.support
@@ -89,10 +86,12 @@ class DegreeNormalized(Relation):
 
     def weights(self) -> Tensor:
         i, j = self.edges()
-        return (self.scale[i] * self.scale[j]).cpu().double()
+        return (self.scale[i] * self.scale[j]).cpu().double() * self.G.weights()
 
     @property
     def square_norm(self) -> Tensor:
+        if self.G.weighted:
+            return self.weights().square().sum()
         square = self.scale.square()
         return square @ (self.G @ square[:, None])[:, 0]
 

@@ -34,7 +34,7 @@ def read_pairs(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def read_labels(path: Path, num: int) -> scipy.sparse.csr_array:
-    """Read the labels (num, C) of all images, float32 of 0 and 1, from the columns of a CSV or from Y of an npz.
+    """Read the labels (num, C) of all images, 0 or 1 in float32, from a CSV's columns or from Y of an npz.
 
     Raises ValueError if a CSV has no header, if there are not `num` rows, and for other values than 0 and 1.
     Errors of pandas and NumPy for a malformed file are passed on; an npz without Y raises KeyError.

@@ -1,7 +1,4 @@
-"""The relation G over the N rows of X, as a linear operator.
-
-Losses use only `G @ Z` and the degrees, so a training step never builds an N x N matrix.
-"""
+"""The relation G over the N rows of X, as a linear operator: no training step builds an N x N matrix."""
 
 import math
 from abc import ABC, abstractmethod
@@ -28,6 +25,7 @@ class Relation(ABC):
     degrees: Tensor
     V: int | None = None  # if rows are V equal blocks, view-major: row v n + k is view v of image k
     num_groups: int | None = None  # number of groups over all ranks, see `groups`
+    weighted: bool = False  # entries are not only 0 and 1
     support: Tensor | None = None  # (m, K) constant embeddings appended to Z (NNCLR support set), or None
 
     def __matmul__(self, Z: Tensor) -> Tensor:
@@ -63,7 +61,7 @@ class Relation(ABC):
     @property
     def square_norm(self) -> Tensor:
         """sum_ij G_ij^2, a scalar tensor."""
-        return to_float64(self.degrees).sum()  # entries are 0 or 1
+        return to_float64(self.degrees).sum()  # if entries are 0 or 1
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """G as an (N, N) matrix, for theory, tests and plots. Training does not use it."""

@@ -19,6 +19,8 @@ class SharedLabels(Relation):
     Raises ValueError if Y is empty or not a matrix.
     """
 
+    weighted = True
+
     def __init__(self, Y: Tensor, normalized: bool = False):
         if Y.ndim != 2 or Y.numel() == 0:
             raise ValueError(
