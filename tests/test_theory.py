@@ -110,14 +110,14 @@ def test_eigenspaces_match_dense_eigensolver(G: Relation, which: str, dense_rows
             assert (out.T @ basis).abs().max() < 1e-8
 
 
-def descend(loss: Loss, G: Relation, K: int, seed: int) -> float:
+def descend(loss: Loss, G: Relation, K: int, seed: int, steps: int = 3000) -> float:
     """Lowest loss that L-BFGS finds from one random start."""
     generator = torch.Generator().manual_seed(seed)
     scale = 10.0 ** torch.empty(1).uniform_(-1.5, 0.7, generator=generator).item()
     Z = (scale * torch.randn(G.num_rows, K, generator=generator, dtype=torch.float64)).requires_grad_()
     solver = torch.optim.LBFGS(
         [Z],
-        max_iter=3000,
+        max_iter=steps,
         history_size=50,
         tolerance_grad=1e-12,
         tolerance_change=0,
@@ -362,7 +362,7 @@ def test_rank_of_simclr_depends_on_tau_and_its_value_is_certified(G: Relation, t
     assert_close(float(loss(best.Z, G)), best.value)
     found = infonce.infonce_minimum(G.dense(torch.float64).numpy(), tau, N)
     assert found.attained
-    assert found.bound <= min(descend(loss, G, N, seed) for seed in range(2)) + 1e-9
+    assert found.bound - 1e-9 <= descend(loss, G, N, 0, steps=100)
     assert_close(optimum(SimCLR(tau), G, N).value, best.value / float(G.degrees.sum()))
 
 
@@ -632,16 +632,16 @@ def test_simclr_optimum_of_one_group_is_one_point() -> None:
         assert measures.label_energy_of_optimum(Y, best) == pytest.approx((0.0, 0.0), abs=1e-12)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.1, 100.0])
+@pytest.mark.parametrize("gamma", [pytest.param(0.0, marks=pytest.mark.slow), 0.1, 100.0])
 def test_sigreg_bound_is_between_zero_and_descent(gamma: float) -> None:
-    """L-BFGS on free Z from four starts. In one dimension and without invariance it almost reaches 0."""
+    """L-BFGS on free Z from two starts. In one dimension and without invariance it almost reaches 0."""
     G, loss = RELATIONS["edges"], SIGReg(1.0, gamma, directions=10).eval()
     bound = optimum(loss, G, 3)
     assert bound.kind == UPPER
-    reached = min(descend(loss, G, 3, seed) for seed in range(4))
+    reached = min(descend(loss, G, 3, seed, steps=300) for seed in range(2))
     assert 0 < reached < bound.value
     if gamma == 0:
-        assert 0 < min(descend(loss, G, 1, seed) for seed in range(4)) < 1e-3
+        assert 0 < min(descend(loss, G, 1, seed, steps=300) for seed in range(4)) < 1e-3
 
 
 def test_sigreg_collapses_if_invariance_outweighs() -> None:
