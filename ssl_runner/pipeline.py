@@ -28,7 +28,7 @@ from ssl_runner.runs.files import CsvLog
 from ssl_runner.runs.record import RunRecord
 from ssl_runner.runs.schedule import identity, read_schedule, remove_outdated
 from ssl_runner.solver import Save, Solver
-from ssl_runner.theory.gamma import describe_gamma, expected_relation
+from ssl_runner.theory.gamma import describe_gamma, expected_relation, gamma_limits
 from ssl_runner.views.augment import numba_works
 
 
@@ -97,7 +97,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         record.update(**facts(experiment))
         if is_main:
             lines = [headline(cfg, record), *notes(data, cfg.probe.features)]
-            print("\n".join([*lines, *gamma_lines(experiment)]), flush=True)
+            line = describe_gamma(record.content["gamma_limits"])
+            print("\n".join([*lines, *([line] if line else [])]), flush=True)
 
         for row in solver.epochs():
             start = time.perf_counter()
@@ -206,6 +207,7 @@ def facts(experiment: Experiment) -> dict[str, object]:
             "normalized": cfg.relation.get("normalized", False),
             "pairs": experiment.relation.count_pairs(data.pretrain.indices),
         },
+        "gamma_limits": limits_of(experiment),
         "images": data.counts,
         "data_digest": data.digest,
         "classes": data.classes,
@@ -272,14 +274,14 @@ def notes(data: DataSet, features: Sequence[str]) -> list[str]:
     return lines
 
 
-def gamma_lines(experiment: Experiment) -> list[str]:
-    """A line on the gamma at which the optimum of the loss drops directions, if it is known."""
+def limits_of(experiment: Experiment) -> dict[str, float | None] | None:
+    """`gamma_limits` on the relation of a batch, None if unknown or without gradient steps."""
     if not experiment.solver_class.trains:
-        return []
+        return None
     cfg, labels = experiment.cfg, experiment.data.pretrain.y
-    G = expected_relation(experiment.relation, cfg.V, cfg.batch_size, labels)
-    line = describe_gamma(experiment.loss, G, experiment.model.K)
-    return [line] if line else []
+    with distributed.local_only():  # every rank computes it for the rows of all ranks
+        G = expected_relation(experiment.relation, cfg.V, cfg.batch_size, labels)
+        return gamma_limits(experiment.loss, G, experiment.model.K)
 
 
 def format_table(scores: dict[tuple[str, str, str], float], split: str) -> str:

@@ -28,7 +28,7 @@ from ssl_runner.errors import UsageError
 from ssl_runner.loss import MMCR, WMSE, BarlowTwins, FroSSL, Loss, SIGReg, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.preemption import Preempted, Preemption
 from ssl_runner.probe import KnnProbe, LinearProbe, RidgeProbe, evaluate, extract, protocol
-from ssl_runner.relation import Labels, Relation, Views, builders
+from ssl_runner.relation import Labels, Relation, SharedLabels, Views, builders
 from ssl_runner.runs.files import read_json
 from ssl_runner.runs.record import RunRecord
 from ssl_runner.solver import Save
@@ -50,6 +50,7 @@ LOSSES = {
     "simclr": SimCLR,
     "simclr sum": partial(SimCLR, 0.2, "sum"),
     "spectral": partial(SpectralContrastive, center=True),
+    "spectral sum": partial(SpectralContrastive, "sum"),
     "barlow": partial(BarlowTwins, 0.02),
     "barlow centred": partial(BarlowTwins, 0.02, center=True),
     "simclr negatives": partial(SimCLR, denominator="negatives"),
@@ -77,6 +78,9 @@ def relation(name: str, y: Tensor, V: int) -> Relation:
     normalized = name.endswith("normalized")
     if name.startswith("views"):
         return Views(len(y), V, normalized)
+    if name.startswith("shared"):
+        Y = torch.stack([y == 0, y != 1, y == 2], 1)
+        return SharedLabels(Y.repeat(V, 1), normalized)
     return Labels(y.repeat(V), CLASSES, normalized)
 
 
@@ -98,6 +102,12 @@ CASES = [
     for case in itertools.product(LOSSES, RELATIONS, (2, 4), (torch.float64, torch.float32))
     if not (LOSSES[case[0]]().needs_views and case[1].startswith("labels"))
 ]
+CASES += itertools.product(  # of losses that accept any relation
+    ("vicreg", "simclr", "spectral sum", "barlow centred"),
+    ("shared", "shared normalized"),
+    (2, 4),
+    (torch.float64,),
+)
 
 
 def table() -> list[tuple[Tensor, Tensor]]:

@@ -144,6 +144,20 @@ def test_optimum_on_labels_is_linear_discriminant_analysis() -> None:
             assert_close(cosines(best.W, span), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-8)
 
 
+def test_only_normalized_labels_keep_the_discriminants_of_small_classes() -> None:
+    """400, 100, 30 and 10 rows: without normalisation the third discriminant has rho < 0 and is dropped."""
+    y = torch.arange(4).repeat_interleave(torch.tensor([400, 100, 30, 10]))
+    X = torch.randn(540, D, dtype=torch.float64) + 1.5 * torch.eye(D, dtype=torch.float64)[y]
+    theirs = LinearDiscriminantAnalysis(solver="eigen", n_components=3).fit(X.numpy(), y.numpy())
+    span = torch.from_numpy(theirs.scalings_[:, :3].copy())
+    plain, normalized = (
+        linear_optimum(BarlowTwins(), moments_of(X, Labels(y, normalized=normalized)), 3)
+        for normalized in (False, True)
+    )
+    assert (plain.rank, normalized.rank) == (2, 3)
+    assert_close(cosines(normalized.W, span), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-3)
+
+
 def test_barlow_optimum_on_views_is_canonical_correlation_analysis() -> None:
     """Compared with scikit-learn's CCA of the first and second rows of all ordered positive pairs."""
     G = Views(30, 2)

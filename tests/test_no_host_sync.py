@@ -36,6 +36,7 @@ from ssl_runner.relation.builders import (
     RelationBuilder,
     Rewired,
 )
+from ssl_runner.relation.walks import FromWalks
 from ssl_runner.train import NonFiniteGuard, Pretraining
 from ssl_runner.views import Augment
 from tests.device import OnDevice, Waits, moved, pretended
@@ -67,6 +68,9 @@ RELATIONS: dict[str, Callable[[str], RelationBuilder]] = {
     "queue": lambda path: FromNeighbors(2, queue=30, normalized=True),
     "noisy": lambda path: Rewired(FromLabels(), normalized=True),
     "edges": lambda path: FromEdges(path),
+    "walks": lambda path: FromWalks(3, normalized=True),
+    "shared labels": lambda path: FromLabels(True, path.replace("pairs", "labels"), weighted=True),
+    "several labels": lambda path: FromLabels(path=path.replace("pairs", "labels")),
     "noisy edges": lambda path: Rewired(FromEdges(path)),
 }
 # an option that does not concern the relation runs with two of them, all other losses with all
@@ -139,6 +143,7 @@ def steps(
 @pytest.fixture
 def pairs(tmp_path: Path) -> str:
     (tmp_path / "pairs.csv").write_text("i,j\n" + "\n".join(f"{i},{i + 4}" for i in range(80)))
+    (tmp_path / "labels.csv").write_text("a,b\n" + "".join(f"{i % 2},{int(i % 3 < 2)}\n" for i in range(88)))
     return str(tmp_path / "pairs.csv")
 
 

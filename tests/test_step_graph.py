@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ssl_runner.errors import UsageError
 from ssl_runner.loss import BarlowTwins, Loss, SIGReg, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.relation.builders import FromLabels, FromNeighbors, FromViews, RelationBuilder, Rewired
+from ssl_runner.relation.walks import FromWalks
 from ssl_runner.step_graph import WARMUP_STEPS, StepGraph, Values, why_not
 from ssl_runner.train import Pretraining
 from ssl_runner.views import Augment
@@ -169,6 +170,8 @@ CUDA = torch.device("cuda:0")
         (CUDA, 1, BarlowTwins(), FromNeighbors(2), None),
         (CUDA, 1, VICReg(), FromNeighbors(2, queue=9), r"relation \(FromNeighbors\) depends on values"),
         (CUDA, 1, VICReg(), OwnNeighbors(2), r"relation \(OwnNeighbors\) depends on values"),
+        (CUDA, 1, VICReg(), FromWalks(2), r"relation \(FromWalks\) depends on values"),
+        (CUDA, 1, VICReg(), FromLabels(path="a.csv"), r"relation \(FromLabels\) depends on values"),
         (CUDA, 1, VICReg(), Rewired(FromViews()), r"relation \(Rewired\) depends on values"),
         (CUDA, 1, OwnTerms(), FromViews(), r"loss \(OwnTerms\) depends on values"),
         (CUDA, 2, VICReg(), FromViews(), "2 processes exchange gradients"),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import SpectralEmbedding
 from torch import Tensor
 from torch.testing import assert_close
@@ -546,6 +547,17 @@ def test_label_energy_matches_least_squares() -> None:
         assert_close(measures.label_energy(U, Y), expected, rtol=1e-6, atol=0)
     U, _ = measures.left_singular_vectors(torch.zeros(60, 4))
     assert measures.label_energy(U, Y) == 0
+
+
+def test_classes_on_a_circle_are_separated_by_a_linear_map_of_low_label_energy() -> None:
+    """Rank and label energy bound least squares, not classification: 2 of 9 directions suffice here."""
+    y = torch.arange(100) % 10
+    angles = 2 * torch.pi * y.double() / 10
+    Z = torch.stack([angles.cos(), angles.sin()], 1)
+    U, values = measures.left_singular_vectors(Z)
+    assert len(values) == 2
+    assert measures.label_energy(U, torch.nn.functional.one_hot(y).double()) == pytest.approx(2 / 9)
+    assert LogisticRegression(C=1e4).fit(Z.numpy(), y.numpy()).score(Z.numpy(), y.numpy()) == 1
 
 
 def test_label_energy_of_optimum_depends_on_relation() -> None:

@@ -1,14 +1,20 @@
 """The gamma at which VICReg's optimum drops directions, against a scan of the optimum's rank over gamma."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from ssl_runner.loss import BarlowTwins, VICReg
+from ssl_runner.pipeline import limits_of
 from ssl_runner.relation import Edges, Labels, Relation, Views
 from ssl_runner.relation.builders import FromLabels, FromNeighbors, FromViews
 from ssl_runner.theory import optimum, thresholds
-from ssl_runner.theory.gamma import describe_gamma, expected_relation
+from ssl_runner.theory.gamma import describe_gamma, expected_relation, gamma_limits
+from ssl_runner.train import Pretraining
+from tests.helpers import pretraining
+from tests.processes import in_processes
 
 RELATIONS = {
     "views": Views(6, 3),
@@ -28,7 +34,7 @@ def test_rank_of_the_optimum_falls_at_each_threshold(G: Relation, variance: str)
     for K in (3, G.num_rows + 2):
         found = thresholds(vicreg(0.0, variance), G, K)
         assert len(found) == min(K, G.num_rows - 1)
-        assert bool((found.diff() <= 0).nan_to_num(1).all() or found.isinf().any())
+        assert found.equal(found.sort(descending=True).values)
         for gamma in [0.0, *(float(x) * s for x in found[found.isfinite()].unique() for s in (0.999, 1.001))]:
             assert optimum(vicreg(gamma, variance), G, K).rank == int((found > gamma).sum())
 
@@ -55,10 +61,41 @@ def test_hinge_keeps_directions_up_to_25_times_the_threshold_of_the_squared_form
     assert ranks == [64, 64, 9, 9]
 
 
+def test_thresholds_without_variance_weight_or_eps() -> None:
+    """Without a variance term the optimum is 0; the hinge with eps = 0 drops no direction."""
+    G = Labels(torch.arange(12) % 3)
+    assert thresholds(vicreg(0.0, alpha=0.0), G, 6).eq(0).all()
+    assert optimum(vicreg(0.0, alpha=0.0), G, 6).rank == 0
+    for gamma in (0.0, 1e3):
+        loss = VICReg(2.0, 1.0, gamma, eps=0.0)
+        assert thresholds(loss, G, 6).isinf().all()
+        assert optimum(loss, G, 6).rank == 6
+
+
+def limits() -> dict:
+    """The limits of a run, from all ranks."""
+    training = pretraining(VICReg(), FromLabels())
+    return limits_of(
+        SimpleNamespace(
+            cfg=SimpleNamespace(V=2, batch_size=20),
+            data=training.loader.data,
+            relation=training.relation,
+            loss=training.loss,
+            model=training.model,
+            solver_class=Pretraining,
+        )
+    )
+
+
+def test_limits_of_several_ranks_are_those_of_one_process() -> None:
+    assert limits()["rows"] == 40
+    assert in_processes(2, limits) == 2 * [limits()]
+
+
 def test_other_losses_have_no_thresholds() -> None:
     with pytest.raises(NotImplementedError, match="BarlowTwins has no known thresholds"):
         thresholds(BarlowTwins(), Views(4, 2), 3)
-    assert describe_gamma(BarlowTwins(), Views(4, 2), 3) is None
+    assert gamma_limits(BarlowTwins(), Views(4, 2), 3) is None
 
 
 def test_expected_relation_has_the_class_shares_of_the_data() -> None:
@@ -72,7 +109,12 @@ def test_expected_relation_has_the_class_shares_of_the_data() -> None:
 @pytest.mark.parametrize(
     ("loss", "G", "K", "line"),
     [
-        (vicreg(0.9), Views(8, 2), 15, "gamma=0.9: the optimum uses all 15 directions up to gamma=1.067"),
+        (
+            vicreg(0.9),
+            Views(8, 2),
+            15,
+            "gamma=0.9: the optimum uses all 15 directions up to gamma=1.067, and 7 for any gamma",
+        ),
         (
             vicreg(1.2),
             Views(8, 2),
@@ -89,4 +131,4 @@ def test_expected_relation_has_the_class_shares_of_the_data() -> None:
     ],
 )
 def test_line_before_training(loss: VICReg, G: Relation, K: int, line: str) -> None:
-    assert describe_gamma(loss, G, K).startswith(line)
+    assert describe_gamma(gamma_limits(loss, G, K)).startswith(line)

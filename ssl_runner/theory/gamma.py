@@ -38,41 +38,68 @@ def vicreg_thresholds(loss: VICReg, G: Relation, K: int) -> Tensor:
     """
     N = check_rows(G, K)
     values = repeat_values(take_leading(leading_eigenspaces(G, "laplacian", min(K, N - 1)), min(K, N - 1)))
-    factor = 1.0 if loss.variance == "squared" else 1 / (4 * math.sqrt(loss.eps))
-    of_direction = factor * loss.weights["variance"] * N / (N - 1) / values.clamp(min=TIE_TOLERANCE)
-    return torch.where(values > TIE_TOLERANCE, of_direction, torch.inf)
+    alpha = loss.weights["variance"]
+    if alpha == 0:
+        return torch.zeros_like(values)
+    of_direction = alpha * N / (N - 1) / torch.where(values > TIE_TOLERANCE, values, 0)  # inf for 0
+    if loss.variance == "hinge":
+        of_direction /= 4 * values.new_tensor(loss.eps).sqrt()  # inf for eps = 0
+    return of_direction
 
 
 def expected_relation(builder: RelationBuilder, V: int, batch_size: int, labels: Tensor) -> Relation | None:
     """The relation of a batch of `batch_size` images, V views each, if it does not depend on the embeddings.
 
     `labels` (n,) are those of all images; the batch has the same shares of the classes, rounded. None for
-    other relations than views and the labels of the data set.
+    other relations than views and the labels of the data set. It covers the rows of all ranks: call it within
+    `distributed.local_only`.
     """
     if type(builder) is FromViews:
         return Views(batch_size, V, builder.normalized)
     if type(builder) is FromLabels and builder.path is None:
-        ranks = torch.linspace(0, len(labels) - 1, batch_size, dtype=torch.float64).round().long()
-        return Labels(labels.cpu().sort().values[ranks].repeat(V), normalized=builder.normalized)
+        middles = (2 * torch.arange(batch_size) + 1) * len(labels) // (2 * batch_size)  # of equal shares
+        return Labels(labels.cpu().sort().values[middles].repeat(V), normalized=builder.normalized)
     return None
 
 
-def describe_gamma(loss: Loss, G: Relation | None, K: int) -> str | None:
-    """One line: the gamma from which the optimum on G drops directions, or a warning if it is exceeded.
+def gamma_limits(loss: Loss, G: Relation | None, K: int) -> dict[str, float | None] | None:
+    """How gamma bounds the directions of the optimum on G, for run.json.
+
+    first_drop   the gamma from which the optimum drops directions, None if there is no such gamma
+    directions   those of the optimum below first_drop, min(K, N - 1)
+    used         those of the optimum at the gamma of the loss
+    any_gamma    those that are used for every gamma; for views, at most n - 1
 
     None for a loss without thresholds, or for a relation that is not known.
     """
     if G is None or not thresholds.registered(type(loss)):
         return None
-    gamma, of_direction = loss.weights["invariance"], thresholds(loss, G, K)
-    form = f"{getattr(loss, 'variance', '')}, batch of {G.num_rows} rows".removeprefix(", ")
+    of_direction = thresholds(loss, G, K)
     first = float(of_direction.min())
-    if math.isinf(first):
-        return f"gamma={gamma:g}: the optimum uses all {len(of_direction)} directions for any gamma ({form})"
-    used = int((of_direction > gamma).sum())
-    if used == len(of_direction):
-        return f"gamma={gamma:g}: the optimum uses all {used} directions up to gamma={first:.4g} ({form})"
+    return {
+        "gamma": loss.weights["invariance"],
+        "first_drop": None if math.isinf(first) else first,
+        "directions": len(of_direction),
+        "used": int((of_direction > loss.weights["invariance"]).sum()),
+        "any_gamma": int(of_direction.isinf().sum()),
+        "rows": G.num_rows,
+    }
+
+
+def describe_gamma(limits: dict[str, float | None] | None) -> str | None:
+    """One line on `gamma_limits`, which is a warning if gamma is beyond the first drop."""
+    if limits is None:
+        return None
+    gamma, first, directions, used, always, rows = limits.values()
+    batch = f"(batch of {rows} rows)"
+    if first is None:
+        return f"gamma={gamma:g}: the optimum uses all {directions} directions for any gamma {batch}"
+    if used == directions:
+        return (
+            f"gamma={gamma:g}: the optimum uses all {used} directions up to gamma={first:.4g}, and"
+            f" {always} for any gamma {batch}"
+        )
     return (
         f"warning: gamma={gamma:g} is beyond {first:.4g}, where the optimum drops directions: it uses {used}"
-        f" of {len(of_direction)} ({form}); lower gamma or raise alpha to keep them"
+        f" of {directions} {batch}; lower gamma or raise alpha to keep them"
     )
