@@ -360,11 +360,34 @@ def test_rank_of_simclr_depends_on_tau_and_its_value_is_certified(G: Relation, t
     loss, N = SimCLR(tau, "sum"), G.num_rows
     best = optimum(loss, G, N)
     assert (best.kind, best.rank) == (NUMERIC, rank)
+    assert optimum(SpectralContrastive(), G, N).rank == {STAR: 1, PATH: 4, UNEQUAL: 3}[G]
     assert_close(float(loss(best.Z, G)), best.value)
     found = infonce.infonce_minimum(G.dense(torch.float64).numpy(), tau, N)
     assert found.attained
     assert found.bound - 1e-9 <= descend(loss, G, N, 0, steps=100)
     assert_close(optimum(SimCLR(tau), G, N).value, best.value / float(G.degrees.sum()))
+
+
+@pytest.mark.parametrize(("alpha", "rank"), [(0.005, 1), (0.05, 4), (0.5, 4)])
+def test_rank_of_barlow_closed_form_depends_on_alpha(alpha: float, rank: int) -> None:
+    """4 eigenvalues of the path are positive, and the surplus of K = 6 is cheaper in fewer dimensions."""
+    assert optimum(BarlowTwins(alpha), PATH, 6).rank == rank
+    assert optimum(SpectralContrastive(), PATH, 6).rank == 4
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.5, 2.0])
+def test_rank_of_simclr_on_equal_groups_is_one_less_than_the_spectral_loss(tau: float) -> None:
+    G = Labels(torch.arange(15) % 5)
+    found = infonce.infonce_minimum(G.dense(torch.float64).numpy(), tau, 7)
+    assert np.linalg.matrix_rank(found.Z, tol=1e-3) == optimum(SimCLR(tau), G, 7).rank == 4
+    assert [optimum(SpectralContrastive(center=center), G, 7).rank for center in (False, True)] == [5, 4]
+
+
+def test_closed_form_of_hinge_vicreg_is_beaten_where_columns_correlate() -> None:
+    G, loss = RELATIONS["labels"], VICReg(2.0, 2.0, 2.0)
+    best = optimum(loss, G, 5)
+    assert best.kind == UPPER
+    assert 0.85 * best.value < min(descend(loss, G, 5, seed) for seed in range(2)) < 0.95 * best.value
 
 
 def test_numeric_optimum_of_equal_groups_is_the_simplex() -> None:

@@ -1,10 +1,10 @@
-"""Closed-form optima of the losses for free embeddings, in float64.
+"""Optima of the losses for free embeddings, in float64.
 
 Each loss is a function of (Z, G). Its optimum is a spectral embedding of G (Balestriero & LeCun 2022,
 arXiv:2205.11508) by the K leading eigenvectors of
 
-    VICReg, squared         L = D - G, orthogonal to 1, ascending    Laplacian eigenmaps
-    spectral contrastive    G, descending                            multidimensional scaling (ISOMAP)
+    VICReg, squared         L = D - G, orthogonal to 1, ascending    Laplacian eigenmaps (equal degrees)
+    spectral contrastive    G, descending                            multidimensional scaling (centred G)
     Barlow Twins            D^-1/2 G D^-1/2, descending              canonical correlation analysis (views),
                                                                      linear discriminant analysis (labels)
 
