@@ -156,7 +156,7 @@ INVALID = [
     ("relation=neighbors relation.queue=-1", "relation.queue=-1: expected an integer >= 0"),
     (
         "relation.k=3",
-        "relation.k is an option of relation=neighbors, not of relation=views (options: normalized)",
+        "relation.k is an option of relation=neighbors and relation=walks, not of relation=views",
     ),
     (
         "relation=noisy relation.rewire_fraction=2",
@@ -181,7 +181,7 @@ INVALID = [
     ),
     (
         "relation=noisy relation.base.k=3",
-        "relation.base.k is an option of relation@relation.base=neighbors, not of relation@relation.base=",
+        "relation.base.k is an option of relation@relation.base=neighbors and relation@relation.base=walks,",
     ),
     (
         "relation=noisy relation@relation.base=neighbors relation.base.k=0",

@@ -119,18 +119,8 @@ def has_linear_optimum(loss: Loss) -> bool:
 
 @linear_optimum.register
 def vicreg_linear_optimum(loss: VICReg, moments: CentredMoments, K: int, ridge: float = 0.0) -> LinearOptimum:
-    """X'LX w = mu X'HX w, smallest mu; columns scaled as for free embeddings (`vicreg_scales`).
-
-    The ridge is added to X'LX: on the smaller side of the ratio it makes directions of little variance look
-    worse. On X'HX it would make them look best, with mu = 0.
-    """
-    A, B = moments.XDX - moments.XGX, moments.XHX
-    if ridge:
-        penalised = A + ridge * B.trace() / len(B) * torch.eye(len(B), dtype=B.dtype, device=B.device)
-        _, W = eigenpairs(penalised, B, K, smallest=True)
-        mu = ((A @ W) * W).sum(0)
-    else:
-        mu, W = eigenpairs(A, B, K, smallest=True)
+    """X'LX w = mu X'HX w, smallest mu; columns scaled as for free embeddings (`vicreg_scales`)."""
+    mu, W = smooth_directions(moments, K, ridge)
     W = W * ((moments.N - 1) ** 0.5 * vicreg_scales(loss, mu, moments.N))
     exact = loss.variance == "squared" and loss.weights["covariance"] >= loss.weights["variance"]
     kind = EXACT if exact and ridge == 0 else UPPER
@@ -194,6 +184,20 @@ def build_linear_optimum(
         eigenvalues=F.pad(eigenvalues, (0, K - len(eigenvalues)), value=torch.nan),
         singular_values=padded(gram_singular_values(W.T @ moments.XHX @ W), K),
     )
+
+
+def smooth_directions(moments: CentredMoments, K: int, ridge: float) -> tuple[Tensor, Tensor]:
+    """K eigenpairs of X'LX w = mu X'HX w of smallest mu: mu (k,), and w (D, k) with w'X'HXw = 1.
+
+    The ridge is added to X'LX: on the smaller side of the ratio it makes directions of little variance look
+    worse. On X'HX it would make them look best, with mu = 0. mu stays w'X'LXw.
+    """
+    A, B = moments.XDX - moments.XGX, moments.XHX
+    if not ridge:
+        return eigenpairs(A, B, K, smallest=True)
+    penalty = ridge * B.trace() / len(B) * torch.eye(len(B), dtype=B.dtype, device=B.device)
+    _, W = eigenpairs(A + penalty, B, K, smallest=True)
+    return ((A @ W) * W).sum(0), W
 
 
 def eigenpairs(

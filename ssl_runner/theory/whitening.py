@@ -12,7 +12,13 @@ from torch import Tensor
 from ssl_runner.loss import WMSE, SIGReg
 from ssl_runner.relation import Relation
 from ssl_runner.theory.eigenspaces import leading_eigenspaces
-from ssl_runner.theory.linear import LinearOptimum, build_linear_optimum, eigenpairs, linear_optimum, value_of
+from ssl_runner.theory.linear import (
+    LinearOptimum,
+    build_linear_optimum,
+    linear_optimum,
+    smooth_directions,
+    value_of,
+)
 from ssl_runner.theory.matrices import TIE_TOLERANCE, as_float64, centred, padded
 from ssl_runner.theory.moments import CentredMoments
 from ssl_runner.theory.optima import EXACT, LOWER, UPPER, Optimum, check_rows, optimum
@@ -76,7 +82,7 @@ def wmse_value_of(loss: WMSE, Z: CentredMoments) -> float:
 def wmse_linear_optimum(loss: WMSE, moments: CentredMoments, K: int, ridge: float = 0.0) -> LinearOptimum:
     """X'LX w = mu X'HX w, smallest mu, for the loss without blocks and unit rows."""
     plain = WMSE(unit_rows=False)
-    mu, W = eigenpairs(moments.XDX - moments.XGX, moments.XHX, K, ridge, smallest=True)
+    mu, W = smooth_directions(moments, K, ridge)
     W = W * (moments.N - 1) ** 0.5
     kind = EXACT if ridge == 0 else UPPER
     return build_linear_optimum("locality preserving projections", plain, kind, moments, W, mu, K)
