@@ -93,7 +93,8 @@ def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictCon
         raise UsageError("resume is given twice: expected one resume=<folder> or resume=auto; leave one out")
     check.check_plugins(given.values())
     resume_from = given["resume"].value() if "resume" in given else None
-    args.multirun = args.multirun or (resume_from in (None, "auto") and check.has_grid(args))
+    own = resume_from in (None, "auto") and args.cfg in (None, "job")  # Hydra prints its own configuration
+    args.multirun = args.multirun or (own and check.has_grid(args))
     if args.multirun and processes > 1:
         raise UsageError(
             f"a sweep cannot run in {processes} processes, which together train one run;"

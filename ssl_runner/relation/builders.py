@@ -196,7 +196,7 @@ class FromEdges(RelationBuilder):
 def of_graph(graph: scipy.sparse.csr_array, batch: Batch, normalized: bool) -> Relation:
     """The relation of a batch in which images are positives iff the symmetric graph (n, n) joins them."""
     upper = scipy.sparse.triu(graph, 1)
-    i, j = (torch.from_numpy(side.astype(np.int64)) for side in upper.coords)
+    i, j = (torch.from_numpy(side.astype(np.int64)) for side in (upper.row, upper.col))
     A = operators.Edges(i, j, len(batch.indices)).to(batch.labels.device)
     G = derived.ViewExpanded(A, batch.V)
     return derived.DegreeNormalized(G) if normalized else G

@@ -137,15 +137,15 @@ class Diagnostics(Evaluator):
         features = torch.cat([model.features(x) for x in own.split(FORWARD_ROWS)]).float()
         return distributed.unshard(features, indices)
 
-    def optimum(self, Z: Tensor) -> tuple[Relation, Optimum | None]:
+    def optimum(self, Z: Tensor, loss: Loss) -> tuple[Relation, Optimum | None]:
         """The relation over the subset and the loss's closed form on it, None for a loss without one.
 
-        Z (N, K) is on the CPU.
+        Z (N, K) and the loss are on the CPU.
         """
         if self.known is None or self.relation.depends_on_embeddings:
             G = self.relation(self.batch, Z)
             try:
-                self.known = G, optimum(self.loss, G, Z.shape[1])
+                self.known = G, optimum(loss, G, Z.shape[1])
             except NotImplementedError:
                 self.known = G, None
         return self.known
@@ -174,7 +174,7 @@ class Diagnostics(Evaluator):
     def _columns(self, features: Tensor, Z: Tensor, loss: Loss, seconds: float) -> Columns:
         """The columns, from tensors on the CPU. `seconds` have already been spent on them."""
         start = time.perf_counter()
-        G, best = self.optimum(Z)
+        G, best = self.optimum(Z, loss)
         with torch.no_grad():
             subset_loss = float(loss(Z, G))
         V = self.batch.V
@@ -218,7 +218,7 @@ class Diagnostics(Evaluator):
             return []
         Z = Z.cpu()
         with distributed.local_only():
-            _, best = self.optimum(Z)
+            _, best = self.optimum(Z, deepcopy(self.loss).cpu())
         canonical = best.canonicalize(Z) if best else centred(Z)
         measured = padded(torch.linalg.svdvals(canonical), Z.shape[1])
         optimal: Any = best.singular_values if best else None

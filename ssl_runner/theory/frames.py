@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssl_runner.loss import MMCR, FroSSL
-from ssl_runner.relation import Relation
+from ssl_runner.relation import Relation, Views
 from ssl_runner.theory.eigenspaces import Groups, find_groups, group_constant_space, zero_sum_space
 from ssl_runner.theory.matrices import HOST, gram_singular_values, padded, tight_frame, unit_rows
 from ssl_runner.theory.optima import EXACT, LOWER, Optimum, check_rows, optimum
@@ -47,15 +47,15 @@ def frossl_optimum(loss: FroSSL, G: Relation, K: int) -> Optimum:
         min over rho in [0, 1] of max(-log K, log((1 + (m-1) rho^2) / N)) + 2 gamma d (1 - rho)
 
     is a lower bound. It is attained for K <= M, with rho = 1 and a tight frame, and for K >= N. With
-    `per_view`, -log min(K, n) is attained for any K.
+    `per_view`, -log min(K, n) is attained on `Views` for any K.
     """
     N = check_rows(G, K)
     loss.check_relation(G)
     groups = find_groups(G)
     n = N // G.V if loss.per_view and G.V else N
-    if groups is not None and loss.per_view:
+    if type(G) is Views and groups is not None and loss.per_view:
         return frame_optimum(-math.log(min(K, n)), groups, K)
-    if groups is None or len(groups.sizes.unique()) > 1:
+    if groups is None or loss.per_view or len(groups.sizes.unique()) > 1:
         return lower_bound(-math.log(min(K, n)))
     M, m, degree = len(groups.sizes), int(groups.sizes[0]), float(groups.degrees[0])
     if K <= M:

@@ -45,13 +45,13 @@ def infonce_minimum(G: np.ndarray, tau: float, K: int) -> Minimum:
     """Minimise f for G (N, N), symmetric, entries >= 0, diagonal 0.
 
     First in 2 sqrt(2 N) columns: sqrt(2 N) in general suffice for the minimum without a bound on the rank.
-    If it is not attained, in all K columns with several seeded starts. Returns the best.
+    If it is not attained, in min(K, N) columns with several seeded starts. Returns the best.
     """
     best = descend(G, tau, min(K, math.ceil(2 * math.sqrt(2 * len(G)))), seed=0)
     for seed in range(1, MORE_STARTS if len(G) <= FEW_ROWS else STARTS):
         if best.attained:
             break
-        best = min(best, descend(G, tau, K, seed), key=lambda found: found.value)
+        best = min(best, descend(G, tau, min(K, len(G)), seed), key=lambda found: found.value)
     best.Z = np.pad(best.Z, ((0, 0), (0, K - best.Z.shape[1])))
     return best
 

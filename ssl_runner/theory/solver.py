@@ -32,8 +32,8 @@ class ClosedForm(Solver):
 
     The matrix is the linear backbone, or a linear projector on a frozen backbone. The moments come from
     `passes` passes over the pretraining images, each with V fresh views per image. Positive pairs lie within
-    batches of the loader's batch_size; with labels they span all images of all passes. `ridge` is added to
-    the variance of every direction, as a share of the mean variance. Every rank computes the same solution.
+    batches of the loader's batch_size; with labels they span all images of all passes. `ridge` penalises
+    directions of small variance, as a share of the mean variance. Every rank computes the same solution.
     """
 
     def __init__(
