@@ -49,11 +49,21 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, help="image folder with train/<class>/* and test/<class>/*, required by race"
     )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="race: time of each training (default: peers 60, or 300 with --full; ours a third)",
+    )
+    parser.add_argument(
+        "--experiment", help="race: experiment with the settings of ssl_runner, except the data"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/bench"), help="output folder")
     given = parser.parse_args()
     unknown = set(given.groups) - set(GROUPS)
     if unknown:
         parser.error(f"GROUP={' '.join(sorted(unknown))}: expected one or more of {', '.join(GROUPS)}")
+    if given.seconds is not None and not given.seconds > 0:
+        parser.error(f"--seconds={given.seconds}: expected a number > 0; give the seconds of a training")
     device = torch.device(given.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device={given.device}: expected a machine with a CUDA device; use --device cpu")
@@ -79,7 +89,9 @@ def main() -> None:
     for name in groups:
         start = time.perf_counter()
         group = importlib.import_module(f"benchmarks.{name}")
-        rows = pd.DataFrame(group.run(device=device, full=given.full, data=given.data, out=given.out))
+        options = {"seconds": given.seconds, "experiment": given.experiment} if name == "race" else {}
+        found = group.run(device=device, full=given.full, data=given.data, out=given.out, **options)
+        rows = pd.DataFrame(found)
         rows.to_csv(given.out / f"{name}.csv", index=False)
         getattr(group, "draw", chart.bars)(rows, given.out / f"{name}.png")
         print(f"\n{name}: {GROUPS[name]} ({time.perf_counter() - start:.0f} s)")

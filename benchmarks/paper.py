@@ -118,7 +118,7 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
         uniforms = [torch.rand(BATCH * V, MAX_DRAWS)]  # as on GPUs
         mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
         views_format = ViewFormat(None, torch.bfloat16, torch.channels_last)
-        arguments = (augment.policies, images, V, mean, std, uniforms, views_format)
+        arguments = (augment.policies, [[*range(V)]], images, mean, std, uniforms, views_format)
         add("views, eager", name, "fp32", counted(partial(views_from_uniforms, *arguments)))
         if full:
             augment.compile()

@@ -43,20 +43,31 @@ def racer(
     return [about | row | {"views_per_s": 2 * row["images"] / row["seconds"]} for row in rows]
 
 
-def run(device: torch.device, full: bool, data: Path, out: Path) -> list[dict[str, Any]]:
+def run(
+    device: torch.device,
+    full: bool,
+    data: Path,
+    out: Path,
+    seconds: float | None = None,
+    experiment: str | None = None,
+) -> list[dict[str, Any]]:
     """One row per loss, tool, seed and mark.
 
-    Peers train for T seconds, stable-pretraining with one seed only. ssl_runner trains for T / 3 seconds, and
-    once more for the number of images that lightly has processed, to separate the recipe from the throughput.
+    Peers train for T = `seconds`, by default 60 or 300 (`full`), stable-pretraining with one seed only.
+    ssl_runner trains for T / 3 seconds, or T if `seconds` is given, and once more for the number of images
+    that lightly has processed, to separate the recipe from the throughput. `experiment` of conf/ sets the
+    options of ssl_runner, except data set, loss, seed, device and batch size.
     """
-    T = 300.0 if full else 60.0
+    T = seconds or (300.0 if full else 60.0)
     shared: dict[str, Any] = {"data": str(data.resolve()), "device": str(device), "workers": 2}
+    ours = shared | {"experiment": experiment}
+    budget = seconds or T / 3
     rows: list[dict[str, Any]] = []
     for seed in SEEDS:
         for loss in LOSSES:
-            rows += racer("ours", loss, seed, T / 3, [T / 6, T / 3], **shared)
+            rows += racer("ours", loss, seed, budget, [budget / 2, budget], **ours)
             rows += racer("lightly", loss, seed, T, [T / 3, T], **shared)
-            rows += racer("ours", loss, seed, T, [math.inf], label=EQUAL, images=rows[-1]["images"], **shared)
+            rows += racer("ours", loss, seed, T, [math.inf], label=EQUAL, images=rows[-1]["images"], **ours)
             if seed == SEEDS[0]:
                 rows += racer("stable-pretraining", loss, seed, T, [T / 3, T], steps_per_s=RATE, **shared)
             pd.DataFrame(rows).to_csv(out / "race.csv", index=False)

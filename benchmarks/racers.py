@@ -77,7 +77,7 @@ class Clock:
 
 
 def settings(given: dict[str, Any]) -> DictConfig:
-    """Compose the configuration of ssl_runner: the defaults for the given images and loss."""
+    """Compose the configuration of ssl_runner for the given images and loss: defaults, or an experiment."""
     register_resolvers()
     prefer_our_presets()
     overrides = [
@@ -87,6 +87,8 @@ def settings(given: dict[str, Any]) -> DictConfig:
         f"seed={given['seed']}",
     ]
     overrides += [f"device={given['device']}", f"batch_size={BATCH}"]
+    if given.get("experiment"):
+        overrides.append(f"experiment={given['experiment']}")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", overrides=overrides)
 

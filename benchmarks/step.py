@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks import measure, pil_loader
 from benchmarks.measure import Work
 from ssl_runner import backbone, optimizer, projector
-from ssl_runner.batch import Batch
+from ssl_runner.batch import Batch, ViewTensors, per_size
 from ssl_runner.config.compose import CONF
 from ssl_runner.data import dataset
 from ssl_runner.data.dataset import Source
@@ -66,10 +66,11 @@ class Ours:
         )
         self.guard, self.batches = NonFiniteGuard(), self._batches()
         X, self.batch = next(self.batches)
+        [X] = per_size(X)
         self.X = X.contiguous(memory_format=model.memory_format)
         self.Z = torch.randn(V * BATCH, K, device=device)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Batch]]:
+    def _batches(self) -> Iterator[tuple[ViewTensors, Batch]]:
         while True:
             yield from self.loader.batches(0)
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks import measure
+from ssl_runner.batch import per_size
 from ssl_runner.config.compose import CONF
 from ssl_runner.views import Augment
 from ssl_runner.views.policy import odd
@@ -98,7 +99,7 @@ def ours(settings: Mapping[str, Any], images: Tensor) -> Make:
     """Views by `ssl_runner.views.Augment`."""
     augment, generator = Augment({"all": settings}), torch.Generator(images.device).manual_seed(0)
     mean, std = (torch.tensor(numbers, device=images.device) for numbers in (MEAN, STD))
-    return lambda views: augment(images[: views // 2], 2, mean, std, generator)
+    return lambda views: per_size(augment(images[: views // 2], 2, mean, std, generator))[0]
 
 
 def torchvision_on_pil(settings: Mapping[str, Any], images: Tensor, device: torch.device) -> Make:

@@ -91,7 +91,11 @@ def execute(words: list[str]) -> tuple[Path, dict[str, float | None]]:
         compose.register_resolvers()
         compose.prefer_our_presets()
         args = arguments.parse(parser, words)
-        cli.prepare(args, processes=1)
+        if len(jobs := cli.prepare(args, processes=1)) > 1:
+            raise UsageError(
+                f"run: expected a single run, but the experiment sweeps ({len(jobs)} jobs, the first with"
+                f" {jobs[0][0]}); give one value for each option, or use ssl-run"
+            )
         hydra_internals.run_hydra(args, parser, partial(job, ended=ended), compose.CONF)
     [outcome] = ended
     if isinstance(outcome, Exception):

@@ -1,8 +1,15 @@
-"""What a relation is built from: the images of one batch."""
+"""The images of one batch, from which a relation is built, and their views."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
+
+ViewTensors = Tensor | list[Tensor]  # X (V n, C, h, w), or one tensor per size if the views have several
+
+
+def per_size(X: ViewTensors) -> list[Tensor]:
+    """Return the views as a list with one tensor per size."""
+    return X if isinstance(X, list) else [X]
 
 
 @dataclass

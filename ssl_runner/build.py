@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ssl_runner import distributed, numerics, optimizer
 from ssl_runner.backbone import Backbone, LinearBackbone
-from ssl_runner.checks import check_blur, check_fit, check_resolutions
+from ssl_runner.checks import check_blur, check_fit, check_loss, check_view_sizes
 from ssl_runner.config.rules import check_values
 from ssl_runner.data import dataset
 from ssl_runner.data.dataset import DataSet
@@ -141,6 +141,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     if data is None:
         data = read_data(cfg, device)
     check_fit(cfg, data, relation)
+    check_loss(cfg, loss, relation, data)
     fresh_backbone = partial(build_backbone, cfg, data, device)
     backbone = distributed.sync_batchnorm(fresh_backbone())
     initial_weights = None
@@ -155,7 +156,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     solver_class.check_model(model)
     if cfg.probe.layer is not None:
         check_layer(backbone, cfg.probe.layer, (data.channels, data.image_size, data.image_size), device)
-    check_resolutions(cfg, solver_class, backbone, data)
+    check_view_sizes(cfg, augment, solver_class, backbone, data)
     check_blur(cfg, augment, data)
     return Experiment(
         cfg=cfg,

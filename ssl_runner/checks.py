@@ -1,48 +1,54 @@
 """Checks of a run that need its data or its networks. Those of the configuration alone are in `config`."""
 
-from itertools import product
-
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_runner import distributed
 from ssl_runner.backbone import Backbone
+from ssl_runner.batch import Batch
 from ssl_runner.config.compose import CONF
 from ssl_runner.config.rules import format_value
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.errors import UsageError
+from ssl_runner.loss import Loss
 from ssl_runner.model import eval_mode
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.solver import Solver
 from ssl_runner.views import Augment
 
 
-def check_resolutions(cfg: DictConfig, solver: type[Solver], backbone: Backbone, data: DataSet) -> None:
-    """Raise UsageError for resolutions that the backbone does not accept, or that no training would use."""
-    if cfg.views.resolutions is None:
-        return
-    if not solver.trains:
+def check_view_sizes(
+    cfg: DictConfig, augment: Augment, solver: type[Solver], backbone: Backbone, data: DataSet
+) -> None:
+    """Raise UsageError for sizes that the backbone does not accept, or resolutions that no training uses."""
+    if cfg.views.resolutions is not None and not solver.trains:
         raise UsageError(
             f"views.resolutions is for training, and {solver.__name__} does not train; leave it out"
         )
-    for side in dict.fromkeys(cfg.views.resolutions):
+    resolutions = cfg.views.resolutions or []
+    given = {side: f"views.resolutions={format_value(resolutions)}" for side in resolutions}
+    if isinstance(augment, Augment):
+        named = zip(cfg.views.policies, augment.sizes, strict=True)
+        given |= {side: f"views.policies.{name}.size={side}" for name, side in named if side}
+    for side, option in given.items():
         try:
             with torch.no_grad(), eval_mode(backbone):
                 backbone(torch.zeros(1, data.channels, side, side, device=data.mean.device))
         except (RuntimeError, AssertionError, ValueError) as error:
-            given = f"views.resolutions={format_value(cfg.views.resolutions)}"
             raise UsageError(
-                f"{given}: this backbone does not accept {side} x {side} images; leave {side} out"
+                f"{option}: this backbone does not accept {side} x {side} images; leave {side} out"
             ) from error
 
 
 def check_blur(cfg: DictConfig, augment: Augment, data: DataSet) -> None:
     """Raise UsageError for a blur kernel that is larger than the views."""
     side = data.stored_size
-    policies = augment.policies if isinstance(augment, Augment) else []  # a user's views may have none
-    for policy, view_side in product(policies, cfg.views.resolutions or [data.image_size]):
+    if not isinstance(augment, Augment):  # a user's views may have no policies
+        return
+    for policy, size in zip(augment.policies, augment.sizes, strict=True):
         try:
-            policy.kernel((side, side), (view_side, view_side))
+            for view_side in [size] if size else cfg.views.resolutions or [data.image_size]:
+                policy.kernel((side, side), (view_side, view_side))
         except ValueError as error:
             raise UsageError(f"views: {error}") from error
 
@@ -67,6 +73,7 @@ def check_fit(cfg: DictConfig, data: DataSet, relation: RelationBuilder) -> None
     if not data.classes:
         check_unlabelled(cfg, data)
     relation.bind(data.pretrain.labels.cpu())
+    relation.check_images(data.pretrain.indices)
     if relation.needs_labels and bool((data.pretrain.y < 0).any()):
         raise UsageError(
             f"relation: needs a label for every image, but {data.name} has unlabelled images;"
@@ -77,6 +84,29 @@ def check_fit(cfg: DictConfig, data: DataSet, relation: RelationBuilder) -> None
             f"relation.path={cfg.relation.get('path')}: no pair joins two of the {images} pretraining images;"
             " number the images as conf/relation/edges.yaml says (validation and test images do not count)"
         )
+
+
+def check_loss(cfg: DictConfig, loss: Loss, relation: RelationBuilder, data: DataSet) -> None:
+    """Raise UsageError if the loss is not defined for the relation, which is bound to the data set.
+
+    The relation of one batch, of images spread over the data set, represents all of them.
+    """
+    if not (loss.needs_groups or loss.needs_views):
+        return
+    if loss.needs_views and relation.uses_memory:
+        raise UsageError(
+            f"relation.queue={cfg.relation.get('queue')}: expected 0 for this loss, which needs rows of views"
+            " only; set relation.queue=0"
+        )
+    images = data.pretrain
+    chosen = torch.linspace(0, len(images) - 1, cfg.batch_size).long()
+    batch = Batch(images.indices[chosen], images.labels.cpu()[chosen], cfg.V, len(data.classes))
+    with distributed.local_only():
+        G = relation.frozen_copy()(batch, torch.zeros(cfg.V * cfg.batch_size, 1))
+        try:
+            loss.check_relation(G)
+        except ValueError as error:
+            raise UsageError(f"relation: {error}") from error
 
 
 def check_unlabelled(cfg: DictConfig, data: DataSet) -> None:

@@ -69,7 +69,10 @@ def execute(processes: int, failed: list[str]) -> None:
         print(help_text(args), flush=True)
         return
     if not (args.hydra_help or args.info or args.shell_completion):
+        asked = args.multirun
         jobs = prepare(args, processes)
+        if args.multirun and not asked and not args.cfg:
+            print(f"the experiment sweeps: {len(jobs)} jobs", flush=True)
         if args.multirun and args.cfg == "job":
             print_grid(args, [overrides for overrides, _ in jobs])
             return
@@ -79,6 +82,8 @@ def execute(processes: int, failed: list[str]) -> None:
 def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictConfig]]:
     """Validate the command line before Hydra writes anything, and complete it for resume=<folder>.
 
+    Sets `args.multirun` if the experiment has a grid (`hydra.sweeper.params`).
+
     `processes` is the number of processes of a distributed run. Returns the overrides and the configuration
     of every job. Raises UsageError if one of them cannot run.
     """
@@ -87,12 +92,13 @@ def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictCon
     if sum(override.key_or_group == "resume" for override in overrides) > 1:
         raise UsageError("resume is given twice: expected one resume=<folder> or resume=auto; leave one out")
     check.check_plugins(given.values())
+    resume_from = given["resume"].value() if "resume" in given else None
+    args.multirun = args.multirun or (resume_from in (None, "auto") and check.has_grid(args))
     if args.multirun and processes > 1:
         raise UsageError(
             f"a sweep cannot run in {processes} processes, which together train one run;"
             " start it without torchrun or srun"
         )
-    resume_from = given["resume"].value() if "resume" in given else None
     if resume_from is None and not args.cfg:
         for key in ("hydra.run.dir", "hydra.sweep.dir"):
             if key in given:

@@ -5,6 +5,7 @@ import torch
 from ssl_runner import distributed
 from ssl_runner.data.loader import MultiViewLoader
 from ssl_runner.solver import Solver
+from ssl_runner.views import Augment
 
 # Training steps after which torch.compile has repaid itself on CUDA. Estimated: 60 s to compile a ResNet-18
 # and its views, and 4 ms saved in each step of 512 images.
@@ -39,7 +40,9 @@ def compile_solver(
     # dynamo counts what it compiles in a process, and beyond its limit runs without compiling
     torch.compiler.reset()
     dynamo = torch._dynamo.config
-    dynamo.cache_size_limit = max(dynamo.cache_size_limit, 8 + sizes)  # 8 for evaluators
+    in_a_step = len(set(loader.augment.sizes)) if isinstance(loader.augment, Augment) else 1
+    graphs = sizes * in_a_step + 8  # 8 for evaluators
+    dynamo.cache_size_limit = max(dynamo.cache_size_limit, graphs)
     reason = solver.compile(graphs=mode == "graphs")
     if reason and distributed.is_main_process():
         print(f"compile=graphs: {reason}: the network and the views are compiled only", flush=True)

@@ -28,6 +28,7 @@ from ssl_runner.runs.files import CsvLog
 from ssl_runner.runs.record import RunRecord
 from ssl_runner.runs.schedule import identity, read_schedule, remove_outdated
 from ssl_runner.solver import Save, Solver
+from ssl_runner.theory.gamma import describe_gamma, expected_relation, gamma_limits
 from ssl_runner.views.augment import numba_works
 
 
@@ -95,7 +96,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         record.update(compile=compile_solver(cfg.compile, solver, experiment.loader, before))
         record.update(**facts(experiment))
         if is_main:
-            print("\n".join([headline(cfg, record), *notes(data, cfg.probe.features)]), flush=True)
+            lines = [headline(cfg, record), *notes(data, cfg.probe.features)]
+            line = describe_gamma(record.content["gamma_limits"])
+            print("\n".join([*lines, *([line] if line else [])]), flush=True)
 
         for row in solver.epochs():
             start = time.perf_counter()
@@ -204,6 +207,7 @@ def facts(experiment: Experiment) -> dict[str, object]:
             "normalized": cfg.relation.get("normalized", False),
             "pairs": experiment.relation.count_pairs(data.pretrain.indices),
         },
+        "gamma_limits": limits_of(experiment),
         "images": data.counts,
         "data_digest": data.digest,
         "classes": data.classes,
@@ -268,6 +272,16 @@ def notes(data: DataSet, features: Sequence[str]) -> list[str]:
     if not len(data.test):
         lines.append("no test images: the result is the top-1 on the validation split, which also selects")
     return lines
+
+
+def limits_of(experiment: Experiment) -> dict[str, float | None] | None:
+    """`gamma_limits` on the relation of a batch, None if unknown or without gradient steps."""
+    if not experiment.solver_class.trains:
+        return None
+    cfg, labels = experiment.cfg, experiment.data.pretrain.y
+    with distributed.local_only():  # every rank computes it for the rows of all ranks
+        G = expected_relation(experiment.relation, cfg.V, cfg.batch_size, labels)
+        return gamma_limits(experiment.loss, G, experiment.model.K)
 
 
 def format_table(scores: dict[tuple[str, str, str], float], split: str) -> str:

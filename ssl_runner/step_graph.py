@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_runner.batch import Batch
+from ssl_runner.batch import Batch, ViewTensors, per_size
 from ssl_runner.device import syncs_raise
 from ssl_runner.errors import UsageError, one_line
 
 Values = dict[str, Tensor]
+Shapes = tuple[torch.Size, ...]  # of X, one per size
 WARMUP_STEPS = 3  # eager steps on the recording's stream: they compile, and allocate what libraries keep
 
 
@@ -22,7 +23,7 @@ WARMUP_STEPS = 3  # eager steps on the recording's stream: they compile, and all
 class Recording:
     """A recorded step: its input and output tensors, whose memory every replay reads and overwrites."""
 
-    X: Tensor
+    X: list[Tensor]  # one per size
     labels: Tensor
     values: Values
     gradients: list[Tensor | None]
@@ -42,32 +43,37 @@ class StepGraph:
     """
 
     def __init__(
-        self, compute: Callable[[Tensor, Batch], Values], parameters: Sequence[Tensor], capture: "Capture"
+        self,
+        compute: Callable[[ViewTensors, Batch], Values],
+        parameters: Sequence[Tensor],
+        capture: "Capture",
     ):
         self.compute, self.parameters, self.capture = compute, parameters, capture
         self.recording: Recording | None = None
-        self.eager_steps: Counter[torch.Size] = Counter()  # by shape of X
+        self.eager_steps: Counter[Shapes] = Counter()
         self.has_syncs = False
 
-    def __call__(self, X: Tensor, batch: Batch) -> Values:
+    def __call__(self, X: ViewTensors, batch: Batch) -> Values:
         """Set the gradients of a step. Returns its scalars, which the next call does not change."""
         if self.has_syncs:
             return self.compute(X, batch)
-        if self.eager_steps[X.shape] < WARMUP_STEPS:
-            self.eager_steps[X.shape] += 1
-            return self._warm_up(X, batch, check=self.eager_steps[X.shape] == WARMUP_STEPS)
-        if self.recording is None or self.recording.X.shape != X.shape:
+        shapes = shapes_of(X)
+        if self.eager_steps[shapes] < WARMUP_STEPS:
+            self.eager_steps[shapes] += 1
+            return self._warm_up(X, batch, check=self.eager_steps[shapes] == WARMUP_STEPS)
+        if self.recording is None or shapes_of(self.recording.X) != shapes:
             self._record(X, batch)
         recording = self.recording
         assert recording is not None
-        recording.X.copy_(X)
+        for static, x in zip(recording.X, per_size(X), strict=True):
+            static.copy_(x)
         recording.labels.copy_(batch.labels)
         recording.replay()
         for parameter, gradient in zip(self.parameters, recording.gradients, strict=True):
             parameter.grad = gradient
         return {name: value.clone() for name, value in recording.values.items()}
 
-    def _warm_up(self, X: Tensor, batch: Batch, check: bool) -> Values:
+    def _warm_up(self, X: ViewTensors, batch: Batch, check: bool) -> Values:
         with self.capture.stream():
             if not check:
                 return self.compute(X, batch)
@@ -79,20 +85,25 @@ class StepGraph:
         print(f"compile=graphs: the step cannot be recorded ({reason}): it runs without a graph", flush=True)
         return self.compute(X, batch)  # the running statistics of batch norm see this batch twice
 
-    def _record(self, X: Tensor, batch: Batch) -> None:
+    def _record(self, X: ViewTensors, batch: Batch) -> None:
         self.recording = None  # frees the memory of another shape
         for parameter in self.parameters:
             parameter.grad = None
-        X, labels = X.clone(), batch.labels.clone()
+        static, labels = [x.clone() for x in per_size(X)], batch.labels.clone()
+        inputs = static if isinstance(X, list) else static[0]
         try:
-            values, replay = self.capture.record(lambda: self.compute(X, replace(batch, labels=labels)))
+            values, replay = self.capture.record(lambda: self.compute(inputs, replace(batch, labels=labels)))
         except RuntimeError as error:  # torch cannot compute reliably after a capture that failed
             cause = one_line(error.__context__ or error)
             raise UsageError(
                 f"compile=graphs: the step cannot be recorded ({cause}); use compile=true"
             ) from error
         gradients = [parameter.grad for parameter in self.parameters]
-        self.recording = Recording(X, labels, values, gradients, replay)
+        self.recording = Recording(static, labels, values, gradients, replay)
+
+
+def shapes_of(X: ViewTensors) -> Shapes:
+    return tuple(x.shape for x in per_size(X))
 
 
 class Capture:

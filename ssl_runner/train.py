@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from ssl_runner import distributed, numerics, step_graph
-from ssl_runner.batch import Batch
+from ssl_runner.batch import Batch, ViewTensors, per_size
 from ssl_runner.data.loader import MultiViewLoader
 from ssl_runner.device import AUTOCAST_DTYPES
 from ssl_runner.errors import UsageError
@@ -74,9 +74,9 @@ class Pretraining(Solver):
             self.view_format = ViewFormat(None, self.dtype or torch.float32, model.memory_format)
         self.computed_on = f"{self.device.type} in {precision}"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        self.forwards = loader.V if per_view else 1
+        self.per_view = per_view
         self.epoch = self.step = 0
-        self.gradients: Callable[[Tensor, Batch], dict[str, Tensor]] = self._gradients
+        self.gradients: Callable[[ViewTensors, Batch], dict[str, Tensor]] = self._gradients
         self.seconds, self.saved = 0.0, time.perf_counter()  # of views and steps; time of the last checkpoint
         self.times = dict.fromkeys(("views", "step", "checkpoint"), 0.0)  # seconds in this epoch
         self.sums: dict[str, Tensor] = {}  # of the loss and its terms over this epoch's steps
@@ -179,8 +179,8 @@ class Pretraining(Solver):
         self.times["views"] += views
         self.times["step"] += seconds - views
 
-    def _step(self, X: Tensor, batch: Batch, guard: NonFiniteGuard) -> dict[str, Tensor]:
-        """One step on X (V n, C, h, w). Returns the loss and its terms, scalars on the device.
+    def _step(self, X: ViewTensors, batch: Batch, guard: NonFiniteGuard) -> dict[str, Tensor]:
+        """One step on X. Returns the loss and its terms, scalars on the device.
 
         There is no host-device sync, except by fp16's scaler with an optimizer that is not fused.
         """
@@ -195,11 +195,15 @@ class Pretraining(Solver):
         self.scaler.update()
         return values
 
-    def _gradients(self, X: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def _gradients(self, X: ViewTensors, batch: Batch) -> dict[str, Tensor]:
         """Set the gradients of a step. Returns the loss and its terms."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            views = [x.contiguous(memory_format=self.model.memory_format) for x in X.chunk(self.forwards)]
+            passes = per_size(X)
+            if self.per_view:
+                n = sum(map(len, passes)) // self.loader.V
+                passes = [view for x in passes for view in x.split(n)]
+            views = [x.contiguous(memory_format=self.model.memory_format) for x in passes]
             Z = torch.cat([self.network(x) for x in views])
         terms = self._terms(Z, batch) if self.sharded else self._gathered_terms(Z, batch)
         loss = self.loss.total(terms)

@@ -11,7 +11,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from ssl_runner import cli
+from tests import composition
 from tests.helpers import run_script
+
+composition.install()
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: one thread each, subprocesses included
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -36,7 +36,7 @@ READ = {
     aten._coalesce: "coalescing a sparse tensor",
     aten._linalg_eigh: "an eigendecomposition",
     aten._linalg_svd: "a singular value decomposition",
-    aten.linalg_cholesky_ex: "a factorisation",
+    aten._linalg_check_errors: "the check of a factorisation",
 }
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._unsafe_index, aten._index_put_impl_}
 

@@ -44,6 +44,12 @@ TINY = (
 )
 
 
+TWO_SIZES = {  # 2 views of 8 x 8 pixels, and 3 of the size of the images
+    "large": {"count": 2, "size": 8, "crop": {"scale": [0.4, 1.0]}, "flip": 0.5},
+    "small": {"count": 3, "crop": {"scale": [0.2, 0.4]}, "solarize": {"p": 0.5, "threshold": 0.5}},
+}
+
+
 def toy(per_class: int = 20, classes: int = 4, unlabeled: int = 0, side: int = 4) -> Source:
     """Return a data set with 8 test images. The first pixel of every image equals its index."""
     n = per_class * classes
@@ -101,13 +107,14 @@ def pretraining(
     clip_grad_norm: float | None = None,
     lr: float = 1e-2,
     V: int = 2,
+    augment: Augment | None = None,
     per_view: bool = False,
     dropout: float = 0.0,
     storage: str = "auto",
     device: torch.device = CPU,
 ) -> Pretraining:
     """Return the training of a small model on `noise_loader`: 3 steps of 20 images per epoch."""
-    loader = noise_loader(V=V, epochs=epochs, storage=storage, device=device)
+    loader = noise_loader(augment, V=V, epochs=epochs, storage=storage, device=device)
     torch.manual_seed(0)
     projector = nn.Sequential(nn.Dropout(dropout), mlp(8, 8, 2, 5))
     model = SSLModel(convnet(3, 4, [4, 8]), projector, channels_last=True).to(device)

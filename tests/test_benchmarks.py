@@ -4,13 +4,14 @@ import ast
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks import __main__ as bench
-from benchmarks import measure, paper
+from benchmarks import measure, paper, race
 from ssl_runner.backbone import resnet
 
 CPU = torch.device("cpu")
@@ -58,6 +59,7 @@ def test_peers_are_imported_only_where_they_are_timed() -> None:
     [
         (["vews"], "GROUP=vews: expected one or more of views, loss"),
         (["race"], "GROUP=race: expected --data; give --data FOLDER"),
+        (["views", "--seconds", "0"], "--seconds=0.0: expected a number > 0"),
         pytest.param(
             ["views", "--device", "cuda"],
             "--device=cuda: expected a machine with a CUDA device",
@@ -105,3 +107,21 @@ def test_counted_matches_flops_of_convolutions() -> None:
     assert flops == 3 * sum(forward) - forward[0]
     assert moved > 3 * 4 * sum(parameter.numel() for parameter in network.parameters())
     assert kernels > 3 * len(forward)
+
+
+def test_seconds_of_race_set_budget_and_marks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By default ours trains for a third of the peers' time; with `seconds` all train equally long."""
+    calls: list[tuple[Any, ...]] = []
+
+    def racer(
+        tool: str, loss: str, seed: int, seconds: float, marks: list[float], **given: Any
+    ) -> list[dict]:
+        calls.append((tool, seconds, marks, given.get("experiment")))
+        return [{"images": 512}]
+
+    monkeypatch.setattr(race, "racer", racer)
+    race.run(CPU, False, tmp_path, tmp_path)
+    assert calls[:2] == [("ours", 20, [10, 20], None), ("lightly", 60, [20, 60], None)]
+    calls.clear()
+    race.run(CPU, False, tmp_path, tmp_path, seconds=30, experiment="low_label")
+    assert calls[:2] == [("ours", 30, [15, 30], "low_label"), ("lightly", 30, [10, 30], None)]

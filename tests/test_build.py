@@ -91,6 +91,39 @@ def test_unusable_parts_are_refused_before_the_data_set_is_read(settings: str, m
         experiment(settings, missing)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            "loss=mmcr relation=neighbors",
+            "relation: G=ViewExpanded: expected a relation whose positives",
+        ),
+        ("loss=simclr denominator=negatives relation=noisy", "relation: G=Edges: expected a relation whose"),
+        (
+            "loss=simclr denominator=negatives batch_size=1",
+            "denominator=negatives: expected rows of two",
+        ),
+        ("loss=mmcr alpha=1 relation=labels", "relation: G=Labels: expected a relation of views, for MMCR"),
+        ("loss=frossl per_view=true relation=labels", "relation: G=Labels: expected a relation of views"),
+        (
+            "loss=frossl per_view=true relation=neighbors relation.queue=60",
+            "relation.queue=60: expected 0 for this loss",
+        ),
+    ],
+)
+def test_loss_that_is_not_defined_for_the_relation_is_refused(settings: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        experiment(settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ["loss=mmcr relation=labels", "loss=frossl per_view=true relation=neighbors", "loss=mmcr alpha=1 V=3"],
+)
+def test_loss_that_is_defined_for_the_relation_is_accepted(settings: str) -> None:
+    experiment(settings)
+
+
 def test_random_initial_parameters_of_a_loss_depend_on_the_seed_only() -> None:
     """The global generator has another state in every run of a sweep."""
     custom = "+loss.prototypes=3 loss._target_=tests.test_build.PrototypeLoss"

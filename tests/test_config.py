@@ -15,20 +15,35 @@ from ssl_runner.config.compose import CONF
 from ssl_runner.config.help import read_comments
 from ssl_runner.config.rules import dotted_keys, format_value
 from ssl_runner.data.readers import mnist5k
+from ssl_runner.errors import UsageError
 
+LOSS_NAMES = ", ".join(sorted(path.stem for path in (CONF / "loss").glob("*.yaml")))
 INVALID = [
     # options of another loss
     (
         "loss=simclr gamma=25",
-        "gamma is an option of loss=vicreg, not of loss=simclr (options: tau, reduction)",
+        "gamma is an option of loss=frossl and loss=sigreg and loss=vicreg, not of loss=simclr"
+        " (options: tau, reduction, denominator)",
     ),
-    ("loss=simclr +gamma=25", "gamma is an option of loss=vicreg, not of loss=simclr"),
+    ("loss=simclr +gamma=25", "gamma is an option of loss=frossl and loss=sigreg and loss=vicreg, not of"),
     (
         "loss=vicreg tau=0.5",
         "tau is an option of loss=simclr, not of loss=vicreg (options: alpha, beta, gamma, variance)",
     ),
-    ("loss=simclr alpha=1", "alpha is an option of loss=barlow and loss=vicreg, not of loss=simclr"),
-    ("-m loss=vicreg,simclr gamma=1,25", "gamma is an option of loss=vicreg, not of loss=simclr"),
+    (
+        "loss=simclr alpha=1",
+        "alpha is an option of loss=barlow and loss=mmcr and loss=sigreg and loss=vicreg, not of",
+    ),
+    (
+        "-m loss=vicreg,simclr gamma=1,25",
+        "gamma is an option of loss=frossl and loss=sigreg and loss=vicreg, not of loss=simclr",
+    ),
+    (
+        "loss=wmse",
+        "projector.K=256: expected less than the 256 rows that loss=wmse whitens at once; use a smaller one",
+    ),
+    ("loss=wmse projector.K=64 whitening_size=64", "projector.K=64: expected less than the 64 rows"),
+    ("loss=sigreg directions=0", "directions=0: expected an integer >= 1"),
     # unknown keys and choices
     ("epoch=3", "Unknown option 'epoch'. Did you mean 'epochs'? List all: ssl-run --cfg job"),
     ("-m epoch=3,4", "Unknown option 'epoch'. Did you mean 'epochs'? List all: ssl-run --cfg job"),
@@ -37,7 +52,7 @@ INVALID = [
     ("los=simclr", "Did you mean 'loss'?"),
     (
         "loss=simclrr",
-        "Unknown loss 'simclrr'. Did you mean 'simclr'? Available: barlow, simclr, spectral, vicreg",
+        f"Unknown loss 'simclrr'. Did you mean 'simclr'? Available: {LOSS_NAMES}",
     ),
     ("optimizer=adam", "Unknown optimizer 'adam'. Did you mean 'adamw'? Available: adamw, lars, sgd"),
     ("experiment=nope", "Unknown experiment 'nope'. Available: "),
@@ -54,9 +69,15 @@ INVALID = [
     ),
     ("views.policies.all.flip=0.5", "Add it as a new argument: +views.policies.all.flip=0.5"),
     ("loss.gamma=3", "loss.gamma=3: options of a loss are set at the top level; write gamma=3"),
-    ("~loss", "~loss=null: expected loss=<name>; use one of barlow, simclr, spectral, vicreg"),
-    ("loss=null", "loss=null: expected loss=<name>; use one of barlow, simclr, spectral, vicreg"),
-    ("'loss=[vicreg,simclr]'", "expected loss=<name>; use one of barlow, simclr, spectral, vicreg"),
+    ("~loss", f"~loss=null: expected loss=<name>; use one of {LOSS_NAMES}"),
+    (
+        "loss=null",
+        f"loss=null: expected loss=<name>; use one of {LOSS_NAMES}",
+    ),
+    (
+        "'loss=[vicreg,simclr]'",
+        f"expected loss=<name>; use one of {LOSS_NAMES}",
+    ),
     ("--foo", "unrecognized arguments: --foo"),
     # types
     ("gamma=abc", "gamma=abc: expected a number >= 0"),
@@ -70,6 +91,23 @@ INVALID = [
         "views.resolutions=16: expected a list of integers >= 4, such as [16,24,32], or null",
     ),
     ("views.resolutions=[16,2]", "views.resolutions=[16,2]: expected a list of integers >= 4"),
+    ("views=multicrop V=4", "V=4: expected 8, the sum of count over views.policies; set V=8"),
+    ("+views.policies.all.count=3", "V=2: expected 3, the sum of count over views.policies; set V=3"),
+    ("views=multicrop views.policies.small.count=0", "small.count=0: expected an integer >= 1 or null"),
+    ("views=multicrop views.policies.small.size=3", "small.size=3: expected an integer >= 4 or null"),
+    ("+views.policies.all.size=small", "views.policies.all.size=small: expected an integer >= 4 or null"),
+    (
+        "views=barlow +views.policies.first.count=2",
+        "views.policies.second.count=null: expected an integer >= 1, since another policy has a count",
+    ),
+    (
+        "views=multicrop views.resolutions=[16,28]",
+        "views.policies.small.size=16: expected null with views.resolutions; leave one of the two out",
+    ),
+    (
+        "views=multicrop backbone=linear",
+        "views.policies.small.size=16: expected null with backbone=linear, which accepts one size; leave it",
+    ),
     ("compile=maybe", "compile=maybe: expected one of auto, graphs, true, false"),
     ("channels_last=1", "channels_last=1: expected true or false"),
     ("backbone.widths=8", "backbone.widths=8: expected a list"),
@@ -84,6 +122,8 @@ INVALID = [
     ("gamma=-1", "gamma=-1: expected a number >= 0"),
     ("loss=simclr tau=0", "tau=0: expected a number > 0"),
     ("loss=simclr reduction=none", "reduction=none: expected one of mean, sum"),
+    ("loss=simclr denominator=some", "denominator=some: expected one of all, negatives"),
+    ("loss=frossl per_view=2", "per_view=2: expected true or false"),
     ("variance=soft", "variance=soft: expected one of hinge, squared"),
     ("projector.K=0", "projector.K=0: expected an integer >= 1"),
     ("projector.depth=0", "projector.depth=0: expected an integer >= 1"),
@@ -116,7 +156,7 @@ INVALID = [
     ("relation=neighbors relation.queue=-1", "relation.queue=-1: expected an integer >= 0"),
     (
         "relation.k=3",
-        "relation.k is an option of relation=neighbors, not of relation=views (options: normalized)",
+        "relation.k is an option of relation=neighbors and relation=walks, not of relation=views",
     ),
     (
         "relation=noisy relation.rewire_fraction=2",
@@ -141,7 +181,7 @@ INVALID = [
     ),
     (
         "relation=noisy relation.base.k=3",
-        "relation.base.k is an option of relation@relation.base=neighbors, not of relation@relation.base=",
+        "relation.base.k is an option of relation@relation.base=neighbors and relation@relation.base=walks,",
     ),
     (
         "relation=noisy relation@relation.base=neighbors relation.base.k=0",
@@ -356,7 +396,11 @@ def test_experiment_file_is_validated_like_command_line(ssl_run, tmp_path: Path)
     experiments.mkdir(parents=True)
     header = "# @package _global_\ndefaults:\n  - override /loss: simclr\n"
     for name, text, message in [
-        ("other", "gamma: 25", "gamma is an option of loss=vicreg, not of loss=simclr"),
+        (
+            "other",
+            "gamma: 25",
+            "gamma is an option of loss=frossl and loss=sigreg and loss=vicreg, not of loss=simclr",
+        ),
         ("typo", "epoch: 3", "Unknown option 'epoch'. Did you mean 'epochs'? List all: ssl-run --cfg job"),
         (
             "nested",
@@ -478,7 +522,7 @@ def test_nested_relation_is_composed(ssl_run) -> None:
 
 
 def test_experiment_is_accepted_with_plus(ssl_run) -> None:
-    plain, added = (ssl_run(f"{sign}experiment=low_label --cfg job") for sign in ("", "+"))
+    plain, added = (ssl_run(f"{sign}experiment=supervised_digits --cfg job") for sign in ("", "+"))
     assert plain == added
     assert plain[0] == 0
 
@@ -506,6 +550,12 @@ def test_sweep_of_experiment_file_is_listed_and_validated(ssl_run, tmp_path: Pat
     assert (code, out) == (0, "#0 gamma=1 experiment=good\n#1 gamma=5 experiment=good\n2 jobs\n")
     code, out, err = ssl_run("--config-dir mine -m experiment=bad")
     assert (code, out, err) == (1, "", "gamma=-5: expected a number >= 0\n")
+    assert ssl_run("--config-dir mine experiment=good gamma=3,4 --cfg job")[1].endswith("2 jobs\n")
+    assert ssl_run("--config-dir mine experiment=bad") == (code, out, err)  # without -m
+    assert ssl_run("--config-dir mine experiment=bad gamma=3 --cfg job")[1].startswith("V: 2\n")
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
+    with pytest.raises(UsageError, match=r"expected a single run, .* \(2 jobs, .* gamma=1"):
+        ssl_runner.run("experiment=good", config_dir="mine")
 
 
 # --- help and version ---------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_loss_trains_and_is_compared_with_its_optimum(run_command) -> None:
     assert_close(
         float(row["loss"]), 3 * float(row["repulsion"]) + float(row["attraction"]), rtol=1e-5, atol=0
     )
-    assert row["floor_kind"] == EXACT
+    assert row["optimum_kind"] == EXACT
     assert float(row["loss_gap"]) > 0
     assert float(row["alignment"]) >= 0
 
@@ -125,7 +125,7 @@ def test_relation_trains(run_command) -> None:
     assert record(folder)["relation"]["target"] == "mine.relations.FromResidues"
     row = last_row(folder)
     assert float(row["relation_label_energy"]) > 0
-    assert float(row["optimal_rank"]) <= 8
+    assert float(row["optimum_rank"]) <= 8
 
 
 def test_data_set_trains(run_command) -> None:

@@ -62,20 +62,21 @@ def check(folder: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        "loss=simclr V=3 precision=bf16",
         "loss=spectral relation=labels precision=bf16 optimizer=lars",
         "loss=barlow center=true views=barlow precision=tf32",
         "variance=squared views=vicreg precision=fp16",
+        "loss=sigreg per_view=true V=3 precision=bf16",
+        "loss=wmse projector.K=8 precision=fp16",
         "loss=simclr relation=labels relation.normalized=true precision=fp16 optimizer=lars",
         "relation=neighbors relation.queue=100 precision=bf16 optimizer=sgd optimizer.clip_grad_norm=1",
         "relation=noisy relation@relation.base=neighbors deterministic=true",
         "forward=per_view views=crop precision=bf16 optimizer=sgd optimizer.lr=0.01",
-        "dataset.storage=host views=simclr deterministic=true",
+        "dataset.storage=host views=simclr views.resolutions=[10,12,14] deterministic=true",
         "dataset.storage=host precision=fp16 views.resolutions=[10,14] optimizer.clip_grad_norm=1",
-        "dataset.storage=host precision=bf16 V=4 channels_last=false views.preview=true",
-        "views.resolutions=[10,12,14] deterministic=true loss=simclr",
-        "dataset.eval_resize=16 dataset.eval_crop=12 embedding.method=pca embedding.images=50",
-        "probe.every=1 probe.keep=best precision=bf16 probe.labels=[0.1,0.5] probe.draws=2",
+        "views=multicrop views.policies.small.size=8 precision=bf16 views.preview=true relation=neighbors",
+        "loss=simclr dataset.storage=host precision=bf16 V=4 channels_last=false views.preview=true",
+        "dataset.eval_resize=16 dataset.eval_crop=12 embedding.method=pca embedding.images=50 probe.every=1"
+        " probe.keep=best precision=bf16 probe.labels=[0.1,0.5] probe.draws=2",
     ],
 )
 def test_run_with_every_option_on_cuda(cuda_run: Callable, settings: str) -> None:
@@ -94,13 +95,18 @@ def test_run_with_every_option_on_cuda(cuda_run: Callable, settings: str) -> Non
         f"{TINY} {SMALL} loss=simclr relation=labels V=3 dataset.storage=host",
         f"{TINY} {SMALL} loss=barlow relation=neighbors forward=per_view",
         f"{TINY} {SMALL} loss=spectral relation=noisy relation.normalized=true optimizer=sgd",
+        pytest.param(f"{TINY} {SMALL} loss=mmcr alpha=0.1 V=3", marks=pytest.mark.slow),
         f"{TINY} {SMALL} probe.every=1 probe.keep=best deterministic=true views.resolutions=[10,14]",
+        f"{TINY} {SMALL} V=3 +views.policies.all.count=1 +views.policies.small={{count:2,size:8}}",
         f"{LINEAR} backbone.width=8 probe.features=[backbone]",
         pytest.param(
             f"{LINEAR} loss=spectral relation=labels probe.features=[backbone] probe.probes=[ridge,knn]",
             marks=pytest.mark.slow,
         ),
-        f"{LINEAR} loss=barlow backbone.width=16 probe.features=[backbone] probe.probes=[ridge,knn]",
+        pytest.param(
+            f"{LINEAR} loss=barlow backbone.width=16 probe.features=[backbone] probe.probes=[ridge,knn]",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_cuda_run_gives_figures_of_cpu(ssl_run: Callable, cuda_run: Callable, settings: str) -> None:

@@ -40,6 +40,14 @@ def test_unlabelled_images_are_used_for_pretraining_only() -> None:
     )
 
 
+@pytest.mark.parametrize(("label", "found"), [(4, "0 to 4"), (-2, "-2 to 3")])
+def test_label_without_class_raises_usage_error(label: int, found: str) -> None:
+    data = toy()
+    data.labels[7] = label
+    with pytest.raises(UsageError, match=rf"labels from {found}: expected -1 \(unlabelled\) to 3"):
+        load(data)
+
+
 def test_subset_is_class_balanced_and_seeded() -> None:
     data = load(toy(unlabeled=90), subset=42)
     labelled = torch.cat([data.train.y, data.val.y])

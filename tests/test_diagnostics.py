@@ -6,17 +6,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from torch import nn
 from torch.testing import assert_close
 
 from ssl_runner.backbone import Backbone
+from ssl_runner.batch import per_size
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.model import SSLModel
 from ssl_runner.relation import builders
 from ssl_runner.relation.builders import RelationBuilder
-from ssl_runner.theory import diagnostics, measures, optima
+from ssl_runner.theory import diagnostics, label_free, measures, optima
 from ssl_runner.theory.diagnostics import Diagnostics
 from ssl_runner.views import Augment
 from tests.device import OnDevice, _Event, moved, pretended
@@ -61,14 +64,15 @@ def test_row_has_every_column_and_is_deterministic(loss: Loss, relation: Relatio
     assert {k: v for k, v in row.items() if k != "diagnostics_s"} == {
         k: v for k, v in again.items() if k != "diagnostics_s"
     }
-    assert all(math.isfinite(value) for name, value in row.items() if name != "floor_kind")
+    upper = row["optimum_kind"] == "upper bound"
+    assert {name for name, value in row.items() if value is None} == ({"loss_gap"} if upper else set())
+    assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
     assert 0 <= row["alignment"] <= 1 + 1e-9
     assert 0 <= row["label_energy"] <= 1 + 1e-9
-    assert row["loss_gap"] == row["subset_loss"] - row["loss_floor"]
     assert row["rank"] == 5
     assert row["backbone_rank"] == 8
-    if row["floor_kind"] != "upper bound":
-        assert row["loss_gap"] > -1e-6
+    if not upper:
+        assert row["loss_gap"] == row["subset_loss"] - row["optimum_loss"] > -1e-6
 
 
 def test_diagnostics_use_eval_mode_and_restore_network() -> None:
@@ -94,7 +98,7 @@ def test_diagnostics_leave_order_and_views_of_training_unchanged() -> None:
 
 def test_subset_is_class_balanced() -> None:
     diagnose = make_diagnostics(VICReg(), num_images=41)
-    assert len(diagnose.X) == 2 * len(diagnose.batch.labels)
+    assert sum(map(len, per_size(diagnose.X))) == 2 * len(diagnose.batch.labels)
     counts = torch.bincount(diagnose.batch.labels)
     assert (counts == counts[0]).all()
 
@@ -120,7 +124,7 @@ def test_loss_gap_of_closed_form_optimum_is_zero(loss: Loss) -> None:
     G = diagnose.relation(diagnose.batch, torch.zeros(len(diagnose.X), 3))
     model = SSLModel(Backbone(nn.Flatten(), 48), Constant(optima.optimum(loss, G, 3).Z))
     row = diagnose.evaluate(model, epoch=1)
-    assert abs(row["loss_gap"]) < 1e-4 * max(1, abs(row["loss_floor"]))
+    assert abs(row["loss_gap"]) < 1e-4 * max(1, abs(row["optimum_loss"]))
     assert_close(row["alignment"], 1.0, rtol=0, atol=1e-6)
     assert_close(row["relation_label_energy"], 1.0, rtol=0, atol=1e-6)
     for line in diagnose.spectrum(model)[:2]:
@@ -143,8 +147,67 @@ def test_finish_writes_singular_values_of_embeddings(tmp_path: Path) -> None:
 def test_effective_rank_matches_rankme_definition() -> None:
     sigma = torch.tensor([3.0, 1.0, 0.5], dtype=torch.float64)
     p = [s / 4.5 + 1e-7 for s in (3.0, 1.0, 0.5)]
-    assert_close(diagnostics.effective_rank(sigma), math.exp(-sum(q * math.log(q) for q in p)))
-    assert_close(diagnostics.effective_rank(torch.ones(7, dtype=torch.float64)), 7.0, rtol=1e-5, atol=0)
+    assert_close(label_free.effective_rank(sigma), math.exp(-sum(q * math.log(q) for q in p)))
+    assert_close(label_free.effective_rank(torch.ones(7, dtype=torch.float64)), 7.0, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("n", "V", "K"), [(40, 2, 5), (12, 5, 7), (6, 2, 30)])
+def test_lidar_matches_definition(n: int, V: int, K: int) -> None:
+    """The covariances by loops, their quotient and its eigenvalues by SciPy, for views with a large mean."""
+    Z = (torch.randn(n, K).repeat(V, 1) + 0.5 * torch.randn(V * n, K) + 7).double()
+    images = Z.numpy().reshape(V, n, K).swapaxes(0, 1)
+    means = images.mean(1)
+    between = sum(np.outer(m, m) for m in means - means.mean(0)) / n
+    deviations = [view - mean for views, mean in zip(images, means, strict=True) for view in views]
+    within = sum(np.outer(e, e) for e in deviations) / (V * n) + label_free.DELTA * np.eye(K)
+    root = np.linalg.inv(scipy.linalg.sqrtm(within))
+    eigenvalues = np.linalg.eigvalsh(root @ between @ root).clip(0)
+    p = eigenvalues / eigenvalues.sum() + 1e-7
+    expected = math.exp(-(p * np.log(p)).sum())
+    measured = label_free.lidar(*measures.left_singular_vectors(Z - Z.mean(0)), V)
+    assert_close(measured, expected, rtol=1e-3, atol=0)
+
+
+def test_lidar_counts_directions_that_differ_between_images() -> None:
+    """Noise within images adds to the rank of the embedding and not to LiDAR; collapsed views are finite."""
+    signal, noise = torch.randn(100, 3).repeat(2, 1), torch.randn(200, 6)
+    Z = torch.cat([10 * signal, noise], 1)
+    axes = measures.left_singular_vectors(Z - Z.mean(0))
+    assert len(axes[1]) == 9
+    assert_close(label_free.lidar(*axes, 2), 3.0, rtol=0.1, atol=0)
+    collapsed = measures.left_singular_vectors(signal - signal.mean(0))
+    assert_close(label_free.lidar(*collapsed, 2), 3.0, rtol=0.1, atol=0)
+    assert label_free.lidar(*measures.left_singular_vectors(torch.zeros(8, 3)), 2) == 0
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+def test_alpha_req_is_the_exponent_of_a_power_law(alpha: float) -> None:
+    """Beyond the 100th eigenvalue the law changes, and the first three are off it: neither is fitted."""
+    eigenvalues = torch.arange(1, 201, dtype=torch.float64) ** -alpha
+    eigenvalues[:3] *= 10
+    eigenvalues[100:] *= 1e-3
+    assert_close(label_free.alpha_req(eigenvalues.sqrt()), alpha)
+    assert label_free.alpha_req(eigenvalues[:4].sqrt()) is None
+
+
+def test_alpha_req_matches_weighted_least_squares() -> None:
+    values = torch.rand(30, dtype=torch.float64).sort(descending=True).values + 0.1
+    ranks = np.arange(4, 31)
+    A = np.stack([np.log(ranks), np.ones(27)], 1) / np.sqrt(ranks)[:, None]
+    slope = np.linalg.lstsq(A, np.log(values.numpy()[3:] ** 2) / np.sqrt(ranks), rcond=None)[0][0]
+    assert_close(label_free.alpha_req(values), -float(slope))
+
+
+@pytest.mark.parametrize("shape", [(30, 8), (8, 30)])
+def test_off_diagonal_shares_match_matrices_and_duality(shape: tuple[int, int]) -> None:
+    Z = torch.randn(shape, dtype=torch.float64)
+    covariance, gram = Z.T @ Z, Z @ Z.T
+    total = float(covariance.square().sum())
+    off = [float((C - C.diagonal().diag()).square().sum()) for C in (covariance, gram)]
+    shares = label_free.off_diagonal_shares(Z)
+    assert_close(shares, (off[0] / total, off[1] / total))
+    columns, rows = (float(Z.norm(dim=axis).pow(4).sum()) for axis in (0, 1))
+    assert_close((shares[1] - shares[0]) * total, columns - rows)
 
 
 @pytest.mark.parametrize("shape", [(30, 8), (8, 30)])
@@ -154,7 +217,8 @@ def test_numerical_rank_and_singular_values_match_svd(rank: int, shape: tuple[in
     values = measures.singular_values(Z)
     assert len(values) == rank == torch.linalg.matrix_rank(Z)
     assert_close(values, torch.linalg.svdvals(Z.double())[:rank], rtol=1e-5, atol=1e-5)
-    U = measures.left_singular_space(Z)
+    U, same_values = measures.left_singular_vectors(Z)
+    assert_close(same_values, values)
     assert_close(U.T @ U, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-6)
     assert_close(U @ (U.T @ Z.double()), Z.double(), rtol=1e-4, atol=1e-4)
 
@@ -169,7 +233,7 @@ def test_collapse_measures_match_definitions() -> None:
     Z = torch.cat([base, -2 * base, torch.randn(500, 1), torch.zeros(500, 1)], 1)
     expected = sum(abs(float(torch.corrcoef(Z.T)[i, j])) for i, j in ((0, 1), (0, 2), (1, 2))) / 3
     assert_close(diagnostics.mean_correlation(Z), expected, rtol=1e-4, atol=1e-5)
-    row = diagnostics.of_embedding(Z, torch.eye(2).repeat(250, 1), None)
+    row = diagnostics.of_embedding(Z, 2, torch.eye(2).repeat(250, 1), None)
     assert row["min_std"] == 0
     assert row["alignment"] is None
     assert diagnostics.mean_correlation(torch.zeros(10, 4)) == 0
@@ -186,7 +250,7 @@ def test_loss_without_closed_form_leaves_theory_columns_empty() -> None:
 
     row = make_diagnostics(Other()).evaluate(linear_model(), epoch=1)
     assert tuple(row) == Diagnostics.columns
-    assert row["loss_floor"] is row["alignment"] is row["relation_label_energy"] is None
+    assert row["optimum_loss"] is row["alignment"] is row["relation_label_energy"] is None
     assert row["rank"] == 5
 
 
@@ -212,7 +276,7 @@ def test_columns_from_device_are_computed_on_the_host_without_a_sync() -> None:
     relation.bind(loader.data.pretrain.labels)
     diagnose = Diagnostics(loader, relation, VICReg(), NOWHERE, every=1, num_images=40)
     expected = diagnose.evaluate(model, epoch=1)
-    diagnose.X, diagnose.known = OnDevice(diagnose.X), None
+    diagnose.X, diagnose.known = [OnDevice(x) for x in per_size(diagnose.X)], None
     moved(model)
     with pretended():
         columns = diagnose.evaluate(model, epoch=1)

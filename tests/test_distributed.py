@@ -20,22 +20,29 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from ssl_runner import backbone, distributed
+from ssl_runner import backbone, cli, distributed
+from ssl_runner.batch import ViewTensors, per_size
 from ssl_runner.device import choose_device
 from ssl_runner.distributed import collectives, group
 from ssl_runner.errors import UsageError
-from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
+from ssl_runner.loss import MMCR, WMSE, BarlowTwins, FroSSL, Loss, SIGReg, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.preemption import Preempted, Preemption
 from ssl_runner.probe import KnnProbe, LinearProbe, RidgeProbe, evaluate, extract, protocol
-from ssl_runner.relation import Labels, Relation, Views, builders
+from ssl_runner.relation import Labels, Relation, SharedLabels, Views, builders
 from ssl_runner.runs.files import read_json
 from ssl_runner.runs.record import RunRecord
 from ssl_runner.solver import Save
 from ssl_runner.theory.diagnostics import Diagnostics
 from ssl_runner.views import Augment
-from tests.helpers import TIMINGS, TINY, complete_rows, pretraining, rows, run_folder, weights
+from tests.helpers import TIMINGS, TINY, TWO_SIZES, complete_rows, pretraining, rows, run_folder, weights
 from tests.processes import in_processes
 from tests.test_views import FULL
+
+
+def seeded_sigreg() -> SIGReg:
+    torch.manual_seed(0)  # as at the start of a run
+    return SIGReg(directions=9)
+
 
 LOSSES = {
     "vicreg": partial(VICReg, 25.0, 2.0, 10.0),
@@ -43,8 +50,17 @@ LOSSES = {
     "simclr": SimCLR,
     "simclr sum": partial(SimCLR, 0.2, "sum"),
     "spectral": partial(SpectralContrastive, center=True),
+    "spectral sum": partial(SpectralContrastive, "sum"),
     "barlow": partial(BarlowTwins, 0.02),
     "barlow centred": partial(BarlowTwins, 0.02, center=True),
+    "simclr negatives": partial(SimCLR, denominator="negatives"),
+    "mmcr": MMCR,
+    "mmcr with manifolds": partial(MMCR, 0.5),
+    "frossl": FroSSL,
+    "frossl per view": partial(FroSSL, per_view=True),
+    "sigreg": seeded_sigreg,
+    "wmse": WMSE,
+    "wmse without unit rows": partial(WMSE, unit_rows=False),
 }
 RELATIONS = ("views", "views normalized", "labels", "labels normalized")
 n, K, CLASSES = 8, 6, 3  # images, embedding dimension, classes
@@ -62,6 +78,9 @@ def relation(name: str, y: Tensor, V: int) -> Relation:
     normalized = name.endswith("normalized")
     if name.startswith("views"):
         return Views(len(y), V, normalized)
+    if name.startswith("shared"):
+        Y = torch.stack([y == 0, y != 1, y == 2], 1)
+        return SharedLabels(Y.repeat(V, 1), normalized)
     return Labels(y.repeat(V), CLASSES, normalized)
 
 
@@ -78,7 +97,17 @@ def value_and_gradient(loss: Loss, name: str, V: int, dtype: torch.dtype) -> tup
     return value.detach(), distributed.all_reduce_sum(W.grad) / distributed.world_size()
 
 
-CASES = list(itertools.product(LOSSES, RELATIONS, (2, 4), (torch.float64, torch.float32)))
+CASES = [
+    case
+    for case in itertools.product(LOSSES, RELATIONS, (2, 4), (torch.float64, torch.float32))
+    if not (LOSSES[case[0]]().needs_views and case[1].startswith("labels"))
+]
+CASES += itertools.product(  # of losses that accept any relation
+    ("vicreg", "simclr", "spectral sum", "barlow centred"),
+    ("shared", "shared normalized"),
+    (2, 4),
+    (torch.float64,),
+)
 
 
 def table() -> list[tuple[Tensor, Tensor]]:
@@ -94,6 +123,8 @@ def test_loss_and_averaged_gradient_match_single_process(W: int) -> None:
             CASES, rank, expected, strict=True
         ):
             tolerance = 1e-12 if case[-1] == torch.float64 else 1e-5
+            if case[0].startswith("wmse"):  # divides by the square root of the smallest variance
+                tolerance *= 10
             assert gradient_of_one.abs().max() > 1e-3, case
             assert abs(value - value_of_one) <= tolerance * abs(value_of_one), case
             assert (gradient - gradient_of_one).norm() <= tolerance * gradient_of_one.norm(), case
@@ -111,7 +142,17 @@ def collective_calls() -> dict[str, list[tuple[str, int]]]:
 
         setattr(torch.distributed, name, counted)
     found = {}
-    for loss in ("vicreg", "barlow", "spectral", "simclr"):
+    for loss in (
+        "vicreg",
+        "barlow",
+        "spectral",
+        "simclr",
+        "simclr negatives",
+        "mmcr",
+        "frossl",
+        "sigreg",
+        "wmse",
+    ):
         calls.clear()
         Z = torch.randn(40, K, requires_grad=True)
         LOSSES[loss]()(Z, Views(20, 2)).backward()
@@ -120,10 +161,11 @@ def collective_calls() -> dict[str, list[tuple[str, int]]]:
 
 
 @pytest.mark.parametrize("W", [2, 4])
-def test_collective_sizes_are_independent_of_batch_size_except_for_simclr(W: int) -> None:
+def test_collective_sizes_are_independent_of_batch_size_except_for_simclr_and_mmcr(W: int) -> None:
     """Forward all-reduces sums and K x K moments, and backward communicates nothing of that size.
 
-    SimCLR all-gathers all rows in forward and reduce-scatters their gradients in backward.
+    MMCR all-reduces one sum of rows, and their number, for each of the images of all ranks. SimCLR
+    all-gathers all rows in forward and reduce-scatters their gradients in backward.
     """
     found = in_processes(W, collective_calls)[0]
     sizes = {
@@ -131,10 +173,20 @@ def test_collective_sizes_are_independent_of_batch_size_except_for_simclr(W: int
     }
     assert sizes["vicreg"] == [1, K, K * K]
     assert sizes["barlow"] == [K, K * K]
-    assert sizes["spectral"] == [1, 1, 1, K, K, K * K]
-    assert all(name == "all_reduce" for loss in ("vicreg", "barlow", "spectral") for name, _ in found[loss])
-    gathers = [call for call in found["simclr"] if call[0] != "all_reduce"]
-    assert gathers == [(collectives.ALL_GATHER, W * 40 * K), (collectives.REDUCE_SCATTER, W * 40 * K)]
+    assert sizes["spectral"] == [1, 1, 1, *[K] * 4, K * K]  # the mean is subtracted twice
+    assert sizes["frossl"] == [1, K * K]
+    assert sizes["mmcr"] == [W * 20, W * 20 * K]
+    assert sizes["sigreg"] == [1, K, 2 * 16 * 9]  # cosines and sines at 16 knots, for 9 directions
+    assert sizes["wmse"] == [1, 1, K, K, K * K, K * K]
+    assert all(
+        name == "all_reduce"
+        for loss in set(found) - {"simclr", "simclr negatives"}
+        for name, _ in found[loss]
+    )
+    gathers = [(collectives.ALL_GATHER, W * 40 * K), (collectives.REDUCE_SCATTER, W * 40 * K)]
+    assert [call for call in found["simclr"] if call[0] != "all_reduce"] == gathers
+    groups = (collectives.ALL_GATHER, W * 40)
+    assert [call for call in found["simclr negatives"] if call[0] != "all_reduce"] == [groups, *gathers]
 
 
 def network() -> nn.Module:
@@ -190,23 +242,31 @@ def test_synchronized_batch_norm_keeps_activation_and_parameter_names() -> None:
 
 # --- training steps ---
 
+PLAIN = {"affine": {"degrees": 9, "translate": 0.1}, "flip": 0.3}
+
 
 @pytest.mark.parametrize("parts", [2, 3, 6])
-@pytest.mark.parametrize("policies", [1, 2])
-def test_views_of_a_shard_match_those_of_the_whole_batch(parts: int, policies: int) -> None:
-    batch = torch.randint(0, 256, (12, 3, 20, 20), dtype=torch.uint8)
-    plain = {"affine": {"degrees": 9, "translate": 0.1}, "flip": 0.3}
-    augment = Augment({"all": FULL} if policies == 1 else {"first": FULL, "second": plain})
+@pytest.mark.parametrize(
+    "policies",
+    [
+        {"all": FULL},
+        {"first": FULL, "second": PLAIN},
+        {"first": FULL | {"count": 1}, "second": PLAIN | {"count": 2, "size": 12}},
+    ],
+    ids=["one", "two", "two sizes"],
+)
+def test_views_of_a_shard_match_those_of_the_whole_batch(parts: int, policies: dict) -> None:
+    batch, augment = torch.randint(0, 256, (12, 3, 20, 20), dtype=torch.uint8), Augment(policies)
 
-    def views(images: Tensor, *part: int) -> tuple[Tensor, Tensor]:
+    def views(images: Tensor, *part: int) -> tuple[list[Tensor], Tensor]:
         generator = torch.Generator().manual_seed(5)
-        X = augment(images, 3, torch.zeros(3), torch.ones(3), generator, *part)
-        return X.unflatten(0, (3, -1)), torch.rand(2, generator=generator)
+        X = per_size(augment(images, 3, torch.zeros(3), torch.ones(3), generator, *part))
+        return [x.unflatten(0, (-1, len(images))) for x in X], torch.rand(2, generator=generator)
 
     whole, after = views(batch)
     for part, images in enumerate(batch.chunk(parts)):
         own, after_part = views(images, part, parts)
-        assert_close(own, whole.chunk(parts, dim=1)[part], rtol=0, atol=1e-6)
+        assert_close(own, [x.chunk(parts, dim=1)[part] for x in whole], rtol=0, atol=1e-6)
         assert torch.equal(after_part, after)
 
 
@@ -228,12 +288,19 @@ TRAININGS = {
     "vicreg": lambda: pretraining(VICReg(), builders.FromViews()),
     "vicreg V=3 per view": lambda: pretraining(VICReg(), builders.FromViews(), V=3, per_view=True),
     "simclr labels": lambda: pretraining(SimCLR(), builders.FromLabels()),
+    "decoupled simclr": lambda: pretraining(SimCLR(denominator="negatives"), builders.FromViews()),
+    "mmcr": lambda: pretraining(MMCR(), builders.FromViews(), V=3),
+    "frossl neighbors": lambda: pretraining(FroSSL(per_view=True), builders.FromNeighbors(2)),
     "barlow clipped": lambda: pretraining(BarlowTwins(), builders.FromViews(), clip_grad_norm=0.5),
     "barlow normalized labels": lambda: pretraining(BarlowTwins(), builders.FromLabels(True)),
     "neighbors": lambda: pretraining(SimCLR(), builders.FromNeighbors(2)),
     "queue": lambda: pretraining(VICReg(), builders.FromNeighbors(2, queue=30)),
     "noisy labels": lambda: pretraining(VICReg(), builders.Rewired(builders.FromLabels(), 0.5)),
     "custom loss": lambda: pretraining(Mean(), builders.FromViews()),
+    "views of two sizes": lambda: pretraining(VICReg(), V=5, augment=Augment(TWO_SIZES)),
+    "two sizes, neighbors": lambda: pretraining(
+        VICReg(), builders.FromNeighbors(2), V=5, augment=Augment(TWO_SIZES), per_view=True
+    ),
     "images on the host": lambda: pretraining(VICReg(), builders.FromLabels(), storage="host"),
 }
 
@@ -259,11 +326,16 @@ class Doubled:
     def __init__(self, augment: Augment):
         self.augment = augment
 
-    def __call__(self, *arguments: object, **options: object) -> Tensor:
-        return self.augment(*arguments, **options).double()
+    def __call__(self, *arguments: object, **options: object) -> ViewTensors:
+        X = [x.double() for x in per_size(self.augment(*arguments, **options))]
+        return X if len(X) > 1 else X[0]
 
 
-ALL_GATHERED = ("neighbors", "queue", "custom loss", "noisy labels")  # all-gathered rows are float32
+# all-gathered rows are float32
+ALL_GATHERED = (
+    *("neighbors", "two sizes, neighbors", "frossl neighbors"),
+    *("queue", "custom loss", "noisy labels"),
+)
 
 
 @pytest.mark.parametrize("W", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -411,19 +483,18 @@ def torchrun(W: int, command: str, cwd: Path) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("W", [2, 4])
-def test_run_under_torchrun_matches_single_process(W: int, ssl_run, tmp_path: Path) -> None:
+def test_run_under_torchrun_matches_single_process(ssl_run, tmp_path: Path) -> None:
     command = (
         f"{TINY} batch_size=48 relation=labels epochs=3 probe.every=1 probe.probes=[linear,knn]"
         " embedding.method=pca"
     )
     whole = run_folder(ssl_run(f"{command} hydra.run.dir=one")[1])
-    out, err = torchrun(W, f"{command} hydra.run.dir=several", tmp_path).communicate()
+    out, err = torchrun(2, f"{command} hydra.run.dir=several", tmp_path).communicate()
     several = tmp_path / "several"
     assert run_folder(out) == several, err
-    assert f"| {W} x cpu fp32" in out
+    assert "| 2 x cpu fp32" in out
     assert out.count("top1=") == 1
-    assert read_json(several / "run.json")["processes"] == W
+    assert read_json(several / "run.json")["processes"] == 2
     tables = [
         pd.read_csv(folder / "metrics.csv").drop(columns=list(TIMINGS), errors="ignore")
         for folder in (whole, several)
@@ -437,11 +508,16 @@ def test_run_under_torchrun_matches_single_process(W: int, ssl_run, tmp_path: Pa
     maps = [pd.read_csv(folder / "embedding.csv")[["index", "label"]] for folder in (whole, several)]
     pd.testing.assert_frame_equal(*maps)
     assert sorted(path.name for path in several.iterdir()) == sorted(path.name for path in whole.iterdir())
-    if W == 2:  # the run is already done
-        process = torchrun(W, f"{command} hydra.run.dir=several resume=auto", tmp_path)
-        out, err = process.communicate()
-        assert process.returncode == 0, err
-        assert out.startswith("already done")
+    process = torchrun(2, f"{command} hydra.run.dir=several resume=auto", tmp_path)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out.startswith("already done")
+
+
+def test_sweep_in_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["ssl-run", "-m", "gamma=1,2"])
+    with pytest.raises(UsageError, match="start it without torchrun or srun"):
+        cli.execute(2, [])
 
 
 @pytest.mark.slow
@@ -466,7 +542,6 @@ def test_all_ranks_exit_on_an_error(tmp_path: Path) -> None:
             "PeerFailed: rank 1 of 2: MemoryError: too large for this one",
         f"{TINY} batch_size=49": "batch_size=49 is split over 2 processes; use a multiple of 2",
         f"{TINY} gama=3": "Unknown option 'gama'. Did you mean 'gamma'?",
-        f"-m {TINY} gamma=1,2": "start it without torchrun or srun",
     }  # fmt: skip
     for command, words in commands.items():
         start = time.monotonic()

@@ -38,6 +38,21 @@ def same_weights(one: Path, other: Path) -> bool:
     )
 
 
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that keeps the finished run between tests."""
+    return tmp_path_factory.mktemp("cached") / "run"
+
+
+@pytest.fixture
+def finished(ssl_run, cached: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run of two epochs."""
+    if not cached.exists():
+        code, _, err = ssl_run(f"{BASE} hydra.run.dir='{cached}'")
+        assert (code, err) == (0, "")
+    return shutil.copytree(cached, tmp_path / "mine")
+
+
 def test_learning_rate_restarts_in_every_part() -> None:
     """Two parts are two cosines; the second one starts where it begins, not where the first was to end."""
     options = {"warmup_epochs": 1.5, "lr": 0.3, "final_ratio": 0.1}
@@ -114,7 +129,7 @@ def test_extended_run_that_is_preempted_resumes_exactly(
         assert record(mine)[key] == record(whole)[key]
 
 
-@pytest.mark.parametrize(("step", "begin"), [(2, 1), (3, 1), (4, 2)])
+@pytest.mark.parametrize(("step", "begin"), [pytest.param(2, 1, marks=pytest.mark.slow), (3, 1), (4, 2)])
 def test_unfinished_run_is_extended_after_the_epoch_of_its_checkpoint(
     step: int, begin: int, ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,7 +169,6 @@ def test_options_that_follow_epochs_follow_an_extension(ssl_run, tmp_path: Path)
 @pytest.mark.parametrize(
     ("settings", "command", "message"),
     [
-        ("", "epochs=1", "epochs=1: expected more than the 2 epochs that"),
         (
             "optimizer.warmup_epochs=2",
             "epochs=3",
@@ -166,28 +180,44 @@ def test_options_that_follow_epochs_follow_an_extension(ssl_run, tmp_path: Path)
             "epochs=4",
             "expected a solver that trains, to extend a run; start a new run",
         ),
-        ("", "epochs=4 gamma=3", "Cannot change gamma (10.0 -> 3) when resuming"),
     ],
 )
-def test_extension_is_refused_in_one_line(
+def test_run_that_cannot_be_extended_is_refused_in_one_line(
     settings: str, command: str, message: str, ssl_run, tmp_path: Path
 ) -> None:
     tiny = BASE if "projector" not in settings else BASE.replace("projector.width=16 ", "")
     code, _, err = ssl_run(f"{tiny} {settings} hydra.run.dir=mine")
     assert (code, err) == (0, "")
-    before = files(tmp_path / "mine")
-    code, out, err = ssl_run(f"resume=mine {command}")
+    refused(tmp_path / "mine", command, message, ssl_run)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("epochs=1", "epochs=1: expected more than the 2 epochs that"),
+        ("epochs=4 gamma=3", "Cannot change gamma (10.0 -> 3) when resuming"),
+    ],
+)
+def test_invalid_extension_is_refused_in_one_line(
+    command: str, message: str, finished: Path, ssl_run
+) -> None:
+    refused(finished, command, message, ssl_run)
+
+
+def refused(folder: Path, command: str, message: str, ssl_run) -> None:
+    """Check that resume=<folder> with this command prints one line, and leaves the files as they are."""
+    before = files(folder)
+    code, out, err = ssl_run(f"resume={folder} {command}")
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert message in err
-    assert files(tmp_path / "mine") == before
+    assert files(folder) == before
 
 
-def test_finished_run_without_checkpoint_is_not_extended(ssl_run, tmp_path: Path) -> None:
-    folder = run_folder(ssl_run(f"{BASE} epochs=1")[1])
-    (folder / "checkpoint.pt").unlink()
-    _, _, err = ssl_run(f"resume={folder} epochs=3")
+def test_finished_run_without_checkpoint_is_not_extended(finished: Path, ssl_run) -> None:
+    (finished / "checkpoint.pt").unlink()
+    _, _, err = ssl_run(f"resume={finished} epochs=3")
     assert "has no checkpoint of its last epoch; start a new run with init_weights=" in err
-    assert record(folder)["status"] == "done"
+    assert record(finished)["status"] == "done"
 
 
 def test_resume_auto_does_not_take_an_extended_run_for_a_longer_one(ssl_run, tmp_path: Path) -> None:
@@ -229,9 +259,8 @@ def test_epochs_of_an_edited_preset_do_not_extend_a_run(ssl_run, tmp_path: Path)
     assert len(table(tmp_path / "1" / "metrics.csv")) == 2
 
 
-def test_damaged_record_is_named(ssl_run, tmp_path: Path) -> None:
-    folder = run_folder(ssl_run(f"{BASE} epochs=1")[1])
-    (folder / "run.json").write_text("")
-    _, _, err = ssl_run(f"resume={folder} epochs=2")
-    assert f"{folder}/run.json: expected a JSON file" in err
+def test_damaged_record_is_named(finished: Path, ssl_run) -> None:
+    (finished / "run.json").write_text("")
+    _, _, err = ssl_run(f"resume={finished} epochs=3")
+    assert f"{finished}/run.json: expected a JSON file" in err
     assert err.count("\n") == 1

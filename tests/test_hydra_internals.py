@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from ssl_runner.config import arguments, hydra_internals
 from ssl_runner.config.compose import CONF, parse
+from tests.composition import CACHED
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,3 +99,36 @@ def test_task_runs_with_given_arguments_and_its_error_is_raised(
 def test_help_texts_of_options_are_strings() -> None:
     """argparse of Python 3.14 refuses others."""
     assert all(isinstance(action.help, str) for action in arguments.parser()._actions)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["epochs=3", "backbone.widths=[8,16]", "+evaluators.mine._target_=a.b"],
+        ["relation=noisy", "relation@relation.base=neighbors", "loss=simclr", "hydra.run.dir=here"],
+        ["relation=mine", "gamma=2"],
+    ],
+)
+def test_cached_composition_is_that_of_hydra(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a change of the first result, and of a file to another text of the same length."""
+    (tmp_path / "relation").mkdir()
+    file = tmp_path / "relation" / "mine.yaml"
+
+    def composed() -> str:
+        with hydra_internals.config_repository(CONF, str(tmp_path)):
+            config = compose("config", overrides=overrides, return_hydra_config=True)
+        text = OmegaConf.to_yaml(config)
+        config.epochs = config.hydra.run.dir = "changed"
+        return text
+
+    file.write_text("k: 1\n")
+    first = composed()
+    file.write_text("k: 2\n")
+    cached = [composed(), composed()]
+    for owner, name, _ in CACHED:
+        monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
+    plain = composed()
+    assert cached == [plain] * 2
+    assert (first == plain) == ("relation=mine" not in overrides)

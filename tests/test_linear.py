@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ssl_runner.errors import UsageError
-from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
+from ssl_runner.loss import WMSE, BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.relation import DegreeNormalized, Edges, Labels, Relation, Views
 from ssl_runner.relation.builders import FromViews
 from ssl_runner.theory import EXACT, UPPER, LinearOptimum, linear_optimum, value_of
@@ -105,6 +105,7 @@ LOSSES = [
     SpectralContrastive("sum"),
     SpectralContrastive("mean"),
     BarlowTwins(0.1),
+    WMSE(unit_rows=False),
 ]
 
 
@@ -141,6 +142,20 @@ def test_optimum_on_labels_is_linear_discriminant_analysis() -> None:
             best = linear_optimum(loss, moments_of(X, Labels(Y, normalized=normalized)), 3)
             span = torch.from_numpy(theirs.scalings_[:, :3].copy())
             assert_close(cosines(best.W, span), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+def test_only_normalized_labels_keep_the_discriminants_of_small_classes() -> None:
+    """400, 100, 30 and 10 rows: without normalisation the third discriminant has rho < 0 and is dropped."""
+    y = torch.arange(4).repeat_interleave(torch.tensor([400, 100, 30, 10]))
+    X = torch.randn(540, D, dtype=torch.float64) + 1.5 * torch.eye(D, dtype=torch.float64)[y]
+    theirs = LinearDiscriminantAnalysis(solver="eigen", n_components=3).fit(X.numpy(), y.numpy())
+    span = torch.from_numpy(theirs.scalings_[:, :3].copy())
+    plain, normalized = (
+        linear_optimum(BarlowTwins(), moments_of(X, Labels(y, normalized=normalized)), 3)
+        for normalized in (False, True)
+    )
+    assert (plain.rank, normalized.rank) == (2, 3)
+    assert_close(cosines(normalized.W, span), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-3)
 
 
 def test_barlow_optimum_on_views_is_canonical_correlation_analysis() -> None:
@@ -202,8 +217,9 @@ def test_spectral_optimum_is_multidimensional_scaling_in_range_of_x(G: Relation,
         SpectralContrastive(),
         SpectralContrastive("sum"),
         SpectralContrastive("sum", center=True),
+        WMSE(unit_rows=False),
     ],
-    ids=["vicreg", "vicreg beta>alpha", "spectral", "spectral sum", "spectral centred"],
+    ids=["vicreg", "vicreg beta>alpha", "spectral", "spectral sum", "spectral centred", "wmse"],
 )
 def test_exact_linear_optimum_is_reached_but_not_beaten_by_descent(loss: Loss, G: Relation) -> None:
     X, K = data(), 3
@@ -248,10 +264,46 @@ def test_linear_upper_bound_is_labelled_and_attained(name: str) -> None:
             assert best.kind == UPPER
             assert_close(float(loss(Xc @ best.W, G)), best.value, rtol=1e-6, atol=1e-9)
             assert_close(torch.linalg.svdvals(Xc @ best.W), best.singular_values, rtol=1e-6, atol=1e-6)
-    squared = VICReg(2.0, 2.0, 0.4, variance="squared")
-    exact, ridged = linear_optimum(squared, m, 4), linear_optimum(squared, m, 4, ridge=0.1)
-    assert ridged.kind == UPPER
-    assert ridged.value > exact.value
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        VICReg(2.0, 2.0, 0.4, variance="squared"),
+        WMSE(unit_rows=False),
+        SpectralContrastive(center=True),
+        BarlowTwins(0.01),
+    ],
+    ids=["vicreg", "wmse", "spectral", "barlow"],
+)
+def test_ridge_does_not_select_a_direction_without_variance(loss: Loss) -> None:
+    G = Views(N // 2, 2)
+    noise = 0.7 * torch.randn(N, D, dtype=torch.float64)
+    X = torch.randn(N // 2, D, dtype=torch.float64).repeat(2, 1) + noise
+    dead = 1e-3 * torch.randn(N // 2, 1, dtype=torch.float64).repeat(2, 1)  # equal in both views
+    m = moments_of(torch.cat([X, dead], 1), G)
+    without, ridged = (linear_optimum(loss, m, 3, ridge) for ridge in (0.0, 0.1))
+    variances = [(best.W.T @ m.XHX @ best.W).diagonal() for best in (without, ridged)]
+    of_dead = [(best.W[-1] * 1e-3).square() for best in (without, ridged)]
+    assert (of_dead[0] * N / variances[0]).max() > 0.5  # it is the best direction, as views do not change it
+    assert (of_dead[1] * N / variances[1]).max() < 0.01
+    assert variances[1].min() > 0.1 * variances[1].max()  # no column of Z collapses
+    assert without.value < ridged.value
+    if not isinstance(loss, WMSE):  # which cannot whiten Z = 0
+        assert ridged.value < value_of(ridged.loss, m.transform(torch.zeros_like(ridged.W)))
+
+
+def test_ridge_of_vicreg_solves_the_penalised_problem() -> None:
+    m, r, K = moments_of(data(), RELATIONS["views"]), 0.3, 3
+    A, B = m.XDX - m.XGX, m.XHX
+    penalised = A + r * B.trace() / D * torch.eye(D, dtype=torch.float64)
+    _, vectors = scipy.linalg.eigh(B.numpy(), penalised.numpy())
+    w = torch.from_numpy(vectors[:, ::-1][:, :K].copy())
+    best = linear_optimum(VICReg(2.0, 2.0, 0.1, variance="squared"), m, K, ridge=r)
+    assert_close(cosines(best.W, w), torch.ones(K, dtype=torch.float64))
+    mu = (w * (A @ w)).sum(0) / (w * (B @ w)).sum(0)
+    assert_close(best.eigenvalues, mu)
+    assert_close((best.W.T @ B @ best.W).diagonal() / (N - 1), 1 - 0.1 * (N - 1) / (N * 2.0) * mu)
 
 
 @pytest.mark.parametrize(

@@ -36,13 +36,21 @@ def age(folder: Path) -> None:
     (folder / "run.json").write_text(json.dumps(record(folder) | {"identity": "of an earlier version"}))
 
 
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that keeps the preempted run between tests."""
+    return tmp_path_factory.mktemp("cached") / "run"
+
+
 @pytest.fixture
-def preempted(ssl_run, tmp_path: Path) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        preempt_after(4, patch)
-        assert ssl_run(f"{COMMAND} hydra.run.dir=mine")[0] == 75
-    age(tmp_path / "mine")
-    return tmp_path / "mine"
+def preempted(ssl_run, cached: Path, tmp_path: Path) -> Path:
+    """A copy of a preempted run of an earlier version."""
+    if not cached.exists():
+        with pytest.MonkeyPatch.context() as patch:
+            preempt_after(4, patch)
+            assert ssl_run(f"{COMMAND} hydra.run.dir='{cached}'")[0] == 75
+        age(cached)
+    return shutil.copytree(cached, tmp_path / "mine")
 
 
 @pytest.mark.parametrize("again", ["resume=mine", "resume=mine deterministic=false compile=false"])

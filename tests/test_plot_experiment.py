@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from scripts import plot_experiment as figures
+from scripts import plot_rank
 from ssl_runner.errors import UsageError
+from ssl_runner.relation import Edges
 
 SOLVERS = {
     "gradient": "ssl_runner.train.Pretraining",
@@ -263,3 +266,16 @@ def test_run_of_earlier_version_is_rejected(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("  _target_: ssl_runner.train.Pretraining\n", ""))
     with pytest.raises(UsageError, match="old: expected a run of this version"):
         figures.finished_runs(tmp_path)
+
+
+def test_ranks_of_a_path_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Path of 8 rows: 4 positive eigenvalues; its Laplacian has the eigenvalues 2 - 2 cos(pi k / 8)."""
+    monkeypatch.setattr(plot_rank, "K", 7)
+    monkeypatch.setattr(plot_rank, "TAUS", [0.1, 0.5, 2.0])
+    monkeypatch.setattr(plot_rank, "GAMMAS", [0.2, 1.0, 5.0])
+    left, right = plot_rank.draw(Edges(torch.arange(7), torch.arange(1, 8), 8)).axes
+    values = 2 - 2 * np.cos(np.pi * np.arange(1, 8) / 8)
+    expected = [(7 * gamma * values < 8).sum() for gamma in (0.2, 1.0, 5.0)]
+    assert list(left.lines[0].get_ydata()) == expected
+    assert list(right.lines[0].get_ydata()) == [4, 3, 2]
+    assert [list(ax.lines[1].get_ydata()) for ax in (left, right)] == [[4, 4]] * 2

@@ -307,6 +307,7 @@ def test_lda_is_refused_with_shares_of_the_labels(ssl_probe) -> None:
     [
         "probe.features=[backbone] probe.layer=nope",
         "probe=finetune probe.probes=[knn,finetune] probe.finetune.policy.flip=7",
+        "probe=finetune probe.probes=[knn,finetune] +probe.finetune.policy.size=16",
     ],
 )
 def test_invalid_settings_are_refused_before_the_first_row(ssl_probe, finished: Path, settings: str) -> None:

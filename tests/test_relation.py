@@ -1,5 +1,7 @@
 """Relations, compared with their definition entry by entry."""
 
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -11,11 +13,14 @@ from ssl_runner.relation import (
     KNearest,
     Labels,
     Relation,
+    SharedLabels,
     ViewExpanded,
     Views,
     WithSupportSet,
     rewire,
 )
+from ssl_runner.relation.derived import pair_of_number
+from ssl_runner.relation.operators import MAX_ROWS
 
 LEFT = torch.tensor([0, 1, 4, 5, 2])
 RIGHT = torch.tensor([1, 0, 2, 0, 4])
@@ -66,6 +71,17 @@ CASES += [(Labels(Y), labels_by_loop(Y)), (Edges(LEFT, RIGHT, 7), edges_by_loop(
 CASES += [(KNearest(NEIGHBORS), nearest_neighbors_by_loop())]
 CASES += [(ViewExpanded(KNearest(NEIGHBORS), 3), view_expanded_by_loop(nearest_neighbors_by_loop(), 3))]
 CASES += [(ViewExpanded(Edges(LEFT, RIGHT, 7), 2), view_expanded_by_loop(edges_by_loop(), 2))]
+SEVERAL = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 1, 0], [0, 0, 0], [1, 0, 1], [0, 0, 1]])
+
+
+def shared_labels_by_loop() -> torch.Tensor:
+    rows = [set(row.nonzero()[:, 0].tolist()) for row in SEVERAL]
+    N = range(len(rows))
+    return torch.tensor([[float(i != j and len(rows[i] & rows[j])) for j in N] for i in N])
+
+
+CASES += [(SharedLabels(SEVERAL), shared_labels_by_loop())]
+CASES += [(SharedLabels(torch.nn.functional.one_hot(Y)), labels_by_loop(Y))]
 CASES += [(WithSupportSet(3, 2, torch.zeros(3 * k, 1)), support_set_by_loop(3, 2, k)) for k in (1, 2)]
 
 
@@ -142,11 +158,18 @@ def test_normalized_relation_matches_symmetric_normalization(G: Relation, dense:
     assert_close(normalized.edges(), dense.nonzero().T)
 
 
+def test_normalized_shared_labels_match_symmetric_normalization() -> None:
+    G, expected = SharedLabels(SEVERAL, normalized=True), DegreeNormalized(SharedLabels(SEVERAL))
+    assert_close(G.dense(), expected.dense())
+    assert_close(G.degrees, expected.degrees)
+
+
 ALL_RELATIONS = [G for G, _ in CASES] + [DegreeNormalized(G) for G, _ in CASES]
 ALL_RELATIONS += [
     Views(4, 5, normalized=True),
     Labels(Y, normalized=True),
     Labels(torch.arange(3), normalized=True),
+    SharedLabels(SEVERAL, normalized=True),
 ]
 
 
@@ -202,6 +225,17 @@ def test_rewire_scales_to_many_rows() -> None:
     assert_close(i.double().mean() / 200_000, torch.tensor(0.5, dtype=torch.float64), rtol=0, atol=0.005)
 
 
+def test_pairs_are_numbered_exactly_up_to_the_largest_number_of_rows() -> None:
+    N = MAX_ROWS
+    assert (N - 1) * N + N - 1 <= 2**63 - 1 < N * (N + 1) + N  # Edges: i * num_rows + j of the last pair
+    j = torch.tensor([1, 2, 200_000_000, 2_000_000_001, N - 1])
+    for i in (torch.zeros_like(j), j // 3, j - 1):
+        number = j * (j - 1) // 2 + i
+        assert [(int(a), int(b)) for a, b in zip(*pair_of_number(number), strict=True)] == [
+            (m - b * (b - 1) // 2, b) for m in number.tolist() for b in [(1 + math.isqrt(1 + 8 * m)) // 2]
+        ]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -213,6 +247,9 @@ def test_rewire_scales_to_many_rows() -> None:
         (lambda: Edges(torch.tensor([1]), torch.tensor([1]), 3), "pairs of different rows"),
         (lambda: Edges(torch.tensor([0]), torch.tensor([3]), 3), "indices from 0 to 2"),
         (lambda: Edges(torch.tensor([0, 1]), torch.tensor([2]), 3), "equal length"),
+        (lambda: Labels(torch.tensor([0, 3]), 3), "labels from 0 to 3: expected 0 to num_classes - 1 = 2"),
+        (lambda: Labels(torch.tensor([-1, 2]), 3), "labels from -1 to 2: expected 0 to num_classes - 1 = 2"),
+        (lambda: Edges([0], [1], 3_037_000_500), "expected at most 3037000499"),
         (lambda: rewire(Views(4, 2), 1.5, torch.Generator()), "p=1.5: expected a number from 0 to 1"),
         (lambda: Views(4, 2) @ torch.zeros(7, 3), r"expected \(8, K\)"),
     ],
@@ -220,3 +257,36 @@ def test_rewire_scales_to_many_rows() -> None:
 def test_relation_rejects_invalid_input(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class Overridden(Views):
+    """A subclass may override the product, so its groups are not known."""
+
+
+@pytest.mark.parametrize(
+    "G",
+    [
+        Views(3, 4),
+        Views(3, 2, normalized=True),
+        Labels(torch.tensor([2, 0, 2, 5, 0, 2])),
+        DegreeNormalized(Labels(torch.tensor([2, 0, 2, 5, 0, 2]))),
+    ],
+)
+def test_groups_are_equal_iff_rows_are_positives(G: Relation) -> None:
+    same = G.groups[:, None] == G.groups
+    assert torch.equal(same.fill_diagonal_(False), G.dense() > 0)
+    assert 0 <= int(G.groups.min()) <= int(G.groups.max()) < G.num_groups
+
+
+@pytest.mark.parametrize(
+    "G",
+    [
+        Overridden(3, 4),
+        DegreeNormalized(Overridden(3, 4)),
+        Edges(LEFT, RIGHT, 7),
+        ViewExpanded(Labels(torch.tensor([0, 0, 1])), 2),
+        WithSupportSet(3, 2, torch.ones(3, 5)),
+    ],
+)
+def test_other_relations_have_no_groups(G: Relation) -> None:
+    assert G.groups is None

@@ -15,6 +15,7 @@ from ssl_runner.batch import Batch
 from ssl_runner.errors import UsageError
 from ssl_runner.relation import builders, nearest
 from ssl_runner.relation.builders import RelationBuilder
+from ssl_runner.relation.walks import FromWalks
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 1])
 INDICES = torch.tensor([3, 0, 5, 1])
@@ -282,3 +283,88 @@ def test_frozen_copy_gives_one_relation_per_batch_and_leaves_the_original(builde
     assert_close(frozen(batch(2), Z).dense(), first)
     assert not frozen.uses_memory
     assert_close(builder.state_dict(), before)
+
+
+def label_file(folder: Path, kind: str, Y: np.ndarray) -> str:
+    path = folder / f"labels.{kind}"
+    if kind == "npz":
+        np.savez(path, Y=Y)
+    else:
+        np.savetxt(path, Y, fmt="%d", delimiter=",", header="cat,dog,red", comments="")
+    return str(path)
+
+
+SEVERAL = np.array([[1, 0, 1], [0, 1, 0], [1, 1, 0], [0, 0, 1], [1, 0, 1], [0, 0, 1]])
+
+
+@pytest.mark.parametrize("kind", ["npz", "csv"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_labels_from_file_match_definition(
+    tmp_path: Path, kind: str, weighted: bool, normalized: bool
+) -> None:
+    build = builders.FromLabels(normalized, label_file(tmp_path, kind, SEVERAL), weighted)
+    build.bind(LABELS)
+    rows = [set(SEVERAL[i].nonzero()[0]) for i in INDICES] * 3
+    shared = [[float(i != j) * len(a & b) for j, b in enumerate(rows)] for i, a in enumerate(rows)]
+    images = np.arange(12) % 4
+    same_image = torch.from_numpy(images[:, None] == images).float().fill_diagonal_(0)
+    expected = torch.tensor(shared) if weighted else (torch.tensor(shared) + same_image > 0).float()
+    if normalized:
+        scale = expected.sum(1).clamp(min=1).rsqrt()
+        expected = scale[:, None] * expected * scale
+    assert_close(build(batch(3), torch.randn(12, 5)).dense(), expected)
+
+
+@pytest.mark.parametrize(
+    ("Y", "message"),
+    [
+        (SEVERAL[:5], r"labels of shape \(5, 3\): expected \(6, C\)"),
+        (2 * SEVERAL, "labels: expected 0 or 1 in every place"),
+        (SEVERAL[:, 0], r"labels of shape \(6,\): expected \(6, C\)"),
+    ],
+)
+def test_labels_from_file_refuse_other_content(tmp_path: Path, Y: np.ndarray, message: str) -> None:
+    build = builders.FromLabels(path=label_file(tmp_path, "npz", Y))
+    with pytest.raises(UsageError, match=message):
+        build.bind(LABELS)
+
+
+def test_images_without_a_label_in_the_file_are_refused(tmp_path: Path) -> None:
+    build = builders.FromLabels(path=label_file(tmp_path, "csv", SEVERAL * (np.arange(6) != 5)[:, None]))
+    build.bind(LABELS)
+    build.check_images(torch.arange(5))
+    with pytest.raises(UsageError, match="1 of the 6 pretraining images have no label"):
+        build.check_images(torch.arange(6))
+    with pytest.raises(ValueError, match="weighted=true: expected relation"):
+        builders.FromLabels(weighted=True)
+
+
+@pytest.mark.parametrize(("k", "steps"), [(1, 1), (2, 1), (2, 3)])
+def test_ends_of_walks_have_the_probabilities_of_the_transition_matrix(k: int, steps: int) -> None:
+    """The relation joins i and j with the probability 1 - (1 - P_ij)(1 - P_ji), P a power of the matrix."""
+    n, draws = 6, 2000
+    Z = torch.randn(2 * n, 4)
+    own = Batch(torch.arange(n), torch.zeros(n, dtype=torch.long), 2, 1)
+    means = torch.nn.functional.normalize(Z.view(2, n, 4).mean(0))
+    similarity = (means @ means.T).fill_diagonal_(-2)
+    step = torch.zeros(n, n).scatter_(1, similarity.topk(k).indices, 1 / k)
+    P = torch.linalg.matrix_power(step, steps)
+    build = FromWalks(k, steps, seed=3)
+    found = sum(build(own, Z).A.dense() for _ in range(draws)) / draws
+    expected = (1 - (1 - P) * (1 - P.T)).fill_diagonal_(0)
+    assert_close(found, expected, rtol=0, atol=4 * 0.5 / draws**0.5)
+
+
+def test_walks_resume_exactly_and_a_frozen_copy_repeats_them() -> None:
+    build, Z = FromWalks(2, 2), torch.randn(8, 4)
+    build(batch(), Z)
+    state, frozen = deepcopy(build.state_dict()), build.frozen_copy()
+    following = [build(batch(), Z).dense() for _ in range(5)]
+    assert torch.equal(frozen(batch(), Z).dense(), frozen(batch(), Z).dense())
+    resumed = FromWalks(2, 2, seed=1)
+    resumed.load_state_dict(state)
+    assert all(torch.equal(resumed(batch(), Z).dense(), G) for G in following)
+    assert len({tuple(G.flatten().tolist()) for G in following}) > 1
+    with pytest.raises(ValueError, match="steps=0"):
+        FromWalks(steps=0)

@@ -16,11 +16,11 @@ import pytest
 import yaml
 from scipy import stats
 
-from ssl_runner.report import cli, page, plots, tables
+from ssl_runner.report import cli, label_free, page, plots, tables
 from ssl_runner.report.read import Run, canonical_value, read_run, read_runs
 from tests.helpers import TINY, run_script
 
-METRICS = "epoch,step,loss,images_per_s,floor_kind\n1,3,9.5,100.0,\n2,6,7.5,300.0,exact\n"
+METRICS = "epoch,step,loss,images_per_s,optimum_kind\n1,3,9.5,100.0,\n2,6,7.5,300.0,exact\n"
 PROBE = "epoch,probe,features,train_split,eval_split,selection,n_train,top1,top5,seconds\n"
 
 
@@ -165,7 +165,7 @@ def test_runs_table_row_matches_files(tmp_path: Path) -> None:
         "ssl_runner.relation.builders.FromViews",
         False,
     )
-    assert (a["epochs_done"], a["epochs_asked"], a["metrics.loss"], a["metrics.floor_kind"]) == (
+    assert (a["epochs_done"], a["epochs_asked"], a["metrics.loss"], a["metrics.optimum_kind"]) == (
         2,
         "2",
         7.5,
@@ -573,6 +573,50 @@ def test_effect_ignores_runs_without_the_key_and_separates_close_numbers() -> No
     top1 = [0.1] * 2 + [0.2] * 2 + [0.3] * 2 + [0.4] * 2 + [0.5] * 2
     results = pd.DataFrame({"gamma": [*gamma, None], "val_top1": [*top1, 0.9]})
     assert tables.effect(results, "gamma") == pytest.approx(0.4)
+
+
+def write_measured(folder: Path, seed: int, rank: float, top1: float, alpha: float, **config: object) -> Path:
+    metrics = f"epoch,loss,effective_rank,alpha_req\n2,{-rank},{rank},{alpha}\n"
+    return write_run(folder, top1, top1, metrics=metrics, seed=seed, **config)
+
+
+def test_correlations_match_scipy_over_configurations(tmp_path: Path) -> None:
+    """Means over two seeds; data sets are not mixed, nor are losses of different options."""
+    rng, expected = np.random.default_rng(0), {}
+    for data, loss_varies in (("a", False), ("b", True)):
+        values = rng.random((6, 2, 3))  # configuration, seed, measures
+        for lr, seed in np.ndindex(6, 2):
+            rank, top1, alpha = values[lr, seed].tolist()
+            options = {"dataset__name": data, "optimizer__lr": lr + 1}
+            options |= {"loss__gamma": lr} if loss_varies else {}
+            write_measured(tmp_path / f"{data}{lr}{seed}", seed, rank, top1, 2 * alpha, **options)
+        means = values.mean(1)
+        distance = -np.abs(2 * values[..., 2] - 1).mean(1)
+        expected[data] = [stats.spearmanr(x, means[:, 1]).statistic for x in (means[:, 0], distance)]
+    runs = read_runs([tmp_path], without=tmp_path / "report")
+    keys = tables.swept_keys(runs)
+    rows, notes = label_free.correlations(runs, tables.finished(tables.runs_table(runs, keys), keys))
+    rows = rows.set_index("data set")
+    assert rows.n.tolist() == [6, 6]
+    for data, (rank, alpha) in expected.items():
+        np.testing.assert_allclose(rows.effective_rank[data], rank)
+        np.testing.assert_allclose(rows["-|alpha_req - 1|"][data], alpha)
+    np.testing.assert_allclose(rows["-loss"]["a"], expected["a"][0])
+    assert np.isnan(rows["-loss"]["b"])
+    assert [note.split(":")[0] for note in notes] == ["b"]
+
+
+def test_report_states_why_there_is_no_correlation(tmp_path: Path, capsys, monkeypatch) -> None:
+    for lr in (1, 2, 3):
+        write_measured(tmp_path / f"{lr}", 0, lr, lr / 10, 1.0, dataset__name="a", optimizer__lr=lr)
+    _, text, _ = ssl_report(monkeypatch, capsys, tmp_path)
+    note = "a: 3 configurations with diagnostics; at least 4 needed."
+    assert note in text
+    assert note in (tmp_path / "report" / "report.html").read_text()
+    write_measured(tmp_path / "4", 0, 0.5, 0.4, 1.0, dataset__name="a", optimizer__lr=4)
+    _, text, _ = ssl_report(monkeypatch, capsys, tmp_path)
+    assert "at least 4 needed" not in text
+    assert re.search(r"^a +test +4 +-0\.20 +-", text, re.MULTILINE)  # equal alpha: no correlation
 
 
 def add_probes(folder: Path, *rows: tuple[str, str, str, float]) -> None:

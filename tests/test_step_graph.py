@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ssl_runner.errors import UsageError
-from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
+from ssl_runner.loss import BarlowTwins, Loss, SIGReg, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.relation.builders import FromLabels, FromNeighbors, FromViews, RelationBuilder, Rewired
+from ssl_runner.relation.walks import FromWalks
 from ssl_runner.step_graph import WARMUP_STEPS, StepGraph, Values, why_not
 from ssl_runner.train import Pretraining
-from tests.helpers import pretraining, rows, weights
+from ssl_runner.views import Augment
+from tests.helpers import TWO_SIZES, pretraining, rows, weights
 
 
 class HostCapture:
@@ -30,7 +32,8 @@ class HostCapture:
         return nullcontext()
 
     def record(self, work: Callable[[], Values]) -> tuple[Values, Callable[[], None]]:
-        buffers = dict(self.training.model.named_buffers())
+        model, loss = self.training.model, self.training.loss
+        buffers = dict([*model.named_buffers(), *loss.named_buffers()])
         state = {name: buffer.clone() for name, buffer in buffers.items()}
         random = torch.get_rng_state()
         values = work()
@@ -67,6 +70,8 @@ def recorded(training: Pretraining) -> HostCapture:
         (SimCLR, FromLabels, {"clip_grad_norm": 0.1}),
         (BarlowTwins, lambda: FromNeighbors(2), {"precision": "fp16"}),
         (SpectralContrastive, FromViews, {"V": 3, "per_view": True}),
+        (VICReg, FromViews, {"V": 5, "augment": Augment(TWO_SIZES)}),
+        (lambda: torch.manual_seed(0) and SIGReg(), FromViews, {}),
     ],
 )
 def test_replayed_steps_train_exactly_as_eager_ones(
@@ -165,6 +170,8 @@ CUDA = torch.device("cuda:0")
         (CUDA, 1, BarlowTwins(), FromNeighbors(2), None),
         (CUDA, 1, VICReg(), FromNeighbors(2, queue=9), r"relation \(FromNeighbors\) depends on values"),
         (CUDA, 1, VICReg(), OwnNeighbors(2), r"relation \(OwnNeighbors\) depends on values"),
+        (CUDA, 1, VICReg(), FromWalks(2), r"relation \(FromWalks\) depends on values"),
+        (CUDA, 1, VICReg(), FromLabels(path="a.csv"), r"relation \(FromLabels\) depends on values"),
         (CUDA, 1, VICReg(), Rewired(FromViews()), r"relation \(Rewired\) depends on values"),
         (CUDA, 1, OwnTerms(), FromViews(), r"loss \(OwnTerms\) depends on values"),
         (CUDA, 2, VICReg(), FromViews(), "2 processes exchange gradients"),

@@ -13,6 +13,7 @@ IMPORTS = """
     errors
     names
     rule
+    view_layout     rule
     version
     batch
     backbone        names
@@ -27,10 +28,10 @@ IMPORTS = """
     device          distributed errors
     guard           device
     numerics        errors
-    config          errors names rule
+    config          errors names rule view_layout
     runs            background config distributed errors host_copy preemption version
 
-    views           errors rule
+    views           batch errors rule view_layout
     relation        batch device distributed errors
     loss            distributed names relation
     data            batch device distributed errors names runs views
@@ -41,19 +42,20 @@ IMPORTS = """
     step_graph      batch device errors
     train           batch data device distributed errors guard loss model numerics preemption relation
                     solver step_graph timer views
-    theory          backbone data device distributed errors evaluator host_copy loss model relation runs
+    theory          backbone batch data device distributed errors evaluator host_copy loss model relation runs
                     solver
-    probe           backbone data device distributed errors evaluator model optimizer runs views
+    probe           backbone batch data device distributed errors evaluator model optimizer runs
+                    view_layout views
 
     pretrained      data device errors runs views
 
-    checks          backbone config data distributed errors model relation solver views
+    checks          backbone batch config data distributed errors loss model relation solver views
     build           backbone checks config data device distributed errors evaluator loss model names
                     numerics optimizer preemption probe relation runs solver
-    compiler        data distributed solver
+    compiler        data distributed solver views
     embedding_map   data distributed probe runs
     pipeline        background build compiler data device distributed embedding_map evaluator model numerics
-                    preemption probe runs solver views
+                    preemption probe runs solver theory views
     evaluation      build config console data device errors model names numerics pretrained probe runs
                     views
     cli             build config console distributed errors pipeline preemption runs version

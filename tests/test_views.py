@@ -351,7 +351,7 @@ def test_views_from_uniforms_match_cpu_kernels(name: str, side: int) -> None:
     mean, std = torch.zeros(channels), torch.ones(channels)
     [policy] = shipped(name).policies
     uniforms = torch.rand(2 * V, MAX_DRAWS, generator=torch.Generator().manual_seed(side))
-    ours = views_from_uniforms([policy], images, V, mean, std, [uniforms], IMAGE_FORMAT)
+    ours = views_from_uniforms([policy], [[*range(V)]], images, mean, std, [uniforms], IMAGE_FORMAT)
     params = policy.sample_params(UniformSampler(uniforms), (side, side), (side, side))
     X, rows = torch.empty_like(ours), torch.arange(2 * V)
     augment_rows_cpu(policy, params, ViewIndex(rows % 2, rows, rows), images, X, mean, std)
@@ -401,7 +401,7 @@ def test_compiled_views_have_few_kernels_and_match_eager(name: str) -> None:
     metrics.reset()
     augment.compile()
     form = ViewFormat(None, torch.float32, torch.channels_last)
-    arguments = (augment.policies, images, 2, mean, std, uniforms, form)
+    arguments = (augment.policies, [[0, 1]], images, mean, std, uniforms, form)
     compiled, eager = (make(*arguments) for make in (augment.from_uniforms, views_from_uniforms))
     assert metrics.generated_kernel_count <= 20
     assert compiled.is_contiguous(memory_format=torch.channels_last)

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ssl_runner.config import hydra_internals, renamed
 from ssl_runner.config.rules import nearest
 from ssl_runner.errors import UsageError, one_line
+from ssl_runner.view_layout import view_count
 
 PACKAGE = Path(__file__).parents[1]
 # in an installed wheel, conf/ is part of the package; in a checkout, it is next to it
@@ -27,8 +28,15 @@ CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "co
 
 
 def register_resolvers() -> None:
-    """Register `${unique:}`: eight random hex digits, constant within a run or sweep."""
+    """Register the resolvers of the configs.
+
+    `${unique:}` is eight random hex digits, constant within a run or sweep. `${view_count:}` is the sum of
+    count over views.policies.
+    """
     OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(4), use_cache=True, replace=True)
+    OmegaConf.register_new_resolver(
+        "view_count", lambda *, _root_: view_count(_root_.views.policies), replace=True
+    )
 
 
 def prefer_our_presets() -> None:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from ssl_runner.errors import UsageError
 from ssl_runner.names import (
     COMPILE,
+    DENOMINATORS,
     FEATURES,
     FORWARD,
     KEEP,
@@ -26,6 +27,7 @@ from ssl_runner.names import (
     VARIANCES,
 )
 from ssl_runner.rule import Rule
+from ssl_runner.view_layout import check_views
 
 
 def _positive(kind: type[int] | type[float], optional: bool = False) -> Rule:
@@ -78,6 +80,8 @@ RULES = {
     "relation.k": _positive(int),
     "relation.queue": Rule(int, low=0),
     "relation.path": Rule(str, optional=True),
+    "relation.weighted": Rule(bool),
+    "relation.steps": _positive(int),
     "relation.rewire_fraction": Rule(float, low=0, high=1),
     "solver.passes": _positive(int),
     "solver.ridge": Rule(float, low=0),
@@ -103,6 +107,11 @@ LOSS_RULES = {
     "variance": Rule(str, choices=VARIANCES),
     "tau": _positive(float),
     "reduction": Rule(str, choices=REDUCTIONS),
+    "denominator": Rule(str, choices=DENOMINATORS),
+    "directions": _positive(int),
+    "per_view": Rule(bool),
+    "unit_rows": Rule(bool),
+    "whitening_size": Rule(int, low=2, optional=True),
 }
 NO_RESULT = ("dataset.cache", "probe.cache")  # folder and switch of caches, of the same images and rows
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
@@ -113,6 +122,11 @@ def check_values(config: DictConfig, evaluation: bool = False) -> None:
 
     Needs no reference configuration, so it can also check a configuration built in Python.
     """
+    if config.views.get("_target_") == "ssl_runner.views.Augment":
+        try:
+            check_views(config.views, config.V, config.backbone._target_ == "ssl_runner.backbone.linear")
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     ours = str(config.loss.get("_target_")).startswith("ssl_runner.loss.")
     rules = RULES | base_rules(config.relation) | (LOSS_RULES if ours else {})
     if str(config.dataset.get("_target_")).endswith(".image_folder.folder"):

@@ -151,10 +151,11 @@ def load(
 
     A data set with one training image in each class is used as unlabelled.
 
-    Raises UsageError if `subset` is out of range, if no validation or test image can be held out, if the
-    data set has a test split besides `test_fraction`, or if `storage` is "device" and the images do not fit.
+    Raises UsageError if a label has no class, if `subset` is out of range, if no validation or test image can
+    be held out, if the data set has a test split besides `test_fraction`, or if `storage` is "device" and the
+    images do not fit.
     """
-    data = _without_single_images(source())
+    data = _without_single_images(_checked(source(), name))
     train, test, unlabeled = data.train, data.test, data.unlabeled
     labels = data.labels.numpy()
     if test_fraction:
@@ -207,6 +208,17 @@ def _without_single_images(data: Source) -> Source:
     layout = f"{data.layout}, one image in each class: unlabelled{unused}".lstrip(", ")
     trained, labels = np.concatenate([data.train, data.unlabeled]), torch.full_like(data.labels, -1)
     return replace(data, labels=labels, classes=[], train=none, test=none, unlabeled=trained, layout=layout)
+
+
+def _checked(data: Source, name: str) -> Source:
+    """The data. Raises UsageError for labels outside -1 to classes - 1: no later code can, without a sync."""
+    low, high = (int(x) for x in data.labels.aminmax()) if len(data.labels) else (-1, -1)
+    if low < -1 or high >= len(data.classes):
+        raise UsageError(
+            f"{name}: labels from {low} to {high}: expected -1 (unlabelled) to {len(data.classes) - 1}, the"
+            " positions in `classes`; name every class, or renumber the labels"
+        )
+    return data
 
 
 def _split_test(data: Source, name: str, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

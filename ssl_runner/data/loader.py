@@ -1,4 +1,7 @@
-"""Multi-view batches: shuffled images -> X (V n, C, h, w), V augmented views of each, and their Batch."""
+"""Multi-view batches: shuffled images -> X (V n, C, h, w), V augmented views of each, and their Batch.
+
+If the policies of the views have several sizes, X is a list with one view-major tensor per size.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +13,7 @@ import torchvision
 from torch import Tensor
 
 from ssl_runner import distributed
-from ssl_runner.batch import Batch
+from ssl_runner.batch import Batch, ViewTensors, per_size
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.images import Images
 from ssl_runner.device import to_device
@@ -88,7 +91,7 @@ class MultiViewLoader:
         size: int | None = None,
         whole_batch: bool = False,
         view_format: ViewFormat = IMAGE_FORMAT,
-    ) -> Iterator[tuple[Tensor, Batch]]:
+    ) -> Iterator[tuple[ViewTensors, Batch]]:
         """Yield X (V n, C, h, w), view-major, and its Batch, for the batches of an epoch from `start` on.
 
         `size` overrides the number of images per batch. `view_format` states type and memory format of X.
@@ -112,7 +115,7 @@ class MultiViewLoader:
             X = self._views(images, self.view_generator, rank, ranks, chosen)
             yield X, Batch(indices, labels, self.V, len(self.data.classes))
 
-    def fixed_batch(self, images: Images, positions: Tensor) -> tuple[Tensor, Batch]:
+    def fixed_batch(self, images: Images, positions: Tensor) -> tuple[ViewTensors, Batch]:
         """X (V n, C, H, W), the same views in every call, of the images at positions (n,), and its Batch."""
         [(pixels, labels)] = images.stored.batches(positions, len(positions), self.device)
         X = self._views(pixels, torch.Generator(self.device).manual_seed(self.seed))
@@ -125,7 +128,7 @@ class MultiViewLoader:
         rank: int = 0,
         ranks: int = 1,
         view_format: ViewFormat = IMAGE_FORMAT,
-    ) -> Tensor:
+    ) -> ViewTensors:
         view_format = view_format._replace(side=view_format.side or self.data.view_size)
         return self.augment(
             images, self.V, self.data.mean, self.data.std, generator, rank, ranks, view_format
@@ -144,14 +147,19 @@ class MultiViewLoader:
 
 
 def preview(loader: MultiViewLoader, path: Path, images: int = 8) -> None:
-    """Write a picture with one row per image, for a few pretraining images: the image, then V views of it."""
+    """Write a picture with one row per image, for a few pretraining images: the image, then V views of it.
+
+    Views that are smaller than others have a white border.
+    """
     data, positions = loader.data, loader.order(0)[:images]
     [(pixels, _)] = data.pretrain.batches(positions, len(positions), loader.device)
     X, _ = loader.fixed_batch(data.pretrain, positions)
-    X = X * data.std[:, None, None] + data.mean[:, None, None]
-    originals, X = to_unit(pixels).cpu(), X.cpu()  # MPS lacks antialiased interpolation in some versions
-    if originals.shape[2:] != X.shape[2:]:
-        originals = F.interpolate(originals, X.shape[2:], mode="bilinear", antialias=True)
-    rows = torch.cat([originals[None], X.unflatten(0, (loader.V, -1))]).transpose(0, 1)
+    views = [(x * data.std[:, None, None] + data.mean[:, None, None]).cpu() for x in per_size(X)]
+    originals = to_unit(pixels).cpu()  # MPS lacks antialiased interpolation in some versions
+    size = max(x.shape[2:] for x in views)
+    if originals.shape[2:] != size:
+        originals = F.interpolate(originals, size, mode="bilinear", antialias=True)
+    centred = [torchvision.transforms.functional.center_crop(1 - x, list(size)) for x in views]  # pads with 0
+    rows = torch.cat([originals, *(1 - x for x in centred)]).unflatten(0, (loader.V + 1, -1)).transpose(0, 1)
     rows = F.interpolate(rows.flatten(0, 1), scale_factor=max(1, 96 // data.image_size), mode="nearest")
     torchvision.utils.save_image(rows.clamp(0, 1), path, nrow=loader.V + 1, pad_value=1.0)

@@ -71,8 +71,8 @@ def shard_indices(n: int, block: int) -> list[Tensor]:
 
     Returns one index tensor per rank, empty if there are fewer blocks than ranks.
     """
-    blocks = torch.arange(n).split(block)
-    return [torch.cat([torch.arange(0), *blocks[r :: world_size()]]) for r in range(world_size())]
+    blocks = torch.arange(n, device="cpu").split(block)
+    return [torch.cat([blocks[0][:0], *blocks[r :: world_size()]]) for r in range(world_size())]
 
 
 def unshard(x: Tensor, shards: list[Tensor]) -> Tensor:

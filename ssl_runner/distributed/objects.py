@@ -77,7 +77,7 @@ class AsyncMax:
             work, maximum = self.pending
             work.wait()
             previous = int(maximum)
-        maximum = torch.tensor(value)
+        maximum = torch.tensor(value, device="cpu")
         work = dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=control_group(), async_op=True)
         self.pending = work, maximum
         return previous

@@ -32,9 +32,11 @@ class BarlowTwins(Loss):
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
         if self.center:
             d = G.degrees.to(Z)
-            with torch.no_grad():  # the gradient through the mean is 0, because d'Z = 0 after centring
-                mean = all_reduce_sum(d @ Z) / all_reduce_sum(d.sum()).clamp(min=1)
-            Z = Z - mean
+            total = all_reduce_sum(d.sum()).clamp(min=1)
+            for _ in range(2):  # the second time removes the rounding error of a large mean
+                with torch.no_grad():  # the gradient through the mean is 0, because d'Z = 0 after centring
+                    mean = all_reduce_sum(d @ Z) / total
+                Z = Z - mean
         diagonal, squares = _Correlation.apply(Z, G, self.eps)
         return {"diagonal": (diagonal - 1).square().sum(), "off_diagonal": squares}
 

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from ssl_runner.distributed import world_size
 from ssl_runner.relation import Relation
 
 
@@ -18,13 +19,20 @@ class Loss(nn.Module, ABC):
     rows with `all_reduce_replicated` or `all_reduce_sharded` (`ssl_runner.distributed`). If it is False,
     training gathers all rows before it calls the loss.
 
+    `needs_groups` and `needs_views` restrict the relations: see `check_relation`.
+
     If `capturable` is True, `_terms` can be recorded in a CUDA graph: fixed shapes, no numbers from the host
     that differ between steps, such as those of a random generator on the host.
+
+    `min_rows` is the smallest number of rows, over all ranks, for which the loss is defined.
     """
 
     weights: dict[str, float]
     supports_sharding: bool = False
     capturable: bool = False
+    min_rows: int = 1
+    needs_groups: bool = False  # G consists of groups, such as Views and Labels
+    needs_views: bool = False  # the rows are V equal, view-major blocks
 
     def __init_subclass__(cls) -> None:
         """Reset `supports_sharding` and `capturable`: a subclass that overrides `_terms` must set them."""
@@ -36,7 +44,7 @@ class Loss(nn.Module, ABC):
     def forward(self, Z: Tensor, G: Relation) -> Tensor:
         """Z (N, K) embeddings, G a relation over its N rows -> the loss, a scalar.
 
-        Raises ValueError if Z does not have the shape that G expects.
+        Raises ValueError if Z does not have the shape that G expects, or has fewer than `min_rows` rows.
         """
         return self.total(self.terms(Z, G))
 
@@ -54,8 +62,27 @@ class Loss(nn.Module, ABC):
             raise ValueError(
                 f"Z.shape={tuple(Z.shape)}: expected ({G.num_rows}, K); give one embedding per row of G"
             )
+        if (N := len(Z) * (world_size() if self.supports_sharding else 1)) < self.min_rows:
+            raise ValueError(
+                f"{N} rows: expected at least {self.min_rows} for {type(self).__name__}; give more embeddings"
+            )
+        self.check_relation(G)
         with torch.autocast(Z.device.type, enabled=False):
             return self._terms(Z.float() if Z.dtype in (torch.float16, torch.bfloat16) else Z, G)
+
+    def check_relation(self, G: Relation) -> None:
+        """Raise ValueError if the loss is not defined for G. Causes no host-device sync."""
+        name = type(self).__name__
+        if self.needs_groups and G.groups is None:
+            raise ValueError(
+                f"G={type(G).__name__}: expected a relation whose positives form groups, for {name} with"
+                " these options; use relation=views or relation=labels"
+            )
+        if self.needs_views and G.V is None:
+            raise ValueError(
+                f"G={type(G).__name__}: expected a relation of views, for {name} with these options;"
+                " use relation=views"
+            )
 
     @abstractmethod
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:

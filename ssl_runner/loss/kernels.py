@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_runner.distributed import all_reduce_sum
+from ssl_runner.distributed import all_reduce_replicated, all_reduce_sum, world_size
 from ssl_runner.relation import Relation, Views
 
 # A stripe is a block of rows of a K x K matrix, from the diagonal to the last column.
@@ -21,6 +21,22 @@ def column_products(Z: Tensor, GZ: Tensor) -> Tensor:
     The gradient with respect to Z is 2 GZ.
     """
     return _ColumnProducts.apply(Z, GZ)
+
+
+@torch.no_grad()
+def column_means(Z: Tensor) -> Tensor:
+    """Means (K,) of the columns of Z over the rows of all ranks, without gradient."""
+    return all_reduce_sum(Z.mean(0)) / world_size()
+
+
+def invariance(Z: Tensor, G: Relation) -> Tensor:
+    """1/N sum_ij G_ij |z_i - z_j|^2 = 2/N tr(Z'LZ) over the rows of all ranks, with L = D - G.
+
+    Centre Z (N, K) first: it changes neither value nor gradient, but large means would cancel.
+    """
+    with torch.no_grad():
+        LZ = G.degrees.to(Z)[:, None] * Z - G @ Z
+    return 2 / (world_size() * len(Z)) * all_reduce_replicated(column_products(Z, LZ).sum())
 
 
 def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,9 +18,10 @@ from ssl_runner.distributed import (
 )
 from ssl_runner.loss.base import Loss
 from ssl_runner.loss.kernels import column_products, first_derivative
-from ssl_runner.names import REDUCTIONS
+from ssl_runner.names import DENOMINATORS, REDUCTIONS
 from ssl_runner.relation import Relation
 
+MIN_MAGNITUDE, MAX_MAGNITUDE = 1e-12, 1e16  # rows whose float32 norms F.normalize computes
 # Memory is that of float32. A CPU tile fits into the cache; elsewhere large tiles need fewer kernel launches.
 BLOCK_ELEMENTS = 2**22  # similarities held at a time: 16 MiB
 SIDE = 512  # rows and columns of a tile: 1 MiB
@@ -36,22 +37,40 @@ class SimCLR(Loss):
         attraction  -sum_ij G_ij s_ij                        pull positives together
 
     `reduction="mean"` divides both terms by sum_ij G_ij, which at V = 2 is the usual NT-Xent; `"sum"` does
-    not divide. Raises ValueError for tau <= 0 and for an unknown `reduction`.
+    not divide. `denominator="negatives"` also leaves the positives of row i out of the sum over k (decoupled
+    contrastive learning, Yeh et al. 2022, arXiv:2110.06848). It needs a relation of two or more
+    groups, such as Views and Labels. Raises ValueError for tau <= 0 and for an unknown `reduction` or
+    `denominator`.
     """
 
     supports_sharding = capturable = True
+    min_rows = 2  # the softmax of a row is over the other rows
 
-    def __init__(self, tau: float = 0.2, reduction: str = "mean") -> None:
+    def __init__(self, tau: float = 0.2, reduction: str = "mean", denominator: str = "all") -> None:
         super().__init__()
         if not tau > 0:
             raise ValueError(f"tau={tau}: expected a number > 0; typical temperatures are 0.1 to 0.5")
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction={reduction}: expected one of {', '.join(REDUCTIONS)}")
+        if denominator not in DENOMINATORS:
+            raise ValueError(f"denominator={denominator}: expected one of {', '.join(DENOMINATORS)}")
         self.weights = {"repulsion": 1.0, "attraction": 1.0}
-        self.tau, self.reduction = tau, reduction
+        self.tau, self.reduction, self.denominator = tau, reduction, denominator
+        self.needs_groups = denominator == "negatives"
+
+    def check_relation(self, G: Relation) -> None:
+        super().check_relation(G)
+        if self.needs_groups and G.groups is not None:
+            # groups on another device are not read, because that would be a host-device sync
+            known = world_size() == 1 and G.groups.device.type == "cpu"
+            if G.num_groups == 1 or (known and bool((G.groups == G.groups[0]).all())):
+                raise ValueError(
+                    "denominator=negatives: expected rows of two or more groups, because one group has no"
+                    " negatives; use a larger batch or denominator=all"
+                )
 
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
-        Z, d = F.normalize(Z), G.degrees.to(Z)
+        Z, d = unit_rows(Z), G.degrees.to(Z)
         with torch.no_grad():
             GZ = G @ Z
         positives = all_reduce_replicated(d.sum()).clamp(min=1) if self.reduction == "mean" else 1
@@ -59,9 +78,23 @@ class SimCLR(Loss):
         exp_is_safe = 1 / self.tau < 0.4 * math.log(torch.finfo(Z.dtype).max)
         repulsion = _SymmetricLogSumExp if world_size() == 1 and exp_is_safe else _WeightedLogSumExp
         return {
-            "repulsion": repulsion.apply(Z, d, self.tau) / positives,
+            "repulsion": repulsion.apply(Z, d, self.tau, G.groups if self.needs_groups else None) / positives,
             "attraction": -all_reduce_replicated(column_products(Z, GZ).sum()) / (self.tau * positives),
         }
+
+
+def unit_rows(Z: Tensor) -> Tensor:
+    """Z (N, K) with rows of norm 1. A zero row stays zero, and its gradient is finite.
+
+    F.normalize is wrong where the norm is below its eps or its square overflows. Rows of such magnitude are
+    divided by their largest entry first; all others are multiplied by 1.
+    """
+    with torch.no_grad():
+        largest = torch.linalg.vector_norm(Z, torch.inf, 1, keepdim=True)
+        in_range = ((largest > MIN_MAGNITUDE) & (largest < MAX_MAGNITUDE)) | (largest == 0)
+        inverse = largest.clamp(min=torch.finfo(Z.dtype).tiny).reciprocal()
+        scale = torch.where(in_range, torch.ones_like(largest), inverse)
+    return F.normalize(Z * scale)
 
 
 def block_elements(device: torch.device) -> int:
@@ -79,6 +112,8 @@ def tile_sizes(N: int, device: torch.device) -> tuple[int, int]:
 class _SymmetricLogSumExp(torch.autograd.Function):
     """Z (N, K) with unit rows, d (N,) -> sum_i d_i log r_i, r_i = sum_{k != i} exp(s_ik), S = ZZ' / tau.
 
+    With groups (N,), the sum is over the rows k of other groups than that of row i.
+
     S is computed in square tiles. E = exp(S) is symmetric: each tile on or above the diagonal contributes to
     the sums of its rows and of its columns, and tiles below the diagonal are not computed.
 
@@ -88,7 +123,7 @@ class _SymmetricLogSumExp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, Z: Tensor, d: Tensor, tau: float) -> Tensor:
+    def forward(ctx: Any, Z: Tensor, d: Tensor, tau: float, groups: Tensor | None) -> Tensor:
         Z, N = Z / tau**0.5, len(Z)
         side, max_kept = tile_sizes(N, Z.device)
         blocks = [slice(start, min(start + side, N)) for start in range(0, N, side)]
@@ -97,6 +132,8 @@ class _SymmetricLogSumExp(torch.autograd.Function):
 
         def exponentials(rows: slice, columns: slice) -> Tensor:
             E = (Z[rows] @ Z[columns].T).exp_()
+            if groups is not None:
+                return E.masked_fill_(groups[rows, None] == groups[columns], 0)
             return E.fill_diagonal_(0) if rows == columns else E
 
         r = Z.new_zeros(N)
@@ -120,13 +157,15 @@ class _SymmetricLogSumExp(torch.autograd.Function):
 
     @staticmethod
     @first_derivative
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return upstream * gradient, None, None
+        return upstream * gradient, None, None, None
 
 
 class _WeightedLogSumExp(torch.autograd.Function):
     """Z (N, K), d (N,) -> sum_i d_i log sum_{k != i} exp(<z_i, z_k> / tau), computed in blocks of rows.
+
+    With groups (N,), the sum is over the rows k of other groups than that of row i.
 
     Used in distributed training, and for a tau so small that exp overflows unless the maximum is subtracted.
 
@@ -140,14 +179,18 @@ class _WeightedLogSumExp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, Z: Tensor, d: Tensor, tau: float) -> Tensor:
+    def forward(ctx: Any, Z: Tensor, d: Tensor, tau: float, groups: Tensor | None) -> Tensor:
         columns, offset = all_gather(Z), rank() * len(Z)
+        column_groups = groups if groups is None else all_gather(groups)
         value, row_gradient, column_gradient = Z.new_zeros(()), torch.zeros_like(Z), torch.zeros_like(columns)
         block = max(1, block_elements(Z.device) // len(columns))
         for start in range(0, len(Z), block):
             rows = slice(start, start + block)
             S = Z[rows] @ columns.T / tau
-            S.diagonal(offset + start).fill_(-torch.inf)
+            if groups is None or column_groups is None:
+                S.diagonal(offset + start).fill_(-torch.inf)
+            else:
+                S.masked_fill_(groups[rows, None] == column_groups, -torch.inf)
             lse = S.logsumexp(1, keepdim=True)
             value += (d[rows] * lse[:, 0]).sum()
             if ctx.needs_input_grad[0]:
@@ -159,6 +202,6 @@ class _WeightedLogSumExp(torch.autograd.Function):
 
     @staticmethod
     @first_derivative
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return upstream * gradient, None, None
+        return upstream * gradient, None, None, None

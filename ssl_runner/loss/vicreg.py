@@ -5,9 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_runner.distributed import all_reduce_replicated, all_reduce_sum, world_size
+from ssl_runner.distributed import world_size
 from ssl_runner.loss.base import Loss
-from ssl_runner.loss.kernels import SymmetricProduct, column_products, first_derivative, stripe_square_sum
+from ssl_runner.loss.kernels import (
+    SymmetricProduct,
+    column_means,
+    first_derivative,
+    invariance,
+    stripe_square_sum,
+)
 from ssl_runner.names import VARIANCES
 from ssl_runner.relation import Relation
 
@@ -28,6 +34,7 @@ class VICReg(Loss):
     """
 
     supports_sharding = capturable = True
+    min_rows = 2  # a covariance
 
     def __init__(
         self,
@@ -44,12 +51,7 @@ class VICReg(Loss):
         self.weights = {"variance": alpha, "covariance": beta, "invariance": gamma}
 
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
-        N, d = world_size() * len(Z), G.degrees.to(Z)[:, None]
-        with torch.no_grad():  # the gradient through the mean is 0, because centred'1 = 0 and L1 = 0
-            mean = all_reduce_sum(Z.mean(0)) / world_size()
-        centred = Z - mean
-        with torch.no_grad():
-            LZ = d * centred - G @ centred
+        centred = Z - column_means(Z)  # the gradient through the mean is 0, because centred'1 = 0 and L1 = 0
         variances, covariance = _Covariance.apply(centred)
         # clamp: a constant column has gradient 0, not nan
         std = (variances + self.eps).clamp(min=torch.finfo(Z.dtype).tiny).sqrt()
@@ -57,7 +59,7 @@ class VICReg(Loss):
         return {
             "variance": variance.sum(),
             "covariance": covariance,
-            "invariance": 2 / N * all_reduce_replicated(column_products(centred, LZ).sum()),  # 2/N tr(Z'LZ)
+            "invariance": invariance(centred, G),
         }
 
 

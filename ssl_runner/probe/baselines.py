@@ -1,5 +1,7 @@
 """Baselines to compare a backbone with: projections of the pixels, as networks without training."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -25,7 +27,7 @@ def principal_components(data: DataSet, K: int) -> nn.Module:
     mean = X.mean(0)
     if len(X) < X.shape[1]:
         rows = RowSpace(X, float64(mean), float64(torch.ones_like(mean)))
-        directions = rows.to_features(torch.eye(len(rows.values))[:, :K])
+        directions = rows.to_features(torch.eye(len(rows.values), device="cpu")[:, :K])
     else:
         X = X - mean
         directions = torch.linalg.eigh(float64(X.T @ X)).eigenvectors.flip(1)[:, :K]
@@ -80,7 +82,7 @@ def discriminants_of_few(X: Tensor, y: Tensor, tol: float = 1e-4) -> tuple[Tenso
     rows = RowSpace(X, torch.zeros_like(mean), scale)
     S = (rows.values / len(X)).sqrt()
     S = S[tol < S]
-    whitening = torch.zeros(len(rows.values), len(S)).to(S).fill_diagonal_(1) / S
+    whitening = S.new_zeros(len(rows.values), len(S)).fill_diagonal_(1) / S
     W = scale[:, None] * rows.to_features(whitening)  # (D, rank within classes)
     weights = (len(X) * shares / max(len(labels) - 1, 1)).sqrt()
     between = torch.linalg.svd(weights[:, None] * ((means - overall) @ W), full_matrices=False)
@@ -93,7 +95,8 @@ def _projection(directions: Tensor, mean: Tensor) -> nn.Module:
 
     directions (C H W, K), mean (C H W,).
     """
-    matrix = nn.Linear(*directions.shape, device=directions.device)  # type: ignore[misc]
+    placement: dict[str, Any] = {"device": directions.device, "dtype": directions.dtype}
+    matrix = nn.Linear(*directions.shape, **placement)
     with torch.no_grad():
         matrix.weight.copy_(directions.T)
         matrix.bias.copy_(-mean @ directions)

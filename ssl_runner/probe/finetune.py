@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ssl_runner import optimizer
+from ssl_runner.batch import per_size
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.device import AUTOCAST_DTYPES, synchronize
 from ssl_runner.errors import UsageError
 from ssl_runner.model import SSLModel
 from ssl_runner.probe.protocol import accuracies, extract
 from ssl_runner.probe.shares import LabelDraw
+from ssl_runner.view_layout import RULES
 from ssl_runner.views import Augment, ViewFormat
 
 
@@ -37,6 +39,10 @@ class FineTuning:
 
     def __post_init__(self) -> None:
         Augment({"all": self.policy})  # raises ValueError for an invalid policy
+        for key in RULES.keys() & self.policy.keys():
+            raise ValueError(
+                f"policy.{key}={self.policy[key]}: expected the operations of a view; leave it out"
+            )
 
 
 def finetune(
@@ -113,7 +119,9 @@ def train(
         for number, (images, y) in enumerate(data.train.stored.batches(order, size, device)):
             for group in algorithm.param_groups:
                 group["lr"] = schedule(epoch * steps + number)
-            x = augment(images, 1, data.mean, data.std, views, view_format=ViewFormat(data.view_size))
+            [x] = per_size(
+                augment(images, 1, data.mean, data.std, views, view_format=ViewFormat(data.view_size))
+            )
             loss = step(network, x, y, algorithm, scaler, AUTOCAST_DTYPES[precision])
         if not loss.isfinite():
             raise UsageError(

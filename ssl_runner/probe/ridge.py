@@ -81,7 +81,7 @@ class RidgeProbe(Probe):
         block: int = 4096,
     ):
         self.penalties = penalties
-        self.b = torch.bincount(y, minlength=classes) / len(X)
+        self.b = torch.bincount(y, minlength=classes).to(X) / len(X)
         if len(X) < X.shape[1]:
             self.axes: RowSpace | PrincipalAxes = RowSpace(X, *moments(X, correction=0))
             Y = float64(F.one_hot(y, classes))

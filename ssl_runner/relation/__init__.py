@@ -2,6 +2,7 @@
 
 from ssl_runner.relation.derived import DegreeNormalized, ViewExpanded, WithSupportSet, rewire
 from ssl_runner.relation.operators import Edges, KNearest, Labels, Relation, Views
+from ssl_runner.relation.shared_labels import SharedLabels
 
 __all__ = [
     "DegreeNormalized",
@@ -9,6 +10,7 @@ __all__ = [
     "KNearest",
     "Labels",
     "Relation",
+    "SharedLabels",
     "ViewExpanded",
     "Views",
     "WithSupportSet",

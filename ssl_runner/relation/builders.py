@@ -1,14 +1,14 @@
 """Builders of the relation G of a batch: from its views, its labels, a file of pairs, or its embeddings."""
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-import pandas as pd
 import scipy.sparse
 import torch
 from torch import Tensor
@@ -17,56 +17,11 @@ from ssl_runner.batch import Batch
 from ssl_runner.device import to_device
 from ssl_runner.errors import UsageError, one_line
 from ssl_runner.relation import derived, operators
+from ssl_runner.relation.base import RelationBuilder
+from ssl_runner.relation.files import read_labels, read_pairs
 from ssl_runner.relation.nearest import nearest_of_other_images
 from ssl_runner.relation.operators import Relation
-
-
-class RelationBuilder(ABC):
-    """Builder of the relation over the V n rows of a batch, view-major.
-
-    Call `bind` once, before the first batch. `state_dict` holds everything that is carried over between
-    batches and belongs in the checkpoint.
-    """
-
-    needs_labels: bool = False
-    depends_on_embeddings: bool = False
-    uses_memory: bool = False  # uses embeddings of earlier batches (a queue)
-    min_batch_size: int = 1  # minimum number of images in a training batch
-    shardable: bool = False  # each rank builds the relation of its own rows; otherwise all rows are gathered
-    capturable: bool = False  # a call can be recorded in a CUDA graph: fixed shapes, no values of the host
-    normalized: bool = False  # the entries of G are divided by sqrt(d_i d_j)
-
-    def __init_subclass__(cls) -> None:
-        """Reset `shardable` and `capturable`: a subclass that overrides `__call__` must set them again."""
-        super().__init_subclass__()
-        if "__call__" in cls.__dict__:
-            cls.shardable = cls.__dict__.get("shardable", False)
-            cls.capturable = cls.__dict__.get("capturable", False)
-
-    def bind(self, labels: Tensor) -> None:
-        """Prepare for a data set with labels (n,), one per image, on the CPU.
-
-        Raises UsageError if the relation does not fit the data set.
-        """
-
-    @abstractmethod
-    def __call__(self, batch: Batch, Z: Tensor) -> Relation:
-        """Build the relation of a batch with embeddings Z (V n, K), which carry no gradient."""
-
-    def frozen_copy(self) -> "RelationBuilder":
-        """Return a stateless version: repeated calls on one batch give the same relation."""
-        return self
-
-    def count_pairs(self, indices: Tensor) -> int | None:
-        """Number of pairs in the file among the images with these indices; None if there is no file."""
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything carried over between batches, for the checkpoint."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state returned by `state_dict`."""
+from ssl_runner.relation.shared_labels import SharedLabels
 
 
 class FromViews(RelationBuilder):
@@ -82,16 +37,52 @@ class FromViews(RelationBuilder):
 
 
 class FromLabels(RelationBuilder):
-    """Rows are positives iff they have the same label (supervised SSL)."""
+    """Rows are positives iff they have the same label (supervised SSL).
 
-    needs_labels = True
+    `path`: a file of several labels per image, instead of the data set's classes. It is a CSV with a header
+    and one column of 0 and 1 per label, or an npz with such an array Y (images, labels). Its rows are all
+    images of the data set, in the order that FromEdges documents. Rows are then positives iff their images
+    share a label. With `weighted`, G_ij is the number of shared labels, which needs no list of pairs.
+
+    Raises ValueError for `weighted` without `path`.
+    """
+
     shardable = capturable = True
 
-    def __init__(self, normalized: bool = False):
-        self.normalized = normalized
+    def __init__(self, normalized: bool = False, path: str | None = None, weighted: bool = False):
+        if weighted and path is None:
+            raise ValueError(
+                "weighted=true: expected relation.path=<file>, since images of one class share one label;"
+                " give a file of labels or leave weighted out"
+            )
+        self.normalized, self.path, self.weighted, self.needs_labels = (
+            normalized,
+            path,
+            weighted,
+            path is None,
+        )
+        self.shardable = type(self).shardable and (path is None or weighted)
+        self.capturable = type(self).capturable and path is None
+
+    def bind(self, labels: Tensor) -> None:
+        if self.path is not None:
+            self.Y = read_file(self.path, "labels, one row per image", partial(read_labels, num=len(labels)))
+
+    def check_images(self, indices: Tensor) -> None:
+        if self.path is not None and (missing := int((self.Y[indices.numpy()].sum(1) == 0).sum())):
+            raise UsageError(
+                f"relation.path={self.path}: {missing} of the {len(indices)} pretraining images have no"
+                " label; give every image at least one"
+            )
 
     def __call__(self, batch: Batch, Z: Tensor) -> Relation:
-        return operators.Labels(batch.labels.repeat(batch.V), batch.num_classes, self.normalized)
+        if self.path is None:
+            return operators.Labels(batch.labels.repeat(batch.V), batch.num_classes, self.normalized)
+        Y = self.Y[batch.indices.numpy()]
+        if self.weighted:
+            rows = to_device(torch.from_numpy(Y.toarray()), batch.labels.device)
+            return SharedLabels(rows.repeat(batch.V, 1), self.normalized)
+        return of_graph(Y @ Y.T, batch, self.normalized)
 
 
 class FromNeighbors(RelationBuilder):
@@ -123,8 +114,8 @@ class FromNeighbors(RelationBuilder):
         self.capturable = type(self).capturable and queue == 0
         self.min_batch_size = 1 if queue else k + 1
         # (size, K) ring buffer of embeddings, and the number of embeddings ever added
-        self.queue, self.seen = torch.empty(0), 0
-        self.indices = torch.empty(queue, dtype=torch.int64)  # of the images in the queue, on the CPU
+        self.queue, self.seen = torch.empty(0, device="cpu"), 0
+        self.indices = torch.empty(queue, dtype=torch.int64, device="cpu")  # of the images in the queue
 
     def __call__(self, batch: Batch, Z: Tensor) -> Relation:
         embeddings = Z.float().reshape(batch.V, len(batch.indices), -1).mean(0)
@@ -152,7 +143,7 @@ class FromNeighbors(RelationBuilder):
         if not self.seen:
             self.queue = embeddings.new_zeros(self.size, embeddings.shape[1])
         newest = embeddings[-self.size :]
-        places = (self.seen + torch.arange(len(newest))) % self.size
+        places = (self.seen + torch.arange(len(newest), device="cpu")) % self.size
         self.queue = self.queue.to(device).index_copy(0, to_device(places, device), newest)
         self.indices = self.indices.index_copy(0, places, batch.indices[-self.size :])
         self.seen += len(newest)
@@ -184,15 +175,11 @@ class FromEdges(RelationBuilder):
         self.path, self.normalized = path, normalized
 
     def bind(self, labels: Tensor) -> None:
-        if self.path is None or not Path(self.path).expanduser().is_file():
-            raise UsageError(
-                f"relation.path={self.path}: expected an existing file;"
-                " give a CSV or npz of pairs of image indices"
-            )
-        try:
-            A = operators.Edges(*read_pairs(Path(self.path).expanduser()), num_rows=len(labels))
-        except (ValueError, KeyError, OSError, BadZipFile) as error:
-            raise UsageError(f"relation.path={self.path}: {one_line(error)}") from error
+        A = read_file(
+            self.path,
+            "pairs of image indices",
+            lambda path: operators.Edges(*read_pairs(path), num_rows=len(labels)),
+        )
         i, j = A.edges().numpy()
         self.adjacency = scipy.sparse.csr_array(
             (np.ones(len(i), dtype=np.float32), (i, j)), shape=(len(labels),) * 2
@@ -203,41 +190,27 @@ class FromEdges(RelationBuilder):
 
     def __call__(self, batch: Batch, Z: Tensor) -> Relation:
         indices = batch.indices.numpy()
-        induced = self.adjacency[indices][:, indices].tocoo()
-        i, j = (torch.from_numpy(side.astype(np.int64)) for side in (induced.row, induced.col))
-        A = operators.Edges(i, j, len(indices)).to(batch.labels.device)
-        G = derived.ViewExpanded(A, batch.V)
-        return derived.DegreeNormalized(G) if self.normalized else G
+        return of_graph(self.adjacency[indices][:, indices], batch, self.normalized)
 
 
-def read_pairs(path: Path) -> tuple[Tensor, Tensor]:
-    """Read i and j, (E,) int64 each, from the two columns of a CSV or from the arrays i and j of an npz.
+def of_graph(graph: scipy.sparse.csr_array, batch: Batch, normalized: bool) -> Relation:
+    """The relation of a batch in which images are positives iff the symmetric graph (n, n) joins them."""
+    upper = scipy.sparse.triu(graph, 1)
+    i, j = (torch.from_numpy(side.astype(np.int64)) for side in upper.coords)
+    A = operators.Edges(i, j, len(batch.indices)).to(batch.labels.device)
+    G = derived.ViewExpanded(A, batch.V)
+    return derived.DegreeNormalized(G) if normalized else G
 
-    Raises ValueError if a CSV has no header or other than two columns, and if the indices are not integers.
-    Errors of pandas and NumPy for a malformed file are passed on; an npz without i or j raises KeyError.
-    """
-    if path.suffix == ".npz":
-        with np.load(path) as arrays:
-            sides = [arrays["i"], arrays["j"]]
-    else:
-        header = pd.read_csv(path, nrows=0).columns
-        if pd.to_numeric(header.to_series(), errors="coerce").notna().all():
-            raise ValueError(
-                f"first line {','.join(header)}: expected column names, such as i,j; add a header line"
-            )
-        # without skipping the header, pandas would take extra columns as an index
-        table = pd.read_csv(path, header=None, skiprows=1)
-        if (len(header), table.shape[1]) != (2, 2):
-            raise ValueError(
-                f"{len(header)} columns in the header and {table.shape[1]} in the rows: expected 2 in both;"
-                " give two image indices per line"
-            )
-        sides = [table[column].to_numpy() for column in table]
-    for side in sides:
-        if side.dtype.kind not in "iu":
-            raise ValueError(f"indices of {side.dtype}: expected integers; give two image indices per pair")
-    i, j = (torch.from_numpy(side.astype(np.int64)) for side in sides)
-    return i, j
+
+def read_file(option: str | None, content: str, read: Callable[[Path], Any]) -> Any:
+    """Read the file of relation.path. Raises UsageError if there is none, or if its content is refused."""
+    path = None if option is None else Path(option).expanduser()
+    if path is None or not path.is_file():
+        raise UsageError(f"relation.path={option}: expected an existing file; give a CSV or npz of {content}")
+    try:
+        return read(path)
+    except (ValueError, KeyError, OSError, BadZipFile) as error:
+        raise UsageError(f"relation.path={option}: {one_line(error)}") from error
 
 
 class Rewired(RelationBuilder):
@@ -262,6 +235,10 @@ class Rewired(RelationBuilder):
                 "base.normalized=true: expected false, because rewiring keeps no weights;"
                 " set normalized=true of the rewired relation instead"
             )
+        if base.weighted:
+            raise ValueError(
+                "base.weighted=true: expected false, because rewiring keeps no weights; leave it out"
+            )
         self.base, self.rewire_fraction, self.normalized = base, rewire_fraction, normalized
         self.needs_labels, self.min_batch_size = base.needs_labels, base.min_batch_size
         self.depends_on_embeddings = base.depends_on_embeddings
@@ -270,6 +247,9 @@ class Rewired(RelationBuilder):
     def bind(self, labels: Tensor) -> None:
         self.labels = labels
         self.base.bind(labels)
+
+    def check_images(self, indices: Tensor) -> None:
+        self.base.check_images(indices)
 
     def count_pairs(self, indices: Tensor) -> int | None:
         return self.base.count_pairs(indices)

@@ -63,11 +63,11 @@ class WithSupportSet(Relation):
 
 
 class DegreeNormalized(Relation):
-    """D^-1/2 G D^-1/2 of a relation G with entries 0 or 1. Rows without positives stay zero."""
+    """D^-1/2 G D^-1/2 of a relation G. Rows without positives stay zero."""
 
     def __init__(self, G: Relation):
         self.G, self.num_rows, self.support = G, G.num_rows, G.support
-        self.V = G.V
+        self.V, self.num_groups = G.V, G.num_groups
         degrees = to_float64(G.degrees)
         # a product, because torch.where with the scalar 0 causes a host-device sync on CUDA
         self.scale = (degrees > 0) * degrees.clamp(min=1).rsqrt()
@@ -77,15 +77,21 @@ class DegreeNormalized(Relation):
         scale = self.scale[:, None].to(Z.dtype)
         return scale * (self.G @ (scale * Z))
 
+    @property
+    def groups(self) -> Tensor | None:
+        return self.G.groups if type(self) is DegreeNormalized else None
+
     def edges(self) -> Tensor:
         return self.G.edges()
 
     def weights(self) -> Tensor:
         i, j = self.edges()
-        return (self.scale[i] * self.scale[j]).cpu().double()
+        return (self.scale[i] * self.scale[j]).cpu().double() * self.G.weights()
 
     @property
     def square_norm(self) -> Tensor:
+        if self.G.weighted:
+            return self.weights().square().sum()
         square = self.scale.square()
         return square @ (self.G @ square[:, None])[:, 0]
 
@@ -105,12 +111,19 @@ def rewire(G: Relation, p: float, generator: torch.Generator) -> Edges:
     i, j = G.edges().cpu()
     pairs = (j * (j - 1) // 2 + i)[i < j]
     num_new = round(p * len(pairs))
-    kept = pairs[torch.randperm(len(pairs), generator=generator)[num_new:]].sort().values
-    rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    kept = pairs[torch.randperm(len(pairs), generator=generator, device="cpu")[num_new:]].sort().values
+    rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator, device="cpu")))
     candidates = N * (N - 1) // 2 - len(kept)
     drawn = torch.from_numpy(rng.choice(candidates, num_new, replace=False, shuffle=False))
     # `drawn` indexes the pairs that are not kept: add the number of kept pairs before each of them
-    skipped = torch.searchsorted(kept - torch.arange(len(kept)), drawn, right=True)
+    skipped = torch.searchsorted(kept - torch.arange(len(kept), device="cpu"), drawn, right=True)
     pairs = torch.cat([kept, drawn + skipped])
-    j = ((1 + (1 + 8 * pairs).double().sqrt()) / 2).long()
-    return Edges(pairs - j * (j - 1) // 2, j, N)
+    return Edges(*pair_of_number(pairs), N)
+
+
+def pair_of_number(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """i and j (E,) of the pairs i < j with numbers j (j - 1) / 2 + i (E,), exact below `MAX_ROWS` rows."""
+    j = ((1 + (1 + 8 * numbers.double()).sqrt()) / 2).long()  # may be off by one above 1e8 rows
+    j -= (j * (j - 1) // 2 > numbers).long()
+    j += (j * (j + 1) // 2 <= numbers).long()
+    return numbers - j * (j - 1) // 2, j

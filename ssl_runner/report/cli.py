@@ -32,17 +32,24 @@ def report(runs: list[Run], out: Path, title: str) -> str:
 
     Raises UsageError if it cannot be written.
     """
-    from ssl_runner.report import page, plots  # matplotlib loads slowly: not before the arguments are checked
+    from ssl_runner.report import (
+        label_free,
+        page,
+        plots,
+    )  # matplotlib loads slowly: not before the arguments are checked
 
     keys = swept_keys(runs)
     table = runs_table(runs, keys)
     results = finished(table, keys)
     keys.sort(key=lambda key: -effect(results, key))
     summary = summarise(results, keys)
+    correlations = label_free.correlations(runs, results)
     pictures = plots.draw(runs, table, results, keys)
     files = {
         "runs.csv": table.to_csv(index=False).encode(errors="replace"),
-        "report.html": page.render(title, runs, table, summary, keys, pictures).encode(errors="replace"),
+        "report.html": page.render(title, runs, table, summary, keys, correlations, pictures).encode(
+            errors="replace"
+        ),
         **pictures,
     }
     try:
@@ -56,4 +63,5 @@ def report(runs: list[Run], out: Path, title: str) -> str:
         raise UsageError(
             f"--out={out}: cannot write there ({error.strerror}); give a writable folder"
         ) from error
-    return f"{format_terminal(table, summary, keys)}\nwritten to {printable(out)}: {', '.join(sorted(files))}"
+    summary_text = format_terminal(table, summary, keys, correlations)
+    return f"{summary_text}\nwritten to {printable(out)}: {', '.join(sorted(files))}"

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ssl_runner import __version__
 from ssl_runner.data.skipped import printable
+from ssl_runner.report.label_free import Correlations
 from ssl_runner.report.plots import NAMES
 from ssl_runner.report.read import Run
 from ssl_runner.report.tables import (
@@ -22,6 +23,7 @@ from ssl_runner.report.tables import (
     scored,
     with_interval,
 )
+from ssl_runner.report.terminal import format_cell
 
 CAPTIONS = {
     "curves": "Training curves: mean over the runs of a configuration. With few configurations the band"
@@ -82,9 +84,11 @@ def render(
     table: pd.DataFrame,
     summary: pd.DataFrame,
     keys: list[str],
+    correlations: Correlations,
     pictures: dict[str, bytes],
 ) -> str:
     """The page as text. `pictures` maps file names to contents; the PNG files are embedded."""
+    measures, notes = correlations
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
@@ -104,6 +108,8 @@ def render(
         no_results="No finished run has a top-1: its images have no labels, and ssl-probe has probed none."
         if (table.status == "done").any()
         else "No run has finished yet.",
+        measures=(list(measures), [list(map(format_cell, row)) for row in measures.itertuples(index=False)]),
+        notes=notes,
         runs=table_of_runs(table, keys),
         pictures=[
             (ALTS[name], CAPTIONS[name], b64encode(pictures[f"{name}.png"]).decode())

@@ -4,6 +4,7 @@ import shutil
 
 import pandas as pd
 
+from ssl_runner.report.label_free import Correlations
 from ssl_runner.report.tables import (
     MAIN,
     count_by_status,
@@ -19,8 +20,13 @@ MAX_LINES = 30  # configurations
 MAX_OTHERS = 4  # results of other data sets, where no run has one of its own
 
 
-def format_terminal(table: pd.DataFrame, summary: pd.DataFrame, keys: list[str]) -> str:
-    """Counts, the best configurations and the most frequent errors, in lines that fit the terminal."""
+def format_terminal(
+    table: pd.DataFrame, summary: pd.DataFrame, keys: list[str], correlations: Correlations
+) -> str:
+    """Counts, the best configurations, correlations of label-free measures and the most frequent errors.
+
+    The lines fit the terminal.
+    """
     width = shutil.get_terminal_size((160, 24)).columns
     lines = [f"{count_runs(len(table))}: {count_by_status(table)}"]
     if len(summary):
@@ -30,6 +36,11 @@ def format_terminal(table: pd.DataFrame, summary: pd.DataFrame, keys: list[str])
             lines.append(f"the first {MAX_OTHERS} results of ssl-probe on other images; runs.csv has all")
     if len(summary) > MAX_LINES:
         lines.append(f"and {len(summary) - MAX_LINES} more configurations, in report.html")
+    measures, notes = correlations
+    if len(measures) and measures.n.max() > 1:
+        lines.append("Spearman's rank correlation of label-free measures with top-1 over n configurations")
+        lines += align({name: list(map(format_cell, measures[name])) for name in map(str, measures)})
+        lines += notes
     if unscored := int((table.status == "done").sum()) - len(scored(table)):
         lines.append(f"no top-1 for {unscored} done: their images have no labels; runs.csv has the losses")
     for error, paths in errors(table)[:3]:
@@ -55,6 +66,16 @@ def format_results(summary: pd.DataFrame, keys: list[str]) -> list[str]:
         "n": list(map(str, summary.n)),
         **{key: list(summary[key].fillna("-")) for key in keys},
     }
+    return align(columns)
+
+
+def format_cell(value: object) -> str:
+    """A correlation with two decimals, - for none; anything else as text."""
+    return ("-" if value != value else f"{value:.2f}") if isinstance(value, float) else str(value)
+
+
+def align(columns: dict[str, list[str]]) -> list[str]:
+    """Lines of a table: the header and the rows of its columns."""
     widths = [max(map(len, [name, *cells])) for name, cells in columns.items()]
     rows = [tuple(columns), *zip(*columns.values(), strict=True)]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]

@@ -31,6 +31,15 @@ def atomic_write(path: Path, concurrent: bool = False) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
+FORMER_COLUMNS = {  # of metrics.csv in runs of earlier versions
+    "loss_floor": "optimum_loss",
+    "floor_kind": "optimum_kind",
+    "optimal_rank": "optimum_rank",
+    "moments_floor": "moments_closed_form",
+    "moments_floor_kind": "moments_closed_form_kind",
+}
+
+
 class CsvLog:
     """CSV file to which rows are appended. The first row determines the order of the columns.
 
@@ -87,7 +96,7 @@ class CsvLog:
         if self.path is None or not self.path.exists():
             return []
         with open(self.path, newline="", encoding="utf-8") as file:
-            return next(csv.reader(file), [])
+            return renamed(next(csv.reader(file), []))
 
     def _read(self) -> tuple[list[str], list[list[str]]]:
         """The header and the cells of all complete lines."""
@@ -106,7 +115,12 @@ class CsvLog:
 def parse_csv(text: str) -> tuple[list[str], list[list[str]]]:
     """The header of a table and the cells of all lines that end with a newline."""
     header, *rows = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))) or [[]]
-    return header, rows
+    return renamed(header), rows
+
+
+def renamed(header: list[str]) -> list[str]:
+    """The names of columns in this version."""
+    return [FORMER_COLUMNS.get(name, name) for name in header]
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_runner import distributed
+from ssl_runner.batch import per_size
 from ssl_runner.data.loader import MultiViewLoader
 from ssl_runner.data.splits import balanced_order
 from ssl_runner.device import to_device
@@ -23,11 +24,16 @@ from ssl_runner.relation import Relation
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.theory import measures
+from ssl_runner.theory.label_free import alpha_req, effective_rank, lidar, off_diagonal_shares
 from ssl_runner.theory.matrices import centred, padded
-from ssl_runner.theory.optima import Optimum, optimum
+from ssl_runner.theory.optima import UPPER, Optimum, optimum
 
-OF_EMBEDDING = ("rank", "effective_rank", "alignment", "label_energy", "min_std", "mean_correlation")
-OF_LOSS = ("subset_loss", "loss_floor", "loss_gap", "floor_kind", "optimal_rank")
+OF_EMBEDDING = (
+    *("rank", "effective_rank", "lidar", "alpha_req"),
+    *("alignment", "label_energy", "min_std", "mean_correlation"),
+)
+DUALITY = ("covariance_off_diagonal", "gram_off_diagonal", "duality_difference")
+OF_LOSS = ("subset_loss", "optimum_loss", "loss_gap", "optimum_kind", "optimum_rank")
 OF_RELATION = ("relation_label_energy", "relation_label_energy_mean")
 FORWARD_ROWS = 512  # rows per forward pass
 MAX_CORRELATED = 1024  # columns, evenly spaced, whose correlations are averaged
@@ -44,30 +50,41 @@ class Diagnostics(Evaluator):
 
     rank               number of singular values above max(N, K) eps of the largest, eps that of float32
     effective_rank     exp of the entropy of p_k = sigma_k / sum sigma + 1e-7 (RankMe, Garrido et al. 2023)
+    lidar              the same of the eigenvalues of linear discriminant analysis, with images as classes and
+                       views as their members (Thilak et al. 2023)
+    alpha_req          exponent of the decay of the eigenvalues of the covariance (Agrawal et al. 2022)
     alignment          mean squared cosine of the principal angles to the subspace of the closed form
     label_energy       share of the variance of the one-hot labels that a linear map explains on these rows;
                        rank / N at random
     min_std            smallest standard deviation of a column
     mean_correlation   mean |correlation| of two columns
 
+    Of the centred Z alone (Garrido et al. 2022, arXiv:2206.02574):
+
+    covariance_off_diagonal   share of |Z'Z|_F^2 off the diagonal, which non-contrastive losses reduce
+    gram_off_diagonal         share of |ZZ'|_F^2 off the diagonal, which contrastive losses reduce
+    duality_difference        gram_off_diagonal - covariance_off_diagonal
+
     Of the loss and the relation on the subset:
 
     subset_loss                 loss of Z
-    loss_floor, floor_kind      value of the loss's closed form, and whether it is exact, an upper or a lower
-                                bound
-    loss_gap                    subset_loss - loss_floor
-    optimal_rank                rank of the closed form
+    optimum_loss, optimum_kind  value of the loss's closed form, and whether it is exact, an upper or a lower
+                                bound, or numeric: found by an iteration
+    loss_gap                    subset_loss - optimum_loss; empty if that is an upper bound
+    optimum_rank                rank of the closed form; empty if it is not known
     relation_label_energy       label energy of the closed form, the highest over the choices within
                                 a tied eigenspace
     relation_label_energy_mean  the same, as the mean over these choices
 
-    Columns that need a closed form are empty for a loss without one, and columns of labels for a data set
+    Columns that need a closed form are empty for a loss without one, those that need its eigenspaces also for
+    a bound without them, and columns of labels for a data set
     without labels, whose subset is drawn from the pretraining images. `finish` writes spectrum.csv to
     `folder`.
     """
 
     columns = (
         *OF_EMBEDDING,
+        *DUALITY,
         *OF_LOSS,
         *OF_RELATION,
         *(f"backbone_{name}" for name in OF_EMBEDDING),
@@ -93,7 +110,8 @@ class Diagnostics(Evaluator):
         number = min(num_images, len(y))
         number -= number % classes if number >= classes > 0 else 0
         chosen = torch.from_numpy(balanced_order(y.numpy(), loader.seed)[:number])
-        self.X, batch = loader.fixed_batch(images, chosen)
+        X, batch = loader.fixed_batch(images, chosen)
+        self.X = per_size(X)
         self.batch = replace(batch, labels=batch.labels.cpu())
         self.Y: Tensor | None = None  # (N, C)
         if classes:
@@ -109,11 +127,15 @@ class Diagnostics(Evaluator):
         The rows are sharded over the ranks and all-gathered.
         """
         with eval_mode(model):
-            indices = distributed.shard_indices(len(self.X), FORWARD_ROWS)
-            own = self.X[to_device(indices[distributed.rank()], self.X.device)]
-            features = torch.cat([model.features(x) for x in own.split(FORWARD_ROWS)]).float()
-            features = distributed.unshard(features, indices)
+            features = torch.cat([self._features(model, X) for X in self.X])
             return features, model.projector(features).float()
+
+    def _features(self, model: SSLModel, X: Tensor) -> Tensor:
+        """Features (rows, width) of views X of one size."""
+        indices = distributed.shard_indices(len(X), FORWARD_ROWS)
+        own = X[to_device(indices[distributed.rank()], X.device)]
+        features = torch.cat([model.features(x) for x in own.split(FORWARD_ROWS)]).float()
+        return distributed.unshard(features, indices)
 
     def optimum(self, Z: Tensor) -> tuple[Relation, Optimum | None]:
         """The relation over the subset and the loss's closed form on it, None for a loss without one.
@@ -155,20 +177,24 @@ class Diagnostics(Evaluator):
         G, best = self.optimum(Z)
         with torch.no_grad():
             subset_loss = float(loss(Z, G))
-        row = of_embedding(Z, self.Y, best)
+        V = self.batch.V
+        row = of_embedding(Z, V, self.Y, best)
+        covariance, gram = off_diagonal_shares(centred(Z))
+        row |= dict(zip(DUALITY, (covariance, gram, gram - covariance), strict=True))
         most = mean = None
         if best is not None and self.Y is not None:
             most, mean = measures.label_energy_of_optimum(self.Y, best)
         row |= {
             "subset_loss": subset_loss,
-            "loss_floor": best.value if best else None,
-            "loss_gap": subset_loss - best.value if best else None,
-            "floor_kind": best.kind if best else None,
-            "optimal_rank": best.rank if best else None,
+            "optimum_loss": best.value if best else None,
+            "loss_gap": subset_loss - best.value if best and best.kind != UPPER else None,
+            "optimum_kind": best.kind if best else None,
+            "optimum_rank": best.rank if best else None,
             "relation_label_energy": most,
             "relation_label_energy_mean": mean,
         }
-        row |= {f"backbone_{name}": value for name, value in of_embedding(features, self.Y, best).items()}
+        of_backbone = of_embedding(features, V, self.Y, best)
+        row |= {f"backbone_{name}": value for name, value in of_backbone.items()}
         return row | {"diagnostics_s": round(seconds + time.perf_counter() - start, 3)}
 
     def finish(self, model: SSLModel) -> None:
@@ -195,7 +221,9 @@ class Diagnostics(Evaluator):
             _, best = self.optimum(Z)
         canonical = best.canonicalize(Z) if best else centred(Z)
         measured = padded(torch.linalg.svdvals(canonical), Z.shape[1])
-        optimal = best.singular_values if best else [None] * Z.shape[1]
+        optimal: Any = best.singular_values if best else None
+        if optimal is None:
+            optimal = [None] * Z.shape[1]
         root = len(Z) ** 0.5
         return [
             {"k": k + 1, "Z": float(z) / root, "closed_form": None if s is None else float(s) / root}
@@ -203,25 +231,20 @@ class Diagnostics(Evaluator):
         ]
 
 
-def of_embedding(Z: Tensor, Y: Tensor | None, best: Optimum | None) -> dict[str, Any]:
-    """The columns OF_EMBEDDING of an embedding Z (N, K) with one-hot labels Y (N, C), None without labels."""
+def of_embedding(Z: Tensor, V: int, Y: Tensor | None, best: Optimum | None) -> dict[str, Any]:
+    """The columns OF_EMBEDDING of Z (N, K), V views of each image with one-hot labels Y (N, C) or None."""
     values = measures.singular_values(Z)
+    U, centred_values = measures.left_singular_vectors(centred(Z))
     return {
         "rank": len(values),
         "effective_rank": effective_rank(values),
+        "lidar": lidar(U, centred_values, V),
+        "alpha_req": alpha_req(centred_values),
         "alignment": measures.alignment(Z, best) if best else None,
-        "label_energy": None if Y is None else measures.label_energy(Z, Y),
+        "label_energy": None if Y is None else measures.label_energy(U, Y),
         "min_std": float(Z.std(0).min()),
         "mean_correlation": mean_correlation(Z),
     }
-
-
-def effective_rank(values: Tensor) -> float:
-    """exp of the entropy of singular values (r,) > 0, normalised to sum 1 (plus 1e-7, as in RankMe)."""
-    if not len(values):
-        return 0.0
-    p = values / values.sum() + 1e-7
-    return float((-(p * p.log()).sum()).exp())
 
 
 def mean_correlation(Z: Tensor) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ssl_runner.relation import DegreeNormalized, Labels, Relation, Views
 from ssl_runner.theory.lanczos import lanczos
-from ssl_runner.theory.matrices import TIE_TOLERANCE, as_float64, helmert
+from ssl_runner.theory.matrices import HOST, TIE_TOLERANCE, as_float64, helmert
 
 MAX_DENSE_ROWS = 2000  # larger connected components are decomposed iteratively
 
@@ -83,9 +83,8 @@ def find_groups(G: Relation) -> Groups | None:
     A subclass may override the product, so only the exact types have known groups.
     """
     if type(G) is Views:
-        return Groups(
-            torch.arange(G.num_rows) % G.n, torch.full((G.n,), G.V), G.degrees[: G.n].cpu().double()
-        )
+        y = torch.arange(G.num_rows, device="cpu") % G.n
+        return Groups(y, torch.full((G.n,), G.V, device="cpu"), G.degrees[: G.n].cpu().double())
     if type(G) is Labels:
         _, y, m = torch.unique(G.y.cpu(), return_inverse=True, return_counts=True)
         return Groups(y, m, (m - 1).clamp(max=1 if G.normalized else G.num_rows).double())
@@ -116,7 +115,7 @@ def clique_eigenspaces(groups: Groups, matrix: str, center: bool) -> list[Eigens
     In each group the vector 1 has the eigenvalue d of G, and the m - 1 dimensions orthogonal to it have -w.
     """
     m, w, d = groups.sizes.double(), groups.weights, groups.degrees
-    joined, one = m > 1, torch.ones(len(groups.y), dtype=torch.float64)
+    joined, one = m > 1, torch.ones(len(groups.y), **HOST)
     if matrix == "laplacian":
         first = [group_constant_space(0.0, groups.y, one, m > 0, one)]
         inner = w * m
@@ -147,7 +146,7 @@ def centred_group_spaces(groups: Groups) -> list[Eigenspace]:
     degrees, of_row = torch.unique(groups.degrees[groups.y], return_inverse=True)
     rows = torch.bincount(of_row).double()
     t = (rows / rows.sum()).sqrt()
-    H = torch.eye(len(t), dtype=torch.float64) - t[:, None] * t
+    H = torch.eye(len(t), **HOST) - t[:, None] * t
     values, vectors = torch.linalg.eigh(H @ (degrees[:, None] * H) - 2 * (degrees.max() + 1) * t[:, None] * t)
     return group_ties(values[1:].numpy(), (vectors[:, 1:] / rows.sqrt()[:, None])[of_row].numpy())
 
@@ -161,7 +160,7 @@ def group_constant_space(
     orthogonal to it.
     """
     weights = weights * used[y]
-    squares = torch.zeros(len(used), dtype=torch.float64).index_add_(0, y, weights.square())
+    squares = torch.zeros(len(used), **HOST).index_add_(0, y, weights.square())
     norms = squares.sqrt()
     unit = torch.where(used[y], weights / norms[y].clamp(min=1e-300), 0)[:, None]
     t = torch.zeros_like(norms).index_add_(0, y, unit[:, 0] * orthogonal) if orthogonal is not None else None
@@ -175,9 +174,7 @@ def group_constant_space(
         return unit * sums[y]
 
     def basis(q: int) -> Tensor:
-        coefficients = (
-            torch.eye(int(used.sum()), q, dtype=torch.float64) if t is None else helmert(t[used], q)
-        )
+        coefficients = torch.eye(int(used.sum()), q, **HOST) if t is None else helmert(t[used], q)
         return unit * coefficients[position[y].clamp(min=0)]
 
     return Eigenspace(value, max(int(used.sum()) - (t is not None), 0), basis, project)
@@ -196,8 +193,8 @@ def zero_sum_space(value: float, groups: Groups, used: Tensor) -> Eigenspace:
         columns = []
         for group in used.nonzero()[:, 0]:
             size, members = int(groups.sizes[group]), (groups.y == group).nonzero()[:, 0]
-            block = torch.zeros(len(groups.y), min(q, size - 1), dtype=torch.float64)
-            block[members] = helmert(torch.ones(size, dtype=torch.float64), block.shape[1])
+            block = torch.zeros(len(groups.y), min(q, size - 1), **HOST)
+            block[members] = helmert(torch.ones(size, **HOST), block.shape[1])
             columns.append(block)
             q -= block.shape[1]
             if q == 0:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.loss.base import off_diagonal
 from ssl_runner.theory.dispatch import ExactTypeDispatch
-from ssl_runner.theory.matrices import gram_singular_values, padded
+from ssl_runner.theory.matrices import HOST, gram_singular_values, padded
 from ssl_runner.theory.moments import CentredMoments
 from ssl_runner.theory.optima import EXACT, UPPER, vicreg_scales
 
@@ -56,7 +56,7 @@ def vicreg_value_of(loss: VICReg, Z: CentredMoments) -> float:
 def spectral_value_of(loss: SpectralContrastive, Z: CentredMoments) -> float:
     """|Z'Z|_F^2 and tr(Z'GZ), of centred Z if the loss centres."""
     Z = Z if loss.center else Z.about_zero()
-    total, square_norm = (torch.tensor(scalar, dtype=torch.float64) for scalar in (Z.total, Z.square_norm))
+    total, square_norm = (torch.tensor(scalar, **HOST) for scalar in (Z.total, Z.square_norm))
     return float(loss.total(loss.of_products(Z.XHX, Z.XGX.trace(), Z.N, total, square_norm)))
 
 
@@ -100,9 +100,10 @@ class LinearOptimum:
 def linear_optimum(loss: Loss, moments: CentredMoments, K: int, ridge: float = 0.0) -> LinearOptimum:
     """min over W (D, K) and bias (K,) of loss(X W + bias, G), from the moments of X (N, D).
 
-    `ridge` adds this share of the mean variance to the variance of every direction; the result is then an
-    upper bound. Directions with almost no variance (MIN_VARIANCE_RATIO) are dropped. Register the closed form
-    of another loss with `@linear_optimum.register`; a subclass does not inherit it. Raises
+    `ridge` penalises every direction by this share of the mean variance, so that directions of little
+    variance are not selected; the result is then an upper bound. Directions with almost no variance
+    (MIN_VARIANCE_RATIO) are dropped. Register the closed form of another loss with
+    `@linear_optimum.register`; a subclass does not inherit it. Raises
     NotImplementedError for a loss without one, and ValueError if X is constant.
     """
     raise NotImplementedError(
@@ -119,7 +120,7 @@ def has_linear_optimum(loss: Loss) -> bool:
 @linear_optimum.register
 def vicreg_linear_optimum(loss: VICReg, moments: CentredMoments, K: int, ridge: float = 0.0) -> LinearOptimum:
     """X'LX w = mu X'HX w, smallest mu; columns scaled as for free embeddings (`vicreg_scales`)."""
-    mu, W = eigenpairs(moments.XDX - moments.XGX, moments.XHX, K, ridge, smallest=True)
+    mu, W = smooth_directions(moments, K, ridge)
     W = W * ((moments.N - 1) ** 0.5 * vicreg_scales(loss, mu, moments.N))
     exact = loss.variance == "squared" and loss.weights["covariance"] >= loss.weights["variance"]
     kind = EXACT if exact and ridge == 0 else UPPER
@@ -135,7 +136,7 @@ def spectral_linear_optimum(
     With center=False, X gets a constant column, whose weight is the bias.
     """
     X = moments if loss.center else moments.with_constant()
-    t = loss.target_scale(X.N, torch.tensor(X.total))
+    t = loss.target_scale(X.N, torch.tensor(X.total, **HOST))
     g, W = eigenpairs(t * X.XGX, X.XHX, K, ridge)
     W = W * g.clamp(min=0).sqrt()
     kind = EXACT if ridge == 0 else UPPER
@@ -185,7 +186,23 @@ def build_linear_optimum(
     )
 
 
-def eigenpairs(A: Tensor, B: Tensor, K: int, ridge: float, smallest: bool = False) -> tuple[Tensor, Tensor]:
+def smooth_directions(moments: CentredMoments, K: int, ridge: float) -> tuple[Tensor, Tensor]:
+    """K eigenpairs of X'LX w = mu X'HX w of smallest mu: mu (k,), and w (D, k) with w'X'HXw = 1.
+
+    The ridge is added to X'LX: on the smaller side of the ratio it makes directions of little variance look
+    worse. On X'HX it would make them look best, with mu = 0. mu stays w'X'LXw.
+    """
+    A, B = moments.XDX - moments.XGX, moments.XHX
+    if not ridge:
+        return eigenpairs(A, B, K, smallest=True)
+    penalty = ridge * B.trace() / len(B) * torch.eye(len(B), dtype=B.dtype, device=B.device)
+    _, W = eigenpairs(A + penalty, B, K, smallest=True)
+    return ((A @ W) * W).sum(0), W
+
+
+def eigenpairs(
+    A: Tensor, B: Tensor, K: int, ridge: float = 0.0, smallest: bool = False
+) -> tuple[Tensor, Tensor]:
     """K leading eigenpairs of A w = mu (B + ridge tr(B)/D I) w within the range of B, for A, B (D, D).
 
     Returns mu (k,) and w (D, k) with k <= K, and w'Bw = 1 for ridge = 0. The entry of largest magnitude of
@@ -203,7 +220,7 @@ def eigenpairs(A: Tensor, B: Tensor, K: int, ridge: float, smallest: bool = Fals
     kept = values > MIN_VARIANCE_RATIO * values.max()
     T = vectors[:, kept] / values[kept].sqrt()
     if ridge:
-        L = torch.linalg.cholesky(torch.eye(T.shape[1]).to(T) + T.T @ (ridges[:, None] * T))
+        L = torch.linalg.cholesky(torch.eye(T.shape[1], **HOST) + T.T @ (ridges[:, None] * T))
         T = torch.linalg.solve_triangular(L, T.T, upper=False).T
     K = min(K, T.shape[1])
     # not "evr", which computes subsets but can fail on high multiplicities

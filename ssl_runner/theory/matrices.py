@@ -1,6 +1,7 @@
 """Small matrix operations that the closed forms share, in float64 on the CPU."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from torch import Tensor
 
 # relative to the largest eigenvalue: closer eigenvalues form one eigenspace, smaller ones are 0
 TIE_TOLERANCE = 1e-9
+HOST: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # whatever torch's default dtype and device
 
 
 def as_float64(Z: Tensor) -> Tensor:
@@ -41,7 +43,7 @@ def helmert(t: Tensor, q: int) -> Tensor:
     """
     S = t.square().cumsum(0)
     columns = (t[:, None] * t[1 : q + 1]).triu()
-    columns[torch.arange(1, q + 1), torch.arange(q)] = -S[:q]
+    columns.diagonal(-1).copy_(-S[:q])
     return columns / (S[:q] * S[1 : q + 1]).sqrt()
 
 
@@ -50,6 +52,6 @@ def tight_frame(r: int, K: int) -> Tensor:
 
     F holds rows of the Hartley transform, cos + sin of frequencies +-j.
     """
-    frequencies = torch.tensor([j for j in range(-(r // 2), r // 2 + 1) if j or r % 2])
-    angles = 2 * math.pi * torch.outer(frequencies, torch.arange(K)).double() / K
+    frequencies = torch.tensor([j for j in range(-(r // 2), r // 2 + 1) if j or r % 2], **HOST)
+    angles = 2 * math.pi * torch.outer(frequencies, torch.arange(K, **HOST)) / K
     return (angles.cos() + angles.sin()) / r**0.5

@@ -8,36 +8,41 @@ from ssl_runner.theory.optima import Optimum
 from ssl_runner.theory.selection import Selection
 
 
-def alignment(Z: Tensor, best: Optimum) -> float:
+def alignment(Z: Tensor, best: Optimum) -> float | None:
     """Mean cos^2 of the principal angles between Z (N, K) and the closed form, in [0, 1].
 
     Compares the left singular space of the canonicalised Z with the closest optimal subspace. At random it is
-    about dim / N.
+    about dim / N. None if the optimal subspace is not known.
     """
-    U = left_singular_space(best.canonicalize(Z))
+    if best.spaces is None:
+        return None
+    U, _ = left_singular_vectors(best.canonicalize(Z))
     angles = min(U.shape[1], sum(q for _, q in best.spaces))
     return projected_energy(U, best.spaces)[0] / angles if angles else 0.0
 
 
-def label_energy_of_optimum(Y: Tensor, best: Optimum) -> tuple[float, float]:
+def label_energy_of_optimum(Y: Tensor, best: Optimum) -> tuple[float | None, float | None]:
     """|U'Yc|_F^2 / |Yc|_F^2, with U the eigenvectors of the closed form and Yc centred targets Y (N, C).
 
     For one-hot targets this is the share of label energy that a network trained to the optimum on G exposes
-    to a linear probe. Returns the maximum and the mean over the choices within a tied eigenspace.
+    to a linear probe. Returns the maximum and the mean over the choices within a tied eigenspace, or None
+    twice if the eigenvectors are not known.
     """
+    if best.spaces is None:
+        return None, None
     Yc = centred(Y)
     total = float(Yc.square().sum())
     maximum, mean = projected_energy(Yc, best.spaces)
     return (maximum / total, mean / total) if total else (0.0, 0.0)
 
 
-def label_energy(Z: Tensor, Y: Tensor) -> float:
-    """|U'Yc|_F^2 / |Yc|_F^2, with U the left singular space of centred Z (N, K) and targets Y (N, C).
+def label_energy(U: Tensor, Y: Tensor) -> float:
+    """|U'Yc|_F^2 / |Yc|_F^2, with U (N, r) the left singular vectors of centred Z and targets Y (N, C).
 
     The share of the targets' variance that a linear map with an intercept explains on these N rows. At random
     it is about rank / N.
     """
-    U, Yc = left_singular_space(centred(Z)), centred(Y)
+    Yc = centred(Y)
     total = float(Yc.square().sum())
     return float((U.T @ Yc).square().sum()) / total if total else 0.0
 
@@ -72,14 +77,15 @@ def singular_values(Z: Tensor) -> Tensor:
     return values[values > rank_tolerance(Z) * values[0]]
 
 
-def left_singular_space(Z: Tensor) -> Tensor:
-    """Orthonormal basis (N, r) of the column space of Z (N, K), with r its numerical rank."""
+def left_singular_vectors(Z: Tensor) -> tuple[Tensor, Tensor]:
+    """U (N, r) and the singular values (r,) of Z (N, K), descending, with r its numerical rank."""
     Z = as_float64(Z)
     wide = Z.shape[1] > len(Z)
     squares, V = torch.linalg.eigh(Z @ Z.T if wide else Z.T @ Z)
-    values = squares.clamp(min=0).sqrt()
-    kept = values > rank_tolerance(Z) * values[-1]
-    return V[:, kept] if wide else Z @ V[:, kept] / values[kept]
+    values, V = squares.clamp(min=0).sqrt().flip(0), V.flip(1)
+    r = int((values > rank_tolerance(Z) * values[0]).sum())
+    values, V = values[:r], V[:, :r]
+    return (V if wide else Z @ V / values), values
 
 
 def rank_tolerance(Z: Tensor) -> float:

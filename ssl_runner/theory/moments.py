@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_runner.relation import Relation, Views
-from ssl_runner.theory.matrices import helmert
+from ssl_runner.theory.matrices import HOST, helmert
 
 
 class Moments:
@@ -42,7 +42,7 @@ class Moments:
         X = self._shifted(X)
         d = G.degrees.to(X)
         if type(G) is Views:  # eigenvalue V - 1 on the mean of the views, -1 on their contrasts
-            ones = torch.ones(G.V, dtype=torch.float64)
+            ones = torch.ones(G.V, **HOST)
             contrasts = torch.cat([ones[:, None] / G.V**0.5, helmert(ones, G.V - 1)], 1).to(X)
             Y = torch.einsum("vw,vnd->wnd", contrasts, X.view(G.V, G.n, -1))
             mean, rest = Y[0].T @ Y[0], Y[1:].flatten(0, 1).T @ Y[1:].flatten(0, 1)
@@ -140,7 +140,7 @@ class CentredMoments:
         edge = self.XD[:, None]
 
         def bordered(M: Tensor, side: Tensor, corner: float) -> Tensor:
-            bottom = torch.cat([side.T, torch.full((1, 1), corner, dtype=M.dtype)], 1)
+            bottom = torch.cat([side.T, M.new_full((1, 1), corner)], 1)
             return torch.cat([torch.cat([M, side], 1), bottom])
 
         return replace(

@@ -1,10 +1,10 @@
-"""Closed-form optima of the losses for free embeddings, in float64.
+"""Optima of the losses for free embeddings, in float64.
 
 Each loss is a function of (Z, G). Its optimum is a spectral embedding of G (Balestriero & LeCun 2022,
 arXiv:2205.11508) by the K leading eigenvectors of
 
-    VICReg, squared         L = D - G, orthogonal to 1, ascending    Laplacian eigenmaps
-    spectral contrastive    G, descending                            multidimensional scaling (ISOMAP)
+    VICReg, squared         L = D - G, orthogonal to 1, ascending    Laplacian eigenmaps (equal degrees)
+    spectral contrastive    G, descending                            multidimensional scaling (centred G)
     Barlow Twins            D^-1/2 G D^-1/2, descending              canonical correlation analysis (views),
                                                                      linear discriminant analysis (labels)
 
@@ -17,29 +17,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_runner.loss import BarlowTwins, Loss, SimCLR, SpectralContrastive, VICReg
+from ssl_runner.loss import BarlowTwins, Loss, SpectralContrastive, VICReg
 from ssl_runner.relation import Relation
 from ssl_runner.theory.dispatch import ExactTypeDispatch
 from ssl_runner.theory.eigenspaces import (
-    Groups,
     connected_components,
-    find_groups,
-    group_constant_space,
     leading_eigenspaces,
     to_sparse,
 )
 from ssl_runner.theory.matrices import (
+    HOST,
     TIE_TOLERANCE,
     as_float64,
     centred,
     gram_singular_values,
-    helmert,
     padded,
     tight_frame,
-    unit_rows,
 )
 from ssl_runner.theory.selection import (
     Selection,
@@ -50,8 +45,7 @@ from ssl_runner.theory.selection import (
     take_leading,
 )
 
-EXACT, UPPER, LOWER = "exact", "upper bound", "lower bound"
-MAX_SIMPLEX_POINTS = 5000  # largest simplex whose vertices are computed
+EXACT, UPPER, LOWER, NUMERIC = "exact", "upper bound", "lower bound", "numeric"
 
 
 @dataclass
@@ -59,10 +53,12 @@ class Optimum:
     """Closed form of one loss on one relation, for K columns.
 
     form             name of the method
-    kind             EXACT: `value` is the minimum; UPPER: an upper bound, attained by Z; LOWER: a lower bound
+    kind             EXACT: `value` is the minimum; UPPER: an upper bound, attained by Z; LOWER: a lower
+                     bound; NUMERIC: the lowest value that an iteration found, attained by Z
     value            loss at the optimum
-    singular_values  (K,) of Z, descending, zero-padded; without Z, those of SpectralContrastive
-    spaces           eigenspaces that contain Z's columns, and the number of dimensions used of each
+    singular_values  (K,) of Z, descending, zero-padded; None if they are not known
+    spaces           eigenspaces that contain Z's columns, and the number of dimensions used of each; None if
+                     they are not known
     canonicalize     removes from Z (N, K) what the loss is invariant to (mean, row or column norms); float64
     build_embedding  builds Z (N, K); None if the bound has no embedding
     """
@@ -70,15 +66,15 @@ class Optimum:
     form: str
     kind: str
     value: float
-    singular_values: Tensor
-    spaces: Selection
+    singular_values: Tensor | None
+    spaces: Selection | None
     canonicalize: Callable[[Tensor], Tensor]
     build_embedding: Callable[[], Tensor] | None
 
     @property
-    def rank(self) -> int:
-        """Number of singular values above 0."""
-        return int((self.singular_values > 0).sum())
+    def rank(self) -> int | None:
+        """Number of singular values above 0, None if they are not known."""
+        return None if self.singular_values is None else int((self.singular_values > 0).sum())
 
     @property
     def Z(self) -> Tensor | None:
@@ -182,63 +178,6 @@ def spectral_optimum(loss: SpectralContrastive, G: Relation, K: int) -> Optimum:
 
 
 @optimum.register
-def simclr_optimum(loss: SimCLR, G: Relation, K: int) -> Optimum:
-    """A regular simplex if G consists of M groups of one size m; otherwise a lower bound without embedding.
-
-    Simplex: log(m - 1 + (N - m) exp(-(1 + 1/(M-1)) / tau)) per positive pair, attained iff K >= M - 1.
-    Otherwise: the entropy of the rows of G, attained if each row's softmax equals the row of G. Rank and
-    eigenspaces are then those of its squared surrogate, SpectralContrastive, scaled to unit rows.
-    """
-    N = check_rows(G, K)
-    total = float(G.degrees.cpu().double().sum())
-    groups = find_groups(G)
-    if groups is None or len(groups.sizes.unique()) > 1 or total == 0:
-        surrogate = optimum(SpectralContrastive(), G, K)
-        scale = math.sqrt(N) / max(float(surrogate.singular_values.norm()), 1e-300)
-        return Optimum(
-            form="row entropy",
-            kind=LOWER if total else EXACT,
-            value=row_entropy(G, groups) / (total if loss.reduction == "mean" and total else 1),
-            singular_values=scale * surrogate.singular_values,
-            spaces=surrogate.spaces,
-            canonicalize=unit_rows,
-            build_embedding=None,
-        )
-    M, m = len(groups.sizes), int(groups.sizes[0])
-    negatives = (N - m) * math.exp(-(1 + 1 / (M - 1)) / loss.tau) if M > 1 else 0.0
-    one = torch.ones(N, dtype=torch.float64)
-    space = group_constant_space(1.0, groups.y, one, groups.sizes > 0, one if M > 1 else None)
-    dims = min(K, max(M - 1, 1))
-
-    def build_embedding() -> Tensor:
-        if M > MAX_SIMPLEX_POINTS:
-            raise ValueError(f"simplex of {M} points: expected at most {MAX_SIMPLEX_POINTS} to build Z")
-        if M == 1:
-            return F.pad(torch.ones(N, 1, dtype=torch.float64), (0, K - 1))
-        vertices = helmert(torch.ones(M, dtype=torch.float64), M - 1) * math.sqrt(M / (M - 1))
-        return padded(vertices[groups.y], K)
-
-    return Optimum(
-        form="simplex",
-        kind=EXACT if K >= M - 1 else LOWER,
-        value=math.log(m - 1 + negatives) * (1 if loss.reduction == "mean" else total),
-        singular_values=padded(torch.full((dims,), math.sqrt(N / dims), dtype=torch.float64), K),
-        spaces=[(space, dims)],
-        canonicalize=(lambda Z: centred(unit_rows(Z))) if M > 1 else unit_rows,
-        build_embedding=build_embedding if K >= M - 1 else None,
-    )
-
-
-def row_entropy(G: Relation, groups: Groups | None) -> float:
-    """-sum_ij G_ij log(G_ij / d_i). For entries 0 or 1: sum_i d_i log d_i. groups: those of G, or None."""
-    if groups:
-        neighbors = (groups.sizes - 1).double().clamp(min=1)
-        return float(torch.special.xlogy(groups.sizes * groups.degrees, neighbors).sum())
-    d, weights = G.degrees.cpu().double(), G.weights()
-    return float(torch.special.xlogy(d, d).sum() - torch.special.xlogy(weights, weights).sum())
-
-
-@optimum.register
 def barlow_optimum(loss: BarlowTwins, G: Relation, K: int) -> Optimum:
     """max tr(Z'GZ) subject to Z'DZ = I: Z* = D^-1/2 [w_1 ... w_K], C = diag(rho), loss sum_k (1 - rho_k)^2.
 
@@ -254,7 +193,7 @@ def barlow_optimum(loss: BarlowTwins, G: Relation, K: int) -> Optimum:
     unit = 1 / (1 + loss.eps)  # C_kk of a column with z'Gz = z'Dz = 1
     rho = repeat_values(selection)
     ones = int((rho > 1 - TIE_TOLERANCE).sum())
-    frames = [torch.eye(len(rho), K, dtype=torch.float64)]
+    frames = [torch.eye(len(rho), K, **HOST)]
     if len(rho) < K:
         frames += [tight_frame(r, K) for r in {len(rho), ones} - {0}]
     values = [float(loss.total(loss.of_correlations(unit * M.T @ (rho[: len(M), None] * M)))) for M in frames]
@@ -264,7 +203,7 @@ def barlow_optimum(loss: BarlowTwins, G: Relation, K: int) -> Optimum:
     scale = torch.where(d > 0, d.clamp(min=1e-300).rsqrt(), 0)[:, None]
 
     def build_embedding() -> Tensor:
-        return scale * assemble_embedding(selection, torch.ones(r, dtype=torch.float64), N, r) @ frame
+        return scale * assemble_embedding(selection, torch.ones(r, **HOST), N, r) @ frame
 
     def canonicalize(Z: Tensor) -> Tensor:
         Z = as_float64(Z)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ssl_runner.theory.eigenspaces import Eigenspace, explicit_space, group_constant_space
-from ssl_runner.theory.matrices import TIE_TOLERANCE, padded
+from ssl_runner.theory.matrices import HOST, TIE_TOLERANCE, padded
 
 Selection = list[tuple[Eigenspace, int]]  # eigenspaces, and the number of dimensions used of each
 
@@ -23,7 +23,7 @@ def take_leading(spaces: list[Eigenspace], k: int) -> Selection:
 
 def repeat_values(selection: Selection) -> Tensor:
     """Eigenvalue of each selected dimension: (k,) float64."""
-    return torch.tensor([space.value for space, q in selection for _ in range(q)], dtype=torch.float64)
+    return torch.tensor([space.value for space, q in selection for _ in range(q)], **HOST)
 
 
 def drop_unused(selection: Selection, used: Tensor) -> Selection:
@@ -34,7 +34,7 @@ def drop_unused(selection: Selection, used: Tensor) -> Selection:
 
 def assemble_embedding(selection: Selection, scales: Tensor, N: int, K: int) -> Tensor:
     """Basis vectors of the selected dimensions times scales (k,), zero-padded to K columns: (N, K)."""
-    vectors = [space.basis(q) for space, q in selection] or [torch.zeros(N, 0, dtype=torch.float64)]
+    vectors = [space.basis(q) for space, q in selection] or [torch.zeros(N, 0, **HOST)]
     return padded(torch.cat(vectors, 1) * scales, K)
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ssl_runner import distributed
 from ssl_runner.backbone import LinearBackbone
+from ssl_runner.batch import per_size
 from ssl_runner.data.loader import MultiViewLoader
 from ssl_runner.errors import UsageError
 from ssl_runner.evaluator import Evaluator
@@ -133,7 +134,7 @@ class MomentsGap(Evaluator):
     projector=identity.
     """
 
-    columns = ("moments_loss", "moments_floor", "moments_floor_kind")
+    columns = ("moments_loss", "moments_closed_form", "moments_closed_form_kind")
 
     def __init__(
         self,
@@ -197,7 +198,9 @@ def stream_moments(
     device = loader.device
     if relation.uses_memory:
         raise UsageError("second moments need positive pairs within one batch; set relation.queue=0")
-    if type(relation) is FromLabels:  # a subclass may relate other rows
+    # a subclass may relate other rows
+    of_classes = type(relation) is FromLabels and relation.path is None
+    if of_classes:
         positions = torch.cat([loader.order(number) for number in range(passes)])
         images_per_class = torch.bincount(
             loader.data.pretrain.y.cpu()[positions], minlength=len(loader.data.classes)
@@ -205,7 +208,9 @@ def stream_moments(
         moments = Moments(D, device, (images_per_class * loader.V).to(device), relation.normalized)
     else:
         moments = Moments(D, device)
-    size = max(loader.batch_size, CHUNK) if type(relation) in (FromViews, FromLabels) else loader.batch_size
+    size = loader.batch_size
+    if of_classes or type(relation) is FromViews:
+        size = max(size, CHUNK)
     frozen.eval()
     with tqdm(
         total=passes * loader.steps_per_epoch * loader.batch_size,
@@ -216,8 +221,9 @@ def stream_moments(
     ) as bar:
         for number in range(passes):
             for views, batch in loader.batches(number, size=size):
-                X = torch.cat([frozen(x).flatten(1) for x in views.split(FORWARD_ROWS)])
-                if type(relation) is FromLabels:
+                parts = [x for block in per_size(views) for x in block.split(FORWARD_ROWS)]
+                X = torch.cat([frozen(x).flatten(1) for x in parts])
+                if of_classes:
                     moments.add_classes(X, batch.labels.repeat(loader.V))
                 else:
                     moments.add(X, relation(batch, X))

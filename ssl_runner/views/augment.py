@@ -1,8 +1,9 @@
-"""Batched augmentation: uint8 images (n, C, H, W) -> views X (V n, C, H, W), with random parameters per row.
+"""Batched augmentation: uint8 images (n, C, H, W) -> views X (V n, C, h, w), with random parameters per row.
 
-X is view-major. The random parameters of all rows are sampled first. The views are then computed row by row
-on a CPU (`cpu_kernels`), and for the whole batch on other devices, by pure tensor functions with one
-parameter per row (`geometry`, `color`). Both agree with torchvision.transforms.functional on one image with
+X is view-major. If the policies have several sizes, X is a list with one such tensor per size. The random
+parameters of all rows are sampled first. The views are then computed row by row on a CPU (`cpu_kernels`), and
+for the whole batch on other devices, by pure tensor functions with one parameter per row (`geometry`,
+`color`). Both agree with torchvision.transforms.functional on one image with
 equal parameters. Images are float in [0, 1]; normalisation is the last step.
 
 On other devices than a CPU, random numbers are drawn first and `views_from_uniforms` computes the views from
@@ -19,7 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ssl_runner.batch import ViewTensors
 from ssl_runner.errors import one_line
+from ssl_runner.view_layout import RULES, by_side, layout, view_count
 from ssl_runner.views.geometry import to_unit
 from ssl_runner.views.policy import Policy
 from ssl_runner.views.sampler import MAX_DRAWS, Params, ParamSampler, UniformSampler, ViewIndex
@@ -45,8 +48,13 @@ IMAGE_FORMAT = ViewFormat()  # as the images: float32, contiguous, of the same s
 class Augment:
     """Computes V augmented views of every image of a batch.
 
-    `policies` maps names to the arguments of a `Policy`. View v uses policy number v mod len(policies), so a
-    single policy works for any V. Raises ValueError if there is no policy or an argument is invalid.
+    `policies` maps names to the arguments of a `Policy`, and optionally
+
+    count  number of views of the policy. Views are in the order of the policies. Without counts, view v uses
+           policy v mod len(policies), so a single policy works for any V.
+    size   side of the views in pixels, instead of that of the view format
+
+    Raises ValueError if there is no policy, an argument is invalid, or only some policies have a count.
     """
 
     def __init__(self, policies: Mapping[str, Mapping[str, Any]]):
@@ -54,10 +62,13 @@ class Augment:
             raise ValueError(
                 "views.policies={}: expected at least one policy; add one, such as {all: {flip: 0.5}}"
             )
+        sizes, counts = layout(policies)
+        self.sizes, self.counts = [*sizes.values()], [*counts.values()]
+        self.total = view_count(policies)
         self.policies = []
         for name, settings in policies.items():
             try:
-                self.policies.append(Policy(**settings))
+                self.policies.append(Policy(**{key: settings[key] for key in settings if key not in RULES}))
             except TypeError as error:
                 raise ValueError(f"views.policies.{name}: {error}") from error
             except ValueError as error:
@@ -78,25 +89,51 @@ class Augment:
         rank: int = 0,
         ranks: int = 1,
         view_format: ViewFormat = IMAGE_FORMAT,
-    ) -> Tensor:
+    ) -> ViewTensors:
         """Return V normalised views of every image.
 
         images     (n, C, H, W) uint8
         mean, std  (C,) per-channel statistics in [0, 1]
-        returns    (V n, C, H, W) float32, or as `view_format` states; row v n + k is view v of image k
+        returns    (V n, C, h, w) float32, or as `view_format` states; row v n + k is view v of image k. If
+                   the policies have several sizes, a list with one such tensor per size; the views of a size
+                   are in their order, and the sizes in the order of their first view
 
         If the images are shard `rank` of a batch that is split into `ranks` equal shards, their views equal
         those that they have in the whole batch: parameters are drawn for all rows of the batch, and those of
         the shard are selected.
+
+        Raises ValueError if V is not the sum of the counts.
         """
-        n, device, size = len(images), images.device, view_format.size(images)
-        policies = self.policies[:V]
-        views = [range(number, V, len(policies)) for number in range(len(policies))]  # of each policy
+        if self.total not in (0, V):
+            raise ValueError(f"V={V}: expected {self.total}, the sum of the counts of the policies")
+        blocks = [
+            self._block(views, images, mean, std, generator, (rank, ranks), view_format._replace(side=side))
+            for side, views in by_side(self.sizes, self.counts, V, view_format.side).items()
+        ]
+        return blocks if len(blocks) > 1 else blocks[0]
+
+    def _block(
+        self,
+        numbers: Mapping[int, Sequence[int]],
+        images: Tensor,
+        mean: Tensor,
+        std: Tensor,
+        generator: torch.Generator,
+        shard: tuple[int, int],
+        view_format: ViewFormat,
+    ) -> Tensor:
+        """Compute the views of one size.
+
+        numbers  of the policies, and of the views of each
+        shard    rank, ranks
+        """
+        policies, views = [self.policies[p] for p in numbers], [*numbers.values()]
+        (rank, ranks), n, device, size = shard, len(images), images.device, view_format.size(images)
         rows = [len(own) * ranks * n for own in views]  # of each policy in the whole batch
         if device.type != "cpu":
             uniforms = [torch.rand(r, MAX_DRAWS, device=device, generator=generator) for r in rows]
             uniforms = [of_shard(u, len(own), rank, ranks) for u, own in zip(uniforms, views, strict=True)]
-            return self.from_uniforms(policies, images, V, mean, std, uniforms, view_format)
+            return self.from_uniforms(policies, views, images, mean, std, uniforms, view_format)
         image_size = (images.shape[2], images.shape[3])
         params = [
             policy.sample_params(ParamSampler(r, device, generator), image_size, size)
@@ -107,8 +144,8 @@ class Augment:
                 {name: of_shard(values, len(own), rank, ranks) for name, values in drawn.items()}
                 for drawn, own in zip(params, views, strict=True)
             ]
-            return batched_views(policies, images, V, mean, std, params, view_format)
-        X = torch.empty(V * n, images.shape[1], *size)
+            return batched_views(policies, views, images, mean, std, params, view_format)
+        X = torch.empty(sum(map(len, views)) * n, images.shape[1], *size)
         for policy, drawn, own in zip(policies, params, views, strict=True):
             param = of_shard(torch.arange(len(own) * ranks * n), len(own), rank, ranks)
             row = torch.tensor(own)[param // (ranks * n)] * n + param % n
@@ -123,44 +160,44 @@ def of_shard(values: Tensor, views: int, rank: int, ranks: int) -> Tensor:
 
 def views_from_uniforms(
     policies: Sequence[Policy],
+    views: Sequence[Sequence[int]],
     images: Tensor,
-    V: int,
     mean: Tensor,
     std: Tensor,
     uniforms: Sequence[Tensor],
     view_format: ViewFormat,
 ) -> Tensor:
-    """Compute `Augment.__call__` from uniform numbers in [0, 1), (rows, MAX_DRAWS) for each policy.
+    """Compute views of one size from uniform numbers in [0, 1), (rows, MAX_DRAWS) for each policy.
 
-    A row is a view of this rank's images. Pure, and static in all but tensors.
+    `views` are the numbers of the views of each policy. A row is a view of this rank's images. Pure, and
+    static in all but tensors.
     """
     image_size, size = (images.shape[2], images.shape[3]), view_format.size(images)
     params = [
         policy.sample_params(UniformSampler(numbers), image_size, size)
         for policy, numbers in zip(policies, uniforms, strict=True)
     ]
-    return batched_views(policies, images, V, mean, std, params, view_format)
+    return batched_views(policies, views, images, mean, std, params, view_format)
 
 
 def batched_views(
     policies: Sequence[Policy],
+    views: Sequence[Sequence[int]],
     images: Tensor,
-    V: int,
     mean: Tensor,
     std: Tensor,
     params: Sequence[Params],
     view_format: ViewFormat,
 ) -> Tensor:
-    """Compute `Augment.__call__` with batched operations, from the parameters of each policy's rows."""
-    views: dict[int, Tensor] = {}
-    for number, (policy, drawn) in enumerate(zip(policies, params, strict=True)):
-        own = range(number, V, len(policies))
+    """Compute views of one size with batched operations, from the parameters of each policy's rows."""
+    made: dict[int, Tensor] = {}
+    for policy, own, drawn in zip(policies, views, params, strict=True):
         x = policy(images.repeat(len(own), 1, 1, 1), drawn, view_format.size(images))
         x = normalize(x, mean, std).to(view_format.dtype, memory_format=view_format.memory_format)
         if len(policies) == 1:
             return x
-        views |= dict(zip(own, x.chunk(len(own)), strict=True))
-    return torch.cat([views[v] for v in range(V)])
+        made |= dict(zip(own, x.chunk(len(own)), strict=True))
+    return torch.cat([made[v] for v in range(len(made))])
 
 
 @cache

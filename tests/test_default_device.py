@@ -1,0 +1,148 @@
+"""Results do not depend on torch's default device and dtype: tensors are made where their input is."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssl_runner.batch import Batch
+from ssl_runner.loss import BarlowTwins, SimCLR, SpectralContrastive, VICReg
+from ssl_runner.probe.baselines import linear_discriminants, principal_components
+from ssl_runner.probe.knn import KnnProbe
+from ssl_runner.probe.linear import LinearProbe
+from ssl_runner.probe.ridge import RidgeProbe
+from ssl_runner.relation import (
+    DegreeNormalized,
+    Edges,
+    KNearest,
+    Labels,
+    Relation,
+    ViewExpanded,
+    Views,
+    WithSupportSet,
+    builders,
+    rewire,
+)
+from ssl_runner.theory import linear_optimum, optimum
+from ssl_runner.theory.diagnostics import of_embedding
+from ssl_runner.theory.measures import label_energy_of_optimum
+from ssl_runner.theory.moments import Moments
+from tests.helpers import load, toy
+
+CPU = torch.device("cpu")
+LABELS = torch.tensor([0, 1, 0, 2, 1, 0, 2, 3, 0, 2, 2, 2])
+BATCH = Batch(torch.arange(6), torch.tensor([0, 1, 2, 0, 1, 2]), 2, 3)
+NEAREST = torch.tensor([[1], [2], [0], [4], [3], [3]])
+SUPPORT, Z = torch.randn(6, 4), torch.randn(18, 4)
+GENERATOR = torch.Generator()
+RELATIONS: dict[str, Callable[[], Relation]] = {
+    "views": lambda: Views(6, 2, device="cpu"),
+    "views normalized": lambda: Views(4, 3, normalized=True, device="cpu"),
+    "labels": lambda: Labels(LABELS),
+    "labels normalized": lambda: Labels(LABELS, 4, normalized=True),
+    "edges": lambda: Edges(NEAREST[:, 0], torch.arange(6, 12, device="cpu"), 12),
+    "edges of lists": lambda: Edges([0, 1, 5], [1, 2, 7], 12),
+    "nearest": lambda: ViewExpanded(KNearest(NEAREST), 2),
+    "nearest normalized": lambda: DegreeNormalized(ViewExpanded(KNearest(NEAREST), 2)),
+    "rewired": lambda: rewire(Labels(LABELS), 0.5, GENERATOR.manual_seed(0)),
+    "support": lambda: WithSupportSet(3, 2, SUPPORT),
+    "from views": lambda: builders.FromViews()(BATCH, Z[:12]),
+    "from labels": lambda: builders.FromLabels()(BATCH, Z[:12]),
+    "from neighbors": lambda: builders.FromNeighbors(2)(BATCH, Z[:12]),
+    "from a queue": lambda: second_call(builders.FromNeighbors(1, queue=8)),
+    "from noisy labels": lambda: second_call(builders.Rewired(builders.FromLabels())),
+}
+FROM_BUILDERS = [name for name in RELATIONS if name.startswith("from")]
+PROBES = {"linear probe": LinearProbe, "ridge probe": RidgeProbe, "kNN probe": KnnProbe}
+LOSSES = [
+    VICReg(variance="squared", beta=25.0),
+    SimCLR(),
+    SpectralContrastive(center=True),
+    BarlowTwins(center=True),
+]
+
+
+def second_call(builder: builders.RelationBuilder) -> Relation:
+    builder.bind(BATCH.labels)
+    builder(BATCH, Z[:12])
+    return builder(BATCH, Z[:12])
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+DEFAULTS = {  # nothing can be computed on meta: a tensor that is made there raises sooner or later
+    "meta": lambda: torch.device("meta"),
+    "float64": lambda: default_dtype(torch.float64),
+}
+
+
+def of_relation(name: str) -> list[Tensor]:
+    """The relation, its losses and gradients and, unless a builder made it, closed forms and diagnostics."""
+    G = RELATIONS[name]()
+    values = [G.dense(torch.float32), G.degrees, G.edges(), G.weights(), G.square_norm]
+    for loss in LOSSES:
+        rows = Z[: G.num_rows].clone().requires_grad_()
+        value = loss(rows, G)
+        value.backward()
+        values += [value.detach(), rows.grad]
+        if name in ("support", *FROM_BUILDERS):
+            continue
+        best, Y = optimum(loss, G, 3), F.one_hot(LABELS % 3).double()
+        numbers = [
+            best.value,
+            *label_energy_of_optimum(Y, best),
+            *of_embedding(rows.detach(), 2, Y, best).values(),
+        ]
+        moments = Moments(4, CPU)
+        moments.add(rows.detach(), G)
+        W = linear_optimum(loss, moments.centred(), 3, ridge=0.1).W
+        numbers = [x for x in numbers if x is not None]
+        values += [torch.tensor(numbers, dtype=torch.float64, device="cpu"), W]
+    return values
+
+
+def of_probe(name: str) -> list[Tensor]:
+    values = []
+    for n, d in ((60, 8), (20, 40)):
+        X = torch.linspace(0, 9, n * d, device="cpu", dtype=torch.float32).cos().view(n, d)
+        fitted = PROBES[name](X, torch.arange(n, device="cpu") % 3, 3)
+        (setting, scores), *_ = fitted.path(X)
+        values += [scores, fitted.scores(setting, X)]
+    return values
+
+
+@cache
+def at_usual_defaults(name: str) -> list[Tensor]:
+    return of_probe(name) if name in PROBES else of_relation(name)
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+@pytest.mark.parametrize("name", [*RELATIONS, *PROBES])
+def test_results_do_not_depend_on_default_device_and_dtype(name: str, default: str) -> None:
+    expected = at_usual_defaults(name)
+    with DEFAULTS[default]():
+        values = of_probe(name) if name in PROBES else of_relation(name)
+    for value, right in zip(values, expected, strict=True):
+        assert value.device == CPU
+        assert value.dtype == right.dtype
+        assert torch.equal(value, right)
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+def test_pixel_baselines_do_not_depend_on_default_device_and_dtype(default: str) -> None:
+    data = load(toy(30))
+    with DEFAULTS[default]():
+        principal_components(data, 3)
+        linear_discriminants(data)
