@@ -1,6 +1,7 @@
 """`ssl-relation`: does an augmentation fit the labels of a data set? Measured before any training."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,17 @@ Measure how much of the labels the relation that an augmentation induces can exp
 views of the configuration, with each of their operations left out, and with each alone.
 """
 EPILOG = """\
-settings: dataset, views, V, seed and device, as of ssl-run; with --features=backbone also backbone and
-init_weights
+settings: dataset, views, V, backbone, init_weights, channels_last, seed and device, as of ssl-run
   ssl-relation dataset=cifar10 views=simclr
   ssl-relation dataset=folder dataset.root=FOLDER views=crop views.policies.all.crop.scale=[0.5,1]
 
-Writes relation.csv and relation.png to the folder --out:
+Writes relation.csv and relation.png to the folder --out. For C classes, k is C - 1 and 2 (C - 1):
   energy_k  share of the label variance in the k directions that views preserve best, corrected for chance (0)
-  area      mean of energy_1 to energy_K
+  area      mean of energy_1 to the last energy
   rho_k     correlation of two views of an image along direction k
+The directions are linear functions of the features of the backbone, which is not trained.
 """
-SETTABLE = ("dataset", "views", "V", "seed", "device", "backbone", "init_weights")
+SETTABLE = ("dataset", "views", "V", "backbone", "init_weights", "channels_last", "seed", "device")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,15 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-o", "--out", type=Path, default=Path("relation"), help="folder to write (relation)")
     parser.add_argument("--images", type=int, default=20_000, help="labelled training images to use (20000)")
-    parser.add_argument("--passes", type=int, default=5, help="passes over views of half of them (5)")
-    parser.add_argument("--directions", type=int, default=64, help="directions K (64)")
-    parser.add_argument(
-        "--features",
-        choices=("kernel", "backbone"),
-        default="kernel",
-        help="what the directions are functions of: a Gaussian kernel of the pixels (default), or the frozen"
-        " backbone",
-    )
+    parser.add_argument("--passes", type=int, default=3, help="passes over views of half of them (3)")
     parser.add_argument("--overwrite", action="store_true", help="replace the files if they exist")
     parser.add_argument("--config-dir", help="folder with configs of your own")
     return parser
@@ -61,9 +54,13 @@ def main() -> None:
 def execute() -> None:
     """Validate the command line, then measure every variant of the views."""
     args = parser().parse_intermixed_args()
-    for option in ("images", "passes", "directions"):
+    for option in ("images", "passes"):
         if getattr(args, option) < 1:
             raise UsageError(f"--{option}={getattr(args, option)}: expected an integer >= 1")
+    table, chart = args.out / "relation.csv", args.out / "relation.png"
+    for path in (table, chart):
+        if path.exists() and not args.overwrite:
+            raise UsageError(f"{path}: expected a new file; give another --out, or --overwrite")
     from ssl_runner.config import compose
     from ssl_runner.evaluation.finished import check_settable, compose_groups
 
@@ -73,23 +70,27 @@ def execute() -> None:
     from ssl_runner import numerics
     from ssl_runner.device import choose_device, keep_freed_memory
     from ssl_runner.evaluation import relation_fit
+    from ssl_runner.theory.label_fit import EqualViews
 
-    table, chart = args.out / "relation.csv", args.out / "relation.png"
-    for path in (table, chart):
-        if path.exists() and not args.overwrite:
-            raise UsageError(f"{path} exists: expected a new file; use another --out, or --overwrite")
-    policies = relation_fit.variants(cfg.views.policies)
     device = choose_device(cfg.device)
     numerics.apply(device, "fp32", deterministic=False)
     if device.type == "cpu":
         keep_freed_memory()
-    fit = relation_fit.RelationFit(
-        cfg, device, images=args.images, passes=args.passes, features=args.features
-    )
+    fit = relation_fit.RelationFit(cfg, device, images=args.images, passes=args.passes)
     rows: list[dict[str, Any]] = []
-    for name, variant in policies.items():
-        rows.append({"views": name} | relation_fit.columns(fit(variant, args.directions), fit.classes))
-        print(relation_fit.line(rows[-1], header=len(rows) == 1), flush=True)
+    for name, policies in fit.variants.items():
+        try:
+            columns = fit(policies)
+        except EqualViews:
+            if not rows:
+                raise
+            columns = dict.fromkeys(list(rows[0])[1:], math.nan)
+        if not rows:
+            print(relation_fit.line("views", columns))
+        print(relation_fit.line(name, columns.values()), flush=True)
+        rows.append({"views": name} | columns)
+    if any(math.isnan(row["area"]) for row in rows):
+        print("-: these operations do not change the images")
     args.out.mkdir(parents=True, exist_ok=True)
-    relation_fit.write(rows, f"{cfg.dataset.name}, V = {cfg.V}, {args.features}", table, chart)
+    relation_fit.write(rows, f"{cfg.dataset.name}, V = {cfg.V}", table, chart)
     print(f"{table}, {chart}", flush=True)
