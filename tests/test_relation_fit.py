@@ -12,10 +12,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from ssl_runner.config.compose import CONF
+from ssl_runner.config.compose import CONF, parse
 from ssl_runner.data.dataset import Source
 from ssl_runner.errors import UsageError
 from ssl_runner.evaluation import relation_cli
+from ssl_runner.evaluation.finished import check_settable, compose_groups
 from ssl_runner.evaluation.relation_fit import RelationFit, variants
 from ssl_runner.relation import Views
 from ssl_runner.theory.label_fit import EqualViews, LabelFit, label_fit
@@ -23,6 +24,7 @@ from ssl_runner.theory.moments import Moments
 from ssl_runner.views import Augment
 from tests.helpers import CPU, run_script
 
+PAGE = Path(__file__).parent.parent / "docs" / "theory.md"
 SMALL = "dataset.subset=300 dataset.size=14 backbone.widths=[8,20] device=cpu"
 
 
@@ -176,6 +178,17 @@ def test_ssl_relation_rejects_invalid_input_in_one_line(
     assert code == 1
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_commands_of_the_page_are_accepted() -> None:
+    lines = [line.strip().partition(" #")[0] for line in PAGE.read_text().splitlines()]
+    commands = [line.split()[1:] for line in lines if line.startswith("ssl-relation ")]
+    assert len(commands) >= 3
+    for words in commands:
+        given = [word for word in words if "FOLDER" not in word]
+        args = relation_cli.parser().parse_intermixed_args(given)
+        check_settable(parse(args.overrides), relation_cli.SETTABLE, "")
+        compose_groups(args.overrides, None)
 
 
 def test_data_set_without_labels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
