@@ -152,14 +152,15 @@ class RelationFit:
             epochs=self.passes,
         )
         moments = stream_moments(self.backbone, self.features.shape[1], loader, FromViews(), self.passes)
-        K = 2 * (len(self.data.classes) - 1)
+        few = min(len(self.data.classes) - 1, self.features.shape[1])
+        K = min(2 * (len(self.data.classes) - 1), self.features.shape[1])
         fit = label_fit(moments.centred(), self.features, self.y, K)
-        few, K = min(K // 2, len(fit.rho)), len(fit.rho)
+        last = min(few, len(fit.rho)) - 1  # fewer directions if features are constant or dependent
         return {
-            f"energy_{few}": float(fit.energy[few - 1]),
+            f"energy_{few}": float(fit.energy[last]),
             f"energy_{K}": float(fit.energy[-1]),
             "area": float(fit.energy.mean()),
-            f"rho_{few}": float(fit.rho[few - 1]),
+            f"rho_{few}": float(fit.rho[last]),
         }
 
 
