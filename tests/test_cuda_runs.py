@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssl_runner.data import images
 from ssl_runner.device import to_device, to_host
-from ssl_runner.evaluation import embed_cli, probe_cli
+from ssl_runner.evaluation import embed_cli, probe_cli, relation_cli
 from ssl_runner.host_copy import HostCopy
 from ssl_runner.runs.files import read_json
 from tests.device import HERE
@@ -197,6 +197,18 @@ def test_finished_cuda_run_is_probed_and_embedded(
     for name in ("features", "projections"):
         np.testing.assert_allclose(written[name], expected[name], rtol=1e-4, atol=1e-5)
     pd.testing.assert_frame_equal(*map(pd.read_csv, ("folder.csv", "folder-cpu.csv")), rtol=1e-4, atol=1e-5)
+
+
+def test_label_fit_of_views_on_cuda(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = "dataset.size=14 dataset.subset=100 dataset.storage=host backbone.widths=[8,16]"
+    with emulated_cuda():
+        command = f"{data} views=crop device=cuda --passes 1"
+        code, _, err = run_script(relation_cli.main, shlex.split(command), monkeypatch, capsys)
+    assert (code, err) == (0, "")
+    assert pd.read_csv("relation/relation.csv").notna().all(axis=None)
 
 
 # --- the emulation detects what fails or races on CUDA ------------------------------------------------------

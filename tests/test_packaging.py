@@ -53,6 +53,7 @@ def test_installed_package_has_conf_and_digits(kind: str, fresh: Path, tmp_path:
         assert "gamma: 7" in call(
             *command, "loss=vicreg", "gamma=7", "--cfg", "job", "--resolve", cwd=tmp_path
         )
+    assert "relation.csv" in call(fresh / "ssl-relation", "--help", cwd=tmp_path)
     packaged = {path.relative_to(conf) for path in conf.rglob("*.yaml")}
     assert packaged == {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml")}
     file, *shape = call(fresh / "python", "-c", PRINT_DIGITS, cwd=tmp_path).split()

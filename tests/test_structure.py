@@ -56,8 +56,8 @@ IMPORTS = """
     embedding_map   data distributed probe runs
     pipeline        background build compiler data device distributed embedding_map evaluator model numerics
                     preemption probe runs solver theory views
-    evaluation      build config console data device errors model names numerics pretrained probe runs
-                    views
+    evaluation      build checks config console data device errors model names numerics pretrained probe
+                    relation runs theory views
     cli             build config console distributed errors pipeline preemption runs version
     __main__        cli
     api             cli config errors runs
@@ -142,7 +142,7 @@ def test_modules_have_no_import_cycle() -> None:
 
 
 def test_command_line_imports_no_slow_library_before_a_job_runs() -> None:
-    closure, waiting = set(), ["cli", "evaluation.probe_cli", "evaluation.embed_cli"]
+    closure, waiting = set(), ["cli", *(f"evaluation.{name}_cli" for name in ("probe", "embed", "relation"))]
     while waiting:
         module = waiting.pop()
         if module not in closure:

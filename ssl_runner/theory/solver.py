@@ -218,6 +218,7 @@ def stream_moments(
         unit="images",
         unit_scale=True,
         disable=None if distributed.is_main_process() else True,
+        leave=False,
     ) as bar:
         for number in range(passes):
             for views, batch in loader.batches(number, size=size):
