@@ -54,3 +54,9 @@ def ssl_run(
 
     yield run
     HydraConfig.instance().cfg = hydra_config
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for a run that the tests of a module share. It does not exist until the run is made."""
+    return tmp_path_factory.mktemp("cached") / "run"

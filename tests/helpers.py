@@ -27,6 +27,7 @@ from ssl_runner.evaluator import Columns, Evaluator
 from ssl_runner.loss import Loss, VICReg
 from ssl_runner.model import SSLModel
 from ssl_runner.projector import mlp
+from ssl_runner.relation import Relation
 from ssl_runner.relation.builders import FromViews, RelationBuilder
 from ssl_runner.solver import Solver
 from ssl_runner.train import NonFiniteGuard, Pretraining
@@ -148,6 +149,15 @@ class NormInBackground(Evaluator):
             return {"norm": float(first.norm())}
 
         return columns
+
+
+def is_defined(loss: Loss, G: Relation) -> bool:
+    """Whether the loss accepts the relation."""
+    try:
+        loss.check_relation(G)
+    except ValueError:
+        return False
+    return True
 
 
 def rows(solver: Solver) -> list[dict[str, Any]]:

@@ -38,12 +38,6 @@ def same_weights(one: Path, other: Path) -> bool:
     )
 
 
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that keeps the finished run between tests."""
-    return tmp_path_factory.mktemp("cached") / "run"
-
-
 @pytest.fixture
 def finished(ssl_run, cached: Path, tmp_path: Path) -> Path:
     """A copy of a finished run of two epochs."""

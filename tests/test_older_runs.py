@@ -36,12 +36,6 @@ def age(folder: Path) -> None:
     (folder / "run.json").write_text(json.dumps(record(folder) | {"identity": "of an earlier version"}))
 
 
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that keeps the preempted run between tests."""
-    return tmp_path_factory.mktemp("cached") / "run"
-
-
 @pytest.fixture
 def preempted(ssl_run, cached: Path, tmp_path: Path) -> Path:
     """A copy of a preempted run of an earlier version."""

@@ -39,12 +39,6 @@ from tests.helpers import CPU, TINY, load, run_script, table
 PAGE = Path(__file__).parent.parent / "docs" / "evaluate.md"
 
 
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that keeps the finished run between tests."""
-    return tmp_path_factory.mktemp("cached") / "run"
-
-
 @pytest.fixture
 def finished(ssl_run, cached: Path, tmp_path: Path) -> Path:
     """A copy of a finished run of one epoch."""

@@ -24,6 +24,7 @@ from ssl_runner.relation import (
 from ssl_runner.theory import EXACT, LOWER, NUMERIC, UPPER, Optimum, eigenspaces, infonce, measures, optimum
 from ssl_runner.theory.matrices import centred
 from ssl_runner.theory.selection import repeat_values, take_leading
+from tests.helpers import is_defined
 
 
 def random_pairs(N: int, E: int, seed: int = 0) -> Edges:
@@ -203,14 +204,6 @@ ATTAINED += [(MMCR(alpha), K) for alpha in (0.0, 0.5) for K in (2, 8)]
 ATTAINED += [(FroSSL(gamma), K) for gamma in (0.0, 0.2) for K in (2, 14)] + [(FroSSL(per_view=True), 5)]
 ATTAINED += [(WMSE(), 3), (WMSE(unit_rows=False), 8), (WMSE(whitening_size=4), 3)]
 ATTAINED += [(SIGReg(1.0, gamma, directions=20).eval(), K) for gamma in (0.01, 10.0) for K in (3, 14)]
-
-
-def is_defined(loss: Loss, G: Relation) -> bool:
-    try:
-        loss.check_relation(G)
-    except ValueError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize(

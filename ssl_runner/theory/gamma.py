@@ -9,10 +9,9 @@ from ssl_runner.loss import Loss, VICReg
 from ssl_runner.relation import Labels, Relation, Views
 from ssl_runner.relation.builders import FromLabels, FromViews, RelationBuilder
 from ssl_runner.theory.dispatch import ExactTypeDispatch
-from ssl_runner.theory.eigenspaces import leading_eigenspaces
 from ssl_runner.theory.matrices import TIE_TOLERANCE
 from ssl_runner.theory.optima import check_rows
-from ssl_runner.theory.selection import repeat_values, take_leading
+from ssl_runner.theory.selection import leading_selection, repeat_values
 
 
 @ExactTypeDispatch
@@ -37,7 +36,7 @@ def vicreg_thresholds(loss: VICReg, G: Relation, K: int) -> Tensor:
     For the hinge 1/(4 sqrt eps) times that. See `optima.vicreg_scales`.
     """
     N = check_rows(G, K)
-    values = repeat_values(take_leading(leading_eigenspaces(G, "laplacian", min(K, N - 1)), min(K, N - 1)))
+    values = repeat_values(leading_selection(G, "laplacian", min(K, N - 1)))
     alpha = loss.weights["variance"]
     if alpha == 0:
         return torch.zeros_like(values)
@@ -65,10 +64,12 @@ def expected_relation(builder: RelationBuilder, V: int, batch_size: int, labels:
 def gamma_limits(loss: Loss, G: Relation | None, K: int) -> dict[str, float | None] | None:
     """How gamma bounds the directions of the optimum on G, for run.json.
 
+    gamma        that of the loss
     first_drop   the gamma from which the optimum drops directions, None if there is no such gamma
     directions   those of the optimum below first_drop, min(K, N - 1)
     used         those of the optimum at the gamma of the loss
     any_gamma    those that are used for every gamma; for views, at most n - 1
+    rows         rows of G
 
     None for a loss without thresholds, or for a relation that is not known.
     """
@@ -90,14 +91,14 @@ def describe_gamma(limits: dict[str, float | None] | None) -> str | None:
     """One line on `gamma_limits`, which is a warning if gamma is beyond the first drop."""
     if limits is None:
         return None
-    gamma, first, directions, used, always, rows = limits.values()
-    batch = f"(batch of {rows} rows)"
+    gamma, first, directions, used = (limits[key] for key in ("gamma", "first_drop", "directions", "used"))
+    batch = f"(batch of {limits['rows']} rows)"
     if first is None:
         return f"gamma={gamma:g}: the optimum uses all {directions} directions for any gamma {batch}"
     if used == directions:
         return (
             f"gamma={gamma:g}: the optimum uses all {used} directions up to gamma={first:.4g}, and"
-            f" {always} for any gamma {batch}"
+            f" {limits['any_gamma']} for any gamma {batch}"
         )
     return (
         f"warning: gamma={gamma:g} is beyond {first:.4g}, where the optimum drops directions: it uses {used}"

@@ -24,7 +24,6 @@ from ssl_runner.relation import Relation
 from ssl_runner.theory.dispatch import ExactTypeDispatch
 from ssl_runner.theory.eigenspaces import (
     connected_components,
-    leading_eigenspaces,
     to_sparse,
 )
 from ssl_runner.theory.matrices import (
@@ -40,6 +39,7 @@ from ssl_runner.theory.selection import (
     Selection,
     assemble_embedding,
     drop_unused,
+    leading_selection,
     repeat_values,
     rescale_eigenspaces,
     take_leading,
@@ -113,7 +113,7 @@ def vicreg_optimum(loss: VICReg, G: Relation, K: int) -> Optimum:
     hinge, or beta < alpha, a rotation of the columns can have a lower loss.
     """
     N = check_rows(G, K)
-    selection = take_leading(leading_eigenspaces(G, "laplacian", min(K, N - 1)), min(K, N - 1))
+    selection = leading_selection(G, "laplacian", min(K, N - 1))
     values = repeat_values(selection)
     s = vicreg_scales(loss, values, N)
     zero = s.new_zeros(1)
@@ -162,7 +162,7 @@ def spectral_optimum(loss: SpectralContrastive, G: Relation, K: int) -> Optimum:
     N = check_rows(G, K)
     t = loss.target_scale(N, G.degrees.cpu().double().sum())
     dims = min(K, N - 1 if loss.center else N)
-    selection = take_leading(leading_eigenspaces(G, "adjacency", dims, loss.center), dims)
+    selection = leading_selection(G, "adjacency", dims, loss.center)
     g = t * repeat_values(selection)
     g = torch.where(g > TIE_TOLERANCE * g.abs().max() if len(g) else g > 0, g, 0.0)
     removed = float(g.square().sum())
@@ -188,7 +188,7 @@ def barlow_optimum(loss: BarlowTwins, G: Relation, K: int) -> Optimum:
     N = check_rows(G, K)
     d = G.degrees.cpu().double()
     dims = min(K, int((d > 0).sum()) - (1 if loss.center else 0))
-    leading = take_leading(leading_eigenspaces(G, "normalized", dims, loss.center), dims)
+    leading = leading_selection(G, "normalized", dims, loss.center)
     selection = [(space, q) for space, q in leading if space.value > TIE_TOLERANCE]
     unit = 1 / (1 + loss.eps)  # C_kk of a column with z'Gz = z'Dz = 1
     rho = repeat_values(selection)

@@ -4,10 +4,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_runner.theory.eigenspaces import Eigenspace, explicit_space, group_constant_space
+from ssl_runner.relation import Relation
+from ssl_runner.theory.eigenspaces import (
+    Eigenspace,
+    explicit_space,
+    group_constant_space,
+    leading_eigenspaces,
+)
 from ssl_runner.theory.matrices import HOST, TIE_TOLERANCE, padded
 
 Selection = list[tuple[Eigenspace, int]]  # eigenspaces, and the number of dimensions used of each
+
+
+def leading_selection(G: Relation, matrix: str, k: int, center: bool = False) -> Selection:
+    """Select the k leading dimensions of a matrix of G (`leading_eigenspaces`), or all if there are fewer."""
+    return take_leading(leading_eigenspaces(G, matrix, k, center), k)
 
 
 def take_leading(spaces: list[Eigenspace], k: int) -> Selection:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ssl_runner.loss import WMSE, SIGReg
 from ssl_runner.relation import Relation
-from ssl_runner.theory.eigenspaces import leading_eigenspaces
 from ssl_runner.theory.linear import (
     LinearOptimum,
     build_linear_optimum,
@@ -22,7 +21,7 @@ from ssl_runner.theory.linear import (
 from ssl_runner.theory.matrices import TIE_TOLERANCE, as_float64, centred, padded
 from ssl_runner.theory.moments import CentredMoments
 from ssl_runner.theory.optima import EXACT, LOWER, UPPER, Optimum, check_rows, optimum
-from ssl_runner.theory.selection import assemble_embedding, repeat_values, take_leading
+from ssl_runner.theory.selection import assemble_embedding, leading_selection, repeat_values
 
 
 @optimum.register
@@ -36,7 +35,7 @@ def wmse_optimum(loss: WMSE, G: Relation, K: int) -> Optimum:
     N = check_rows(G, K)
     if K >= N:
         raise ValueError(f"K={K}: expected at most N - 1 = {N - 1}; whitening needs more rows than columns")
-    selection = take_leading(leading_eigenspaces(G, "laplacian", K), K)
+    selection = leading_selection(G, "laplacian", K)
     total = max(float(G.degrees.cpu().double().sum()), 1.0)
     values = repeat_values(selection)
     values = torch.where(values > TIE_TOLERANCE * max(1.0, float(G.degrees.max())), values, 0.0)
@@ -97,7 +96,7 @@ def sigreg_optimum(loss: SIGReg, G: Relation, K: int) -> Optimum:
     the loss's current state. The loss is >= 0 for all Z, and no better lower bound is known.
     """
     N = check_rows(G, K)
-    selection = take_leading(leading_eigenspaces(G, "laplacian", min(K, N - 1)), min(K, N - 1))
+    selection = leading_selection(G, "laplacian", min(K, N - 1))
     generator = torch.Generator().manual_seed(0)
 
     def build_embedding() -> Tensor:

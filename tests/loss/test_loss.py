@@ -35,6 +35,7 @@ from ssl_runner.loss import (
 )
 from ssl_runner.loss.base import off_diagonal
 from ssl_runner.relation import DegreeNormalized, Edges, Labels, Relation, Views
+from tests.helpers import is_defined
 
 CONFIGS = sorted((Path(__file__).parents[2] / "conf" / "loss").glob("*.yaml"))
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
@@ -63,14 +64,6 @@ LOSSES = {
     "wmse without unit rows": WMSE(unit_rows=False),
 }
 OF_VIEWS = {"mmcr with manifolds": MMCR(0.7), "frossl per view": FroSSL(per_view=True)}
-
-
-def is_defined(loss: Loss, G: Relation) -> bool:
-    try:
-        loss.check_relation(G)
-    except ValueError:
-        return False
-    return True
 
 
 DEFINED = [
