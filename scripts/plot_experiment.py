@@ -41,6 +41,11 @@ MADE_BY = {  # column -> option that makes ssl-run write it
     "moments_loss": "experiment=linear_regime",
     "top1.backbone": "probe.probes=[linear]",
 }
+ARMS = {  # experiment -> title
+    "views_rows": "equal rows in a batch and epochs",
+    "views_images": "equal images in a batch and epochs",
+    "views_time": "equal rows in a batch and steps (equal time)",
+}
 USED = 0.1  # a direction of Z counts as used if its singular value exceeds this fraction of the largest
 
 
@@ -75,9 +80,9 @@ def save(figure: Figure, path: Path) -> None:
 def finished_runs(folder: Path) -> pd.DataFrame:
     """All finished runs below `folder`, one row per run.
 
-    Columns: `path`, all options by dotted name, `loss_name`, `solver`, the number of `classes`, the last row
-    of metrics.csv as `metrics.*`, and test top-1 of the linear probe as `top1.<features>`. Raises UsageError
-    if no run has finished.
+    Columns: `path`, the `experiment`, all options by dotted name, `loss_name`, `solver`, the number of
+    `classes`, the last row of metrics.csv as `metrics.*`, and test top-1 of the linear probe as
+    `top1.<features>`. Raises UsageError if no run has finished.
     """
     rows = []
     for run in read_runs([folder], without=folder / "report"):
@@ -86,6 +91,7 @@ def finished_runs(folder: Path) -> pd.DataFrame:
         if not {"loss._target_", "solver._target_"} <= run.config.keys() or "classes" not in run.record:
             raise UsageError(f"{run.path}: expected a run of this version of ssl_runner; repeat it")
         row: dict[str, Any] = {"path": run.path, "classes": len(run.record["classes"])}
+        row |= {"experiment": run.choices.get("experiment")}
         row |= {key: None if value == "null" else number(value) for key, value in run.config.items()}
         row |= {"loss_name": run.config["loss._target_"].rpartition(".")[2]}
         row |= {"solver": run.config["solver._target_"].rpartition(".")[2]}
@@ -358,8 +364,38 @@ def linear_regime(runs: pd.DataFrame) -> Figure:
     return figure
 
 
+def views(runs: pd.DataFrame) -> Figure:
+    """Probe accuracy against the number of views: a row per data set, a column per quantity that is equal.
+
+    The runs with V = 2 of views_time are those of views_rows and views_images as well.
+    """
+    runs = runs.dropna(subset="experiment")
+    sets = list(runs["dataset.name"].unique())
+    figure = Figure(figsize=(12, 3.6 * len(sets)), layout="constrained")
+    axes = figure.subplots(len(sets), len(ARMS), squeeze=False, sharex=True, sharey="row")
+    figure.suptitle(f"Number of views V; {seeds(runs)}", fontsize=11)
+    for line, name in zip(axes, sets, strict=True):
+        for ax, (arm, title) in zip(line, ARMS.items(), strict=True):
+            chosen = runs[(runs["dataset.name"] == name) & ((runs.experiment == arm) | (runs.V == 2))]
+            for (loss, normalized), some in chosen.groupby(["loss_name", "relation.normalized"]):
+                label = f"{NAMES[loss]}, normalised G" if normalized is True else NAMES[loss]
+                style = {"color": COLOURS[loss], "ls": "--" if normalized is True else "-"}
+                curve(ax, some, "V", "top1.backbone", label, marker="o", **style)
+            ax.set(xscale="log", title=f"{name}: {title}")
+            ax.set_xticks(sorted(runs.V.unique()), [f"{V:g}" for V in sorted(runs.V.unique())])
+            ax.minorticks_off()
+            ax.title.set_fontsize(9)
+            ax.grid(alpha=0.25)
+            ax.spines[["top", "right"]].set_visible(False)
+        line[0].set_ylabel("linear probe, test top-1")
+        line[0].legend(fontsize=8)
+    for ax in axes[-1]:
+        ax.set_xlabel("V, views per image")
+    return figure
+
+
 DRAW: dict[str, Callable[[pd.DataFrame], Figure]] = {
-    draw.__name__: draw for draw in (rank_vs_gamma, aligned_vs_misaligned, low_label, linear_regime)
+    draw.__name__: draw for draw in (rank_vs_gamma, aligned_vs_misaligned, low_label, linear_regime, views)
 }
 
 

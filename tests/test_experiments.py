@@ -57,11 +57,11 @@ def test_grid_of_experiment_runs_all_jobs_without_m(ssl_run, tmp_path: Path) -> 
 # --- published recipes --------------------------------------------------------------------------------------
 
 
-def recipe(name: str) -> DictConfig:
-    """The checked configuration of a recipe."""
+def experiment(name: str, *overrides: str) -> DictConfig:
+    """The checked configuration of one run of an experiment."""
     compose.register_resolvers()
     compose.prefer_our_presets()
-    [(_, config)] = check.check(arguments.parse(arguments.parser(), [f"experiment={name}"]))
+    [(_, config)] = check.check(arguments.parse(arguments.parser(), [f"experiment={name}", *overrides]))
     return config
 
 
@@ -107,7 +107,7 @@ def test_loss_of_recipe_is_multiple_of_published_loss(name: str, published, fact
 
     The weights of VICReg contain 1 / K and are converted to the K of this test.
     """
-    config, n, K = recipe(name), 1000, 6
+    config, n, K = experiment(name), 1000, 6
     if name.endswith("vicreg"):
         for weight in ("alpha", "beta", "gamma"):
             config[weight] *= config.projector.K / K
@@ -143,3 +143,17 @@ def test_recipe_states_source_and_figures(name: str) -> None:
         assert f"#   {line}" in header
     page = (CONF.parent / "docs" / "recipes.md").read_text()
     assert f"| `{name}` |" in page
+
+
+@pytest.mark.parametrize("V", [2, 4, 16])
+def test_experiments_of_views_hold_equal_what_they_say(V: int) -> None:
+    """Images in a batch, rows in a batch, epochs, and rows in all, relative to V = 2."""
+    given = {
+        name: experiment(name, f"V={V}", "seed=0") for name in ("views_rows", "views_images", "views_time")
+    }
+    counts = {name: (c.batch_size, V * c.batch_size, c.epochs) for name, c in given.items()}
+    assert counts == {
+        "views_rows": (256 // V, 256, 8),
+        "views_images": (128, 128 * V, 8),
+        "views_time": (256 // V, 256, 16 // V),
+    }

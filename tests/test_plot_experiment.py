@@ -229,6 +229,19 @@ def test_low_label_rejects_run_without_linear_probe(tmp_path: Path) -> None:
         figures.low_label(figures.finished_runs(tmp_path))
 
 
+def test_views_takes_runs_with_two_views_into_every_panel(tmp_path: Path) -> None:
+    data = {"dataset__name": "digits", "relation__normalized": False}
+    for arm, tops in (("time", {2: 0.5, 4: 0.6}), ("rows", {4: 0.7}), ("images", {4: 0.8})):
+        for V, top1 in tops.items():
+            folder = tmp_path / f"{arm}{V}"
+            write_run(folder, "simclr", top1, seed=0, V=V, **data)
+            choices = f"hydra:\n  runtime:\n    choices:\n      experiment: views_{arm}\n"
+            (folder / ".hydra" / "hydra.yaml").write_text(choices)
+    drawn = [points(axes, "SimCLR") for axes in figures.views(figures.finished_runs(tmp_path)).axes]
+    assert [list(x) for x, _ in drawn] == [[2, 4]] * 3
+    np.testing.assert_allclose([y for _, y in drawn], [[0.5, 0.7], [0.5, 0.8], [0.5, 0.6]])
+
+
 def test_command_writes_picture_or_fails_in_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["plot_experiment.py", "low_label", str(tmp_path)])
     with pytest.raises(SystemExit) as exit_:

@@ -31,8 +31,9 @@ def register_resolvers() -> None:
     """Register the resolvers of the configs.
 
     `${unique:}` is eight random hex digits, constant within a run or sweep. `${view_count:}` is the sum of
-    count over views.policies.
+    count over views.policies. `${divided:a,b}` is the integer part of a / b.
     """
+    OmegaConf.register_new_resolver("divided", lambda a, b: a // b, replace=True)
     OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(4), use_cache=True, replace=True)
     OmegaConf.register_new_resolver(
         "view_count", lambda *, _root_: view_count(_root_.views.policies), replace=True
