@@ -1,6 +1,6 @@
 """Evaluators: called with the model after every epoch, they add columns to metrics.csv or write files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ssl_runner.model import SSLModel
@@ -18,6 +18,7 @@ class Evaluator:
 
     columns: tuple[str, ...] = ()
     after_last: bool = True
+    shown: Mapping[str, str] = {}  # short texts for the progress of training, such as {"val": "0.93"}
     quick: bool = False  # takes about a second; before others the state of the training is written to disk
 
     def __init__(self, every: int = 1):

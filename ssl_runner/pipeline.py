@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from tqdm import tqdm
 
 from ssl_runner import __version__, distributed, numerics
 from ssl_runner.background import Background
@@ -23,6 +22,7 @@ from ssl_runner.evaluator import Columns
 from ssl_runner.model import count_parameters
 from ssl_runner.preemption import Preemption
 from ssl_runner.probe import affordable, evaluate_seeded, feature_networks, label_draws, layer_names
+from ssl_runner.progress import progress
 from ssl_runner.runs import checkpoint, resume, weights
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.runs.record import RunRecord
@@ -104,6 +104,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
             start = time.perf_counter()
             last = solver.epoch == solver.total_epochs
             columns = [evaluator(model, solver.epoch, last=last) for evaluator in evaluators]
+            for evaluator in evaluators:
+                solver.shown = {**solver.shown, **evaluator.shown}
             row = with_evaluators_time(row, time.perf_counter() - start)
             # a checkpoint of a later step is written after the row
             background.submit(partial(append, metrics, row, columns))
@@ -182,7 +184,7 @@ def probe(
     builders, seed = networks(experiment), cfg.dataset.split_seed
     cache = baseline_cache(cfg, data, draws, experiment.numerics, experiment.model.K)
     scores: dict[tuple[str, str, str], float] = {}
-    for features in tqdm(chosen, "probe", disable=None if distributed.is_main_process() else True):
+    for features in progress(chosen, "probe", hidden=not distributed.is_main_process()):
         release_freed_memory()  # of the training, or of other features
         compute = partial(
             evaluate_seeded, features, builders[features], data, experiment.classifiers, draws, seed

@@ -1,7 +1,7 @@
 """The interface of a solver: it sets the model's weights and yields one row of metrics.csv per epoch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum, auto
 from typing import Any
 
@@ -32,6 +32,7 @@ class Solver(ABC):
     epoch: int = 0
     total_epochs: int
     last_row: dict[str, Any]
+    shown: Mapping[str, str] = {}  # what evaluators add to the progress of training
 
     @classmethod
     def check_loss(cls, loss: Loss, relation: RelationBuilder) -> None:

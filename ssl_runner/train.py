@@ -20,6 +20,7 @@ from ssl_runner.guard import ADVICE, Diverged, NonFiniteGuard
 from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel
 from ssl_runner.preemption import Preempted, Preemption
+from ssl_runner.progress import image_progress
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.solver import Save, Solver
 from ssl_runner.step_graph import Capture, StepGraph
@@ -92,14 +93,10 @@ class Pretraining(Solver):
         as means over the epoch's steps). Raises Diverged if a term or a weight is not finite.
         """
         self.saved = time.perf_counter()
-        with tqdm(
-            total=self.total_epochs * self.loader.steps_per_epoch * self.loader.batch_size,
-            initial=self.step * self.loader.batch_size,
-            desc="pretrain",
-            unit="images",
-            unit_scale=True,
-            disable=None if distributed.is_main_process() else True,
-        ) as bar:
+        size = self.loader.batch_size
+        total = self.total_epochs * self.loader.steps_per_epoch * size
+        hidden = not distributed.is_main_process()
+        with image_progress("pretrain", total, self.step * size, hidden) as bar:
             while self.epoch < self.total_epochs:
                 yield self._epoch(bar)
 
@@ -150,6 +147,7 @@ class Pretraining(Solver):
         start = time.perf_counter()
         self.model.train()
         guard, timer = NonFiniteGuard(), IteratorTimer(self.device)
+        bar.set_description_str(f"pretrain, epoch {self.epoch + 1} of {self.total_epochs}", refresh=False)
         first = self.step - self.epoch * self.loader.steps_per_epoch
         batches = self.loader.batches(
             self.epoch, first, whole_batch=not self.sharded, view_format=self.view_format
@@ -158,7 +156,7 @@ class Pretraining(Solver):
             values = self._step(X, batch, guard)
             self.sums = {name: value + self.sums.get(name, 0) for name, value in values.items()}
             self.step += 1
-            bar.set_postfix(guard.latest, refresh=False)
+            bar.set_postfix({**guard.latest, **self.shown}, refresh=False)
             bar.update(self.loader.batch_size)
             request = self.requests(STOP if self.preemption.received else SAVE if self._save_is_due() else 0)
             if request:

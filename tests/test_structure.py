@@ -22,6 +22,7 @@ IMPORTS = """
     background      errors
     host_copy
     timer
+    progress
     console         errors
     optimizer       errors
     distributed     errors preemption
@@ -34,17 +35,17 @@ IMPORTS = """
     views           batch errors rule view_layout
     relation        batch device distributed errors
     loss            distributed names relation
-    data            batch device distributed errors names runs views
+    data            batch device distributed errors names progress runs views
     model           backbone
     evaluator       model
     solver          loss model relation
 
     step_graph      batch device errors
-    train           batch data device distributed errors guard loss model numerics preemption relation
-                    solver step_graph timer views
-    theory          backbone batch data device distributed errors evaluator host_copy loss model relation runs
-                    solver
-    probe           backbone batch data device distributed errors evaluator model optimizer runs
+    train           batch data device distributed errors guard loss model numerics preemption progress
+                    relation solver step_graph timer views
+    theory          backbone batch data device distributed errors evaluator host_copy loss model progress
+                    relation runs solver
+    probe           backbone batch data device distributed errors evaluator model optimizer progress runs
                     view_layout views
 
     pretrained      data device errors runs views
@@ -54,10 +55,10 @@ IMPORTS = """
                     numerics optimizer preemption probe relation runs solver
     compiler        data distributed solver views
     embedding_map   data distributed probe runs
-    pipeline        background build compiler data device distributed embedding_map evaluator model numerics
-                    preemption probe runs solver theory views
+    pipeline        background build compiler data device distributed embedding_map evaluator model
+                    numerics preemption probe progress runs solver theory views
     evaluation      build checks config console data device errors model names numerics pretrained probe
-                    relation runs theory views
+                    progress relation runs theory views
     cli             build config console distributed errors pipeline preemption runs version
     __main__        cli
     api             cli config errors runs

@@ -17,11 +17,11 @@ import torch
 from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ssl_runner.data import decode
 from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError, one_line
+from ssl_runner.progress import image_progress
 from ssl_runner.runs.files import read_json, write_json
 
 BLOCK_BYTES = 2**26  # of decoded images between two records of the progress
@@ -179,9 +179,7 @@ def _decode(
     threads = ThreadPoolExecutor(os.cpu_count())
     try:
         with (
-            tqdm(
-                desc="decode", total=len(encoded), initial=done, unit="images", unit_scale=True, disable=None
-            ) as bar,
+            image_progress("decode", len(encoded), done) as bar,
             open(partial, "r+b" if done else "wb") as array,
         ):
             array.write(header.getvalue())

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.decode import DAMAGED
@@ -22,6 +21,7 @@ from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError, one_line
 from ssl_runner.evaluation.tables import FORMATS, Block, check_target
 from ssl_runner.pretrained import Pretrained, Transform
+from ssl_runner.progress import image_progress
 from ssl_runner.runs.files import atomic_write
 from ssl_runner.views import normalize, to_unit
 
@@ -127,7 +127,7 @@ def embed(network: Pretrained, batches: Batches, total: int, projections: bool, 
     `write` is called with one Block per batch. Returns the number of images.
     """
     rows = 0
-    with tqdm(total=total, desc="embed", unit="images", unit_scale=True, disable=None) as bar:
+    with image_progress("embed", total) as bar:
         for x, columns in batches:
             features = network.backbone(x).flatten(1).float()
             block = {**columns, "features": features.cpu().numpy()}

@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from tqdm import tqdm
 
 from ssl_runner import build, numerics
 from ssl_runner.data.dataset import DataSet
@@ -32,6 +31,7 @@ from ssl_runner.probe import (
     label_draws,
     layer_names,
 )
+from ssl_runner.progress import progress
 from ssl_runner.runs import resume
 from ssl_runner.runs.files import CsvLog, read_json
 
@@ -98,7 +98,7 @@ def probe_rows(
     settings: Any = OmegaConf.to_container(cfg.probe.finetune) if "finetune" in cfg.probe.probes else None
     tuning = None if settings is None else FineTuning(**settings)  # checked before the first row
     cache = build.baseline_cache(cfg, data, draws, switches, model.K)
-    for name in tqdm([*features, *layer_names(cfg.probe.layer)] if frozen else [], "probe", disable=None):
+    for name in progress([*features, *layer_names(cfg.probe.layer)] if frozen else [], "probe"):
         seed = cfg.dataset.split_seed
         compute = partial(evaluate_seeded, name, networks[name], data, classifiers, draws, seed)
         yield from cache.rows(name, compute)

@@ -35,6 +35,7 @@ class ProbeEvaluator(Evaluator):
         rows = list(evaluate("backbone", model.backbone, self.data, self.classifiers, score_test=False))
         for row in rows:
             self.log.append({"epoch": epoch, **row})
+        self.shown = {"val": f"{rows[0]['top1']:.4f}"}
         return rows[0]["top1"]
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ssl_runner import optimizer
 from ssl_runner.batch import per_size
@@ -20,6 +19,7 @@ from ssl_runner.errors import UsageError
 from ssl_runner.model import SSLModel
 from ssl_runner.probe.protocol import accuracies, extract
 from ssl_runner.probe.shares import LabelDraw
+from ssl_runner.progress import progress
 from ssl_runner.view_layout import RULES
 from ssl_runner.views import Augment, ViewFormat
 
@@ -113,7 +113,7 @@ def train(
     augment, views = Augment({"all": options.policy}), torch.Generator(device).manual_seed(seed)
     shuffle = torch.Generator().manual_seed(seed)
     best = (-1.0, 0, torch.empty(0), dict[str, Tensor]())
-    for epoch in tqdm(range(options.epochs), "finetune", disable=None, leave=False):
+    for epoch in progress(range(options.epochs), "finetune", leave=False):
         order = positions[torch.randperm(n, generator=shuffle)[: steps * size]]
         network.train()
         for number, (images, y) in enumerate(data.train.stored.batches(order, size, device)):

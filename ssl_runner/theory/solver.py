@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ssl_runner import distributed
 from ssl_runner.backbone import LinearBackbone
@@ -18,6 +17,7 @@ from ssl_runner.errors import UsageError
 from ssl_runner.evaluator import Evaluator
 from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel, count_parameters
+from ssl_runner.progress import image_progress
 from ssl_runner.relation.builders import FromLabels, FromViews, RelationBuilder
 from ssl_runner.solver import Save, Solver
 from ssl_runner.theory.linear import has_linear_optimum, linear_optimum, value_of
@@ -212,14 +212,8 @@ def stream_moments(
     if of_classes or type(relation) is FromViews:
         size = max(size, CHUNK)
     frozen.eval()
-    with tqdm(
-        total=passes * loader.steps_per_epoch * loader.batch_size,
-        desc="moments",
-        unit="images",
-        unit_scale=True,
-        disable=None if distributed.is_main_process() else True,
-        leave=False,
-    ) as bar:
+    total = passes * loader.steps_per_epoch * loader.batch_size
+    with image_progress("moments", total, hidden=not distributed.is_main_process(), leave=False) as bar:
         for number in range(passes):
             for views, batch in loader.batches(number, size=size):
                 parts = [x for block in per_size(views) for x in block.split(FORWARD_ROWS)]

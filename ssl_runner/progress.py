@@ -1,0 +1,36 @@
+"""Progress of long work: tqdm's bar on a terminal, and a line from time to time in a file or a notebook."""
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+FIRST_LINE, LINES = 10.0, 30.0  # seconds to the first line, and between further ones
+FORMAT = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f}%), {rate_fmt}, {remaining} left{postfix}"
+
+
+class Lines(tqdm):
+    """tqdm that writes lines to stderr instead of a bar. Short work writes none."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        given = {"mininterval": FIRST_LINE, "miniters": 1, "delay": FIRST_LINE, "bar_format": FORMAT}
+        super().__init__(*args, **kwargs | given | {"leave": False})
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        if msg is None:  # not the empty text that removes a bar
+            self.mininterval = LINES
+            print(self, file=sys.stderr, flush=True)
+        return False
+
+
+def progress(*args: Any, hidden: bool = False, **kwargs: Any) -> tqdm:
+    """tqdm(*args, **kwargs): a bar if stderr is a terminal, else lines. `hidden`: nothing."""
+    kind = tqdm if sys.stderr.isatty() else Lines
+    return kind(*args, disable=hidden, **kwargs)
+
+
+def image_progress(name: str, total: int, done: int = 0, hidden: bool = False, leave: bool = True) -> tqdm:
+    """The progress of work on `total` images, of which `done` are finished."""
+    return progress(
+        desc=name, total=total, initial=done, unit=" images", unit_scale=True, hidden=hidden, leave=leave
+    )
