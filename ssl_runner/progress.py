@@ -16,11 +16,10 @@ class Lines(tqdm):
         given = {"mininterval": FIRST_LINE, "miniters": 1, "delay": FIRST_LINE, "bar_format": FORMAT}
         super().__init__(*args, **kwargs | given | {"leave": False})
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if msg is None:  # not the empty text that removes a bar
             self.mininterval = LINES
             print(self, file=sys.stderr, flush=True)
-        return False
 
 
 def progress(*args: Any, hidden: bool = False, **kwargs: Any) -> tqdm:
