@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts import options_page
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -35,6 +37,10 @@ def test_commands_of_pages_are_accepted(ssl_run, command: str) -> None:
     code, out, err = ssl_run(shlex.join(shown))
     assert (code, err) == (0, "")
     assert out
+
+
+def test_page_of_options_is_up_to_date() -> None:
+    assert options_page.PAGE.read_text("utf-8") == options_page.page(), "run python scripts/options_page.py"
 
 
 def test_pages_have_no_placeholders() -> None:
