@@ -210,7 +210,10 @@ def run_or_skip(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     else:
         resume.refuse_finished(folder)
         cfg = saved.resumed(cfg, folder)
-    distributed.broadcast_object((OmegaConf.to_container(cfg), str(folder), str(Path.cwd())))
+    runtime = HydraConfig.get().runtime
+    places = runtime.cwd, compose.given_config_dir(runtime)
+    compose.find_modules(*places)
+    distributed.broadcast_object((OmegaConf.to_container(cfg), str(folder), str(Path.cwd()), places))
     from ssl_runner.pipeline import run
 
     return run(cfg, folder)
@@ -226,8 +229,9 @@ def run_as_follower() -> float | None:
     try:
         result = {}
         if (task := distributed.broadcast_object(None)) is not None:
-            cfg, folder, cwd = task
+            cfg, folder, cwd, places = task
             os.chdir(cwd)  # relative paths must resolve as on rank 0
+            compose.find_modules(*places)
             from ssl_runner.pipeline import run
 
             result = run(OmegaConf.create(cfg), Path(folder))

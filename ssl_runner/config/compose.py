@@ -5,6 +5,7 @@ This module does not import torch, so that `--help` and `--cfg job` stay fast.
 
 import argparse
 import secrets
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,15 +151,29 @@ class Composer:
         ]
 
 
+def given_config_dir(runtime: DictConfig) -> str | None:
+    """Return the folder given with --config-dir, from `hydra.runtime`."""
+    paths = [str(source.path) for source in runtime.config_sources if source.provider == "command-line"]
+    return paths[0] if paths else None
+
+
+def find_modules(launch_folder: str | Path, config_dir: str | None) -> None:
+    """Let Python find the user's modules in the launch folder and beside `config_dir`, after all others."""
+    folders = [launch_folder, *([Path(config_dir).resolve().parent] if config_dir is not None else [])]
+    sys.path.extend(str(folder) for folder in folders if str(folder) not in sys.path)
+
+
 @contextmanager
 def composer(args: argparse.Namespace) -> Iterator[Composer]:
     """Context manager that yields a Composer for the search path of the command line.
 
+    The modules that its configs name can be imported from then on.
     Raises UsageError if --config-dir or --config-path is not a folder.
     """
     for option, folder in (("--config-dir", args.config_dir), ("--config-path", args.config_path)):
         if folder is not None and not Path(folder).is_dir():
             raise UsageError(f"{option}={folder}: expected a folder that contains <group>/<name>.yaml")
+    find_modules(Path.cwd(), args.config_dir)
     folder = Path(args.config_path or CONF)
     with hydra_internals.config_repository(folder, args.config_dir) as repository:
         yield Composer(repository, args.config_name or "config")

@@ -174,14 +174,13 @@ def refuse_finished(folder: Path) -> None:
 
 def config_dir_of(folder: Path) -> str | None:
     """Return the --config-dir that a run was started with. Raises UsageError if the folder is gone."""
-    sources = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.config_sources
-    paths = [str(source.path) for source in sources if source.provider == "command-line"]
-    if paths and not Path(paths[0]).is_dir():
+    path = compose.given_config_dir(OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime)
+    if path is not None and not Path(path).is_dir():
         raise UsageError(
-            f"{folder}: expected the folder with configs that the run was started with, {paths[0]}, found"
+            f"{folder}: expected the folder with configs that the run was started with, {path}, found"
             " none; give the present one with --config-dir"
         )
-    return paths[0] if paths else None
+    return path
 
 
 def is_running(record: dict) -> bool:

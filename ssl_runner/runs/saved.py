@@ -128,9 +128,11 @@ def _choices(folder: Path) -> Any:
 def _reference(choices: Any) -> Any:
     """Return the defaults of this version for these choices, composed as for the present job."""
     hydra = HydraConfig.get()
-    sources = {source.provider: source.path for source in hydra.runtime.config_sources}
+    [main] = [source.path for source in hydra.runtime.config_sources if source.provider == "main"]
     args = argparse.Namespace(
-        config_dir=sources.get("command-line"), config_path=sources["main"], config_name=hydra.job.config_name
+        config_dir=compose.given_config_dir(hydra.runtime),
+        config_path=main,
+        config_name=hydra.job.config_name,
     )
     added = {check.key_of(one) for one in compose.parse(hydra.overrides.task) if one.is_add()}
     with compose.composer(args) as composer:

@@ -1,4 +1,4 @@
-"""Every snippet of CONTRIBUTING.md works: its files are written to a folder and its commands run there."""
+"""Every snippet of docs/extending.md works: its files are written to a folder and its commands run there."""
 
 import csv
 import importlib
@@ -17,10 +17,10 @@ from ssl_runner.theory import EXACT, linear_optimum, optimum
 from ssl_runner.theory.moments import Moments
 from tests.helpers import TINY, run_folder, table
 
-PAGE = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
 FILES = dict(re.findall(r'^```\w+ title="(.+?)"\n(.*?)^```', PAGE, re.M | re.S))
 COMMANDS = [
-    line.removeprefix("PYTHONPATH=. ssl-run ")
+    line.removeprefix("ssl-run ")
     for block in re.findall(r"^```bash\n(.*?)^```", PAGE, re.M | re.S)
     for line in block.splitlines()
 ]
@@ -28,11 +28,12 @@ COMMANDS = [
 
 @pytest.fixture(autouse=True)
 def snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Write all files of the page, and put their folder on Python's path as `PYTHONPATH=.` does."""
+    """Write all files of the page to the folder in which the tests run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     for path, content in FILES.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(content)
-    monkeypatch.syspath_prepend(tmp_path)
     before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "mine"}
     for name in before:
         del sys.modules[name]
@@ -40,6 +41,11 @@ def snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
         del sys.modules[name]
     sys.modules.update(before)
+
+
+@pytest.fixture
+def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
 
 
 @pytest.fixture
@@ -72,10 +78,9 @@ def record(folder: Path) -> dict:
 
 def test_every_snippet_is_used() -> None:
     """A file has a title, and a command a test below."""
-    assert len(FILES) == 11
+    assert len(FILES) == 13
     assert len(re.findall(r"^```(?:python|yaml)", PAGE, re.M)) == len(FILES)
-    assert len(COMMANDS) == 8
-    assert PAGE.count("ssl-run ") == len(COMMANDS)
+    assert len(COMMANDS) == 9
 
 
 def test_loss_trains_and_is_compared_with_its_optimum(run_command) -> None:
@@ -93,6 +98,7 @@ def test_loss_is_solved_for_a_linear_model(run_command) -> None:
     assert (row["loss_name"], row["loss_kind"]) == ("WeightedSpectral", EXACT)
 
 
+@pytest.mark.usefixtures("importable")
 @pytest.mark.parametrize("G", [Views(6, 2), Labels(torch.arange(12) % 3)], ids=["views", "labels"])
 def test_registered_optimum_is_stationary_and_has_its_value(G) -> None:
     loss = importlib.import_module("mine.losses").WeightedSpectral(3.0)
@@ -107,6 +113,7 @@ def test_registered_optimum_is_stationary_and_has_its_value(G) -> None:
         assert all(loss(Z + 0.1 * torch.randn(12, 4), G) > value for _ in range(10))
 
 
+@pytest.mark.usefixtures("importable")
 def test_registered_linear_optimum_is_stationary_and_has_its_value() -> None:
     loss, G = importlib.import_module("mine.losses").WeightedSpectral(3.0), Labels(torch.arange(12) % 3)
     X = torch.randn(12, 5, dtype=torch.float64)
@@ -126,6 +133,16 @@ def test_relation_trains(run_command) -> None:
     row = last_row(folder)
     assert float(row["relation_label_energy"]) > 0
     assert float(row["optimum_rank"]) <= 8
+
+
+def test_views_train_and_are_those_of_the_whole_batch_on_every_rank(run_command) -> None:
+    run_command("views=noise")
+    images, stats = torch.randint(256, (4, 1, 5, 5), dtype=torch.uint8), (torch.zeros(1), torch.ones(1))
+    noise = importlib.import_module("mine.views").Noise(0.5)
+    whole = noise(images, 3, *stats, torch.Generator().manual_seed(0)).unflatten(0, (3, 4))
+    for rank in (0, 1):
+        own = noise(images[2 * rank :][:2], 3, *stats, torch.Generator().manual_seed(0), rank, 2)
+        assert_close(own.unflatten(0, (3, 2)), whole[:, 2 * rank :][:, :2])
 
 
 def test_data_set_trains(run_command) -> None:
