@@ -151,7 +151,7 @@ class Composer:
         ]
 
 
-def given_config_dir(runtime: DictConfig) -> str | None:
+def given_config_dir(runtime: Any) -> str | None:
     """Return the folder given with --config-dir, from `hydra.runtime`."""
     paths = [str(source.path) for source in runtime.config_sources if source.provider == "command-line"]
     return paths[0] if paths else None
