@@ -336,6 +336,12 @@ def test_statistic_of_gaussian_and_collapsed_rows() -> None:
     assert_close(sigreg.epps_pulley(normal).mean(), null, rtol=0.05, atol=0)
 
 
+def test_wmse_without_blocks_draws_no_random_numbers() -> None:
+    before = torch.get_rng_state()
+    assert not WMSE().state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_counter_matches_splitmix64() -> None:
     """Published outputs for the seed 1234567 (Vigna's splitmix64.c), as unsigned integers."""
     states = torch.tensor(1234567) + counter.INCREMENT * torch.arange(1, 4)
