@@ -9,6 +9,7 @@ The script is in the source tree only. It prints one row per measurement.
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from ssl_runner.build import Experiment, build
 from ssl_runner.config.compose import CONF, prefer_our_presets, register_resolvers
 from ssl_runner.data.readers import mnist5k
+from ssl_runner.loss import VICReg
 from ssl_runner.loss.base import off_diagonal
 from ssl_runner.preemption import Preemption
 from ssl_runner.probe import LinearProbe, evaluate
@@ -139,22 +141,30 @@ def moment_eigenvalues(untrained: Experiment) -> Tensor:
     return torch.from_numpy(scipy.linalg.eigvalsh(T.T @ (moments.XDX - moments.XGX).numpy() @ T))
 
 
+class WithWarmup(VICReg):
+    """VICReg, squared, whose gamma rises linearly from 0 over so many training steps."""
+
+    def __init__(self, steps: float, alpha: float, beta: float, gamma: float):
+        super().__init__(alpha, beta, gamma, variance="squared")
+        self.steps, self.gamma, self.step = steps, gamma, 0
+
+    def total(self, terms: dict[str, Tensor]) -> Tensor:
+        if torch.is_grad_enabled():  # a training step
+            self.step += 1
+            self.weights["invariance"] = self.gamma * min(1.0, self.step / self.steps)
+        return super().total(terms)
+
+
 def train(parts: Experiment, warmup: bool = False) -> tuple[Experiment, dict[str, Any]]:
-    """Train. With `warmup`, gamma rises linearly from 0 over the first WARMUP of the steps.
+    """Train. With `warmup`, gamma rises over the first WARMUP of the steps.
 
     Returns the parts, and the directions that Z uses with its loss on the subset of the diagnostics.
     """
-    solver: Any = parts.solver(Preemption(), lambda state, how: None)
-    steps, gamma = parts.cfg.epochs * parts.loader.steps_per_epoch, parts.loss.weights["invariance"]
-    learning_rate = solver.learning_rate
-
-    def with_gamma(step: int) -> float:  # the solver asks for the learning rate once per step
-        parts.loss.weights["invariance"] = gamma * min(1.0, (step + 1) / (WARMUP * steps))
-        return learning_rate(step)
-
     if warmup:
-        solver.learning_rate = with_gamma
-    for _ in solver.epochs():
+        steps = parts.cfg.epochs * parts.loader.steps_per_epoch
+        weights = (parts.loss.weights[term] for term in ("variance", "covariance", "invariance"))
+        parts = replace(parts, loss=WithWarmup(WARMUP * steps, *weights))
+    for _ in parts.solver(Preemption(), lambda state, how: None).epochs():
         pass
     diagnostics = Diagnostics(parts.loader, parts.relation, parts.loss, Path(), every=1, num_images=260)
     singular = np.array([row["Z"] for row in diagnostics.spectrum(parts.model)])

@@ -141,7 +141,6 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     if data is None:
         data = read_data(cfg, device)
     check_fit(cfg, data, relation)
-    check_loss(cfg, loss, relation, data)
     fresh_backbone = partial(build_backbone, cfg, data, device)
     backbone = distributed.sync_batchnorm(fresh_backbone())
     initial_weights = None
@@ -154,6 +153,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
         projector = distributed.sync_batchnorm(projector)
     model = SSLModel(backbone, projector, cfg.channels_last)
     solver_class.check_model(model)
+    check_loss(cfg, loss, relation, data, solver_class, model.K)
     if cfg.probe.layer is not None:
         check_layer(backbone, cfg.probe.layer, (data.channels, data.image_size, data.image_size), device)
     check_view_sizes(cfg, augment, solver_class, backbone, data)

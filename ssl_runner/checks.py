@@ -1,5 +1,7 @@
 """Checks of a run that need its data or its networks. Those of the configuration alone are in `config`."""
 
+from copy import deepcopy
+
 import torch
 from omegaconf import DictConfig, OmegaConf
 
@@ -9,9 +11,11 @@ from ssl_runner.batch import Batch
 from ssl_runner.config.compose import CONF
 from ssl_runner.config.rules import format_value
 from ssl_runner.data.dataset import DataSet
+from ssl_runner.data.splits import balanced_size
 from ssl_runner.errors import UsageError
 from ssl_runner.loss import Loss
 from ssl_runner.model import eval_mode
+from ssl_runner.relation import Relation
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.solver import Solver
 from ssl_runner.views import Augment
@@ -86,27 +90,49 @@ def check_fit(cfg: DictConfig, data: DataSet, relation: RelationBuilder) -> None
         )
 
 
-def check_loss(cfg: DictConfig, loss: Loss, relation: RelationBuilder, data: DataSet) -> None:
-    """Raise UsageError if the loss is not defined for the relation, which is bound to the data set.
+def check_loss(
+    cfg: DictConfig,
+    loss: Loss,
+    relation: RelationBuilder,
+    data: DataSet,
+    solver: type[Solver],
+    K: int,
+) -> None:
+    """Raise UsageError if the loss is not defined for the rows of a training step, or of the diagnostics.
 
-    The relation of one batch, of images spread over the data set, represents all of them.
+    The relation is bound to the data set. A batch of images spread over the data set represents all of them.
     """
-    if not (loss.needs_groups or loss.needs_views):
-        return
     if loss.needs_views and relation.uses_memory:
         raise UsageError(
             f"relation.queue={cfg.relation.get('queue')}: expected 0 for this loss, which needs rows of views"
             " only; set relation.queue=0"
         )
-    images = data.pretrain
-    chosen = torch.linspace(0, len(images) - 1, cfg.batch_size).long()
-    batch = Batch(images.indices[chosen], images.labels.cpu()[chosen], cfg.V, len(data.classes))
+    uses = {}
+    if solver.trains:
+        uses[f"batch_size={cfg.batch_size}"] = cfg.batch_size, relation
+    if cfg.diagnostics.every:
+        number, images = cfg.diagnostics.num_images, data.train if data.classes else data.pretrain
+        subset = balanced_size(number, len(images), len(data.classes))
+        uses[f"diagnostics.num_images={number}"] = subset, relation.frozen_copy()
     with distributed.local_only():
-        G = relation.frozen_copy()(batch, torch.zeros(cfg.V * cfg.batch_size, 1))
-        try:
-            loss.check_relation(G)
-        except ValueError as error:
-            raise UsageError(f"relation: {error}") from error
+        for option, (size, builder) in uses.items():
+            for G in first_relations(builder, size, cfg.V, data):
+                option_at_fault = "relation"
+                try:
+                    loss.check_relation(G)
+                    option_at_fault = option
+                    loss.check_rows(G.num_rows, K, G.V)
+                except ValueError as error:
+                    raise UsageError(f"{option_at_fault}: {error}") from error
+
+
+def first_relations(builder: RelationBuilder, size: int, V: int, data: DataSet) -> list[Relation]:
+    """The relation of a batch, and that of a second one if the builder uses the embeddings of the first."""
+    images = data.pretrain
+    chosen = torch.linspace(0, len(images) - 1, size, device="cpu").long()
+    batch = Batch(images.indices[chosen], images.labels.cpu()[chosen], V, len(data.classes))
+    builder = deepcopy(builder) if builder.uses_memory else builder.frozen_copy()
+    return [builder(batch, torch.zeros(V * size, 1, device="cpu")) for _ in range(1 + builder.uses_memory)]
 
 
 def check_unlabelled(cfg: DictConfig, data: DataSet) -> None:

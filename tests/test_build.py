@@ -83,6 +83,11 @@ def test_evaluators_with_a_period_are_built(settings: str, number: int) -> None:
             "PrototypeLoss has no closed form for a linear model",
         ),
         ("solver=closed_form projector=linear relation=neighbors relation.queue=60", "set relation.queue=0"),
+        ("solver=closed_form projector=linear loss=wmse", "unit_rows=true: expected false"),
+        (
+            "solver=closed_form projector=linear loss=wmse unit_rows=false whitening_size=20",
+            "whitening_size=20: expected null",
+        ),
     ],
 )
 def test_unusable_parts_are_refused_before_the_data_set_is_read(settings: str, message: str) -> None:
@@ -109,6 +114,16 @@ def test_unusable_parts_are_refused_before_the_data_set_is_read(settings: str, m
             "loss=frossl per_view=true relation=neighbors relation.queue=60",
             "relation.queue=60: expected 0 for this loss",
         ),
+        ("loss=wmse projector.K=100", "batch_size=50: K=100: expected less than the 100 rows"),
+        ("loss=wmse projector.K=40 whitening_size=25", "batch_size=50: K=40: expected less than the 25 rows"),
+        (
+            "loss=wmse projector.K=35 whitening_size=30 relation=neighbors relation.queue=60",
+            "batch_size=50: K=35: expected less than the 30 rows",
+        ),
+        (
+            "loss=wmse projector.K=64 diagnostics.num_images=30",
+            "num_images=30: K=64: expected less than the 60",
+        ),
     ],
 )
 def test_loss_that_is_not_defined_for_the_relation_is_refused(settings: str, message: str) -> None:
@@ -116,9 +131,25 @@ def test_loss_that_is_not_defined_for_the_relation_is_refused(settings: str, mes
         experiment(settings)
 
 
+def test_rows_to_whiten_are_compared_with_the_features_without_a_projector() -> None:
+    with pytest.raises(UsageError, match="batch_size=50: K=100: expected less than the 100 rows"):
+        experiment(
+            "loss=wmse projector=identity backbone.widths=[8,100]",
+            "dataset.subset=200 batch_size=50 device=cpu",
+        )
+
+
 @pytest.mark.parametrize(
     "settings",
-    ["loss=mmcr relation=labels", "loss=frossl per_view=true relation=neighbors", "loss=mmcr alpha=1 V=3"],
+    [
+        "loss=mmcr relation=labels",
+        "loss=frossl per_view=true relation=neighbors",
+        "loss=mmcr alpha=1 V=3",
+        "loss=wmse projector.K=99",
+        "loss=wmse projector.K=49 whitening_size=26 diagnostics.every=0",  # one block of each view's 50 rows
+        "loss=wmse projector.K=60 whitening_size=80 relation=labels",  # one block of all 100 rows
+        "loss=wmse projector.K=64 diagnostics.num_images=30 diagnostics.every=0",
+    ],
 )
 def test_loss_that_is_defined_for_the_relation_is_accepted(settings: str) -> None:
     experiment(settings)

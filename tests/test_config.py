@@ -38,11 +38,6 @@ INVALID = [
         "-m loss=vicreg,simclr gamma=1,25",
         "gamma is an option of loss=frossl and loss=sigreg and loss=vicreg, not of loss=simclr",
     ),
-    (
-        "loss=wmse",
-        "projector.K=256: expected less than the 256 rows that loss=wmse whitens at once; use a smaller one",
-    ),
-    ("loss=wmse projector.K=64 whitening_size=64", "projector.K=64: expected less than the 64 rows"),
     ("loss=sigreg directions=0", "directions=0: expected an integer >= 1"),
     # unknown keys and choices
     ("epoch=3", "Unknown option 'epoch'. Did you mean 'epochs'? List all: ssl-run --cfg job"),

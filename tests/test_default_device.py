@@ -1,7 +1,7 @@
 """Results do not depend on torch's default device and dtype: tensors are made where their input is."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 
 import pytest
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_runner.batch import Batch
-from ssl_runner.loss import BarlowTwins, SimCLR, SpectralContrastive, VICReg
+from ssl_runner.loss import MMCR, WMSE, BarlowTwins, FroSSL, Loss, SIGReg, SimCLR, SpectralContrastive, VICReg
 from ssl_runner.probe.baselines import linear_discriminants, principal_components
 from ssl_runner.probe.knn import KnnProbe
 from ssl_runner.probe.linear import LinearProbe
@@ -27,17 +27,20 @@ from ssl_runner.relation import (
     builders,
     rewire,
 )
-from ssl_runner.theory import linear_optimum, optimum
+from ssl_runner.relation.shared_labels import SharedLabels
+from ssl_runner.relation.walks import FromWalks
+from ssl_runner.theory import linear_optimum, optimum, thresholds
 from ssl_runner.theory.diagnostics import of_embedding
+from ssl_runner.theory.gamma import expected_relation
 from ssl_runner.theory.measures import label_energy_of_optimum
 from ssl_runner.theory.moments import Moments
-from tests.helpers import load, toy
+from tests.helpers import is_defined, load, toy
 
 CPU = torch.device("cpu")
 LABELS = torch.tensor([0, 1, 0, 2, 1, 0, 2, 3, 0, 2, 2, 2])
 BATCH = Batch(torch.arange(6), torch.tensor([0, 1, 2, 0, 1, 2]), 2, 3)
 NEAREST = torch.tensor([[1], [2], [0], [4], [3], [3]])
-SUPPORT, Z = torch.randn(6, 4), torch.randn(18, 4)
+SUPPORT, Z = torch.randn(6, 3), torch.randn(18, 3)
 GENERATOR = torch.Generator()
 RELATIONS: dict[str, Callable[[], Relation]] = {
     "views": lambda: Views(6, 2, device="cpu"),
@@ -49,21 +52,35 @@ RELATIONS: dict[str, Callable[[], Relation]] = {
     "nearest": lambda: ViewExpanded(KNearest(NEAREST), 2),
     "nearest normalized": lambda: DegreeNormalized(ViewExpanded(KNearest(NEAREST), 2)),
     "rewired": lambda: rewire(Labels(LABELS), 0.5, GENERATOR.manual_seed(0)),
+    "shared labels": lambda: SharedLabels((LABELS[:, None] >= LABELS[:5]).float(), normalized=True),
+    "expected views": lambda: expected_relation(builders.FromViews(), 2, 6, LABELS),
+    "expected labels": lambda: expected_relation(builders.FromLabels(), 2, 6, LABELS),
     "support": lambda: WithSupportSet(3, 2, SUPPORT),
     "from views": lambda: builders.FromViews()(BATCH, Z[:12]),
     "from labels": lambda: builders.FromLabels()(BATCH, Z[:12]),
     "from neighbors": lambda: builders.FromNeighbors(2)(BATCH, Z[:12]),
+    "from walks": lambda: FromWalks(2)(BATCH, Z[:12]),
     "from a queue": lambda: second_call(builders.FromNeighbors(1, queue=8)),
     "from noisy labels": lambda: second_call(builders.Rewired(builders.FromLabels())),
 }
 FROM_BUILDERS = [name for name in RELATIONS if name.startswith("from")]
 PROBES = {"linear probe": LinearProbe, "ridge probe": RidgeProbe, "kNN probe": KnnProbe}
-LOSSES = [
-    VICReg(variance="squared", beta=25.0),
-    SimCLR(),
-    SpectralContrastive(center=True),
-    BarlowTwins(center=True),
+LOSSES: list[Callable[[], Loss]] = [
+    lambda: VICReg(variance="squared", beta=25.0),
+    SimCLR,
+    lambda: SpectralContrastive(center=True),
+    lambda: BarlowTwins(center=True),
+    MMCR,
+    FroSSL,
+    lambda: seeded(SIGReg(directions=8)),
+    lambda: WMSE(unit_rows=False),
+    lambda: seeded(WMSE(whitening_size=5)),
 ]
+
+
+def seeded(loss: Loss) -> Loss:
+    loss.counter.state.fill_(3)
+    return loss
 
 
 def second_call(builder: builders.RelationBuilder) -> Relation:
@@ -92,7 +109,10 @@ def of_relation(name: str) -> list[Tensor]:
     """The relation, its losses and gradients and, unless a builder made it, closed forms and diagnostics."""
     G = RELATIONS[name]()
     values = [G.dense(torch.float32), G.degrees, G.edges(), G.weights(), G.square_norm]
-    for loss in LOSSES:
+    for make in LOSSES:
+        loss = make()
+        if not is_defined(loss, G):
+            continue
         rows = Z[: G.num_rows].clone().requires_grad_()
         value = loss(rows, G)
         value.backward()
@@ -105,11 +125,14 @@ def of_relation(name: str) -> list[Tensor]:
             *label_energy_of_optimum(Y, best),
             *of_embedding(rows.detach(), 2, Y, best).values(),
         ]
-        moments = Moments(4, CPU)
+        moments = Moments(3, CPU)
         moments.add(rows.detach(), G)
-        W = linear_optimum(loss, moments.centred(), 3, ridge=0.1).W
+        with suppress(NotImplementedError):
+            values.append(linear_optimum(loss, moments.centred(), 2, ridge=0.1).W)
+        with suppress(NotImplementedError):
+            values.append(thresholds(loss, G, 3))
         numbers = [x for x in numbers if x is not None]
-        values += [torch.tensor(numbers, dtype=torch.float64, device="cpu"), W]
+        values.append(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
     return values
 
 

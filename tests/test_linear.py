@@ -14,7 +14,7 @@ from ssl_runner.loss import WMSE, BarlowTwins, Loss, SimCLR, SpectralContrastive
 from ssl_runner.relation import DegreeNormalized, Edges, Labels, Relation, Views
 from ssl_runner.relation.builders import FromViews
 from ssl_runner.theory import EXACT, UPPER, LinearOptimum, linear_optimum, value_of
-from ssl_runner.theory.linear import build_linear_optimum, has_linear_optimum
+from ssl_runner.theory.linear import build_linear_optimum, check_linear_optimum
 from ssl_runner.theory.moments import CentredMoments, Moments
 from ssl_runner.theory.solver import ClosedForm
 
@@ -371,10 +371,10 @@ class WithoutCovariance(VICReg):
 
 def test_linear_optimum_is_not_inherited_by_subclass() -> None:
     moments, loss = moments_of(data(), RELATIONS["views"]), WithoutCovariance(variance="squared")
-    assert has_linear_optimum(VICReg())
-    assert not has_linear_optimum(loss)
-    with pytest.raises(NotImplementedError, match="WithoutCovariance has no closed form for a linear model"):
-        linear_optimum(loss, moments, 2)
+    check_linear_optimum(VICReg())
+    for closed_form in (check_linear_optimum, lambda loss: linear_optimum(loss, moments, 2)):
+        with pytest.raises(NotImplementedError, match="WithoutCovariance has no closed form for a linear"):
+            closed_form(loss)
     with pytest.raises(NotImplementedError, match="WithoutCovariance is not known as a function of second"):
         value_of(loss, moments)
 

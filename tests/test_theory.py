@@ -24,6 +24,7 @@ from ssl_runner.relation import (
 from ssl_runner.theory import EXACT, LOWER, NUMERIC, UPPER, Optimum, eigenspaces, infonce, measures, optimum
 from ssl_runner.theory.matrices import centred
 from ssl_runner.theory.selection import repeat_values, take_leading
+from ssl_runner.theory.whitening import with_fixed_directions
 from tests.helpers import is_defined
 
 
@@ -203,7 +204,9 @@ ATTAINED += [(SimCLR(0.3), 12), (SimCLR(0.3, "sum"), 14), (SimCLR(0.3, denominat
 ATTAINED += [(MMCR(alpha), K) for alpha in (0.0, 0.5) for K in (2, 8)]
 ATTAINED += [(FroSSL(gamma), K) for gamma in (0.0, 0.2) for K in (2, 14)] + [(FroSSL(per_view=True), 5)]
 ATTAINED += [(WMSE(), 3), (WMSE(unit_rows=False), 8), (WMSE(whitening_size=4), 3)]
-ATTAINED += [(SIGReg(1.0, gamma, directions=20).eval(), K) for gamma in (0.01, 10.0) for K in (3, 14)]
+ATTAINED += [
+    (with_fixed_directions(SIGReg(1.0, gamma, directions=20)), K) for gamma in (0.01, 10.0) for K in (3, 14)
+]
 
 
 @pytest.mark.parametrize(
@@ -233,6 +236,51 @@ def test_embedding_attains_exact_value_or_upper_bound(loss: Loss, K: int, name: 
         atol=1e-9,
     )
     assert best.rank == int(torch.linalg.matrix_rank(best.Z))
+
+
+def test_bound_of_sigreg_does_not_depend_on_the_step() -> None:
+    """A resumed run computes it again, with a loss that has drawn other directions."""
+    loss, G = SIGReg(directions=8), RELATIONS["views V=2"]
+    state = loss.counter.state.clone()
+    first = optimum(loss, G, 3)
+    assert torch.equal(loss.counter.state, state)
+    loss.counter.state += 1
+    assert optimum(loss, G, 3).value == first.value
+    assert torch.equal(optimum(loss, G, 3).Z, first.Z)
+
+
+@pytest.mark.parametrize("name", ["labels", "edges"])
+@pytest.mark.parametrize("loss", [WMSE(), WMSE(whitening_size=6)], ids=["unit rows", "blocks"])
+def test_bound_of_wmse_has_no_eigenspaces(loss: WMSE, name: str) -> None:
+    best = optimum(loss, RELATIONS[name], 5)
+    assert (best.kind, best.value, best.rank) == (LOWER, 0.0, None)
+    assert measures.alignment(torch.randn(12, 5), best) is None
+
+
+class Weighted(Views):
+    """Views with other weights: its groups are those of Views, and its eigenspaces are not known."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 2)
+        self.scale = torch.rand(6).repeat(2)
+        self.degrees = self.degrees * self.scale
+
+    def __matmul__(self, Z: Tensor) -> Tensor:
+        return self.scale.to(Z)[:, None] * super().__matmul__(Z)
+
+    @property
+    def groups(self) -> Tensor:
+        return torch.arange(6).repeat(2)
+
+    def weights(self) -> Tensor:
+        return self.scale.double()
+
+
+def test_bound_of_decoupled_simclr_holds_for_groups_with_weights() -> None:
+    loss, G = SimCLR(0.5, denominator="negatives"), Weighted()
+    best = optimum(loss, G, 3)
+    assert best.kind == LOWER
+    assert descend(loss, G, 3, 0) >= best.value - 1e-9
 
 
 @pytest.mark.parametrize("name", RELATIONS)
@@ -682,5 +730,5 @@ def test_sigreg_collapses_if_invariance_outweighs() -> None:
 
 
 def test_wmse_refuses_more_columns_than_it_can_whiten() -> None:
-    with pytest.raises(ValueError, match="K=12: expected at most N - 1 = 11"):
+    with pytest.raises(ValueError, match="K=12: expected less than the 12 rows"):
         optimum(WMSE(), RELATIONS["edges"], 12)

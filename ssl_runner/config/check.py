@@ -100,7 +100,6 @@ def check_job(composer: Composer, overrides: list[Override], evaluation: bool = 
             raise UsageError(unknown(composer, key, config[key], reference, chosen))
     check_tree(config, reference)
     check_values(config, evaluation)
-    check_whitening(config)
     if (
         config.solver._target_.endswith(".ClosedForm")
         and config.backbone._target_ == "ssl_runner.backbone.linear"
@@ -269,19 +268,4 @@ def check_solved_backbone(config: DictConfig, overrides: list[Override]) -> None
     if config.init_weights is not None:
         raise UsageError(
             f"init_weights={config.init_weights}: {solved} and uses no initial weights; leave it out"
-        )
-
-
-def check_whitening(config: DictConfig) -> None:
-    """Raise UsageError if W-MSE is trained with too few rows to whiten for the columns of the projector."""
-    K, size = config.projector.get("K"), config.loss.get("whitening_size")
-    rows = config.V * config.batch_size if size is None else min(size, config.batch_size)
-    trained = (config.loss.get("_target_"), config.solver.get("_target_")) == (
-        "ssl_runner.loss.WMSE",
-        "ssl_runner.train.Pretraining",
-    )
-    if trained and K is not None and rows <= K:
-        raise UsageError(
-            f"projector.K={K}: expected less than the {rows} rows that loss=wmse whitens at once; use a"
-            " smaller one, such as 64"
         )

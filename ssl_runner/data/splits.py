@@ -15,6 +15,12 @@ def balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
     return shuffled[np.argsort(turn, kind="stable")]
 
 
+def balanced_size(number: int, images: int, classes: int) -> int:
+    """At most `number` of so many images: a multiple of the number of classes, if it is not smaller."""
+    number = min(number, images)
+    return number - number % classes if number >= classes > 0 else number
+
+
 def hold_out(
     rows: np.ndarray, labels: np.ndarray, fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray] | None:

@@ -62,13 +62,17 @@ class Loss(nn.Module, ABC):
             raise ValueError(
                 f"Z.shape={tuple(Z.shape)}: expected ({G.num_rows}, K); give one embedding per row of G"
             )
-        if (N := len(Z) * (world_size() if self.supports_sharding else 1)) < self.min_rows:
-            raise ValueError(
-                f"{N} rows: expected at least {self.min_rows} for {type(self).__name__}; give more embeddings"
-            )
+        self.check_rows(len(Z) * (world_size() if self.supports_sharding else 1), Z.shape[1], G.V)
         self.check_relation(G)
         with torch.autocast(Z.device.type, enabled=False):
             return self._terms(Z.float() if Z.dtype in (torch.float16, torch.bfloat16) else Z, G)
+
+    def check_rows(self, N: int, K: int, V: int | None) -> None:
+        """Raise ValueError if the loss is not defined for Z (N, K), the rows of all ranks, with V as G.V."""
+        if self.min_rows > N:
+            raise ValueError(
+                f"{N} rows: expected at least {self.min_rows} for {type(self).__name__}; give more embeddings"
+            )
 
     def check_relation(self, G: Relation) -> None:
         """Raise ValueError if the loss is not defined for G. Causes no host-device sync."""

@@ -16,7 +16,7 @@ class Counter(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("state", torch.randint(2**62, ()))
+        self.register_buffer("state", torch.randint(2**62, (), device="cpu"))
 
     def advance(self) -> None:
         """Select other numbers for the next step. Has no effect in eval mode and without gradients."""

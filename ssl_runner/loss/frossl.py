@@ -1,12 +1,11 @@
 """FroSSL (Skean et al. 2024) on any relation G."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_runner.distributed import all_reduce_replicated, world_size
 from ssl_runner.loss.base import Loss
-from ssl_runner.loss.kernels import invariance
+from ssl_runner.loss.kernels import invariance, unit_rows
 from ssl_runner.relation import Relation
 
 
@@ -33,7 +32,7 @@ class FroSSL(Loss):
         self.weights = {"entropy": 1.0, "invariance": gamma}
 
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
-        U, W = F.normalize(Z), world_size()
+        U, W = unit_rows(Z), world_size()
         blocks = U.unflatten(0, (G.V or 1 if self.per_view else 1, -1))  # (V, n, K), or (1, N, K)
         C = all_reduce_replicated(blocks.mT @ blocks) / (W * blocks.shape[1])
         squares = C.square().sum((1, 2)).clamp(min=torch.finfo(C.dtype).tiny)  # 0 only for Z = 0

@@ -1,18 +1,34 @@
-"""Symmetric products Z'GZ for the losses: half the matrix is computed, and backward is one product."""
+"""Operations that the losses share: unit rows, and symmetric products Z'GZ with one product in backward."""
 
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_runner.distributed import all_reduce_replicated, all_reduce_sum, world_size
 from ssl_runner.relation import Relation, Views
 
+MIN_MAGNITUDE, MAX_MAGNITUDE = 1e-12, 1e16  # rows whose float32 norms F.normalize computes
 # A stripe is a block of rows of a K x K matrix, from the diagonal to the last column.
 STRIPE = {"cpu": 128}  # rows per stripe: small on a CPU, to fit into its caches
 STRIPE_ELSEWHERE = 2048  # large products are faster on a GPU
+
+
+def unit_rows(Z: Tensor) -> Tensor:
+    """Z (N, K) with rows of norm 1. A zero row stays zero, and its gradient is finite.
+
+    F.normalize is wrong where the norm is below its eps or its square overflows. Rows of such magnitude are
+    divided by their largest entry first; all others are multiplied by 1.
+    """
+    with torch.no_grad():
+        largest = torch.linalg.vector_norm(Z, torch.inf, 1, keepdim=True)
+        in_range = ((largest > MIN_MAGNITUDE) & (largest < MAX_MAGNITUDE)) | (largest == 0)
+        inverse = largest.clamp(min=torch.finfo(Z.dtype).tiny).reciprocal()
+        scale = torch.where(in_range, torch.ones_like(largest), inverse)
+    return F.normalize(Z * scale)
 
 
 def column_products(Z: Tensor, GZ: Tensor) -> Tensor:

@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_runner.distributed import all_reduce_replicated, all_reduce_sum
 from ssl_runner.loss.base import Loss
-from ssl_runner.loss.kernels import first_derivative
+from ssl_runner.loss.kernels import first_derivative, unit_rows
 from ssl_runner.relation import Relation
 
 
@@ -37,7 +36,7 @@ class MMCR(Loss):
         self.weights = {"centroids": 1.0} | ({"manifolds": alpha} if alpha else {})
 
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
-        Z, M, y = F.normalize(Z), G.num_groups, G.groups
+        Z, M, y = unit_rows(Z), G.num_groups, G.groups
         assert M is not None
         assert y is not None
         sums = all_reduce_replicated(Z.new_zeros(M, Z.shape[1]).index_add(0, y, Z))

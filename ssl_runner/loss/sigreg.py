@@ -67,7 +67,7 @@ def epps_pulley(X: Tensor) -> Tensor:
     means = all_reduce_replicated(_FourierSums.apply(X)) / N
     t = SPACING * torch.arange(1, KNOTS, dtype=X.dtype, device=X.device)
     phi = (-t.square() / 2).exp()
-    weights = 2 * SPACING * phi * (1 - 0.5 * (t == t.amax()))
+    weights = 2 * SPACING * phi * (1 - 0.5 * (t == t.amax()).to(t))
     errors = (means[0] - phi[:, None]).square() + means[1].square()  # (..., KNOTS - 1, M), see _FourierSums
     return N * (weights[:, None] * errors).sum(-2)
 

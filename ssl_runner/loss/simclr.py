@@ -5,7 +5,6 @@ from itertools import combinations_with_replacement
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_runner.distributed import (
@@ -17,11 +16,10 @@ from ssl_runner.distributed import (
     world_size,
 )
 from ssl_runner.loss.base import Loss
-from ssl_runner.loss.kernels import column_products, first_derivative
+from ssl_runner.loss.kernels import column_products, first_derivative, unit_rows
 from ssl_runner.names import DENOMINATORS, REDUCTIONS
 from ssl_runner.relation import Relation
 
-MIN_MAGNITUDE, MAX_MAGNITUDE = 1e-12, 1e16  # rows whose float32 norms F.normalize computes
 # Memory is that of float32. A CPU tile fits into the cache; elsewhere large tiles need fewer kernel launches.
 BLOCK_ELEMENTS = 2**22  # similarities held at a time: 16 MiB
 SIDE = 512  # rows and columns of a tile: 1 MiB
@@ -81,20 +79,6 @@ class SimCLR(Loss):
             "repulsion": repulsion.apply(Z, d, self.tau, G.groups if self.needs_groups else None) / positives,
             "attraction": -all_reduce_replicated(column_products(Z, GZ).sum()) / (self.tau * positives),
         }
-
-
-def unit_rows(Z: Tensor) -> Tensor:
-    """Z (N, K) with rows of norm 1. A zero row stays zero, and its gradient is finite.
-
-    F.normalize is wrong where the norm is below its eps or its square overflows. Rows of such magnitude are
-    divided by their largest entry first; all others are multiplied by 1.
-    """
-    with torch.no_grad():
-        largest = torch.linalg.vector_norm(Z, torch.inf, 1, keepdim=True)
-        in_range = ((largest > MIN_MAGNITUDE) & (largest < MAX_MAGNITUDE)) | (largest == 0)
-        inverse = largest.clamp(min=torch.finfo(Z.dtype).tiny).reciprocal()
-        scale = torch.where(in_range, torch.ones_like(largest), inverse)
-    return F.normalize(Z * scale)
 
 
 def block_elements(device: torch.device) -> int:

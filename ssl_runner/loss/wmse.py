@@ -1,13 +1,12 @@
 """W-MSE (Ermolov et al. 2021, arXiv:2007.06346): squared distances of whitened positives, on any relation."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_runner.distributed import all_reduce_replicated, all_reduce_sharded, world_size
 from ssl_runner.loss.base import Loss
 from ssl_runner.loss.counter import Counter
-from ssl_runner.loss.kernels import invariance
+from ssl_runner.loss.kernels import invariance, unit_rows
 from ssl_runner.relation import Relation
 
 
@@ -41,38 +40,43 @@ class WMSE(Loss):
             )
         self.unit_rows, self.whitening_size = unit_rows, whitening_size
         self.supports_sharding = whitening_size is None
-        self.counter = Counter()
+        self.counter = None if whitening_size is None else Counter()
         self.weights = {"distance": 1.0}
 
+    def check_rows(self, N: int, K: int, V: int | None) -> None:
+        super().check_rows(N, K, V)
+        n = N if self.whitening_size is None else N // (V or 1)
+        rows = n // self._num_blocks(n)
+        if rows <= K:
+            raise ValueError(
+                f"K={K}: expected less than the {rows} rows that W-MSE whitens at once; use a smaller"
+                " projector.K, such as 64, more images or a larger whitening_size"
+            )
+
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
-        W = whitened(Z) if self.whitening_size is None else self._whitened_blocks(Z, G.V or 1)
+        W = whitened(Z) if self.counter is None else self._whitened_blocks(Z, G.V or 1, self.counter)
         if self.unit_rows:
-            W = F.normalize(W)
+            W = unit_rows(W)
         total = all_reduce_replicated(G.degrees.to(Z).sum())
         return {"distance": world_size() * len(Z) / total.clamp(min=1) * invariance(W, G)}
 
-    def _whitened_blocks(self, Z: Tensor, V: int) -> Tensor:
-        n, size = len(Z) // V, self.whitening_size
-        assert size is not None
-        order = self.counter.bits(n).argsort()
+    def _num_blocks(self, n: int) -> int:
+        """Number of blocks of n rows."""
+        return max(1, n // (self.whitening_size or n))
+
+    def _whitened_blocks(self, Z: Tensor, V: int, counter: Counter) -> Tensor:
+        n = len(Z) // V
+        order = counter.bits(n).argsort()
         if Z.requires_grad:
-            self.counter.advance()
-        rows = [v * n + block for v in range(V) for block in order.tensor_split(max(1, n // size))]
+            counter.advance()
+        rows = [v * n + block for v in range(V) for block in order.tensor_split(self._num_blocks(n))]
         W = torch.cat([whitened(Z[block]) for block in rows])
         return W[torch.cat(rows).argsort()]
 
 
 def whitened(Z: Tensor) -> Tensor:
-    """Z (N, K) -> W (N, K), centred and with covariance I over the rows of all ranks.
-
-    Raises ValueError for N <= K.
-    """
-    N, K = world_size() * len(Z), Z.shape[1]
-    if N <= K:
-        raise ValueError(
-            f"{N} rows of K={K} columns to whiten: expected more rows than columns; reduce projector.K,"
-            " or increase batch_size or whitening_size"
-        )
+    """Z (N, K), N > K -> W (N, K), centred and with covariance I over the rows of all ranks."""
+    N = world_size() * len(Z)
     centred = Z - all_reduce_sharded(Z.mean(0)) / world_size()
     C = all_reduce_sharded(centred.T @ centred) / (N - 1)
     L, failed = torch.linalg.cholesky_ex(C)  # without its check, which is a host-device sync

@@ -34,14 +34,15 @@ class FromWalks(FromNeighbors):
         if steps < 1:
             raise ValueError(f"steps={steps}: expected steps >= 1; give the length of a walk")
         super().__init__(k, normalized=normalized)
-        self.steps, self.generator, self.frozen = steps, torch.Generator().manual_seed(seed), False
+        self.steps, self.frozen = steps, False
+        self.generator = torch.Generator("cpu").manual_seed(seed)
 
     def in_batch(self, embeddings: Tensor, batch: Batch) -> operators.Relation:
         n, k, device = len(embeddings), min(self.k, len(embeddings) - 1), embeddings.device
         images = torch.arange(n, device=device)
         nearest = nearest_of_other_images(embeddings, embeddings, k, images, images)
         generator = self.generator.clone_state() if self.frozen else self.generator
-        choices = to_device(torch.randint(k, (self.steps, n), generator=generator), device)
+        choices = to_device(torch.randint(k, (self.steps, n), generator=generator, device="cpu"), device)
         ends = images
         for choice in choices:
             ends = nearest[ends, choice]

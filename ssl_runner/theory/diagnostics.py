@@ -14,7 +14,7 @@ from torch import Tensor
 from ssl_runner import distributed
 from ssl_runner.batch import per_size
 from ssl_runner.data.loader import MultiViewLoader
-from ssl_runner.data.splits import balanced_order
+from ssl_runner.data.splits import balanced_order, balanced_size
 from ssl_runner.device import to_device
 from ssl_runner.evaluator import Columns, Evaluator
 from ssl_runner.host_copy import HostCopy
@@ -107,8 +107,7 @@ class Diagnostics(Evaluator):
         data, classes = loader.data, len(loader.data.classes)
         images = data.train if classes else data.pretrain
         y = images.y.cpu()
-        number = min(num_images, len(y))
-        number -= number % classes if number >= classes > 0 else 0
+        number = balanced_size(num_images, len(y), classes)
         chosen = torch.from_numpy(balanced_order(y.numpy(), loader.seed)[:number])
         X, batch = loader.fixed_batch(images, chosen)
         self.X = per_size(X)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ssl_runner.loss import MMCR, FroSSL
 from ssl_runner.relation import Relation, Views
 from ssl_runner.theory.eigenspaces import Groups, find_groups, group_constant_space, zero_sum_space
-from ssl_runner.theory.matrices import HOST, gram_singular_values, padded, tight_frame, unit_rows
+from ssl_runner.theory.matrices import HOST, gram_singular_values, normalised, padded, tight_frame
 from ssl_runner.theory.optima import EXACT, LOWER, Optimum, check_rows, optimum
 from ssl_runner.theory.selection import Selection
 
@@ -81,7 +81,7 @@ def frossl_optimum(loss: FroSSL, G: Relation, K: int) -> Optimum:
         value=value,
         singular_values=padded(torch.tensor(values, **HOST), K),
         spaces=spaces,
-        canonicalize=unit_rows,
+        canonicalize=normalised,
         build_embedding=build_embedding,
     )
 
@@ -126,7 +126,7 @@ def frame_optimum(value: float, groups: Groups, K: int) -> Optimum:
         value=value,
         singular_values=padded(singular_values, K),
         spaces=[(group_constant_space(1.0, groups.y, one, groups.sizes > 0), dims)],
-        canonicalize=unit_rows,
+        canonicalize=normalised,
         build_embedding=lambda: padded(frame().T[groups.y], K),
     )
 
@@ -139,6 +139,6 @@ def lower_bound(value: float) -> Optimum:
         value=value,
         singular_values=None,
         spaces=None,
-        canonicalize=unit_rows,
+        canonicalize=normalised,
         build_embedding=None,
     )

@@ -54,9 +54,10 @@ def expected_relation(builder: RelationBuilder, V: int, batch_size: int, labels:
     `distributed.local_only`.
     """
     if type(builder) is FromViews:
-        return Views(batch_size, V, builder.normalized)
+        return Views(batch_size, V, builder.normalized, "cpu")
     if type(builder) is FromLabels and builder.path is None:
-        middles = (2 * torch.arange(batch_size) + 1) * len(labels) // (2 * batch_size)  # of equal shares
+        images = torch.arange(batch_size, device="cpu")
+        middles = (2 * images + 1) * len(labels) // (2 * batch_size)  # of equal shares
         return Labels(labels.cpu().sort().values[middles].repeat(V), normalized=builder.normalized)
     return None
 

@@ -72,14 +72,14 @@ def descend(G: np.ndarray, tau: float, K: int, seed: int) -> Minimum:
 
     start = np.random.default_rng(seed).standard_normal(N * K)
     found = scipy.optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options=OPTIONS)
-    U, values, V = np.linalg.svd(unit_rows(found.x.reshape(N, K)), full_matrices=False)
-    Z = unit_rows(U @ np.diag(values * (values > SMALL * values[0])) @ V)
+    U, values, V = np.linalg.svd(normalised(found.x.reshape(N, K)), full_matrices=False)
+    Z = normalised(U @ np.diag(values * (values > SMALL * values[0])) @ V)
     value, A = of_similarities(Z @ Z.T / tau, G, d)
     M = A - np.diag((A @ Z * Z).sum(1))
     return Minimum(Z, value, value + min(0.0, float(np.linalg.eigvalsh(M)[0])) * N / tau)
 
 
-def unit_rows(X: np.ndarray) -> np.ndarray:
+def normalised(X: np.ndarray) -> np.ndarray:
     return X / np.linalg.norm(X, axis=1, keepdims=True)
 
 

@@ -23,6 +23,9 @@ from ssl_runner.theory.optima import EXACT, UPPER, vicreg_scales
 
 MIN_VARIANCE_RATIO = 1e-10  # standardised directions below this share of the largest variance are dropped
 MIN_STD_RATIO = 1e-10  # columns below this share of the largest standard deviation count as constant
+NO_CLOSED_FORM = (
+    "{} has no closed form for a linear model: register one with @ssl_runner.theory.linear_optimum.register"
+)
 
 
 @ExactTypeDispatch
@@ -106,15 +109,17 @@ def linear_optimum(loss: Loss, moments: CentredMoments, K: int, ridge: float = 0
     `@linear_optimum.register`; a subclass does not inherit it. Raises
     NotImplementedError for a loss without one, and ValueError if X is constant.
     """
-    raise NotImplementedError(
-        f"{type(loss).__name__} has no closed form for a linear model: register one with"
-        " @ssl_runner.theory.linear_optimum.register"
-    )
+    raise NotImplementedError(NO_CLOSED_FORM.format(type(loss).__name__))
 
 
-def has_linear_optimum(loss: Loss) -> bool:
-    """Whether `linear_optimum` has a closed form for the loss."""
-    return linear_optimum.registered(type(loss))
+@ExactTypeDispatch
+def check_linear_optimum(loss: Loss) -> None:
+    """Raise NotImplementedError if `linear_optimum` has no closed form for the loss and its options.
+
+    Register a function for a loss with `@check_linear_optimum.register` if that depends on its options.
+    """
+    if not linear_optimum.registered(type(loss)):
+        raise NotImplementedError(NO_CLOSED_FORM.format(type(loss).__name__))
 
 
 @linear_optimum.register

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_runner.loss.kernels import unit_rows
+
 # relative to the largest eigenvalue: closer eigenvalues form one eigenspace, smaller ones are 0
 TIE_TOLERANCE = 1e-9
 HOST: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # whatever torch's default dtype and device
@@ -21,8 +23,8 @@ def centred(Z: Tensor) -> Tensor:
     return as_float64(Z) - as_float64(Z).mean(0)
 
 
-def unit_rows(Z: Tensor) -> Tensor:
-    return F.normalize(as_float64(Z))
+def normalised(Z: Tensor) -> Tensor:
+    return unit_rows(as_float64(Z))
 
 
 def padded(values: Tensor, K: int) -> Tensor:

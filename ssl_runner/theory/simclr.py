@@ -11,7 +11,7 @@ from ssl_runner.loss import SimCLR
 from ssl_runner.relation import Relation
 from ssl_runner.theory import infonce
 from ssl_runner.theory.eigenspaces import Groups, explicit_space, find_groups, group_constant_space, to_sparse
-from ssl_runner.theory.matrices import HOST, centred, helmert, padded, unit_rows
+from ssl_runner.theory.matrices import HOST, centred, helmert, normalised, padded
 from ssl_runner.theory.optima import EXACT, LOWER, NUMERIC, Optimum, check_rows, optimum
 
 MAX_SIMPLEX_POINTS = 5000  # largest simplex whose vertices are computed
@@ -35,14 +35,14 @@ def simclr_optimum(loss: SimCLR, G: Relation, K: int) -> Optimum:
     scale = 1 / total if loss.reduction == "mean" and total else 1.0
     if total and N <= infonce.MAX_ROWS and not decoupled:
         return numeric_optimum(loss, G, K, scale)
-    value = decoupled_bound(groups, loss.tau) if decoupled and groups else row_entropy(G, groups)
+    value = decoupled_bound(G, loss.tau) if decoupled else row_entropy(G, groups)
     return Optimum(
         form="opposite negatives" if decoupled else "row entropy",
         kind=LOWER if total else EXACT,
         value=scale * value,
         singular_values=None,
         spaces=None,
-        canonicalize=unit_rows,
+        canonicalize=normalised,
         build_embedding=None,
     )
 
@@ -73,7 +73,7 @@ def simplex(loss: SimCLR, groups: Groups, K: int, scale: float) -> Optimum:
         value=scale * per_pair,
         singular_values=padded(torch.full((dims,), math.sqrt(N / dims), **HOST), K),
         spaces=[(space, dims)],
-        canonicalize=(lambda Z: centred(unit_rows(Z))) if M > 1 else unit_rows,
+        canonicalize=(lambda Z: centred(normalised(Z))) if M > 1 else normalised,
         build_embedding=build_embedding if K >= M - 1 else None,
     )
 
@@ -89,15 +89,17 @@ def numeric_optimum(loss: SimCLR, G: Relation, K: int, scale: float) -> Optimum:
         value=scale * found.value,
         singular_values=padded(torch.from_numpy(values[:r]), K),
         spaces=[(explicit_space(1.0, U[:, :r]), r)],
-        canonicalize=unit_rows,
+        canonicalize=normalised,
         build_embedding=lambda: torch.from_numpy(found.Z),
     )
 
 
-def decoupled_bound(groups: Groups, tau: float) -> float:
-    """sum_i d_i (log(N - m_i) - 2 / tau) over the rows i, each with m_i rows in its group."""
-    negatives = (groups.sizes.sum() - groups.sizes).double()
-    return float((groups.sizes * groups.degrees * (negatives.log() - 2 / tau)).sum())
+def decoupled_bound(G: Relation, tau: float) -> float:
+    """sum_i d_i (log(N - m_i) - 2 / tau) over the rows i, each with m_i rows in its group, any weights."""
+    assert G.groups is not None
+    y, d = G.groups.cpu(), G.degrees.cpu().double()
+    negatives = (len(y) - y.bincount()[y]).double()
+    return float((d * (negatives.log() - 2 / tau)).sum())
 
 
 def row_entropy(G: Relation, groups: Groups | None) -> float:

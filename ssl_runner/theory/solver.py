@@ -20,7 +20,7 @@ from ssl_runner.model import SSLModel, count_parameters
 from ssl_runner.progress import image_progress
 from ssl_runner.relation.builders import FromLabels, FromViews, RelationBuilder
 from ssl_runner.solver import Save, Solver
-from ssl_runner.theory.linear import has_linear_optimum, linear_optimum, value_of
+from ssl_runner.theory.linear import check_linear_optimum, linear_optimum, value_of
 from ssl_runner.theory.moments import Moments
 
 CHUNK = 1024  # images per batch where G does not depend on the batch size
@@ -53,10 +53,10 @@ class ClosedForm(Solver):
 
     @classmethod
     def check_loss(cls, loss: Loss, relation: RelationBuilder) -> None:
-        if not has_linear_optimum(loss):
-            raise UsageError(
-                f"solver=closed_form: {type(loss).__name__} has no closed form for a linear model"
-            )
+        try:
+            check_linear_optimum(loss)
+        except NotImplementedError as error:
+            raise UsageError(f"solver=closed_form: {error}") from error
         if relation.uses_memory:
             raise UsageError("solver=closed_form needs positive pairs within one batch; set relation.queue=0")
 
@@ -147,8 +147,7 @@ class MomentsGap(Evaluator):
         every: int = 1,
     ):
         super().__init__(every)
-        if not has_linear_optimum(loss):
-            raise ValueError(f"{type(loss).__name__} has no closed form for a linear model")
+        check_linear_optimum(loss)
         self.loader, self.relation, self.loss, self.passes = loader.restarted(), relation, loss, passes
 
     def check(self, model: SSLModel) -> None:

@@ -336,6 +336,12 @@ def test_statistic_of_gaussian_and_collapsed_rows() -> None:
     assert_close(sigreg.epps_pulley(normal).mean(), null, rtol=0.05, atol=0)
 
 
+def test_wmse_without_blocks_draws_no_random_numbers() -> None:
+    before = torch.get_rng_state()
+    assert not WMSE().state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_counter_matches_splitmix64() -> None:
     """Published outputs for the seed 1234567 (Vigna's splitmix64.c), as unsigned integers."""
     states = torch.tensor(1234567) + counter.INCREMENT * torch.arange(1, 4)
@@ -683,23 +689,24 @@ def test_centred_loss_is_exact_for_large_means(name: str, G: Relation) -> None:
 
 
 @pytest.mark.parametrize("magnitude", [1e-38, 1e-20, 1e-13, 1e17, 1e20, 1e37])
-def test_simclr_is_invariant_to_extreme_scales_of_rows(magnitude: float) -> None:
+@pytest.mark.parametrize("loss", [SimCLR(), MMCR(), FroSSL()], ids=["simclr", "mmcr", "frossl"])
+def test_loss_of_unit_rows_is_invariant_to_extreme_scales(loss: Loss, magnitude: float) -> None:
     """Only the directions of rows count, and the gradient of a row is inverse to its norm."""
     Z = torch.randn(10, 3).requires_grad_()
     scales = torch.tensor([1.0, magnitude]).repeat(5)[:, None]
     scaled = (Z.detach() * scales).requires_grad_()
-    value, expected = (SimCLR()(rows, RELATIONS["labels"]) for rows in (scaled, Z))
+    value, expected = (loss(rows, RELATIONS["labels"]) for rows in (scaled, Z))
     value.backward()
     expected.backward()
     assert_close(value, expected)
     assert_close(scaled.grad * scales, Z.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_simclr_normalises_usual_rows_as_torch() -> None:
+def test_usual_rows_are_normalised_as_by_torch() -> None:
     Z = torch.randn(6, 4) * torch.tensor([1e-11, 1e-5, 1.0, 1e5, 1e15, 0.0])[:, None]
     a, b = Z.clone().requires_grad_(), Z.clone().requires_grad_()
-    assert torch.equal(simclr.unit_rows(a), F.normalize(b))
-    simclr.unit_rows(a)[:, 0].sum().backward()
+    assert torch.equal(kernels.unit_rows(a), F.normalize(b))
+    kernels.unit_rows(a)[:, 0].sum().backward()
     F.normalize(b)[:, 0].sum().backward()
     assert torch.equal(a.grad, b.grad)
 
