@@ -17,7 +17,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ssl_runner.config import hydra_internals, renamed
+from ssl_runner.config import hydra_internals, paths, renamed
 from ssl_runner.config.rules import nearest
 from ssl_runner.errors import UsageError, one_line
 from ssl_runner.view_layout import view_count
@@ -46,11 +46,12 @@ def prefer_our_presets() -> None:
 
 def parse(lines: Iterable[str]) -> list[Override]:
     """Parse overrides with Hydra. Raises UsageError if one is not <group>=<name> or <key>=<value>."""
-    try:
-        overrides = OverridesParser.create().parse_overrides(list(lines))
-    except HydraException as error:
-        message = one_line(error).split(" See https")[0]
-        raise UsageError(f"{message}: expected <group>=<name> or <key>=<value>") from error
+    parser, overrides = OverridesParser.create(), []
+    for line in lines:
+        try:
+            overrides.append(parser.parse_override(line))
+        except HydraException as error:
+            raise paths.refuse(line, error) from error
     for override in overrides:
         if not override.key_or_group:
             raise UsageError(f"{override.input_line} has no key: expected <group>=<name> or <key>=<value>")
@@ -69,9 +70,7 @@ def jobs(overrides: list[Override], multirun: bool) -> list[list[Override]]:
     """
     swept = [override for override in overrides if override.is_sweep_override()]
     if swept and not multirun:
-        raise UsageError(
-            f"{swept[0].input_line} is a sweep: add -m for one run per value, or write a list as [a,b]"
-        )
+        raise paths.sweep(str(swept[0].input_line))
     found = hydra_internals.enumerate_jobs([override for override in overrides if not is_sampled(override)])
     if not found:
         raise UsageError(f"{swept[0].input_line} is an empty sweep: give at least one value")

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import version
 from hydra._internal.config_repository import IConfigRepository
@@ -18,15 +18,18 @@ from hydra._internal.utils import _run_hydra, create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
+from omegaconf import OmegaConf
 
 __all__ = [
     "IConfigRepository",
     "config_folders",
     "config_repository",
     "enumerate_jobs",
+    "output_dir",
     "preserved_state",
     "remove_plugin_schemas",
     "run_hydra",
@@ -65,6 +68,12 @@ def enumerate_jobs(overrides: list[Override]) -> list[list[str]]:
     """
     batches = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     return batches[0] if batches else []
+
+
+def output_dir() -> Path:
+    """Return the folder that Hydra has made for the job, also if its name contains ${."""
+    runtime = OmegaConf.to_container(HydraConfig.get().runtime, resolve=False)
+    return Path(cast(dict[str, str], runtime)["output_dir"])
 
 
 def remove_plugin_schemas(folder: Path) -> None:

@@ -13,7 +13,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from ssl_runner.config import check, compose, renamed, rules
+from ssl_runner.config import check, compose, paths, renamed, rules
 from ssl_runner.errors import UsageError
 
 
@@ -55,8 +55,7 @@ def completed(folder: Path) -> DictConfig:
         if group in now and now[group] != then.get(group):
             raise _changed(group, then.get(group), now[group])
     reference = _reference(OmegaConf.merge(now, then))
-    config: Any = OmegaConf.merge(reference, load(folder))
-    OmegaConf.resolve(config)
+    config = paths.resolved(OmegaConf.merge(reference, load(folder)))
     try:
         check.check_tree(config, reference)
         rules.check_values(config)
