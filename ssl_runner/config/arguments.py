@@ -20,12 +20,12 @@ class Parser(argparse.ArgumentParser):
         """Parse `words`, by default those of sys.argv. Overrides and options may be given in any order."""
         words = sys.argv[1:] if words is None else list(words)
         args, unknown = self.parse_known_intermixed_args(words)
-        if unknown:
+        given = {name: getattr(args, name) for name in OVERRIDES if name in args}
+        if unknown := [*unknown, *(word for line in given.values() for word in line if word.startswith("-"))]:
             todo = self.instead(unknown[0], words)
             raise UsageError(f"{unknown[0]}: expected an option of {self.prog}; {todo}")
-        for name in OVERRIDES:
-            if name in args:
-                setattr(args, name, paths.complete(getattr(args, name), getattr(args, "multirun", False)))
+        for name, lines in given.items():
+            setattr(args, name, paths.complete(lines, getattr(args, "multirun", False)))
         return args
 
     def instead(self, word: str, words: Sequence[str]) -> str:

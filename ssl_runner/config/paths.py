@@ -19,6 +19,7 @@ OPTIONS = re.compile(  # whose values are paths
 )
 FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")  # made by Hydra, which does not expand ~
 SPECIAL = re.compile(r"[^\w\s/\\+.$%*@?|:-]|[^\x00-\x7f]")  # not allowed in values without quotes
+LETTERS = re.compile(r"[^\W\x00-\x7f]|[\udc80-\udcff]|~")  # the second: bytes of names that are not UTF-8
 INVALID = object()
 
 
@@ -63,9 +64,9 @@ def override(key: str, path: str | Path) -> str:
 
 def in_shell(word: str) -> str:
     """Return a word in quotes for a shell, if it needs them."""
-    if shlex.quote(word) == word or "!" in word:  # in double quotes, ! begins a history expansion
+    if shlex.quote(word) == word or re.search(r"[$`!]", word):
         return shlex.quote(word)
-    return '"{}"'.format(re.sub(r'([\\$`"])', r"\\\1", word))
+    return '"{}"'.format(re.sub(r'([\\"])', r"\\\1", word))
 
 
 def complete(lines: list[str], multirun: bool = False) -> list[str]:
@@ -93,9 +94,9 @@ def _complete(line: str, multirun: bool) -> str:
                 f" {several} for a sweep"
             )
         return f"{key}={quote(_expanded(key, text))}"
-    if (value is INVALID or "${" in text) and _is_list(text) and all(map(_exists, _elements(text))):
+    if _is_list(text) and (value != _elements(text) or "${" in text) and all(map(_exists, _elements(text))):
         return f"{key}={_quoted(text)}"
-    clear = value is INVALID and not SPECIAL.search(re.sub(r"[^\W\x00-\x7f]|~", "", text))
+    clear = value is INVALID and not SPECIAL.search(LETTERS.sub("", text))
     home = isinstance(value, str) and value.startswith("~")
     return f"{key}={quote(_expanded(key, text if clear else value))}" if clear or home else line
 
