@@ -3,6 +3,7 @@
 import io
 import itertools
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 from ssl_runner import console
 from ssl_runner.build import build_node
 from ssl_runner.config import arguments, paths
-from ssl_runner.config.compose import parse
+from ssl_runner.config.compose import CONF, parse
 from ssl_runner.errors import UsageError
 from tests.helpers import TINY, run_folder
 
@@ -231,7 +232,10 @@ def test_run_in_a_folder_with_an_odd_name_resumes(
     place = tmp_path / "it's ${x}, [1]"
     (place / "日=${y} #2").mkdir(parents=True)
     monkeypatch.chdir(place)
-    code, out, err = ssl_run(f"{TINY} epochs=1 diagnostics.every=0 {shlex.quote('hydra.run.dir=日=${y} #2')}")
+    Path("c #1,%20${z}/loss").mkdir(parents=True)
+    shutil.copy(CONF / "loss/vicreg.yaml", "c #1,%20${z}/loss/mine.yaml")
+    words = ["--config-dir=c #1,%20${z}", "loss=mine", "hydra.run.dir=日=${y} #2"]
+    code, out, err = ssl_run(f"{TINY} epochs=1 diagnostics.every=0 {shlex.join(words)}")
     assert code == 0, err
     assert run_folder(out) == place / "日=${y} #2"
     code, _, err = ssl_run(shlex.quote("hydra.run.dir=日=${y} #2"))

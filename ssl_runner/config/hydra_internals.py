@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hydra import version
 from hydra._internal.config_repository import IConfigRepository
@@ -28,6 +28,7 @@ __all__ = [
     "IConfigRepository",
     "config_folders",
     "config_repository",
+    "config_sources",
     "enumerate_jobs",
     "output_dir",
     "preserved_state",
@@ -71,9 +72,18 @@ def enumerate_jobs(overrides: list[Override]) -> list[list[str]]:
 
 
 def output_dir() -> Path:
-    """Return the folder that Hydra has made for the job, also if its name contains ${."""
-    runtime = OmegaConf.to_container(HydraConfig.get().runtime, resolve=False)
-    return Path(cast(dict[str, str], runtime)["output_dir"])
+    """Return the folder that Hydra has made for the job."""
+    return Path(_texts(HydraConfig.get())["output_dir"])
+
+
+def config_sources(hydra: Any) -> dict[str, str]:
+    """Return the folder of configs of each provider: "main", and "command-line" for that of --config-dir."""
+    return {source["provider"]: source["path"] for source in _texts(hydra)["config_sources"]}
+
+
+def _texts(hydra: Any) -> Any:
+    """The paths in `hydra.runtime`, which Hydra does not escape: a name may contain ${."""
+    return OmegaConf.to_container(hydra.runtime, resolve=False)
 
 
 def remove_plugin_schemas(folder: Path) -> None:

@@ -77,7 +77,7 @@ def config_of(
         if f"dataset.{one}" in keys and f"dataset.{other}" not in keys and other in config.dataset:
             config.dataset[other] = None
     for key in keys - {"dataset", "probe"}:
-        OmegaConf.update(config, key, OmegaConf.select(composed, key), force_add=True)
+        OmegaConf.update(config, key, paths.escape(OmegaConf.select(composed, key)), force_add=True)
     if own.name != config.dataset.name and "dataset" in keys:
         own = compose_groups([line for line in lines if line.startswith("dataset=")], config_dir).dataset
     elif any(key not in own for key in config.dataset):  # the run was made before these options existed
@@ -87,7 +87,7 @@ def config_of(
         if not keys & {f"dataset.{key}" for key in EVALUATION}:
             keep_transform(config.dataset, transform)
     if "dataset.name" not in keys and (changed := changed_options(own, config.dataset)):
-        config.dataset.name = f"{own.name}:{changed}"
+        config.dataset.name = paths.escape(f"{own.name}:{changed}")
     check_values(config, evaluation=True)
     return config
 

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ssl_runner.config import compose, paths, rules
+from ssl_runner.config import compose, hydra_internals, paths, rules
 from ssl_runner.errors import UsageError
 from ssl_runner.runs import saved
 from ssl_runner.runs.files import read_json
@@ -169,14 +169,14 @@ def refuse_finished(folder: Path) -> None:
 
 def config_dir_of(folder: Path) -> str | None:
     """Return the --config-dir that a run was started with. Raises UsageError if the folder is gone."""
-    sources = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.config_sources
-    paths = [str(source.path) for source in sources if source.provider == "command-line"]
-    if paths and not Path(paths[0]).is_dir():
+    hydra = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra
+    given = hydra_internals.config_sources(hydra).get("command-line")
+    if given is not None and not Path(given).is_dir():
         raise UsageError(
-            f"{folder}: expected the folder with configs that the run was started with, {paths[0]}, found"
+            f"{folder}: expected the folder with configs that the run was started with, {given}, found"
             " none; give the present one with --config-dir"
         )
-    return paths[0] if paths else None
+    return given
 
 
 def is_running(record: dict) -> bool:

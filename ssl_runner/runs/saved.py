@@ -13,7 +13,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from ssl_runner.config import check, compose, paths, renamed, rules
+from ssl_runner.config import check, compose, hydra_internals, paths, renamed, rules
 from ssl_runner.errors import UsageError
 
 
@@ -77,7 +77,7 @@ def refuse_changes(cfg: DictConfig, config: DictConfig) -> None:
             raise _changed(key, OmegaConf.select(config, key), OmegaConf.select(cfg, key))
     for key in rules.NO_RESULT:
         if (value := OmegaConf.select(cfg, key)) is not None:
-            OmegaConf.update(config, key, value)
+            OmegaConf.update(config, key, paths.escape(value))
 
 
 def matches(cfg: DictConfig, folder: Path) -> bool:
@@ -127,7 +127,7 @@ def _choices(folder: Path) -> Any:
 def _reference(choices: Any) -> Any:
     """Return the defaults of this version for these choices, composed as for the present job."""
     hydra = HydraConfig.get()
-    sources = {source.provider: source.path for source in hydra.runtime.config_sources}
+    sources = hydra_internals.config_sources(hydra)
     args = argparse.Namespace(
         config_dir=sources.get("command-line"), config_path=sources["main"], config_name=hydra.job.config_name
     )
