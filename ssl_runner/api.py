@@ -8,13 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from ssl_runner import cli
-from ssl_runner.config import arguments, compose, hydra_internals
+from ssl_runner.config import arguments, compose, hydra_internals, paths
 from ssl_runner.errors import UsageError
-from ssl_runner.runs.resume import lock_folder, quote
+from ssl_runner.runs.resume import lock_folder
 
 RESULT = ("loss", "top1", "val_top1")
 RUNNING = threading.Lock()  # Hydra's state, the working directory and torch's random state are global
@@ -59,10 +58,12 @@ def run(
     refuse_unsupported(overrides, folder, resume)
     words = list(overrides)
     if folder is not None:
-        words.append(f"hydra.run.dir={quote(Path(folder).expanduser().resolve())}")
+        words.append(f"hydra.run.dir={paths.quote(Path(folder).expanduser().resolve())}")
     if resume is not None:
         words.append(
-            "resume=auto" if resume == "auto" else f"resume={quote(Path(resume).expanduser().resolve())}"
+            "resume=auto"
+            if resume == "auto"
+            else f"resume={paths.quote(Path(resume).expanduser().resolve())}"
         )
     if config_dir is not None:
         words.append(f"--config-dir={Path(config_dir).expanduser().resolve()}")
@@ -128,8 +129,9 @@ def refuse_unsupported(
 
 def job(cfg: DictConfig, ended: list[tuple[Path, dict[str, float | None]] | Exception]) -> None:
     """Execute the run and add its folder and result to `ended`, or its error, which Hydra would print."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    folder = hydra_internals.output_dir()
     try:
+        cfg = paths.resolved(cfg)
         folder = cli.choose_folder(cfg, folder)
         with lock_folder(folder):
             ended.append((folder, cli.run_or_skip(cfg, folder)))

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from ssl_runner import distributed, numerics, optimizer
 from ssl_runner.backbone import Backbone, LinearBackbone
 from ssl_runner.checks import check_blur, check_fit, check_loss, check_view_sizes
+from ssl_runner.config.paths import escape
 from ssl_runner.config.rules import check_values
 from ssl_runner.data import dataset
 from ssl_runner.data.dataset import DataSet
@@ -191,8 +192,9 @@ def build_node(
 
     Raises UsageError if the target does not accept them.
     """
-    settings = {name: value for name, value in node.items() if name not in without}
-    try:
+    plain: Any = OmegaConf.to_container(node, resolve=True)
+    settings = escape(escape({name: plain[name] for name in plain if name not in without}))
+    try:  # resolves texts twice
         return instantiate(settings, **parts, _partial_=partial, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, torch.OutOfMemoryError | MemoryError):

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_runner import console
-from ssl_runner.config import arguments, check, compose, hydra_internals
+from ssl_runner.config import arguments, check, compose, hydra_internals, paths
 from ssl_runner.config.help import help_text
 from ssl_runner.errors import UsageError, format_error
 from ssl_runner.preemption import Preempted, Preemption
@@ -103,16 +103,18 @@ def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictCon
     if resume_from is None and not args.cfg:
         for key in ("hydra.run.dir", "hydra.sweep.dir"):
             if key in given:
-                resume.refuse_occupied(Path(str(given[key].value())))
+                resume.refuse_occupied(paths.unquoted(str(given[key].value())))
     elif resume_from not in (None, "auto"):
         if args.multirun:
             raise UsageError(
                 f"{given['resume'].input_line}: expected a single run; leave out -m, or use resume=auto"
             )
-        folder = Path(str(resume_from)).expanduser().resolve()
+        if given["resume"].is_sweep_override():
+            raise paths.sweep(str(given["resume"].input_line))
+        folder = paths.unquoted(str(resume_from)).expanduser().resolve()
         plan = resume.plan_resume(folder, given, args.config_dir)
         args.overrides.remove(str(given["resume"].input_line))
-        args.overrides += [f"resume={resume.quote(folder)}", *plan.overrides]
+        args.overrides += [f"resume={paths.quote(folder)}", *plan.overrides]
         args.config_dir = plan.config_dir
         os.chdir(plan.directory)
     jobs = check.check(args)
@@ -153,14 +155,16 @@ def job(cfg: DictConfig, failed: list[str]) -> float | None:
     if not distributed.is_main_process():
         return run_as_follower()
     hydra_config = HydraConfig.get()
-    made = folder = Path(hydra_config.runtime.output_dir)
+    made = folder = hydra_internals.output_dir()
     try:
+        cfg = paths.resolved(cfg)
         folder = choose_folder(cfg, made)
         with resume.lock_folder(folder):
             result = run_or_skip(cfg, folder)
     except Preempted as error:
         distributed.report_failure(error)
-        print(f"{error}: resume={folder}, or the same command with resume=auto", file=sys.stderr, flush=True)
+        again = f"{paths.override('resume', folder)}, or the same command with resume=auto"
+        print(f"{error}: {again}", file=sys.stderr, flush=True)
         raise
     except Exception as error:
         distributed.report_failure(error)
@@ -182,8 +186,7 @@ def job(cfg: DictConfig, failed: list[str]) -> float | None:
 
 
 def choose_folder(cfg: DictConfig, made: Path) -> Path:
-    """Resolve the configuration and create the folder of its run: `made`, or that of an earlier run."""
-    OmegaConf.resolve(cfg)
+    """Create the folder of a run, given its resolved configuration: `made`, or that of an earlier run."""
     folder = resume.folder_of(cfg, made)
     if folder != made and not any(made.iterdir()):
         made.rmdir()
@@ -210,8 +213,8 @@ def run_or_skip(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     else:
         resume.refuse_finished(folder)
         cfg = saved.resumed(cfg, folder)
-    runtime = HydraConfig.get().runtime
-    places = runtime.cwd, compose.given_config_dir(runtime)
+    hydra = HydraConfig.get()
+    places = hydra.runtime.cwd, hydra_internals.config_sources(hydra).get("command-line")
     compose.find_modules(*places)
     distributed.broadcast_object((OmegaConf.to_container(cfg), str(folder), str(Path.cwd()), places))
     from ssl_runner.pipeline import run

@@ -1,5 +1,6 @@
 """Exit codes and one-line errors of the console scripts."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -11,7 +12,10 @@ def call(command: Callable[[], None], interrupted: str = "interrupted") -> None:
     """Execute a command. An error is printed on one line, with exit code 1.
 
     Ctrl-C prints the line `interrupted` and exits with 130. HYDRA_FULL_ERROR=1 raises errors as they are.
+    Characters of a path that the encoding of the terminal lacks are printed as escapes.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command()
     except KeyboardInterrupt:

@@ -73,7 +73,7 @@ INVALID = [
         "'loss=[vicreg,simclr]'",
         f"expected loss=<name>; use one of {LOSS_NAMES}",
     ),
-    ("--foo", "unrecognized arguments: --foo"),
+    ("--foo", "--foo: expected an option of ssl-run; list the options"),
     # types
     ("gamma=abc", "gamma=abc: expected a number >= 0"),
     ("-m gamma=1,abc", "gamma=abc: expected a number >= 0"),

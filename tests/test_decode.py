@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from ssl_runner.data import decode
 from ssl_runner.data.decode import pixels
 
 RAMP = np.arange(48).reshape(6, 8)
@@ -88,25 +89,66 @@ def test_values_of_no_scale_raise_value_error(values) -> None:
         pixels(Image.fromarray(values), None)
 
 
-def test_16_bit_colour_that_uses_12_bits_raises_value_error() -> None:
-    """Pillow cannot write 16-bit colour, so the file is written by hand."""
+def png16(samples: list[int], colour: int, transparent: bytes | None = None) -> Image.Image:
+    """A PNG of 2 x 2 equal pixels with 16 bits per sample, which Pillow cannot write. colour: its type."""
+    row = b"\0" + struct.pack(f">{len(samples)}H", *samples) * 2
+    chunks = [
+        (b"IHDR", struct.pack(">2I5B", 2, 2, 16, colour, 0, 0, 0)),
+        *([(b"tRNS", transparent)] if transparent else []),
+        (b"IDAT", zlib.compress(row * 2)),
+        (b"IEND", b""),
+    ]
+    data = b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+    return Image.open(io.BytesIO(b"\x89PNG\r\n\x1a\n" + data))
 
-    def png(value: int) -> Image.Image:
-        row = b"\0" + struct.pack(">3H", value, 0, 0) * 2
-        chunks = [
-            (b"IHDR", struct.pack(">2I5B", 2, 2, 16, 2, 0, 0, 0)),
-            (b"IDAT", zlib.compress(row * 2)),
-            (b"IEND", b""),
-        ]
-        data = b"".join(
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-            for kind, body in chunks
-        )
-        return Image.open(io.BytesIO(b"\x89PNG\r\n\x1a\n" + data))
 
-    assert pixels(png(40_000), None)[:, 0, 0].tolist() == [40_000 >> 8, 0, 0]
-    with pytest.raises(ValueError, match="16-bit colour"):
-        pixels(png(4000), None)
+RGB, GRAY_ALPHA, RGBA = 2, 4, 6  # colour types of PNG
+
+
+@pytest.mark.parametrize(
+    ("samples", "colour", "expected"),
+    [
+        ([40_000, 0, 0], RGB, [40_000 >> 8, 0, 0]),
+        ([40_000, 0, 0, 65_535], RGBA, [40_000 >> 8, 0, 0]),
+        ([40_000, 65_535], GRAY_ALPHA, [40_000 >> 8] * 3),
+        ([4000, 0, 0], RGB, None),
+        ([4000, 0, 0, 65_535], RGBA, None),
+        ([4000, 65_535], GRAY_ALPHA, None),
+        ([200, 0, 0], RGB, None),
+        ([200, 0, 0, 65_535], RGBA, None),
+        ([200, 65_535], GRAY_ALPHA, None),
+    ],
+)
+def test_16_bit_colour_that_uses_few_bits_raises_value_error(samples, colour, expected) -> None:
+    image = png16(samples, colour)
+    if expected is None:
+        with pytest.raises(ValueError, match="16-bit colour"):
+            pixels(image, None)
+    else:
+        assert pixels(image, None)[:, 0, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("samples", "colour", "transparent", "expected"),
+    [
+        ([25_600], 0, [25_600], [255] * 3),
+        ([25_601], 0, [25_600], [100] * 3),
+        ([25_600, 0, 5120], RGB, [25_600, 0, 5120], [255] * 3),
+        ([25_600, 0, 5120], RGB, [0, 0, 0], [100, 0, 20]),
+    ],
+)
+def test_transparent_colour_of_16_bits_is_white(samples, colour, transparent, expected) -> None:
+    image = png16(samples, colour, struct.pack(f">{len(transparent)}H", *transparent))
+    assert pixels(image, None)[:, 0, 0].tolist() == expected
+
+
+def test_image_of_too_many_pixels_raises_value_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "MOST_PIXELS", 47)
+    with pytest.raises(ValueError, match="8 x 6 pixels, expected at most 47 in all"):
+        pixels(Image.fromarray(RAMP.astype(np.uint8)), None)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])

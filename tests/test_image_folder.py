@@ -145,7 +145,7 @@ def make(root: Path, names: str) -> dict[str, int]:
     """Write a 4 x 4 image for each name, all of its own colour. Returns the names by colour."""
     for colour, name in enumerate(names.split()):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (4, 4), (colour, 0, 0)).save(root / name)
+        Image.new("RGB", (4, 4), (colour, 0, 0)).save(root / name, "PNG")
     return {name: colour for colour, name in enumerate(names.split())}
 
 
@@ -299,7 +299,14 @@ def test_repeated_root_raises_usage_error(tmp_path: Path, names: str) -> None:
 
 REFUSED = {
     "dataset.root=null: expected a folder": ("1.png", {"root": None}),
-    "root/Train/c: expected image files": ("Train/a/1.png Train/b/2.png Train/c/.3.png", {}),
+    r"root/Train/c: expected image files .*found none \(skipped 1 file: 1 hidden\)": (
+        "Train/a/1.png Train/b/2.png Train/c/.3.png",
+        {},
+    ),
+    r"root/c: .*found none \(skipped 2 files: 1 \.heic \(no codec\), 1 without ending\)": (
+        "a/1.png b/2.png c/3.heic c/4",
+        {},
+    ),
     "expected image files .* found none": ("", {}),
     "expected train beside test, but train is missing": ("test/a/1.png test/b/2.png", {}),
     "only classes of train; .* or remove c, d": ("train/a/1.png train/b/2.png val/c/3.png test/d/4.png", {}),
@@ -397,6 +404,16 @@ def test_unusable_list_raises_one_line_usage_error(tmp_path: Path, text: str, me
 SYMBOLS = ["a,b", "a=b", "a'b", 'a"b', "[a]", "{a}", "#a", "a b", " a", "$a", "%s"]
 ODD_NAMES = [*SYMBOLS, "日本", "ß", "a\\b", "a\nb"]
 NOT_UTF8 = os.fsdecode(b"\xff\xfe")
+
+
+def test_images_above_the_limit_of_pillow_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also without a warning, which pytest raises as an error."""
+    make(tmp_path / "root", "a/1.png a/2.png b/3.png b/4.png")
+    for limit, cache in ((10, "warned"), (1, "refused")):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        data = image_folder.folder(str(tmp_path / "root"), None, str(tmp_path / cache))
+        assert len(data.images) == 4
+        assert limit == Image.MAX_IMAGE_PIXELS
 
 
 def test_odd_names_are_read(tmp_path: Path) -> None:

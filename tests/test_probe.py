@@ -116,14 +116,16 @@ def test_class_without_rows_is_never_predicted(Probe: type) -> None:
     X, y = blobs()
     for _, scores in Probe(X, y, 4).path(X):
         assert scores.shape == (len(X), 4)
-        assert scores.isfinite().all()
+        assert not scores.isnan().any()
         assert (scores.argmax(1) < 3).all()
 
 
 @pytest.mark.parametrize("Probe", CLASSIFIERS.values(), ids=CLASSIFIERS)
-def test_constant_features_give_finite_scores(Probe: type) -> None:
+def test_constant_features_reach_one_class(Probe: type) -> None:
     X, y = torch.ones(30, 4), torch.arange(30) % 3
-    assert all(scores.isfinite().all() for _, scores in Probe(X, y, 3).path(X))
+    for _, scores in Probe(X, y, 3).path(X):
+        assert not scores.isnan().any()
+        assert accuracies(scores, y)["top1"] == 10 / 30
 
 
 @pytest.mark.parametrize("Probe", CLASSIFIERS.values(), ids=CLASSIFIERS)
@@ -163,7 +165,7 @@ def test_knn_probe_matches_scikit_learn(k: int, temperature: float) -> None:
     theirs = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weights).fit(
         X.double().numpy(), y.numpy()
     )
-    ours = KnnProbe(X, y, 3, temperature=temperature).scores(k, X_eval)
+    ours = KnnProbe(X, y, 3, temperature=temperature).scores(k, X_eval).clamp(min=0)
     assert_close(
         ours / ours.sum(1, keepdim=True),
         torch.from_numpy(theirs.predict_proba(X_eval.double().numpy())).float(),
@@ -198,6 +200,47 @@ def test_accuracies_top1_and_top5() -> None:
     scores = torch.tensor([[6.0, 5, 4, 3, 2, 1], [1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1], [6, 5, 4, 3, 2, 1]])
     assert accuracies(scores, torch.tensor([0, 0, 4, 5])) == {"top1": 0.25, "top5": 0.5}
     assert accuracies(scores[:, :5], torch.tensor([0, 4, 4, 3])) == {"top1": 0.5, "top5": None}
+
+
+@pytest.mark.parametrize("k", [1, 3, 5, 12])
+@pytest.mark.parametrize("temperature", [0.005, 0.5])
+def test_knn_accuracies_match_a_naive_vote(k: int, temperature: float) -> None:
+    """Coarse features, so that cosines tie and few classes have a vote."""
+    X, X_eval = torch.randn(40, 2).sign(), torch.randn(30, 2)
+    y, y_eval = torch.arange(40) % 8, torch.arange(30) % 8
+    probe = KnnProbe(X, y, 8, temperature=temperature)
+    cosines, rows = probe.nearest(k, X_eval)
+    hits = {1: 0, 5: 0}
+    for row_cosines, row, label in zip(cosines.tolist(), rows.tolist(), y_eval.tolist(), strict=True):
+        votes = dict[int, np.float32]()
+        for cosine, neighbour in zip(row_cosines, row, strict=True):
+            one = int(y[neighbour])
+            votes[one] = votes.get(one, np.float32(0)) + np.exp(
+                (np.float32(cosine) - np.float32(row_cosines[0])) / np.float32(temperature)
+            )
+        ranking = sorted(votes, key=lambda one: (-votes[one], one))
+        for top in hits:
+            hits[top] += label in ranking[:top]
+    expected = {"top1": hits[1] / 30, "top5": hits[5] / 30}
+    assert accuracies(probe.scores(k, X_eval), y_eval) == expected
+    assert k > 1 or expected["top1"] == expected["top5"] < 1
+
+
+@pytest.mark.parametrize(
+    ("scores", "y", "top1", "top5"),
+    [
+        (torch.zeros(8, 8), torch.arange(8), 1 / 8, 5 / 8),  # equal scores: the lowest numbers come first
+        (torch.full((8, 8), torch.nan), torch.arange(8), 0, 0),
+        (torch.full((8, 8), -torch.inf), torch.arange(8), 0, 0),
+        (torch.tensor([[0.0] * 7 + [torch.nan]]), torch.tensor([0]), 1, 1),
+        (torch.tensor([[-torch.inf] * 7 + [-1e9]]), torch.tensor([7]), 1, 1),
+        (torch.tensor([[-torch.inf] * 7 + [-1e9]]), torch.tensor([0]), 0, 0),
+    ],
+)
+def test_accuracies_of_ties_and_missing_scores(
+    scores: torch.Tensor, y: torch.Tensor, top1: float, top5: float
+) -> None:
+    assert accuracies(scores, y) == {"top1": top1, "top5": top5}
 
 
 def test_best_of_stops_without_improvement() -> None:

@@ -137,7 +137,7 @@ def test_commands_of_the_page_are_accepted(finished: Path, tmp_path: Path) -> No
     for words in probes:
         config_of(finished, [word.replace("FOLDER", str(tmp_path)) for word in words])
     for words in embeddings:
-        args = embed_cli.parser().parse_intermixed_args(["RUN", *words])
+        args = embed_cli.parser().read(["RUN", *words])
         config_of(finished, [word for word in args.source if "=" in word])
 
 

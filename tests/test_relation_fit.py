@@ -186,7 +186,7 @@ def test_commands_of_the_page_are_accepted() -> None:
     assert len(commands) >= 3
     for words in commands:
         given = [word for word in words if "FOLDER" not in word]
-        args = relation_cli.parser().parse_intermixed_args(given)
+        args = relation_cli.parser().read(given)
         check_settable(parse(args.overrides), relation_cli.SETTABLE, "")
         compose_groups(args.overrides, None)
 

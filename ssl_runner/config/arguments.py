@@ -1,15 +1,42 @@
 """The arguments of `ssl-run`: overrides and options, in Hydra's grammar."""
 
 import argparse
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from ssl_runner.config import paths
 from ssl_runner.errors import UsageError
+
+OVERRIDES = ("overrides", "source")  # destinations of the words that may be overrides
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser whose errors are UsageErrors."""
+    """Parser whose errors are UsageErrors. Paths in overrides are quoted as `paths.complete` describes."""
+
+    def read(self, words: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse `words`, by default those of sys.argv. Overrides and options may be given in any order."""
+        words = sys.argv[1:] if words is None else list(words)
+        args, unknown = self.parse_known_intermixed_args(words)
+        given = {name: getattr(args, name) for name in OVERRIDES if name in args}
+        if unknown := [*unknown, *(word for line in given.values() for word in line if word.startswith("-"))]:
+            todo = self.instead(unknown[0], words)
+            raise UsageError(f"{unknown[0]}: expected an option of {self.prog}; {todo}")
+        for name, lines in given.items():
+            setattr(args, name, paths.complete(lines, getattr(args, "multirun", False)))
+        return args
+
+    def instead(self, word: str, words: Sequence[str]) -> str:
+        """What to write for an unknown option: batch_size=8 for --batch-size=8 and for --batch-size 8."""
+        name, equals, value = word.lstrip("-").partition("=")
+        following = words[words.index(word) + 1 : words.index(word) + 2] if word in words else []
+        if not equals and following and not re.match(r"-(?![\d.])|[+~]?\w[\w.@/]*=", following[0]):
+            equals, value = "=", following[0]
+        name = name.replace("-", "_")
+        todo = f"write {paths.in_shell(f'{name}={value}')}, or " if equals else ""
+        return f"{todo}list the options with {self.prog} --help"
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; list the options with {self.prog} --help")
@@ -46,12 +73,12 @@ def parser() -> Parser:
 
 
 def parse(parser: Parser, words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse `words`, by default those of sys.argv. Overrides and options may be given in any order.
+    """Parse the words of `ssl-run`, by default those of sys.argv.
 
     `hydra.mode=MULTIRUN` sets `multirun`. The + of `+experiment=<name>` is dropped: the group is in the
     defaults list, where Hydra refuses it. Raises UsageError for an unknown option.
     """
-    args = parser.parse_intermixed_args(words)
+    args = parser.read(words)
     if args.config_path is not None:
         args.config_path = str(Path(args.config_path).resolve())  # Hydra would start from a module's folder
     args.multirun = args.multirun or "hydra.mode=MULTIRUN" in args.overrides

@@ -18,7 +18,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ssl_runner.config import hydra_internals, renamed
+from ssl_runner.config import hydra_internals, paths, renamed
 from ssl_runner.config.rules import nearest
 from ssl_runner.errors import UsageError, one_line
 from ssl_runner.view_layout import view_count
@@ -48,11 +48,12 @@ def prefer_our_presets() -> None:
 
 def parse(lines: Iterable[str]) -> list[Override]:
     """Parse overrides with Hydra. Raises UsageError if one is not <group>=<name> or <key>=<value>."""
-    try:
-        overrides = OverridesParser.create().parse_overrides(list(lines))
-    except HydraException as error:
-        message = one_line(error).split(" See https")[0]
-        raise UsageError(f"{message}: expected <group>=<name> or <key>=<value>") from error
+    parser, overrides = OverridesParser.create(), []
+    for line in lines:
+        try:
+            overrides.append(parser.parse_override(line))
+        except HydraException as error:
+            raise paths.refuse(line, error) from error
     for override in overrides:
         if not override.key_or_group:
             raise UsageError(f"{override.input_line} has no key: expected <group>=<name> or <key>=<value>")
@@ -71,9 +72,7 @@ def jobs(overrides: list[Override], multirun: bool) -> list[list[Override]]:
     """
     swept = [override for override in overrides if override.is_sweep_override()]
     if swept and not multirun:
-        raise UsageError(
-            f"{swept[0].input_line} is a sweep: add -m for one run per value, or write a list as [a,b]"
-        )
+        raise paths.sweep(str(swept[0].input_line))
     found = hydra_internals.enumerate_jobs([override for override in overrides if not is_sampled(override)])
     if not found:
         raise UsageError(f"{swept[0].input_line} is an empty sweep: give at least one value")
@@ -149,12 +148,6 @@ class Composer:
             for choice, config in configs.items()
             if config and any(item.get_package() == name for item in config.defaults_list or [])
         ]
-
-
-def given_config_dir(runtime: Any) -> str | None:
-    """Return the folder given with --config-dir, from `hydra.runtime`."""
-    paths = [str(source.path) for source in runtime.config_sources if source.provider == "command-line"]
-    return paths[0] if paths else None
 
 
 def find_modules(launch_folder: str | Path, config_dir: str | None) -> None:

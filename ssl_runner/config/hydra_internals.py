@@ -18,15 +18,19 @@ from hydra._internal.utils import _run_hydra, create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
+from omegaconf import OmegaConf
 
 __all__ = [
     "IConfigRepository",
     "config_folders",
     "config_repository",
+    "config_sources",
     "enumerate_jobs",
+    "output_dir",
     "preserved_state",
     "remove_plugin_schemas",
     "run_hydra",
@@ -65,6 +69,21 @@ def enumerate_jobs(overrides: list[Override]) -> list[list[str]]:
     """
     batches = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     return batches[0] if batches else []
+
+
+def output_dir() -> Path:
+    """Return the folder that Hydra has made for the job."""
+    return Path(_texts(HydraConfig.get())["output_dir"])
+
+
+def config_sources(hydra: Any) -> dict[str, str]:
+    """Return the folder of configs of each provider: "main", and "command-line" for that of --config-dir."""
+    return {source["provider"]: source["path"] for source in _texts(hydra)["config_sources"]}
+
+
+def _texts(hydra: Any) -> Any:
+    """The paths in `hydra.runtime`, which Hydra does not escape: a name may contain ${."""
+    return OmegaConf.to_container(hydra.runtime, resolve=False)
 
 
 def remove_plugin_schemas(folder: Path) -> None:

@@ -107,10 +107,11 @@ def decode_images(
     try:
         if not _is_finished(decoded):
             decoded.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(decoded):
+            with _locked(decoded), decode.large_images():
                 if not _is_finished(decoded):
                     _decode(encoded, size, channels, decoded, skip_broken, repair)
-        broken = _read_again(encoded, size, channels, decoded)
+        with decode.large_images():
+            broken = _read_again(encoded, size, channels, decoded)
     except OSError as error:
         raise UsageError(
             f"dataset.cache={cache}: expected a writable folder with enough space ({error.strerror});"

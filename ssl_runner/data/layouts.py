@@ -93,7 +93,7 @@ def read_layout(roots: Sequence[Path], labels: bool | None, skip_unreadable: boo
                 f" {found[0].layout}, found {one.layout}; use roots with the same layout"
             )
     names = sorted({name for one in found for part in one.splits.values() for name in part if name})
-    _check_classes(roots, found, names)
+    _check_classes(roots, found, names, finder.skipped)
     roots_text = f", {len(roots)} roots" if len(roots) > 1 else ""
     layout = found[0].layout + roots_text + next((one.hint for one in found if one.hint), "")
     listing = Listing(layout, finder.skipped, classes=[printable(name) for name in names])
@@ -113,7 +113,9 @@ def _of(skipped: Skipped) -> str:
     return f" ({skipped})" if str(skipped) else ""
 
 
-def _check_classes(roots: Sequence[Path], found: Sequence[Root], names: Sequence[str]) -> None:
+def _check_classes(
+    roots: Sequence[Path], found: Sequence[Root], names: Sequence[str], skipped: Skipped
+) -> None:
     """Raise UsageError for a class without training images."""
     if not names:
         return
@@ -125,7 +127,7 @@ def _check_classes(roots: Sequence[Path], found: Sequence[Root], names: Sequence
         if any(name in one.splits["train"] for one in found) and name not in in_train
     ]:
         raise UsageError(
-            f"{where}/{empty[0]}: expected image files (.jpg, .png, .webp, ...), found none;"
+            f"{where}/{empty[0]}: expected image files (.jpg, .png, .webp, ...), found none{_of(skipped)};"
             " add some or remove the folder"
         )
     if odd := [printable(name) for name in names if name not in in_train]:

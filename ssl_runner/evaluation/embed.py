@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssl_runner.data.dataset import DataSet
-from ssl_runner.data.decode import DAMAGED
+from ssl_runner.data.decode import DAMAGED, large_images
 from ssl_runner.data.images import Images
 from ssl_runner.data.layouts import Finder
 from ssl_runner.data.skipped import printable
@@ -59,7 +59,7 @@ class Folder:
         """
         chunks = iter([self.files[i : i + batch_size] for i in range(0, len(self.files), batch_size)])
         waiting: deque[list[Future]] = deque()
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
+        with large_images(), ThreadPoolExecutor(os.cpu_count()) as threads:
             try:
                 while True:
                     while len(waiting) < 3 and (chunk := next(chunks, None)):

@@ -26,7 +26,7 @@ path if its images are files
 INSTEAD = "leave it out; the device is set with --device, and features are computed in float32"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> arguments.Parser:
     """Return the parser of the command line."""
     parser = arguments.Parser(
         prog="ssl-embed",
@@ -74,7 +74,7 @@ def folder_in(source: list[str]) -> Path | None:
 
 def execute() -> None:
     """Validate the command line, then write the features."""
-    args = parser().parse_intermixed_args()
+    args = parser().read()
     if args.batch_size < 1:
         raise UsageError(f"--batch-size={args.batch_size}: expected an integer >= 1")
     folder = folder_in(args.source)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ssl_runner.config import check, compose
+from ssl_runner.config import check, compose, paths
 from ssl_runner.config.rules import check_values, format_value
 from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError
@@ -77,7 +77,7 @@ def config_of(
         if f"dataset.{one}" in keys and f"dataset.{other}" not in keys and other in config.dataset:
             config.dataset[other] = None
     for key in keys - {"dataset", "probe"}:
-        OmegaConf.update(config, key, OmegaConf.select(composed, key), force_add=True)
+        OmegaConf.update(config, key, paths.escape(OmegaConf.select(composed, key)), force_add=True)
     if own.name != config.dataset.name and "dataset" in keys:
         own = compose_groups([line for line in lines if line.startswith("dataset=")], config_dir).dataset
     elif any(key not in own for key in config.dataset):  # the run was made before these options existed
@@ -87,7 +87,7 @@ def config_of(
         if not keys & {f"dataset.{key}" for key in EVALUATION}:
             keep_transform(config.dataset, transform)
     if "dataset.name" not in keys and (changed := changed_options(own, config.dataset)):
-        config.dataset.name = f"{own.name}:{changed}"
+        config.dataset.name = paths.escape(f"{own.name}:{changed}")
     check_values(config, evaluation=True)
     return config
 
@@ -108,7 +108,7 @@ def finished_record(folder: Path) -> dict[str, Any]:
     if record["status"] != "done":
         raise UsageError(
             f"{folder}: expected a finished run, found status {record['status']}; finish it with"
-            f" ssl-run resume={folder}"
+            f" ssl-run {paths.override('resume', folder)}"
         )
     return record
 
@@ -130,15 +130,14 @@ def compose_groups(lines: list[str], config_dir: str | None) -> DictConfig:
         overrides=lines, config_dir=config_dir, config_path=None, config_name=None, multirun=False
     )
     [(_, composed)] = check.check(args, evaluation=True)
-    OmegaConf.resolve(composed)
-    return composed
+    return paths.resolved(composed)
 
 
 def absolute(path: Any, base: Path) -> Any:
     """The path, or each of a list of paths, as an absolute path; relative ones are in `base`."""
     if isinstance(path, ListConfig):
         return [absolute(one, base) for one in path]
-    return str(base / Path(path).expanduser())
+    return paths.escape(str(base / Path(path).expanduser()))
 
 
 def changed_options(own: DictConfig, other: DictConfig) -> str:

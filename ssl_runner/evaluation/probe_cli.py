@@ -21,7 +21,7 @@ settings: dataset, probe, device and precision, as of ssl-run; the values of the
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> arguments.Parser:
     """Return the parser of the command line."""
     parser = arguments.Parser(
         prog="ssl-probe",
@@ -44,7 +44,7 @@ def main() -> None:
 
 def execute() -> None:
     """Validate the command line, then probe."""
-    args = parser().parse_intermixed_args()
+    args = parser().read()
     from ssl_runner.evaluation.finished import config_of
 
     cfg = config_of(args.run, args.overrides, args.config_dir)

@@ -27,7 +27,7 @@ The directions are linear functions of the features of the backbone, which is no
 SETTABLE = ("dataset", "views", "V", "backbone", "init_weights", "channels_last", "seed", "device")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> arguments.Parser:
     """Return the parser of the command line."""
     parser = arguments.Parser(
         prog="ssl-relation",
@@ -53,7 +53,7 @@ def main() -> None:
 
 def execute() -> None:
     """Validate the command line, then measure every variant of the views."""
-    args = parser().parse_intermixed_args()
+    args = parser().read()
     for option in ("images", "passes"):
         if getattr(args, option) < 1:
             raise UsageError(f"--{option}={getattr(args, option)}: expected an integer >= 1")

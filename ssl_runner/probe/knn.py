@@ -61,6 +61,12 @@ class KnnProbe(Probe):
         return torch.cat([b.values for b in blocks]), torch.cat([b.indices for b in blocks])
 
     def votes(self, cosines: Tensor, rows: Tensor) -> Tensor:
-        """Sum the vote weights per class: cosines and row indices (n, k) -> (n, classes)."""
-        weights = (cosines / self.temperature).exp()
-        return weights.new_zeros(len(weights), self.classes).scatter_add_(1, self.y[rows], weights)
+        """Sum the vote weights per class: descending cosines and row indices (n, k) -> (n, classes).
+
+        The weights are relative to that of the nearest row, which keeps them finite at low temperatures. A
+        class without a vote has -inf, so that it is not ranked.
+        """
+        weights, labels = ((cosines - cosines[:, :1]) / self.temperature).exp(), self.y[rows]
+        votes = weights.new_zeros(len(weights), self.classes).scatter_add_(1, labels, weights)
+        voted = torch.zeros_like(votes, dtype=torch.bool).scatter_(1, labels, True)
+        return votes.where(voted, -torch.inf)

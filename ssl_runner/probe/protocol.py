@@ -153,8 +153,11 @@ def best_of(path: Iterable[tuple[float, Tensor]], y: Tensor, patience: int = 2) 
 def accuracies(scores: Tensor, y: Tensor) -> dict[str, float | None]:
     """Return top-1 and top-5 accuracy in [0, 1] for scores (n, classes) and labels y (n,).
 
-    top5 is None for five or fewer classes.
+    Of equal scores the class with the lower number ranks first. A label whose score is NaN or -inf, as that
+    of a class without a vote, is never among the top. top5 is None for five or fewer classes.
     """
-    ranked = scores.topk(min(5, scores.shape[1])).indices == y[:, None]
-    top5 = ranked.any(1).sum().item() / len(y) if scores.shape[1] > 5 else None
-    return {"top1": ranked[:, 0].sum().item() / len(y), "top5": top5}
+    own, number = scores.gather(1, y[:, None]), torch.arange(scores.shape[1], device=scores.device)
+    ahead = (scores > own) | ((scores == own) & (number < y[:, None]))
+    rank = ahead.sum(1).where(own[:, 0] > -torch.inf, scores.shape[1])
+    top1, top5 = ((rank < k).sum().item() / len(y) for k in (1, 5))
+    return {"top1": top1, "top5": top5 if scores.shape[1] > 5 else None}

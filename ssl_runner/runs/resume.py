@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ssl_runner.config import compose, rules
+from ssl_runner.config import compose, hydra_internals, paths, rules
 from ssl_runner.errors import UsageError
 from ssl_runner.runs import saved
 from ssl_runner.runs.files import read_json
@@ -26,7 +26,8 @@ def refuse_occupied(folder: Path) -> None:
     for taken in (folder, *folder.glob("*")):
         if (taken / "run.json").exists():
             raise UsageError(
-                f"{taken} already contains a run: choose another folder, or resume it with resume={taken}"
+                f"{taken} already contains a run: choose another folder, or resume it with"
+                f" {paths.override('resume', taken)}"
             )
 
 
@@ -151,16 +152,10 @@ def plan_resume(folder: Path, given: Collection[str], config_dir: str | None) ->
     if "epochs" not in {*given, *(override.key_or_group for override in overrides)}:
         added.append(f"epochs={saved.load(folder).epochs}")  # a preset may have other epochs by now
     return ResumePlan(
-        overrides=[*added, f"hydra.run.dir={quote(folder)}"],
+        overrides=[*added, f"hydra.run.dir={paths.quote(folder)}"],
         config_dir=str(Path(config_dir).resolve()) if config_dir is not None else config_dir_of(folder),
         directory=Path(record["cwd"]),
     )
-
-
-def quote(path: Path) -> str:
-    """Return a path in quotes, as the value of an override."""
-    escaped = str(path).replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def refuse_finished(folder: Path) -> None:
@@ -174,13 +169,14 @@ def refuse_finished(folder: Path) -> None:
 
 def config_dir_of(folder: Path) -> str | None:
     """Return the --config-dir that a run was started with. Raises UsageError if the folder is gone."""
-    path = compose.given_config_dir(OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime)
-    if path is not None and not Path(path).is_dir():
+    hydra = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra
+    given = hydra_internals.config_sources(hydra).get("command-line")
+    if given is not None and not Path(given).is_dir():
         raise UsageError(
-            f"{folder}: expected the folder with configs that the run was started with, {path}, found"
+            f"{folder}: expected the folder with configs that the run was started with, {given}, found"
             " none; give the present one with --config-dir"
         )
-    return path
+    return given
 
 
 def is_running(record: dict) -> bool:
@@ -206,7 +202,7 @@ def refuse_other_images(
         weights = exported if exported.exists() else folder / "checkpoint.pt"
         raise UsageError(
             f"the images of {location(cfg)} have changed since the run started: {change}; restore them, or"
-            f" start a new run with init_weights={weights}"
+            f" start a new run with {paths.override('init_weights', weights)}"
         )
 
 

@@ -13,7 +13,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from ssl_runner.config import check, compose, renamed, rules
+from ssl_runner.config import check, compose, hydra_internals, paths, renamed, rules
 from ssl_runner.errors import UsageError
 
 
@@ -55,8 +55,7 @@ def completed(folder: Path) -> DictConfig:
         if group in now and now[group] != then.get(group):
             raise _changed(group, then.get(group), now[group])
     reference = _reference(OmegaConf.merge(now, then))
-    config: Any = OmegaConf.merge(reference, load(folder))
-    OmegaConf.resolve(config)
+    config = paths.resolved(OmegaConf.merge(reference, load(folder)))
     try:
         check.check_tree(config, reference)
         rules.check_values(config)
@@ -78,7 +77,7 @@ def refuse_changes(cfg: DictConfig, config: DictConfig) -> None:
             raise _changed(key, OmegaConf.select(config, key), OmegaConf.select(cfg, key))
     for key in rules.NO_RESULT:
         if (value := OmegaConf.select(cfg, key)) is not None:
-            OmegaConf.update(config, key, value)
+            OmegaConf.update(config, key, paths.escape(value))
 
 
 def matches(cfg: DictConfig, folder: Path) -> bool:
@@ -128,11 +127,9 @@ def _choices(folder: Path) -> Any:
 def _reference(choices: Any) -> Any:
     """Return the defaults of this version for these choices, composed as for the present job."""
     hydra = HydraConfig.get()
-    [main] = [source.path for source in hydra.runtime.config_sources if source.provider == "main"]
+    sources = hydra_internals.config_sources(hydra)
     args = argparse.Namespace(
-        config_dir=compose.given_config_dir(hydra.runtime),
-        config_path=main,
-        config_name=hydra.job.config_name,
+        config_dir=sources.get("command-line"), config_path=sources["main"], config_name=hydra.job.config_name
     )
     added = {check.key_of(one) for one in compose.parse(hydra.overrides.task) if one.is_add()}
     with compose.composer(args) as composer:

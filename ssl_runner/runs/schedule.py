@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from ssl_runner.config import compose, rules
+from ssl_runner.config import compose, paths, rules
 from ssl_runner.errors import UsageError
 from ssl_runner.runs import resume, saved
 from ssl_runner.runs.files import atomic_write, read_json, write_json
@@ -50,7 +50,7 @@ def extend(cfg: DictConfig, folder: Path) -> DictConfig:
     record = read_json(folder / "run.json")
     schedule = read_schedule(folder, saved.load(folder).epochs)
     planned = schedule[-1]["to_epoch"]
-    new_run = f"start a new run with init_weights={folder}/backbone.safetensors"
+    new_run = f"start a new run with {paths.override('init_weights', folder / 'backbone.safetensors')}"
     if cfg.epochs < planned:
         raise UsageError(
             f"epochs={cfg.epochs}: expected more than the {planned} epochs that {folder} was planned for;"
