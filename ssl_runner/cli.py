@@ -104,6 +104,7 @@ def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictCon
         for key in ("hydra.run.dir", "hydra.sweep.dir"):
             if key in given:
                 resume.refuse_occupied(Path(str(given[key].value())))
+                resume.check_creatable(key, Path(str(given[key].value())))
     elif resume_from not in (None, "auto"):
         if args.multirun:
             raise UsageError(
@@ -154,6 +155,7 @@ def job(cfg: DictConfig, failed: list[str]) -> float | None:
         return run_as_follower()
     hydra_config = HydraConfig.get()
     made = folder = Path(hydra_config.runtime.output_dir)
+    os.chdir(hydra_config.runtime.cwd)  # with hydra.job.chdir relative paths would be those of the folder
     try:
         folder = choose_folder(cfg, made)
         with resume.lock_folder(folder):
