@@ -103,8 +103,8 @@ def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictCon
     if resume_from is None and not args.cfg:
         for key in ("hydra.run.dir", "hydra.sweep.dir"):
             if key in given:
-                resume.refuse_occupied(Path(str(given[key].value())))
                 resume.check_creatable(key, Path(str(given[key].value())))
+                resume.refuse_occupied(Path(str(given[key].value())))
     elif resume_from not in (None, "auto"):
         if args.multirun:
             raise UsageError(

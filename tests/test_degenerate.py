@@ -35,7 +35,7 @@ def shape(batch_size: int = 8, V: int = 2, betas: object = None, solver: str = T
         *(
             (
                 {"betas": betas},
-                f"optimizer.betas={text}: expected two numbers from 0 to 1, such as [0.9,0.999]",
+                f"optimizer.betas={text}: expected two numbers from 0 to 1",
             )
             for betas, text in [
                 ([], "[]"),
@@ -81,6 +81,7 @@ def edges(tmp_path: Path, *pairs: tuple[int, int]) -> FromEdges:
     return FromEdges(str(tmp_path / "pairs.csv"))
 
 
+ONE_COLUMN = "projector.K=1: expected 2 or more columns"
 ALL_POSITIVE = "expected negatives in a batch, but this relation makes positives of all its rows"
 
 
@@ -119,13 +120,10 @@ def test_relation_without_positives_or_negatives_is_refused(
 @pytest.mark.parametrize(
     ("loss", "K", "message"),
     [
-        *(
-            (loss, 1, "projector.K=1: expected 2 or more columns")
-            for loss in (SimCLR(), FroSSL(), MMCR(), WMSE())
-        ),
-        (SimCLR(tau=0.01, reduction="sum"), 1, "projector.K=1: expected 2 or more columns"),
+        *((loss, 1, ONE_COLUMN) for loss in (SimCLR(), FroSSL(), MMCR(), WMSE())),
+        (SimCLR(tau=0.01, reduction="sum"), 1, ONE_COLUMN),
         (VICReg(0, 0, 0), 8, "loss: expected a weight above 0"),
-        (VICReg(0, 1, 0), 1, "projector.K=1: expected 2 or more columns"),
+        (VICReg(0, 1, 0), 1, ONE_COLUMN),
         *((loss, 2, None) for loss in (SimCLR(), FroSSL(), MMCR(), WMSE(), BarlowTwins(), VICReg())),
         *((loss, 1, None) for loss in (SpectralContrastive(), BarlowTwins(), VICReg())),
         (VICReg(0, 0, 1), 1000, None),
@@ -174,18 +172,17 @@ def test_batches_with_few_pairs_of_a_file_are_reported(
     relation = edges(tmp_path, (i, j))
     relation.bind(data.pretrain.labels)
     lines = warnings(shape(batch_size), VICReg(), relation, data, 2)
-    assert [f"on average {expected:.2g} pairs of images" in line for line in lines] == (
-        [True] if expected else []
-    )
+    assert len(lines) == (expected is not None)
+    assert all(f"on average {expected:.2g} pairs of images" in line for line in lines)
 
 
 def test_expected_pairs_of_labels_are_the_mean_over_batches() -> None:
     data, size = load(toy(per_class=6, classes=20)), 4
     [line] = warnings(shape(size), VICReg(), FromLabels(), data, 2)
     y = data.pretrain.y
-    batches = [y[torch.randperm(len(y))[:size]] for _ in range(20_000)]
+    batches = [y[torch.randperm(len(y))[:size]] for _ in range(3_000)]
     pairs = sum(int((labels[:, None] == labels).sum()) - size for labels in batches) / 2 / len(batches)
-    assert float(line.split("average ")[1].split()[0]) == pytest.approx(pairs, rel=0.1)
+    assert float(line.split("average ")[1].split()[0]) == pytest.approx(pairs, rel=0.15)
 
 
 class Returns(Backbone):
@@ -209,7 +206,7 @@ class Returns(Backbone):
         (lambda y: (y, y), "found tuple for one image"),
         (lambda y: {"x": y}, "found dict for one image"),
         (lambda y: None, "found NoneType for one image"),
-        (lambda y: y @ y.new_zeros(5, 5), "for images of shape (3, 8, 8), but it raises 'Expected size"),
+        (lambda y: y @ y.new_zeros(5, 5), "for images of shape (3, 8, 8), but it raises 'mat1 and mat2"),
         (lambda y: y.view(7), "but it raises 'shape '[7]' is invalid for input of size 144'"),
         (lambda y: y.mean((2, 3)), None),
         (lambda y: y.mean((2, 3), keepdim=True), None),
@@ -221,7 +218,7 @@ def test_backbone_without_a_vector_of_features_is_refused(of, message: str | Non
         check_features(backbone, data)
         assert backbone.training
         return
-    with pytest.raises(UsageError, match="^backbone: expected") as error:
+    with pytest.raises(UsageError, match=r"^backbone: expected") as error:
         check_features(backbone, data)
     assert message in str(error.value)
 

@@ -38,9 +38,9 @@ def check_creatable(option: str, folder: Path) -> None:
     """
     if "${" in str(folder):
         return
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     made: list[Path] = []
     try:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
         for path in reversed(missing):
             path.mkdir()
             made.append(path)
