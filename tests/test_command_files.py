@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ssl_runner.config.hydra_internals import ConfigFiles
+from ssl_runner.config.hydra_internals import FileConfigSource
 from ssl_runner.errors import UsageError
 from ssl_runner.runs.resume import check_creatable
 from tests.helpers import TINY
@@ -16,9 +16,9 @@ from tests.helpers import TINY
 HEADER = b"# @package _global_\n"
 
 
-def source(folder: Path, content: bytes) -> ConfigFiles:
+def source(folder: Path, content: bytes) -> FileConfigSource:
     (folder / "own.yaml").write_bytes(content)
-    return ConfigFiles("command-line", f"file://{folder}")
+    return FileConfigSource("command-line", f"file://{folder}")
 
 
 @pytest.mark.parametrize(

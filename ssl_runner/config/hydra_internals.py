@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 from hydra import version
 from hydra._internal.config_repository import IConfigRepository
+from hydra._internal.core_plugins import file_config_source
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.hydra import Hydra
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import _run_hydra, create_config_search_path
@@ -41,8 +41,11 @@ __all__ = [
 ]
 
 
-class ConfigFiles(FileConfigSource):
-    """A folder of config files. Errors name the file and the line; a byte order mark is accepted."""
+class FileConfigSource(file_config_source.FileConfigSource):
+    """A folder of config files. Errors name the file and the line; a byte order mark is accepted.
+
+    It has the name of Hydra's class, which Hydra otherwise refuses to replace.
+    """
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Load a file. Raises UsageError if it is not YAML in UTF-8, is empty, or holds no options."""
@@ -87,8 +90,7 @@ def config_repository(folder: Path, config_dir: str | None) -> Iterator[IConfigR
     Yields the repository of these configs. A config in `folder` precedes one of the same name in
     `config_dir`, as with Hydra's option --config-dir. Within a job, Hydra's state is restored on exit.
     """
-    Plugins.instance()  # registers Hydra's own reader of files, which is replaced
-    SourcesRegistry.instance().types["file"] = ConfigFiles
+    SourcesRegistry.instance().types["file"] = FileConfigSource
     search_path = create_config_search_path(str(folder.resolve()))
     if config_dir is not None:
         before = SearchPathQuery(provider="schema")  # the position that --config-dir gives it
