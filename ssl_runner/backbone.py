@@ -2,14 +2,18 @@
 
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
+from ssl_runner.errors import one_line
 from ssl_runner.names import STEMS
 
 SMALL_IMAGE = 64  # pixels per side: up to this size ResNets use the CIFAR stem
@@ -63,13 +67,17 @@ def resnet(
           auto      cifar for images of up to 64 pixels per side, imagenet for larger ones
 
     A first convolution that differs from that of the pretrained network has new weights. One line on standard
-    error reports it. Raises ValueError for an unknown stem.
+    error reports it. Raises ValueError for an unknown stem, for a
+    network that is not a ResNet, and if the weights cannot be downloaded.
     """
     if stem not in STEMS:
         raise ValueError(f"backbone.stem={stem}: expected one of {', '.join(STEMS)}; use auto")
     if stem == "auto":
         stem = "cifar" if image_size <= SMALL_IMAGE else "imagenet"
-    body = torchvision.models.get_model(name, weights=weights)
+    with downloading(f"backbone.weights={weights}"):
+        body = torchvision.models.get_model(name, weights=weights)
+    if not isinstance(body, torchvision.models.ResNet):
+        raise ValueError(f"backbone.name={name}: expected a ResNet; use backbone=timm for other networks")
     width = body.fc.in_features
     body.fc = nn.Identity()
     new_convolution = True
@@ -99,7 +107,11 @@ def report_unused(name: str, weights: str, stem: str, channels: int) -> None:
 def from_timm(channels: int, image_size: int, name: str, **settings: Any) -> Backbone:
     """A timm model without its classifier. `settings` are passed to timm.create_model.
 
-    Raises ValueError for an unknown name.
+    A model of fixed size that does not accept images of this size is created with `img_size=image_size`, if
+    it has this argument.
+
+    Raises ValueError for an unknown name, for settings that are not those of a backbone, for a model that
+    does not accept the images or uses only a part of them, and if the features are not (B, width).
     """
     import timm  # takes about a second and is not needed by other backbones
 
@@ -109,10 +121,102 @@ def from_timm(channels: int, image_size: int, name: str, **settings: Any) -> Bac
         raise ValueError(
             f"backbone.name={name}: expected a timm model; {hint}timm.list_models() returns all names"
         )
-    body = timm.create_model(name, num_classes=0, in_chans=channels, **settings)
-    with torch.no_grad():
-        width = body.eval()(torch.zeros(1, channels, image_size, image_size)).shape[1]
-    return Backbone(body.train(), width)
+    for given in settings.keys() & {"num_classes", "in_chans", "features_only"}:
+        raise ValueError(
+            f"backbone.{given}={settings[given]}: expected no such argument, because a backbone takes the"
+            " channels of the data set and returns one vector of features per image; leave it out"
+        )
+    if settings.get("pretrained"):
+        use_cache_without_network()
+
+    def create(**size: Any) -> Any:
+        with downloading("backbone.pretrained=true"):
+            return timm.create_model(name, num_classes=0, in_chans=channels, **settings, **size)
+
+    random_state = torch.get_rng_state()
+    body = create()
+    features = output_of(body, channels, image_size)
+    if isinstance(features, Exception) and "img_size" not in settings:
+        torch.set_rng_state(random_state)
+        try:
+            body = create(img_size=image_size)
+            features = output_of(body, channels, image_size)
+        except (TypeError, RuntimeError, AssertionError, ArithmeticError):
+            pass  # the model has no such argument, or no such size
+    if isinstance(features, Exception):
+        size = f"backbone.img_size={image_size}"
+        if "img_size" not in settings:
+            size = f"dataset.size={body.default_cfg['input_size'][-1]}"
+        raise ValueError(
+            f"backbone.name={name}: expected a model for images of {image_size} pixels, but it raises"
+            f" '{one_line(features)}'; set {size}, or choose another model"
+        )
+    check_features(name, features, settings)
+    check_patches(name, body, image_size)
+    return Backbone(body.train(), features.shape[1])
+
+
+def check_features(name: str, features: Any, settings: dict[str, Any]) -> None:
+    """Raise ValueError unless a timm model with these settings returns features of shape (rows, width)."""
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        found = tuple(features.shape) if isinstance(features, Tensor) else f"a {type(features).__name__}"
+        remedy = "leave out backbone.global_pool" if "global_pool" in settings else "choose another model"
+        raise ValueError(
+            f"backbone.name={name}: expected features of shape (rows, width), found {found} for one image;"
+            f" {remedy}"
+        )
+
+
+def output_of(body: nn.Module, channels: int, image_size: int) -> Any:
+    """What a network in eval mode returns for one image, or the exception that it raises."""
+    try:
+        with torch.no_grad():
+            return body.eval()(torch.zeros(1, channels, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+        return error
+
+
+def check_patches(name: str, body: nn.Module, image_size: int) -> None:
+    """Raise ValueError if timm's patches do not cover the image: its margin would not be used."""
+    from timm.layers import PatchEmbed
+
+    embed = getattr(body, "patch_embed", None)
+    if not isinstance(embed, PatchEmbed) or embed.dynamic_img_pad:
+        return
+    patch = embed.patch_size[0]
+    if image_size % patch:
+        multiple = max(1, round(image_size / patch)) * patch
+        divisors = [side for side in range(1, image_size + 1) if image_size % side == 0]
+        divisor = min(divisors, key=lambda side: abs(side - patch))
+        raise ValueError(
+            f"backbone.name={name}: expected a side that divides into patches of {patch} pixels, found"
+            f" {image_size} pixels; set dataset.size={multiple}, or +backbone.patch_size={divisor}"
+        )
+
+
+def use_cache_without_network() -> None:
+    """Make the Hugging Face Hub read its cache only if it cannot be reached, instead of retrying."""
+    from huggingface_hub import constants
+
+    try:
+        with urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=10):
+            pass
+    except HTTPError:
+        pass  # it answers
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+
+
+@contextmanager
+def downloading(option: str) -> Iterator[None]:
+    """Context manager that raises ValueError if pretrained weights cannot be downloaded."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{option}: expected weights in the cache or a connection to the network, found"
+            f" '{one_line(error)}'; connect, or give a file with init_weights=<file>"
+        ) from error
 
 
 def vit_tiny(channels: int, image_size: int) -> Backbone:

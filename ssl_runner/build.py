@@ -20,9 +20,11 @@ from ssl_runner.backbone import Backbone, LinearBackbone
 from ssl_runner.checks import check_blur, check_fit, check_loss, check_view_sizes
 from ssl_runner.config.paths import escape
 from ssl_runner.config.rules import check_values
+from ssl_runner.config.training import check_training
 from ssl_runner.data import dataset
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.loader import MultiViewLoader
+from ssl_runner.degenerate import check_features, check_gradient, check_pairs
 from ssl_runner.device import choose_device, choose_precision, keep_freed_memory
 from ssl_runner.errors import UsageError, one_line
 from ssl_runner.evaluator import Evaluator
@@ -122,6 +124,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     that resumes.
     """
     check_values(cfg)
+    check_training(cfg)
     device = choose_device(cfg.device, distributed.rank_info())
     switches = numerics.apply(device, cfg.precision, cfg.deterministic)  # before anything that uses CUDA
     if device.type == "cuda":
@@ -153,8 +156,12 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
         projector = build_node("projector", cfg.projector, features=backbone.width).to(device)
         projector = distributed.sync_batchnorm(projector)
     model = SSLModel(backbone, projector, cfg.channels_last)
+    check_features(backbone, data)
     solver_class.check_model(model)
     check_loss(cfg, loss, relation, data, solver_class, model.K)
+    if solver_class.trains:
+        check_pairs(cfg, relation, data)
+        check_gradient(cfg, loss, model.K)
     if cfg.probe.layer is not None:
         check_layer(backbone, cfg.probe.layer, (data.channels, data.image_size, data.image_size), device)
     check_view_sizes(cfg, augment, solver_class, backbone, data)

@@ -130,7 +130,7 @@ def first_relations(builder: RelationBuilder, size: int, V: int, data: DataSet) 
     """The relation of a batch, and that of a second one if the builder uses the embeddings of the first."""
     images = data.pretrain
     chosen = torch.linspace(0, len(images) - 1, size, device="cpu").long()
-    batch = Batch(images.indices[chosen], images.labels.cpu()[chosen], V, len(data.classes))
+    batch = Batch(images.indices[chosen], images.y.cpu()[chosen], V, len(data.classes))
     builder = deepcopy(builder) if builder.uses_memory else builder.frozen_copy()
     return [builder(batch, torch.zeros(V * size, 1, device="cpu")) for _ in range(1 + builder.uses_memory)]
 

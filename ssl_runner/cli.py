@@ -103,7 +103,9 @@ def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictCon
     if resume_from is None and not args.cfg:
         for key in ("hydra.run.dir", "hydra.sweep.dir"):
             if key in given:
-                resume.refuse_occupied(paths.unquoted(str(given[key].value())))
+                folder = paths.unquoted(str(given[key].value()))
+                resume.check_creatable(key, folder)
+                resume.refuse_occupied(folder)
     elif resume_from not in (None, "auto"):
         if args.multirun:
             raise UsageError(
@@ -156,6 +158,7 @@ def job(cfg: DictConfig, failed: list[str]) -> float | None:
         return run_as_follower()
     hydra_config = HydraConfig.get()
     made = folder = hydra_internals.output_dir()
+    os.chdir(hydra_internals.launch_folder())  # with hydra.job.chdir relative paths would be those of the run
     try:
         cfg = paths.resolved(cfg)
         folder = choose_folder(cfg, made)
@@ -214,7 +217,7 @@ def run_or_skip(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         resume.refuse_finished(folder)
         cfg = saved.resumed(cfg, folder)
     hydra = HydraConfig.get()
-    places = hydra.runtime.cwd, hydra_internals.config_sources(hydra).get("command-line")
+    places = hydra_internals.launch_folder(), hydra_internals.config_sources(hydra).get("command-line")
     compose.find_modules(*places)
     distributed.broadcast_object((OmegaConf.to_container(cfg), str(folder), str(Path.cwd()), places))
     from ssl_runner.pipeline import run

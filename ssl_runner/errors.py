@@ -12,6 +12,8 @@ class UsageError(Exception):
 
 def one_line(error: BaseException) -> str:
     """Return the message of an exception on one line, or its type name if the message is empty."""
+    if match := re.search(r"DefaultCPUAllocator: .*?(\d+) bytes", str(error)):
+        return f"out of memory for {int(match[1]) / 2**30:.3g} GiB; use a smaller batch_size, V or network"
     return " ".join(str(error).split()) or type(error).__name__
 
 

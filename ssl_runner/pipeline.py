@@ -16,6 +16,7 @@ from ssl_runner.build import Experiment, baseline_cache, build
 from ssl_runner.compiler import compile_solver
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.loader import preview
+from ssl_runner.degenerate import warnings
 from ssl_runner.device import release_freed_memory
 from ssl_runner.embedding_map import write_map
 from ssl_runner.evaluator import Columns
@@ -97,6 +98,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         record.update(**facts(experiment))
         if is_main:
             lines = [headline(cfg, record), *notes(data, cfg.probe.features)]
+            if experiment.solver_class.trains:
+                lines += warnings(cfg, experiment.loss, experiment.relation, data, model.K)
             line = describe_gamma(record.content["gamma_limits"])
             print("\n".join([*lines, *([line] if line else [])]), flush=True)
 

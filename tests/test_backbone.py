@@ -1,11 +1,21 @@
 """Feature widths, stems and parameter shapes of the backbones; layers of the projectors."""
 
+import re
+from contextlib import nullcontext
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request
+
 import pytest
+import timm
 import torch
 import torchvision
+from huggingface_hub import constants, hf_hub_download
 from torch import nn
 
 from ssl_runner import backbone, projector
+
+VIT = "vit_tiny_patch16_224"
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32)])
@@ -92,6 +102,93 @@ def test_pretrained_convolution_that_the_stem_replaces_is_reported_once(
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("backbone.weights=DEFAULT: conv1.weight of resnet18 is not used (stem=pool with 3")
     backbone.report_unused.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "settings", "message"),
+    [
+        (VIT, 28, {}, "16 pixels, found 28 pixels; set dataset.size=32, or +backbone.patch_size=14"),
+        (VIT, 28, {"img_size": 28}, "patches of 16 pixels, found 28 pixels; set dataset.size=32"),
+        (
+            VIT,
+            32,
+            {"img_size": 28},
+            "'Input height (32) doesn't match model (28).'; set backbone.img_size",
+        ),
+        (VIT, 24, {"dynamic_img_size": True}, "'Input height (24) should be divisible by patch size"),
+        (VIT, 32, {"global_pool": ""}, "found (1, 5, 192) for one image; leave out backbone.global_pool"),
+        ("test_resnet", 32, {"global_pool": ""}, "found (1, 96, 1, 1) for one image; leave out backbone"),
+        ("test_resnet", 64, {"global_pool": ""}, "found (1, 96, 2, 2) for one image"),
+        ("halonet26t", 28, {}, "images of 28 pixels, but it raises 'AssertionError'; set dataset.size=256"),
+        ("maxvit_pico_rw_256", 28, {}, "'height (7) must be divisible by window (8)'; set dataset.size=256"),
+        ("test_resnet", 32, {"features_only": True}, "features_only=True: expected no such argument"),
+        ("test_resnet", 32, {"num_classes": 5}, "backbone.num_classes=5: expected no such argument"),
+        ("test_resnet", 32, {"in_chans": 5}, "backbone.in_chans=5: expected no such argument"),
+    ],
+)
+def test_timm_model_that_does_not_suit_the_images_raises_value_error(
+    name: str, side: int, settings: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        backbone.from_timm(3, side, name, **settings)
+
+
+@pytest.mark.parametrize("side", [32, 48])
+def test_timm_model_of_fixed_size_is_created_for_the_size_of_the_images(side: int) -> None:
+    """With the initial weights that img_size=side gives."""
+    networks = []
+    for settings in ({}, {"img_size": side}):
+        torch.manual_seed(1)
+        networks.append(backbone.from_timm(3, side, VIT, **settings))
+    assert networks[0](torch.randn(2, 3, side, side)).shape == (2, networks[0].width)
+    for a, b in zip(*(network.parameters() for network in networks), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_network_other_than_a_resnet_raises_value_error() -> None:
+    with pytest.raises(ValueError, match=r"name=squeezenet1_1: expected a ResNet; use backbone=timm"):
+        backbone.resnet(3, 32, "squeezenet1_1")
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_hub_is_asked_once_before_pretrained_weights_are_downloaded(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, answers: bool
+) -> None:
+    """Without network the cache of the Hub is used, without retries."""
+    asked = []
+
+    def urlopen(request: Request, timeout: float) -> nullcontext:
+        asked.append((request.full_url, request.method))
+        if not answers:
+            raise URLError("no network")
+        return nullcontext()
+
+    def create_model(name: str, pretrained: bool, **settings: object) -> object:
+        if not answers:
+            return hf_hub_download("timm/none", "model.safetensors", cache_dir=tmp_path)
+        return create(name, **settings)
+
+    create = timm.create_model
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(backbone, "urlopen", urlopen)
+    monkeypatch.setattr(timm, "create_model", create_model)
+    if answers:
+        backbone.from_timm(3, 32, "test_resnet", pretrained=True)
+    else:
+        with pytest.raises(ValueError, match="pretrained=true: expected weights in the cache"):
+            backbone.from_timm(3, 32, "test_resnet", pretrained=True)
+    assert asked == [(constants.ENDPOINT, "HEAD")]
+    assert constants.HF_HUB_OFFLINE is not answers
+    assert capfd.readouterr().err == ""
+
+
+def test_weights_that_cannot_be_downloaded_raise_value_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get_model(name: str, weights: str) -> nn.Module:
+        raise URLError("no network")
+
+    monkeypatch.setattr(torchvision.models, "get_model", get_model)
+    with pytest.raises(ValueError, match=r"backbone\.weights=DEFAULT: expected weights in the cache or a"):
+        backbone.resnet(3, 32, "resnet18", weights="DEFAULT")
 
 
 def test_linear_backbone_is_one_matrix_product() -> None:

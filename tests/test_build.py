@@ -106,7 +106,7 @@ def test_unusable_parts_are_refused_before_the_data_set_is_read(settings: str, m
         ("loss=simclr denominator=negatives relation=noisy", "relation: G=Edges: expected a relation whose"),
         (
             "loss=simclr denominator=negatives batch_size=1",
-            "denominator=negatives: expected rows of two",
+            "batch_size=1: expected 2 or more",
         ),
         ("loss=mmcr alpha=1 relation=labels", "relation: G=Labels: expected a relation of views, for MMCR"),
         ("loss=frossl per_view=true relation=labels", "relation: G=Labels: expected a relation of views"),

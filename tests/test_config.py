@@ -19,6 +19,9 @@ from ssl_runner.errors import UsageError
 
 LOSS_NAMES = ", ".join(sorted(path.stem for path in (CONF / "loss").glob("*.yaml")))
 INVALID = [
+    ("optimizer.betas=[2,3]", "optimizer.betas=[2,3]: expected two numbers from 0 to 1"),
+    ("V=99999999999", "V=99999999999: expected an integer from 2 to 10000"),
+    ("forward=per_view batch_size=1", "batch_size=1: expected 2 or more"),
     # options of another loss
     (
         "loss=simclr gamma=25",
@@ -109,8 +112,8 @@ INVALID = [
     ("projector=3", "projector=3: expected projector=<name>; use one of identity, linear, mlp"),
     ("dataset.name=[a]", "dataset.name=[a]: expected text"),
     # ranges
-    ("V=true", "V=true: expected an integer >= 2"),
-    ("V=1", "V=1: expected an integer >= 2"),
+    ("V=true", "V=true: expected an integer from 2 to 10000"),
+    ("V=1", "V=1: expected an integer from 2 to 10000"),
     ("epochs=0", "epochs=0: expected an integer >= 1"),
     ("batch_size=0", "batch_size=0: expected an integer >= 1"),
     ("seed=-1", "seed=-1: expected an integer from 0 to 4294967295"),
@@ -315,7 +318,7 @@ INVALID_FOR_DATA = [
     ),
     ("solver=closed_form precision=bf16", "precision=bf16: ClosedForm computes in fp32 and fp64"),
     ("backbone.widths=[]", "backbone.widths=[]: expected a list of integers >= 1"),
-    ("optimizer.betas=[2,3]", "optimizer: Invalid beta parameter"),
+    ("optimizer.momentum=-1 optimizer=sgd", "optimizer: Invalid momentum value"),
 ]
 
 

@@ -16,7 +16,7 @@ IMPORTS = """
     view_layout     rule
     version
     batch
-    backbone        names
+    backbone        errors names
     projector
     preemption
     background      errors
@@ -51,12 +51,13 @@ IMPORTS = """
     pretrained      data device errors runs views
 
     checks          backbone batch config data distributed errors loss model relation solver views
-    build           backbone checks config data device distributed errors evaluator loss model names
-                    numerics optimizer preemption probe relation runs solver
+    degenerate      backbone batch data distributed errors loss model relation
+    build           backbone checks config data degenerate device distributed errors evaluator loss model
+                    names numerics optimizer preemption probe relation runs solver
     compiler        data distributed solver views
     embedding_map   data distributed probe runs
-    pipeline        background build compiler data device distributed embedding_map evaluator model
-                    numerics preemption probe progress runs solver theory views
+    pipeline        background build compiler data degenerate device distributed embedding_map evaluator
+                    model numerics preemption probe progress runs solver theory views
     evaluation      build checks config console data device errors model names numerics pretrained probe
                     progress relation runs theory views
     cli             build config console distributed errors pipeline preemption runs version

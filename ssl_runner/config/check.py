@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from ssl_runner.config import compose, renamed
 from ssl_runner.config.compose import Composer
 from ssl_runner.config.rules import LOSS_RULES, RULES, check_values, dotted_keys, format_value, nearest
+from ssl_runner.config.training import check_training
 from ssl_runner.errors import UsageError
 from ssl_runner.rule import Rule
 
@@ -100,6 +101,8 @@ def check_job(composer: Composer, overrides: list[Override], evaluation: bool = 
             raise UsageError(unknown(composer, key, config[key], reference, chosen))
     check_tree(config, reference)
     check_values(config, evaluation)
+    if not evaluation:
+        check_training(config)
     if (
         config.solver._target_.endswith(".ClosedForm")
         and config.backbone._target_ == "ssl_runner.backbone.linear"

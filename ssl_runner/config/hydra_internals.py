@@ -4,16 +4,20 @@ Written for Hydra 1.3. tests/test_hydra_internals.py checks that these functions
 """
 
 import argparse
+import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import version
 from hydra._internal.config_repository import IConfigRepository
+from hydra._internal.core_plugins import file_config_source
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import _run_hydra, create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
@@ -22,7 +26,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
+
+from ssl_runner.errors import UsageError, one_line
 
 __all__ = [
     "IConfigRepository",
@@ -37,6 +44,48 @@ __all__ = [
 ]
 
 
+class FileConfigSource(file_config_source.FileConfigSource):
+    """A folder of config files. Errors name the file and the line; a byte order mark is accepted.
+
+    It has the name of Hydra's class, which Hydra otherwise refuses to replace.
+    """
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Load a file. Raises UsageError if it is not YAML in UTF-8, is empty, or holds no options."""
+        file = Path(self.path, self._normalize_file_name(config_path)).resolve()
+        if not file.is_file():
+            return super().load_config(config_path)
+        content = file.read_bytes()
+        try:
+            text = content.decode("utf-8-sig")
+            config = OmegaConf.load(io.StringIO(text))
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            raise UsageError(
+                f"{file}, line {line}: expected UTF-8; save the file in this encoding"
+            ) from error
+        except yaml.YAMLError as error:
+            raise UsageError(f"{file}, {yaml_problem(error, text)}") from error
+        if not text.strip():
+            raise UsageError(f"{file}: expected options, found an empty file; write them, or remove the file")
+        if not OmegaConf.is_dict(config) or isinstance(yaml.safe_load(text), str):
+            raise UsageError(f"{file}: expected options; write one '<key>: <value>' per line")
+        header = self._get_header_dict(text[:512])
+        return ConfigResult(config=config, path=f"file://{self.path}", provider=self.provider, header=header)
+
+
+def yaml_problem(error: yaml.YAMLError, text: str) -> str:
+    """Return the line at which a text is not YAML, and what to do."""
+    mark = getattr(error, "problem_mark", None)
+    number = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
+    line = [*text.split("\n"), ""][number]
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or one_line(error)
+    if "\\t" in problem or "\t" in line[: len(line) - len(line.lstrip())]:
+        return f"line {number + 1}: found a tab; use spaces"
+    remedy = "keep one of them" if "duplicate key" in problem else "correct the YAML"
+    return f"line {number + 1}: {problem}; {remedy}"
+
+
 @contextmanager
 def config_repository(folder: Path, config_dir: str | None) -> Iterator[IConfigRepository]:
     """Context manager in which `hydra.compose` reads the configs in `folder` and in `config_dir`, if given.
@@ -44,6 +93,7 @@ def config_repository(folder: Path, config_dir: str | None) -> Iterator[IConfigR
     Yields the repository of these configs. A config in `folder` precedes one of the same name in
     `config_dir`, as with Hydra's option --config-dir. Within a job, Hydra's state is restored on exit.
     """
+    SourcesRegistry.instance().types["file"] = FileConfigSource
     search_path = create_config_search_path(str(folder.resolve()))
     if config_dir is not None:
         before = SearchPathQuery(provider="schema")  # the position that --config-dir gives it
@@ -79,6 +129,11 @@ def output_dir() -> Path:
 def config_sources(hydra: Any) -> dict[str, str]:
     """Return the folder of configs of each provider: "main", and "command-line" for that of --config-dir."""
     return {source["provider"]: source["path"] for source in _texts(hydra)["config_sources"]}
+
+
+def launch_folder() -> str:
+    """Return the folder from which the present job was started."""
+    return _texts(HydraConfig.get())["cwd"]
 
 
 def _texts(hydra: Any) -> Any:

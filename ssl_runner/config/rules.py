@@ -39,7 +39,7 @@ def _positive(kind: type[int] | type[float], optional: bool = False) -> Rule:
 
 
 RULES = {
-    "V": Rule(int, low=2),
+    "V": Rule(int, low=2, high=10_000),
     "epochs": _positive(int),
     "batch_size": _positive(int),
     "seed": Rule(int, low=0, high=2**32 - 1),

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import psutil
@@ -29,6 +30,31 @@ def refuse_occupied(folder: Path) -> None:
                 f"{taken} already contains a run: choose another folder, or resume it with"
                 f" {paths.override('resume', taken)}"
             )
+
+
+def check_creatable(option: str, folder: Path) -> None:
+    """Raise UsageError if the folder cannot be created or written to. Leaves nothing behind.
+
+    A path with an interpolation is not checked.
+    """
+    if "${" in str(folder):
+        return
+    made: list[Path] = []
+    try:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        for path in reversed(missing):
+            path.mkdir()
+            made.append(path)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"{option}={folder}: expected a folder that can be created and written to, found"
+            f" '{error.strerror}'; choose another one"
+        ) from error
+    finally:
+        for path in reversed(made):
+            path.rmdir()
 
 
 def folder_of(cfg: DictConfig, made: Path) -> Path:
