@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_runner import console
-from ssl_runner.config import arguments, check, compose, hydra_internals, paths
+from ssl_runner.config import arguments, check, compose, grid, hydra_internals, paths
 from ssl_runner.config.help import help_text
 from ssl_runner.errors import UsageError, format_error
 from ssl_runner.preemption import Preempted, Preemption
@@ -71,18 +71,21 @@ def execute(processes: int, failed: list[str]) -> None:
     if not (args.hydra_help or args.info or args.shell_completion):
         asked = args.multirun
         jobs = prepare(args, processes)
-        if args.multirun and not asked and not args.cfg:
-            print(f"the experiment sweeps: {len(jobs)} jobs", flush=True)
         if args.multirun and args.cfg == "job":
             print_grid(args, [overrides for overrides, _ in jobs])
             return
+        if args.multirun and not args.cfg:
+            build_jobs(args, jobs)
+            if not asked:
+                print(f"the experiment sweeps: {len(jobs)} jobs", flush=True)
     hydra_internals.run_hydra(args, parser, partial(job, failed=failed), compose.CONF)
 
 
 def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictConfig]]:
     """Validate the command line before Hydra writes anything, and complete it for resume=<folder>.
 
-    Sets `args.multirun` if the experiment has a grid (`hydra.sweeper.params`).
+    Sets `args.multirun` if the experiment has a sweep (`hydra.sweeper.params`) with an axis of several values
+    that the command line leaves open. Axes of one value become overrides.
 
     `processes` is the number of processes of a distributed run. Returns the overrides and the configuration
     of every job. Raises UsageError if one of them cannot run.
@@ -94,7 +97,11 @@ def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictCon
     check.check_plugins(given.values())
     resume_from = given["resume"].value() if "resume" in given else None
     own = resume_from in (None, "auto") and args.cfg in (None, "job")  # Hydra prints its own configuration
-    args.multirun = args.multirun or (own and check.has_grid(args))
+    if own and not args.multirun:
+        axes = grid.open_axes(args)
+        args.multirun = any(axis.is_sweep_override() for axis in axes)
+        if not args.multirun:
+            args.overrides = [*(str(axis.input_line) for axis in axes), *args.overrides]
     if args.multirun and processes > 1:
         raise UsageError(
             f"a sweep cannot run in {processes} processes, which together train one run;"
@@ -119,12 +126,15 @@ def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictCon
         args.overrides += [f"resume={paths.quote(folder)}", *plan.overrides]
         args.config_dir = plan.config_dir
         os.chdir(plan.directory)
-    jobs = check.check(args)
-    if args.multirun and not args.cfg and not any(key.startswith("hydra/launcher") for key in given):
+    return check.check(args)
+
+
+def build_jobs(args: argparse.Namespace, jobs: list[tuple[str, DictConfig]]) -> None:
+    """Build every job of a sweep on this machine. Raises UsageError for the first that cannot run."""
+    if not any(line.lstrip("+").startswith("hydra/launcher") for line in args.overrides):
         from ssl_runner.build import check_jobs
 
         check_jobs(jobs)
-    return jobs
 
 
 def print_grid(args: argparse.Namespace, jobs: list[str]) -> None:

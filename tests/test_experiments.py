@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
+from torch.testing import assert_close
 
+from ssl_runner.build import build_optimizer
 from ssl_runner.config import arguments, check, compose
 from ssl_runner.config.compose import CONF
 from ssl_runner.data import readers
@@ -52,6 +54,30 @@ def test_grid_of_experiment_runs_all_jobs_without_m(ssl_run, tmp_path: Path) -> 
     assert out.startswith("the experiment sweeps: 2 jobs\n")
     configs = [OmegaConf.load(tmp_path / "all" / str(job) / ".hydra" / "config.yaml") for job in (0, 1)]
     assert [(config["seed"], config["gamma"]) for config in configs] == [(0, 7), (1, 7)]
+
+
+def test_axes_of_one_value_are_options_of_a_single_run(ssl_run, tmp_path: Path) -> None:
+    code, out, _ = ssl_run("experiment=low_label gamma=5 seed=2 --cfg job")
+    assert code == 0
+    config = OmegaConf.create(out)
+    assert (config.variance, config.beta, config.gamma, config.seed) == ("squared", 25, 5, 2)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "-m experiment=supcon,low_label",
+            "experiment=supcon,low_label: expected experiments that do not set",
+        ),
+        ("experiment=low_label loss=simclr", "variance is an option of loss=vicreg, not of loss=simclr"),
+    ],
+)
+def test_sweep_of_experiment_that_cannot_apply_is_refused(ssl_run, command: str, message: str) -> None:
+    code, out, err = ssl_run(f"{command} --cfg job")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(message)
+    assert "hydra.sweeper" in err
 
 
 # --- published recipes --------------------------------------------------------------------------------------
@@ -120,6 +146,38 @@ def test_loss_of_recipe_is_multiple_of_published_loss(name: str, published, fact
     mine, reference = (torch.cat(torch.autograd.grad(loss, views)) for loss in (ours, theirs))
     assert float(F.cosine_similarity(mine.flatten(), reference.flatten(), dim=0)) > 0.99
     assert float(mine.norm()) == pytest.approx(factor * float(reference.norm()), rel=0.02)
+
+
+def after_steps(config: DictConfig, gradients: list[list[Tensor]], factor: float) -> list[Tensor]:
+    """The weight and the bias of a layer after steps with these gradients times `factor`, lr falling."""
+    torch.manual_seed(0)
+    layer = nn.Linear(9, 5, dtype=torch.float64)
+    lars = build_optimizer(config, layer)
+    for step, values in enumerate(gradients, start=1):
+        for group in lars.param_groups:
+            group["lr"] = config.optimizer.lr / step
+        for parameter, value in zip(layer.parameters(), values, strict=True):
+            parameter.grad = factor * value
+        lars.step()
+    return list(layer.parameters())
+
+
+@pytest.mark.parametrize("name", ["cifar100_barlow", "stl10_barlow"])
+@pytest.mark.parametrize("scale", [1.0, 1e-3])  # of the gradients: rates of LARS below lr, and clipped to lr
+def test_barlow_takes_the_steps_of_a_tenth_of_the_loss(name: str, scale: float) -> None:
+    """solo-learn: the loss times 0.1 with lr 0.3 and weight decay 0.0001."""
+    ours = experiment(name)
+    source = OmegaConf.merge(ours, {"optimizer": {"lr": 0.3, "weight_decay": 0.0001}})
+    assert isinstance(source, DictConfig)
+    shapes, draws = ((5, 9), (5,)), torch.Generator().manual_seed(0)
+    gradients = [
+        [scale * torch.randn(shape, generator=draws, dtype=torch.float64) for shape in shapes]
+        for _ in range(4)
+    ]
+    expected = after_steps(source, gradients, 0.1)
+    assert_close(after_steps(ours, gradients, 1.0), expected, rtol=1e-6, atol=1e-9)
+    with pytest.raises(AssertionError):  # the options of the source do not compensate for the factor
+        assert_close(after_steps(source, gradients, 1.0), expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from ssl_runner.config import renamed, rules
+from ssl_runner.config import arguments, check, compose, renamed, rules
 from tests.helpers import TINY, preempt_after, run_folder, table
 
 LATER = ("deterministic", "dataset.eval_resize", "dataset.eval_crop", "probe.cache")  # options added since
@@ -90,6 +90,26 @@ def test_run_of_an_earlier_version_is_extended(ssl_run, tmp_path: Path) -> None:
     for name in EXACT:
         assert table(tmp_path / "old" / name) == table(tmp_path / "new" / name)
     assert config(tmp_path / "old") == OmegaConf.merge(config(tmp_path / "new"), renamed.DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "options"),
+    [
+        ("low_label", "loss=vicreg variance=squared beta=25 gamma=1"),
+        ("low_label", "loss=simclr tau=0.5"),
+        ("low_label", "loss=barlow"),
+        ("rank_vs_gamma", "loss=vicreg variance=squared beta=25 gamma=50"),
+        ("rank_vs_gamma", "loss=simclr tau=0.2"),
+        ("rank_vs_gamma", "loss=barlow alpha=0.005"),
+    ],
+)
+def test_overrides_of_former_headers_compose(experiment: str, options: str) -> None:
+    """Resuming composes them without the experiment's sweep."""
+    compose.register_resolvers()
+    compose.prefer_our_presets()
+    words = ["seed=0", f"experiment={experiment}", *options.split(), "resume=old"]
+    [(_, config)] = check.check(arguments.parse(arguments.parser(), words))
+    assert config.projector.K == 64
 
 
 @pytest.mark.slow

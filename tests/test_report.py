@@ -581,7 +581,7 @@ def write_measured(folder: Path, seed: int, rank: float, top1: float, alpha: flo
 
 
 def test_correlations_match_scipy_over_configurations(tmp_path: Path) -> None:
-    """Means over two seeds; data sets are not mixed, nor are losses of different options."""
+    """Means over two seeds; data sets and losses of other options are not mixed. Notes are on methods."""
     rng, expected = np.random.default_rng(0), {}
     for data, loss_varies in (("a", False), ("b", True)):
         values = rng.random((6, 2, 3))  # configuration, seed, measures
@@ -603,7 +603,24 @@ def test_correlations_match_scipy_over_configurations(tmp_path: Path) -> None:
         np.testing.assert_allclose(rows["-|alpha_req - 1|"][data], alpha)
     np.testing.assert_allclose(rows["-loss"]["a"], expected["a"][0])
     assert np.isnan(rows["-loss"]["b"])
-    assert [note.split(":")[0] for note in notes] == ["b"]
+    assert notes == []
+
+
+def test_correlations_are_per_images_with_a_note_on_several_methods(tmp_path: Path) -> None:
+    """Two lists of one folder are two data sets; the same images under two roots are one."""
+    for run in range(16):
+        images, root = f"{run % 2}.csv", f"root{run % 3}"
+        options = {"dataset__name": "folder", "dataset__files": images, "optimizer__lr": run}
+        loss = {"_target_": f"ssl_runner.loss.{'SimCLR' if run == 1 else 'VICReg'}"}
+        options |= {"dataset__root": root, "loss": loss}
+        folder = write_measured(tmp_path / str(run), 0, run, run / 20, 1.0, **options)
+        record = json.loads((folder / "run.json").read_text()) | {"data_digest": images}
+        (folder / "run.json").write_text(json.dumps(record))
+    runs = read_runs([tmp_path], without=tmp_path / "report")
+    keys = tables.swept_keys(runs)
+    rows, notes = label_free.correlations(runs, tables.finished(tables.runs_table(runs, keys), keys))
+    assert rows.n.tolist() == [8, 8]
+    assert [note.partition(":")[2] for note in notes] == [f" {label_free.SEVERAL_LOSSES}"]
 
 
 def test_report_states_why_there_is_no_correlation(tmp_path: Path, capsys, monkeypatch) -> None:

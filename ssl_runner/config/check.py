@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ssl_runner.config import compose, renamed
+from ssl_runner.config import compose, grid, renamed
 from ssl_runner.config.compose import Composer
 from ssl_runner.config.rules import LOSS_RULES, RULES, check_values, dotted_keys, format_value, nearest
 from ssl_runner.config.training import check_training
@@ -45,40 +45,20 @@ def check(args: argparse.Namespace, evaluation: bool = False) -> list[tuple[str,
     """
     overrides = compose.parse(args.overrides)
     with compose.composer(args) as composer:
-        if args.multirun:
-            overrides = [*sweeper_params(composer, overrides), *overrides]
-        return [
-            (
-                " ".join(str(o.input_line) for o in job if not o.is_hydra_override()),
-                check_job(composer, job, evaluation),
-            )
-            for job in compose.jobs(overrides, args.multirun)
-        ]
-
-
-def has_grid(args: argparse.Namespace) -> bool:
-    """Return whether the experiment has a sweep (`hydra.sweeper.params`).
-
-    Options that the command line sets to one value are not swept over.
-    """
-    overrides = compose.parse(args.overrides)
-    fixed = {override.key_or_group for override in overrides if not override.is_sweep_override()}
-    if "experiment" not in fixed:
-        return False
-    with compose.composer(args) as composer:
-        return any(axis.key_or_group not in fixed for axis in sweeper_params(composer, overrides))
-
-
-def sweeper_params(composer: Composer, overrides: list[Override]) -> list[Override]:
-    """Return the sweep in `hydra.sweeper.params`, which an experiment may set."""
-    lines = [
-        str(override.input_line)
-        for override in overrides
-        if (override.is_hydra_override() or override.key_or_group == "experiment")
-        and not override.is_sweep_override()
-    ]
-    params = composer.compose(lines)[1].sweeper.get("params") or {}
-    return compose.parse(f"{key}={value}" for key, value in params.items())
+        axes = grid.axes(composer, overrides) if args.multirun else []
+        try:
+            return [
+                (
+                    " ".join(str(o.input_line) for o in job if not o.is_hydra_override()),
+                    check_job(composer, job, evaluation),
+                )
+                for job in compose.jobs([*axes, *overrides], args.multirun)
+            ]
+        except UsageError as error:
+            keys = {axis.key_or_group for axis in axes} - {override.key_or_group for override in overrides}
+            if not str(error).startswith(tuple(keys)):
+                raise
+            raise UsageError(f"{error} (from hydra.sweeper.params)") from error
 
 
 def check_job(composer: Composer, overrides: list[Override], evaluation: bool = False) -> DictConfig:

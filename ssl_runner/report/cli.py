@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError
+from ssl_runner.report import label_free
 from ssl_runner.report.read import Run, read_runs
 from ssl_runner.report.tables import effect, finished, runs_table, summarise, swept_keys
 from ssl_runner.report.terminal import format_terminal
@@ -32,11 +33,7 @@ def report(runs: list[Run], out: Path, title: str) -> str:
 
     Raises UsageError if it cannot be written.
     """
-    from ssl_runner.report import (
-        label_free,
-        page,
-        plots,
-    )  # matplotlib loads slowly: not before the arguments are checked
+    from ssl_runner.report import page, plots  # import matplotlib, which is slow, after the arguments' check
 
     keys = swept_keys(runs)
     table = runs_table(runs, keys)

@@ -16,6 +16,7 @@ OF_EMBEDDING: dict[str, Callable[[pd.Series], pd.Series]] = {  # higher is bette
 }
 MEASURES = {f"{prefix}{name}": f for prefix in ("", "backbone_") for name, f in OF_EMBEDDING.items()}
 NAMES = {"alpha_req": "-|alpha_req - 1|", "backbone_alpha_req": "-|backbone_alpha_req - 1|"}
+NAMED_BY = ("dataset.name", "dataset.root", "dataset.files")
 SEVERAL_LOSSES = (
     "The configurations differ in their loss: the authors of RankMe compare runs of one method only."
 )
@@ -24,16 +25,19 @@ SEVERAL_LOSSES = (
 def correlations(runs: list[Run], results: pd.DataFrame) -> Correlations:
     """Spearman's correlations of `finished` runs, one row per data set, and notes on them.
 
+    Runs share a data set if they recorded the same `data_digest`, or without it the same name and root.
     Values are means over the seeds of a configuration. top-1 is that of the test images, or of the validation
     images for data without test images. The column `-loss` is for configurations that share their loss and
     its options. A correlation is nan for fewer than MIN_CONFIGURATIONS values, or equal ones.
     """
     by_path = {printable(run.path): run for run in runs}
-    configs = [by_path[path].config for path in results.path]
-    data = ["/".join(filter(None, map(config.get, ("dataset.name", "dataset.root")))) for config in configs]
-    losses = pd.Series([loss_of(config) for config in configs], results.index, dtype=object)
+    done = [by_path[path] for path in results.path]
+    losses = pd.Series([loss_of(run.config) for run in done], results.index, dtype=object)
+    methods = pd.Series([run.config.get("loss._target_") for run in done], results.index, dtype=object)
     rows, notes = [], []
-    for name, part in results.groupby(pd.Series(data, results.index, dtype=object), sort=False):
+    for _, part in results.groupby([data_of(run) for run in done], sort=False):
+        config = by_path[part.path.iloc[0]].config
+        name = "/".join(config[key] for key in NAMED_BY if config.get(key, "null") != "null")
         if part[["top1", "val_top1"]].isna().all(axis=None):
             continue
         top1 = "top1" if part.top1.notna().any() else "val_top1"
@@ -47,9 +51,15 @@ def correlations(runs: list[Run], results: pd.DataFrame) -> Correlations:
             notes.append(
                 f"{name}: {n} configurations with diagnostics; at least {MIN_CONFIGURATIONS} needed."
             )
-        elif not one_loss:
+        elif methods[part.index].nunique() > 1:
             notes.append(f"{name}: {SEVERAL_LOSSES}")
     return pd.DataFrame(rows), notes
+
+
+def data_of(run: Run) -> str:
+    """Text that is equal for runs on the same images and labels, of any folder."""
+    named = ",".join(f"{key}={run.config.get(key)}" for key in NAMED_BY)
+    return str(run.record.get("data_digest") or named)
 
 
 def loss_of(config: dict[str, str]) -> str:
