@@ -220,6 +220,9 @@ INVALID = [
     ("diagnostics.every=-1", "diagnostics.every=-1: expected an integer >= 0"),
     ("diagnostics.num_images=1", "diagnostics.num_images=1: expected an integer >= 2"),
     ("probe.every=-1", "probe.every=-1: expected an integer >= 0"),
+    ("tags=[]", "tags=[]: expected text or an integer or a list of these or null"),
+    ("tags={a:1}", "expected text or an integer or a list of these or null"),
+    ("note=[a]", "note=[a]: expected text or an integer or null"),
     # grammar
     ("gamma", "expected <group>=<name> or <key>=<value>"),
     ("=3", "=3 has no key: expected <group>=<name> or <key>=<value>"),
