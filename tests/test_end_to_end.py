@@ -276,7 +276,7 @@ def test_invalid_job_stops_sweep_before_start(ssl_run, tmp_path: Path) -> None:
     code, out, err = ssl_run(f"-m batch_size=50,5000,40 {TINY.replace('batch_size=50', '')}")
     assert (code, out) == (1, "")
     assert "batch_size=5000: mnist5k has 180 images to pretrain on" in err
-    assert "in the sweep's job batch_size=5000" in err
+    assert err.endswith("(in the sweep's job batch_size=5000)\n")
     assert not list(tmp_path.rglob("run.json"))
 
 
@@ -287,9 +287,8 @@ def test_failed_job_does_not_stop_sweep_and_exit_code_is_one(ssl_run, tmp_path: 
     assert code == 1
     assert sum(line.startswith("top1=") for line in out.splitlines()) == 2
     failure, summary = err.splitlines()
-    assert failure.startswith("job #1 (")
-    assert "not finite" in failure
-    assert summary.startswith("failed sweep jobs (1): #1 (")
+    assert failure.startswith("job #1 (optimizer.lr=1e+30): the loss is not finite")
+    assert summary == "failed sweep jobs (1): #1 (optimizer.lr=1e+30)"
     states = [json.loads(path.read_text())["status"] for path in tmp_path.rglob("run.json")]
     assert sorted(states) == ["done", "done", "failed"]
 

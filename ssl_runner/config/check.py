@@ -4,80 +4,73 @@ This module does not import torch. Checks that need data or libraries are in `ss
 """
 
 import argparse
-from collections.abc import Iterable
-from importlib.util import find_spec
 from typing import Any
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ssl_runner.config import compose, renamed
+from ssl_runner.config import compose, renamed, sweeps
 from ssl_runner.config.compose import Composer
 from ssl_runner.config.rules import LOSS_RULES, RULES, check_values, dotted_keys, format_value, nearest
 from ssl_runner.errors import UsageError
 from ssl_runner.rule import Rule
 
-PLUGINS = {  # override -> Hydra plugin, and the extra of this package that installs it
-    "hydra/launcher=slurm": ("submitit_launcher", "slurm"),
-    "hydra/launcher=joblib": ("joblib_launcher", "sweep"),
-    "hydra/sweeper=optuna": ("optuna_sweeper", "sweep"),
-}
+SWEEPING = ("experiment",)  # groups whose files may set options of Hydra
 OPEN_MAPS = ("evaluators", "probe.classifiers")  # name -> {_target_: ...}, to which users add entries
-
-
-def check_plugins(overrides: Iterable[Override]) -> None:
-    """Raise UsageError if the plugin of the chosen launcher or sweeper is not installed."""
-    for override in overrides:
-        plugin, extra = PLUGINS.get(str(override.input_line), ("", ""))
-        if plugin and find_spec(f"hydra_plugins.hydra_{plugin}") is None:
-            raise UsageError(
-                f"{override.input_line}: expected hydra-{plugin.replace('_', '-')} to be installed;"
-                f" run pip install 'ssl_runner[{extra}]'"
-            )
 
 
 def check(args: argparse.Namespace, evaluation: bool = False) -> list[tuple[str, DictConfig]]:
     """Compose and validate every job of the command line.
 
-    Returns one pair per job: its overrides as written, and its configuration. `evaluation`: the job evaluates
-    a finished run. Raises UsageError, with a one-line message, for the first job that cannot run.
+    Returns one pair per job: the overrides that the sweep sets, or all of a single run, and its
+    configuration. `evaluation`: the job evaluates a finished run. Raises UsageError, with a one-line message,
+    for the first job that cannot run.
     """
     overrides = compose.parse(args.overrides)
     with compose.composer(args) as composer:
         if args.multirun:
             overrides = [*sweeper_params(composer, overrides), *overrides]
+            hydra = hydra_config(composer, overrides)
+            sweeps.check_sweep(hydra, overrides)
+            for override in overrides:
+                if override.key_or_group in SWEEPING and override.is_sweep_override():
+                    for job in compose.jobs([override], multirun=True):
+                        sweeps.check_ignored(job[0], hydra_config(composer, job), hydra)
         return [
-            (
-                " ".join(str(o.input_line) for o in job if not o.is_hydra_override()),
-                check_job(composer, job, evaluation),
-            )
+            (sweeps.names(job, overrides), check_job(composer, job, evaluation))
             for job in compose.jobs(overrides, args.multirun)
         ]
 
 
 def has_grid(args: argparse.Namespace) -> bool:
-    """Return whether the experiment has a sweep (`hydra.sweeper.params`).
-
-    Options that the command line sets to one value are not swept over.
-    """
+    """Return whether a chosen group of SWEEPING has a sweep (`hydra.sweeper.params`)."""
     overrides = compose.parse(args.overrides)
-    fixed = {override.key_or_group for override in overrides if not override.is_sweep_override()}
-    if "experiment" not in fixed:
+    if not any(o.key_or_group in SWEEPING and not o.is_sweep_override() for o in overrides):
         return False
     with compose.composer(args) as composer:
-        return any(axis.key_or_group not in fixed for axis in sweeper_params(composer, overrides))
+        return bool(sweeper_params(composer, overrides))
 
 
 def sweeper_params(composer: Composer, overrides: list[Override]) -> list[Override]:
-    """Return the sweep in `hydra.sweeper.params`, which an experiment may set."""
+    """Return the sweep in `hydra.sweeper.params`, which an experiment may set.
+
+    Options that the command line sets to one value are not swept over.
+    """
+    fixed = {override.key_or_group for override in overrides if not override.is_sweep_override()}
+    params = hydra_config(composer, overrides).sweeper.get("params") or {}
+    axes = compose.parse(f"{key}={value}" for key, value in params.items())
+    return [axis for axis in axes if axis.key_or_group not in fixed]
+
+
+def hydra_config(composer: Composer, overrides: list[Override]) -> DictConfig:
+    """Return Hydra's own configuration, which the groups of SWEEPING may set."""
     lines = [
         str(override.input_line)
         for override in overrides
-        if (override.is_hydra_override() or override.key_or_group == "experiment")
+        if (override.is_hydra_override() or override.key_or_group in SWEEPING)
         and not override.is_sweep_override()
     ]
-    params = composer.compose(lines)[1].sweeper.get("params") or {}
-    return compose.parse(f"{key}={value}" for key, value in params.items())
+    return composer.compose(lines)[1]
 
 
 def check_job(composer: Composer, overrides: list[Override], evaluation: bool = False) -> DictConfig:

@@ -17,7 +17,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ssl_runner.config import hydra_internals, renamed
+from ssl_runner.config import hydra_internals, renamed, sweeps
 from ssl_runner.config.rules import nearest
 from ssl_runner.errors import UsageError, one_line
 from ssl_runner.view_layout import view_count
@@ -41,7 +41,8 @@ def register_resolvers() -> None:
 
 
 def prefer_our_presets() -> None:
-    """Make Hydra use the configs in conf/hydra instead of those of its plugins."""
+    """Make Hydra use the configs in conf/hydra instead of those of its plugins, and accept choice(null,1)."""
+    hydra_internals.allow_null_choices()
     hydra_internals.remove_plugin_schemas(CONF / "hydra")
 
 
@@ -105,8 +106,14 @@ class Composer:
         return self.composed.setdefault(key, (own, config.hydra))
 
     def missing(self, group: str, choice: str) -> str:
-        """Return the error message for a choice that a group does not have."""
+        """Return the error message for a choice that a group does not have.
+
+        Raises UsageError if it is a preset of a plugin that is not installed.
+        """
+        parents = {"submitit_slurm": "hydra/launcher=slurm", "tpe": "hydra/sweeper=optuna"}
+        sweeps.check_plugins([parents.get(choice, ""), f"{group}={choice}"])
         options = self.repository.get_group_options(group)
+        options = [option for option in options if f"{group}={option}" not in sweeps.OURS]
         available = ", ".join(options) or "none (add some with --config-dir)"
         return (
             renamed.message(group, choice)
