@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_runner import console
-from ssl_runner.config import arguments, check, compose, hydra_internals, sweeps
+from ssl_runner.config import arguments, check, completion, compose, hydra_internals, sweeps
 from ssl_runner.config.help import help_text
 from ssl_runner.errors import UsageError, format_error
 from ssl_runner.preemption import Preempted, Preemption
@@ -82,7 +82,10 @@ def execute(processes: int, failed: list[hydra_internals.JobReturn]) -> None:
     if args.help:
         print(help_text(args), flush=True)
         return
-    if not (args.hydra_help or args.info or args.shell_completion):
+    if args.shell_completion:
+        completion.complete(args, partial(hydra_internals.run_hydra, args, parser, job, compose.CONF))
+        return
+    if not (args.hydra_help or args.info):
         asked = args.multirun
         jobs = prepare(args, processes)
         if args.multirun and not asked and not args.cfg:
