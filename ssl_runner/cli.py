@@ -141,6 +141,7 @@ def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictCon
     if args.multirun and not args.cfg and not any(key.startswith("hydra/launcher") for key in given):
         from ssl_runner.build import check_jobs
 
+        os.environ.update(check.environment(args))
         check_jobs(jobs)
     return jobs
 
@@ -228,7 +229,8 @@ def run_or_skip(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     else:
         resume.refuse_finished(folder)
         cfg = saved.resumed(cfg, folder)
-    distributed.broadcast_object((OmegaConf.to_container(cfg), str(folder), str(Path.cwd())))
+    environment = {str(name): str(value) for name, value in HydraConfig.get().job.env_set.items()}
+    distributed.broadcast_object((OmegaConf.to_container(cfg), str(folder), str(Path.cwd()), environment))
     from ssl_runner.pipeline import run
 
     return run(cfg, folder)
@@ -244,7 +246,8 @@ def run_as_follower() -> float | None:
     try:
         result = {}
         if (task := distributed.broadcast_object(None)) is not None:
-            cfg, folder, cwd = task
+            cfg, folder, cwd, environment = task
+            os.environ.update(environment)
             os.chdir(cwd)  # relative paths must resolve as on rank 0
             from ssl_runner.pipeline import run
 

@@ -23,6 +23,7 @@ from ssl_runner.evaluator import Columns
 from ssl_runner.model import count_parameters
 from ssl_runner.preemption import Preemption
 from ssl_runner.probe import affordable, evaluate_seeded, feature_networks, label_draws, layer_names
+from ssl_runner.profile import profiled
 from ssl_runner.runs import checkpoint, resume, weights
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.runs.record import RunRecord, names
@@ -100,7 +101,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
             line = describe_gamma(record.content["gamma_limits"])
             print("\n".join([*lines, *([line] if line else [])]), flush=True)
 
-        for row in solver.epochs():
+        epochs = solver.epochs()
+        for row in profiled(epochs, folder, experiment.device) if cfg.profile and is_main else epochs:
             start = time.perf_counter()
             last = solver.epoch == solver.total_epochs
             columns = [evaluator(model, solver.epoch, last=last) for evaluator in evaluators]

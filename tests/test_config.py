@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 import ssl_runner
 from ssl_runner import cli
-from ssl_runner.config import arguments
+from ssl_runner.config import arguments, check
 from ssl_runner.config.compose import CONF
 from ssl_runner.config.help import read_comments
 from ssl_runner.config.rules import dotted_keys, format_value
@@ -260,6 +260,8 @@ INVALID = [
         "-m experiment=rank_vs_gamma,supervised_digits",
         "experiment=rank_vs_gamma: has a grid of its own, which has no effect on a sweep over files; start",
     ),
+    ("debug=slow", "Unknown debug 'slow'. Available: fast, profile"),
+    ("profile=1", "profile=1: expected true or false"),
     # grammar
     ("gamma", "expected <group>=<name> or <key>=<value>"),
     ("=3", "=3 has no key: expected <group>=<name> or <key>=<value>"),
@@ -607,6 +609,35 @@ def test_names_of_jobs_hold_only_swept_overrides(ssl_run, monkeypatch: pytest.Mo
     args = arguments.parse(arguments.parser(), shlex.split(command))
     cli.prepare(args, processes=1)
     assert args.overrides[-1] == "hydra.job.config.override_dirname.exclude_keys=[epochs,relation]"
+
+
+def test_search_file_starts_a_search_without_m(ssl_run, tmp_path: Path) -> None:
+    out = ssl_run("hparams_search=optuna 'projector.K=choice(8,16)' debug=fast --cfg job")[1].splitlines()
+    assert out == ["#0 projector.K=8", "#1 projector.K=16", "2 jobs"]
+    _, out, _ = ssl_run("-m hparams_search=optuna --cfg hydra")
+    hydra = OmegaConf.create(out).hydra
+    assert hydra.sweeper._target_.endswith("OptunaSweeper")
+    assert hydra.sweeper.n_trials == 20
+
+
+def test_local_file_sets_defaults_of_runs_and_of_slurm(ssl_run, tmp_path: Path, monkeypatch) -> None:
+    assert "\npartition: null" in ssl_run("hydra/launcher=slurm --cfg hydra -p hydra.launcher --resolve")[1]
+    (tmp_path / "mine" / "local").mkdir(parents=True)
+    (tmp_path / "mine" / "local" / "default.yaml").write_text(
+        "# @package _global_\nprecision: fp32\nseed: 3\nhydra:\n  env: {partition: gpu, account: lab}\n"
+        "  job: {env_set: {SSL_RUNNER_DATA: /scratch}}\n"
+    )
+    code, out, err = ssl_run("--config-dir mine seed=4 --cfg job")
+    assert (code, err) == (0, "")
+    assert OmegaConf.create(out).precision == "fp32"
+    assert OmegaConf.create(out).seed == 4
+    slurm = "--config-dir mine hydra/launcher=slurm --cfg hydra -p hydra.launcher --resolve"
+    launcher = OmegaConf.create(ssl_run(slurm)[1])
+    assert (launcher.partition, launcher.account) == ("gpu", "lab")
+    args = arguments.parse(arguments.parser(), ["--config-dir", "mine"])
+    assert check.environment(args) == {"SSL_RUNNER_DATA": "/scratch"}
+    (tmp_path / "mine" / "local" / "default.yaml").write_text("# @package _global_\nepoch: 3\n")
+    assert "Unknown option 'epoch'. Did you mean 'epochs'?" in ssl_run("--config-dir mine")[2]
 
 
 def test_sweep_of_experiment_file_is_listed_and_validated(ssl_run, tmp_path: Path) -> None:

@@ -81,6 +81,28 @@ def test_run_writes_all_files(ssl_run, tmp_path: Path) -> None:
     assert all(torch.equal(exported[name], state["projector"][name]) for name in exported)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("debug", ["fast", "profile"])
+def test_debug_run_writes_its_files(debug: str, ssl_run) -> None:
+    """`debug` wins over an experiment and loses to the command line."""
+    size = "backbone.widths=[8,16] projector.width=16 projector.K=8 batch_size=20 device=cpu"
+    code, out, _ = ssl_run(f"debug={debug} experiment=supervised_digits {size}")
+    assert code == 0
+    folder = run_folder(out)
+    record = json.loads((folder / "run.json").read_text())
+    assert record["tags"] == ["debug"]
+    metrics = table(folder / "metrics.csv")
+    assert [int(row["step"]) for row in metrics] == [{"fast": 9, "profile": 7}[debug]]
+    files = {path.name for path in folder.iterdir()}
+    if debug == "fast":
+        assert {"views.png", "spectrum.csv"} <= files
+        assert {row["probe"] for row in table(folder / "probe.csv")} == {"linear", "knn", "ridge"}
+    else:
+        events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+        assert sum(event.get("name") == "aten::convolution_backward" for event in events) >= 7
+        assert "aten::convolution_backward" in (folder / "profile.txt").read_text()
+
+
 def test_exported_backbone_can_be_rebuilt_from_its_header(ssl_run) -> None:
     from hydra.utils import instantiate
 

@@ -52,10 +52,11 @@ IMPORTS = """
     checks          backbone batch config data distributed errors loss model relation solver views
     build           backbone checks config data device distributed errors evaluator loss model names
                     numerics optimizer preemption probe relation runs solver
+    profile         evaluator runs
     compiler        data distributed solver views
     embedding_map   data distributed probe runs
     pipeline        background build compiler data device distributed embedding_map evaluator model numerics
-                    preemption probe runs solver theory views
+                    preemption probe profile runs solver theory views
     evaluation      build checks config console data device errors model names numerics pretrained probe
                     relation runs theory views
     cli             build config console distributed errors pipeline preemption runs version

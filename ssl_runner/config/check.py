@@ -15,7 +15,7 @@ from ssl_runner.config.rules import LOSS_RULES, RULES, check_values, dotted_keys
 from ssl_runner.errors import UsageError
 from ssl_runner.rule import Rule
 
-SWEEPING = ("experiment",)  # groups whose files may set options of Hydra
+SWEEPING = ("experiment", "hparams_search")  # groups whose files may have a grid or a search
 OPEN_MAPS = ("evaluators", "probe.classifiers")  # name -> {_target_: ...}, to which users add entries
 
 
@@ -62,6 +62,13 @@ def sweeper_params(composer: Composer, overrides: list[Override]) -> list[Overri
     return [axis for axis in axes if axis.key_or_group not in fixed]
 
 
+def environment(args: argparse.Namespace) -> dict[str, str]:
+    """Return the environment variables of the jobs (`hydra.job.env_set`), which a local file may set."""
+    with compose.composer(args) as composer:
+        variables = hydra_config(composer, compose.parse(args.overrides)).job.env_set
+        return {str(name): str(value) for name, value in variables.items()}
+
+
 def hydra_config(composer: Composer, overrides: list[Override]) -> DictConfig:
     """Return Hydra's own configuration, which the groups of SWEEPING may set."""
     lines = [
@@ -84,10 +91,9 @@ def check_job(composer: Composer, overrides: list[Override], evaluation: bool = 
             check_key(composer, override, reference, chosen)
     config, _ = composer.compose(str(override.input_line) for override in task)
     for key in map(str, config):
-        if key == "experiment":
+        if key in compose.CHANGING:
             raise UsageError(
-                f"experiment={chosen.experiment}: expected '# @package _global_' as the first line of"
-                " its file; add it"
+                f"{key}={chosen[key]}: expected '# @package _global_' as the first line of its file; add it"
             )
         if key not in reference:
             raise UsageError(unknown(composer, key, config[key], reference, chosen))
@@ -131,7 +137,7 @@ def check_choice(composer: Composer, override: Override) -> None:
     group, value = override.key_or_group, override.value()
     options = composer.repository.get_group_options(group)
     one_choice = isinstance(value, str) and not override.is_delete()
-    if not one_choice and not (group == "experiment" and value is None):
+    if not one_choice and not (group in compose.CHANGING and value is None):
         available = ", ".join(options) or "(none yet)"
         raise UsageError(f"{override.input_line}: expected {key_of(override)}=<name>; use one of {available}")
 

@@ -26,13 +26,17 @@ PACKAGE = Path(__file__).parents[1]
 # in an installed wheel, conf/ is part of the package; in a checkout, it is next to it
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 
+CHANGING = ("local", "experiment", "hparams_search", "debug")  # groups of files that change other options
+
 
 def register_resolvers() -> None:
     """Register the resolvers of the configs.
 
     `${unique:}` is eight random hex digits, constant within a run or sweep. `${view_count:}` is the sum of
-    count over views.policies. `${divided:a,b}` is the integer part of a / b.
+    count over views.policies. `${divided:a,b}` is the integer part of a / b, and
+    `${times:a,b}` the product.
     """
+    OmegaConf.register_new_resolver("times", lambda a, b: a * b, replace=True)
     OmegaConf.register_new_resolver("divided", lambda a, b: a // b, replace=True)
     OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(4), use_cache=True, replace=True)
     OmegaConf.register_new_resolver(
@@ -129,7 +133,7 @@ class Composer:
         return self.compose(
             f"{'+' if group in added else ''}{group}={choice}"
             for group, choice in ((str(group), choice) for group, choice in chosen.items())
-            if choice is not None and group != "experiment" and not group.startswith("hydra/")
+            if choice is not None and group not in CHANGING and not group.startswith("hydra/")
         )[0]
 
     def options(self, group: str, choice: str) -> list[str]:

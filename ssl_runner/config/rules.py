@@ -49,6 +49,7 @@ RULES = {
     "forward": Rule(str, choices=FORWARD),
     "init_weights": Rule(str, optional=True),
     "resume": Rule(str, optional=True),
+    "profile": Rule(bool),
     "tags": Rule(str, optional=True, many=True, or_int=True),
     "note": Rule(str, optional=True, or_int=True),
     "dataset.val_fraction": Rule(float, low=0, high=0.9, open_low=True),
@@ -115,7 +116,7 @@ LOSS_RULES = {
     "unit_rows": Rule(bool),
     "whitening_size": Rule(int, low=2, optional=True),
 }
-NO_RESULT = ("tags", "note", "dataset.cache", "probe.cache")  # names, and caches of the same images and rows
+NO_RESULT = ("tags", "note", "profile", "dataset.cache", "probe.cache")  # names, records and caches
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
