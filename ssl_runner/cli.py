@@ -9,13 +9,14 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_runner import console
-from ssl_runner.config import arguments, check, compose, grid, hydra_internals, paths
+from ssl_runner.config import arguments, check, completion, compose, grid, hydra_internals, paths, sweeps
 from ssl_runner.config.help import help_text
 from ssl_runner.errors import UsageError, format_error
 from ssl_runner.preemption import Preempted, Preemption
@@ -46,18 +47,31 @@ def main() -> None:
 
 def run_as_main(processes: int = 1) -> None:
     """Execute the command line: the part of a single process, or of rank 0 of `processes`."""
-    failed: list[str] = []  # jobs of a sweep that runs in this process
+    failed: list[hydra_internals.JobReturn] = []  # jobs of a sweep
     console.call(
         partial(execute, processes, failed),
         interrupted="interrupted; resume=<folder of the run> resumes from its last checkpoint",
     )
     if failed:
-        print(f"failed sweep jobs ({len(failed)}): {'; '.join(failed)}", file=sys.stderr)
+        print(f"failed sweep jobs ({len(failed)}): {'; '.join(map(summary, failed))}", file=sys.stderr)
         sys.exit(1)
 
 
-def execute(processes: int, failed: list[str]) -> None:
-    """Parse and validate the command line, then do what it asks for. Names of failed jobs go to `failed`."""
+def summary(failure: hydra_internals.JobReturn) -> str:
+    """Name a failed job of a sweep, and its error if that is only in the log of another process."""
+    hydra_config = failure.hydra_cfg.hydra  # type: ignore[union-attr]
+    error = format_error(failure._return_value) if "submitit" in hydra_config.launcher._target_ else ""
+    return f"{name(hydra_config)}{error and f': {error}'}"
+
+
+def name(hydra_config: Any) -> str:
+    """Return the number of a job of a sweep, and the overrides that the sweep sets."""
+    swept = hydra_config.job.override_dirname
+    return f"#{hydra_config.job.num}{f' ({swept})' if swept else ''}"
+
+
+def execute(processes: int, failed: list[hydra_internals.JobReturn]) -> None:
+    """Parse and validate the command line, then do what it asks for. Failed jobs go to `failed`."""
     parser = arguments.parser()
     args = arguments.parse(parser)
     if args.version:
@@ -68,7 +82,10 @@ def execute(processes: int, failed: list[str]) -> None:
     if args.help:
         print(help_text(args), flush=True)
         return
-    if not (args.hydra_help or args.info or args.shell_completion):
+    if args.shell_completion:
+        completion.complete(args, partial(hydra_internals.run_hydra, args, parser, job, compose.CONF))
+        return
+    if not (args.hydra_help or args.info):
         asked = args.multirun
         jobs = prepare(args, processes)
         if args.multirun and args.cfg == "job":
@@ -78,7 +95,8 @@ def execute(processes: int, failed: list[str]) -> None:
             build_jobs(args, jobs)
             if not asked:
                 print(f"the experiment sweeps: {len(jobs)} jobs", flush=True)
-    hydra_internals.run_hydra(args, parser, partial(job, failed=failed), compose.CONF)
+    with hydra_internals.collected_failures(failed):
+        hydra_internals.run_hydra(args, parser, job, compose.CONF)
 
 
 def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictConfig]]:
@@ -94,7 +112,7 @@ def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictCon
     given = {override.key_or_group: override for override in overrides}
     if sum(override.key_or_group == "resume" for override in overrides) > 1:
         raise UsageError("resume is given twice: expected one resume=<folder> or resume=auto; leave one out")
-    check.check_plugins(given.values())
+    sweeps.check_plugins(str(override.input_line) for override in overrides)
     resume_from = given["resume"].value() if "resume" in given else None
     own = resume_from in (None, "auto") and args.cfg in (None, "job")  # Hydra prints its own configuration
     if own and not args.multirun:
@@ -126,7 +144,12 @@ def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictCon
         args.overrides += [f"resume={paths.quote(folder)}", *plan.overrides]
         args.config_dir = plan.config_dir
         os.chdir(plan.directory)
-    return check.check(args)
+    jobs = check.check(args)
+    if not args.multirun and not args.cfg:
+        sweeps.check_single(overrides)
+    if args.multirun:
+        args.overrides += sweeps.short_names(overrides)
+    return jobs
 
 
 def build_jobs(args: argparse.Namespace, jobs: list[tuple[str, DictConfig]]) -> None:
@@ -134,6 +157,7 @@ def build_jobs(args: argparse.Namespace, jobs: list[tuple[str, DictConfig]]) -> 
     if not any(line.lstrip("+").startswith("hydra/launcher") for line in args.overrides):
         from ssl_runner.build import check_jobs
 
+        os.environ.update(grid.environment(args))
         check_jobs(jobs)
 
 
@@ -152,14 +176,14 @@ def print_grid(args: argparse.Namespace, jobs: list[str]) -> None:
     print(summary, flush=True)
 
 
-def job(cfg: DictConfig, failed: list[str]) -> float | None:
+def job(cfg: DictConfig) -> float | None:
     """Execute one run, in the folder created by Hydra or in the one that `folder_of` returns.
 
-    Returns the validation accuracy, which a sweeper may maximise, or None for a failed job of a sweep. In a
-    distributed run, rank 0 makes all decisions and the other ranks execute `run_as_follower`.
+    Returns the validation accuracy, which a sweeper may maximise. In a distributed run, rank 0 makes all
+    decisions and the other ranks execute `run_as_follower`.
 
-    A failure is reported at once, on one line. A single run then exits; a sweep adds the name of the job to
-    `failed` and continues with its other jobs.
+    A failure is reported at once, on one line. A single run then exits; a job of a sweep raises its error,
+    which Hydra keeps for `collected_failures`.
     """
     from ssl_runner import distributed
 
@@ -186,12 +210,8 @@ def job(cfg: DictConfig, failed: list[str]) -> float | None:
         if hydra_config.mode == RunMode.RUN:
             print(format_error(error) + more, file=sys.stderr)
             sys.exit(1)
-        name = f"#{hydra_config.job.num} ({hydra_config.job.override_dirname})"
-        print(f"job {name}: {format_error(error)}{more}", file=sys.stderr, flush=True)
-        if not hydra_config.launcher._target_.endswith("BasicLauncher"):
-            raise  # a launcher in another process detects the failure only by this exception
-        failed.append(name)
-        return None
+        print(f"job {name(hydra_config)}: {format_error(error)}{more}", file=sys.stderr, flush=True)
+        raise
     distributed.finish()
     top1 = "" if result["top1"] is None else f"top1={result['top1']:.4f} "
     print(f"{top1}loss={result['loss']:.6g} run={folder}", flush=True)
@@ -229,7 +249,10 @@ def run_or_skip(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     hydra = HydraConfig.get()
     places = hydra_internals.launch_folder(), hydra_internals.config_sources(hydra).get("command-line")
     compose.find_modules(*places)
-    distributed.broadcast_object((OmegaConf.to_container(cfg), str(folder), str(Path.cwd()), places))
+    environment = {str(name): str(value) for name, value in hydra.job.env_set.items()}
+    distributed.broadcast_object(
+        (OmegaConf.to_container(cfg), str(folder), str(Path.cwd()), places, environment)
+    )
     from ssl_runner.pipeline import run
 
     return run(cfg, folder)
@@ -245,7 +268,8 @@ def run_as_follower() -> float | None:
     try:
         result = {}
         if (task := distributed.broadcast_object(None)) is not None:
-            cfg, folder, cwd, places = task
+            cfg, folder, cwd, places, environment = task
+            os.environ.update(environment)
             os.chdir(cwd)  # relative paths must resolve as on rank 0
             compose.find_modules(*places)
             from ssl_runner.pipeline import run

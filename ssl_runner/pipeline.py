@@ -23,10 +23,11 @@ from ssl_runner.evaluator import Columns
 from ssl_runner.model import count_parameters
 from ssl_runner.preemption import Preemption
 from ssl_runner.probe import affordable, evaluate_seeded, feature_networks, label_draws, layer_names
+from ssl_runner.profile import profiled
 from ssl_runner.progress import progress
 from ssl_runner.runs import checkpoint, resume, weights
 from ssl_runner.runs.files import CsvLog
-from ssl_runner.runs.record import RunRecord
+from ssl_runner.runs.record import RunRecord, names
 from ssl_runner.runs.schedule import identity, read_schedule, remove_outdated
 from ssl_runner.solver import Save, Solver
 from ssl_runner.theory.gamma import describe_gamma, expected_relation, gamma_limits
@@ -48,7 +49,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     """
     is_main = distributed.is_main_process()
     schedule = distributed.broadcast_object(read_schedule(folder, cfg.epochs) if is_main else None)
-    record = RunRecord(folder, identity(cfg, schedule), schedule=schedule)
+    record = RunRecord(folder, identity(cfg, schedule), schedule=schedule, **names(cfg))
     with (
         Preemption() as preemption,
         record,
@@ -103,7 +104,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
             line = describe_gamma(record.content["gamma_limits"])
             print("\n".join([*lines, *([line] if line else [])]), flush=True)
 
-        for row in solver.epochs():
+        epochs = solver.epochs()
+        for row in profiled(epochs, folder, experiment.device) if cfg.profile and is_main else epochs:
             start = time.perf_counter()
             last = solver.epoch == solver.total_epochs
             columns = [evaluator(model, solver.epoch, last=last) for evaluator in evaluators]

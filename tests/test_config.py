@@ -1,6 +1,7 @@
 """Error messages of `ssl-run` for invalid input: one line on stderr, exit code 1, no files written."""
 
 import re
+import shlex
 import subprocess
 import sys
 from itertools import pairwise
@@ -11,6 +12,8 @@ import torch
 from omegaconf import OmegaConf
 
 import ssl_runner
+from ssl_runner import cli
+from ssl_runner.config import arguments, check
 from ssl_runner.config.compose import CONF
 from ssl_runner.config.help import read_comments
 from ssl_runner.config.rules import dotted_keys, format_value
@@ -218,6 +221,45 @@ INVALID = [
     ("diagnostics.every=-1", "diagnostics.every=-1: expected an integer >= 0"),
     ("diagnostics.num_images=1", "diagnostics.num_images=1: expected an integer >= 2"),
     ("probe.every=-1", "probe.every=-1: expected an integer >= 0"),
+    ("tags=[]", "tags=[]: expected text or an integer or a list of these or null"),
+    ("tags={a:1}", "expected text or an integer or a list of these or null"),
+    ("note=[a]", "note=[a]: expected text or an integer or null"),
+    # launchers and sweepers
+    (
+        "-m hydra/launcher=submitit_local V=2,3",
+        "hydra/launcher=submitit_local: expected a preset of ssl_runner; use",
+    ),
+    ("-m hydra/launcher=submitit_slurm V=2,3", "of ssl_runner; use hydra/launcher=slurm"),
+    (
+        "-m hydra/launcher=slurn V=2,3",
+        "Unknown hydra/launcher 'slurn'. Did you mean 'slurm'? Available: basic, joblib",
+    ),
+    (
+        "-m hydra/launcher=joblib hydra.launcher.n_jobs=0 V=2,3",
+        "hydra.launcher.n_jobs=0: expected a number of jobs",
+    ),
+    ("-m hydra/launcher=slurm hydra.launcher.timeout_min=0 V=2,3", "timeout_min=0: expected an integer >= 1"),
+    ("hydra/launcher=slurm", "hydra/launcher=slurm: expected a sweep; add -m, or leave it out"),
+    ("hydra/sweeper=optuna", "hydra/sweeper=optuna: expected a sweep; add -m, or leave it out"),
+    (
+        "-m gamma=interval(1,2)",
+        "gamma=interval(1,2): expected values, which a grid enumerates; list them, or add",
+    ),
+    ("-m hydra/sweeper=optuna", "hydra/sweeper=optuna: expected an option to search over; add one, such as"),
+    ("-m hydra/sweeper=optuna gamma=5", "hydra/sweeper=optuna: expected an option to search over"),
+    ("-m hydra/sweeper=optuna hydra.sweeper.n_trials=0 V=2,3", "n_trials=0: expected an integer >= 1"),
+    (
+        "-m hydra/sweeper=optuna hydra.sweeper.n_jobs=0 V=2,3",
+        "hydra.sweeper.n_jobs=0: expected an integer >= 1",
+    ),
+    ("-m hydra/sweeper=optuna hydra.sweeper.direction=up V=2,3", "expected one of maximize, minimize"),
+    ("-m hydra/sweeper=optuna hydra.sweeper.max_failure_rate=2 V=2,3", "expected a number from 0 to 1"),
+    (
+        "-m experiment=rank_vs_gamma,supervised_digits",
+        "experiment=rank_vs_gamma: has a grid of its own, which has no effect on a sweep over files; start",
+    ),
+    ("debug=slow", "Unknown debug 'slow'. Available: fast, profile"),
+    ("profile=1", "profile=1: expected true or false"),
     # grammar
     ("gamma", "expected <group>=<name> or <key>=<value>"),
     ("=3", "=3 has no key: expected <group>=<name> or <key>=<value>"),
@@ -538,6 +580,64 @@ def test_cfg_lists_jobs_of_sweep(ssl_run, tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*")) == []
 
 
+def test_missing_plugin_names_the_extra_to_install(ssl_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """find_spec raises if the package `hydra_plugins` is missing as well, without any extra."""
+
+    def missing(module: str) -> None:
+        raise ModuleNotFoundError(module)
+
+    monkeypatch.setattr("ssl_runner.config.sweeps.find_spec", missing)
+    for choice, extra in (
+        ("launcher=joblib", "sweep"),
+        ("launcher=slurm", "slurm"),
+        ("sweeper=optuna", "sweep"),
+    ):
+        code, out, err = ssl_run(f"-m hydra/{choice} gamma=1,5")
+        assert (code, out) == (1, "")
+        assert re.fullmatch(rf"hydra/{choice}: expected .* run pip install 'ssl_runner\[{extra}\]'\n", err)
+
+
+def test_names_of_jobs_hold_only_swept_overrides(ssl_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = "-m epochs=1 gamma=choice(1,5) 'optimizer.clip_grad_norm=choice(null,1.0)' relation=labels"
+    for choice in ("basic", "optuna"):
+        listed = ssl_run(f"{command} hydra/sweeper={choice} --cfg job")[1].splitlines()
+        assert listed[:2] == [
+            f"#{i} gamma=1 optimizer.clip_grad_norm={v}" for i, v in enumerate(("null", "1.0"))
+        ]
+    args = arguments.parse(arguments.parser(), shlex.split(command))
+    cli.prepare(args, processes=1)
+    assert args.overrides[-1] == "hydra.job.config.override_dirname.exclude_keys=[epochs,relation]"
+
+
+def test_search_file_starts_a_search_without_m(ssl_run, tmp_path: Path) -> None:
+    out = ssl_run("hparams_search=optuna 'projector.K=choice(8,16)' debug=fast --cfg job")[1].splitlines()
+    assert out == ["#0 projector.K=8", "#1 projector.K=16", "2 jobs"]
+    _, out, _ = ssl_run("-m hparams_search=optuna --cfg hydra")
+    hydra = OmegaConf.create(out).hydra
+    assert hydra.sweeper._target_.endswith("OptunaSweeper")
+    assert hydra.sweeper.n_trials == 20
+
+
+def test_local_file_sets_defaults_of_runs_and_of_slurm(ssl_run, tmp_path: Path, monkeypatch) -> None:
+    assert "\npartition: null" in ssl_run("hydra/launcher=slurm --cfg hydra -p hydra.launcher --resolve")[1]
+    (tmp_path / "mine" / "local").mkdir(parents=True)
+    (tmp_path / "mine" / "local" / "default.yaml").write_text(
+        "# @package _global_\nprecision: fp32\nseed: 3\nhydra:\n  env: {partition: gpu, account: lab}\n"
+        "  job: {env_set: {SSL_RUNNER_DATA: /scratch}}\n"
+    )
+    code, out, err = ssl_run("--config-dir mine seed=4 --cfg job")
+    assert (code, err) == (0, "")
+    assert OmegaConf.create(out).precision == "fp32"
+    assert OmegaConf.create(out).seed == 4
+    slurm = "--config-dir mine hydra/launcher=slurm --cfg hydra -p hydra.launcher --resolve"
+    launcher = OmegaConf.create(ssl_run(slurm)[1])
+    assert (launcher.partition, launcher.account) == ("gpu", "lab")
+    args = arguments.parse(arguments.parser(), ["--config-dir", "mine"])
+    assert check.environment(args) == {"SSL_RUNNER_DATA": "/scratch"}
+    (tmp_path / "mine" / "local" / "default.yaml").write_text("# @package _global_\nepoch: 3\n")
+    assert "Unknown option 'epoch'. Did you mean 'epochs'?" in ssl_run("--config-dir mine")[2]
+
+
 def test_sweep_of_experiment_file_is_listed_and_validated(ssl_run, tmp_path: Path) -> None:
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     for name, values in (("good", "1,5"), ("bad", "1,-5")):
@@ -545,7 +645,7 @@ def test_sweep_of_experiment_file_is_listed_and_validated(ssl_run, tmp_path: Pat
             f"# @package _global_\nhydra: {{sweeper: {{params: {{gamma: '{values}'}}}}}}\n"
         )
     code, out, _ = ssl_run("--config-dir mine -m experiment=good --cfg job")
-    assert (code, out) == (0, "#0 gamma=1 experiment=good\n#1 gamma=5 experiment=good\n2 jobs\n")
+    assert (code, out) == (0, "#0 gamma=1\n#1 gamma=5\n2 jobs\n")
     code, out, err = ssl_run("--config-dir mine -m experiment=bad")
     assert (code, out, err) == (1, "", "gamma=-5: expected a number >= 0\n")
     assert ssl_run("--config-dir mine experiment=good gamma=3,4 --cfg job")[1].endswith("2 jobs\n")

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 from hydra import compose
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from ssl_runner.config import arguments, hydra_internals
@@ -94,6 +96,35 @@ def test_task_runs_with_given_arguments_and_its_error_is_raised(
         hydra_internals.run_hydra(args, parser, task, tmp_path / "conf")
     assert seen == [{"a": 2}]
     assert os.environ.get("HYDRA_FULL_ERROR", "0") == "0"
+
+
+def failed_job(sweeper: str) -> JobReturn:
+    hydra_cfg = OmegaConf.create({"hydra": {"sweeper": {"_target_": sweeper}}})
+    return JobReturn(hydra_cfg=hydra_cfg, status=JobStatus.FAILED, _return_value=LookupError("from the job"))
+
+
+def test_failures_of_jobs_are_collected_without_messages_of_hydra(capsys) -> None:
+    """A grid goes on after a failed job; a search gets the error, as a failed trial."""
+    failed: list[JobReturn] = []
+    grid, search = failed_job(hydra_internals.BASIC_SWEEPER), failed_job("mine.Search")
+    done = JobReturn(status=JobStatus.COMPLETED, _return_value=0.5)
+    with hydra_internals.collected_failures(failed):
+        assert (done.return_value, grid.return_value) == (0.5, None)
+        for _ in range(2):
+            with pytest.raises(LookupError, match="from the job"):
+                _ = search.return_value
+        raise search._return_value
+    assert [id(job) for job in failed] == [id(grid), id(search)]
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(LookupError, match="of another kind"), hydra_internals.collected_failures(failed):
+        raise LookupError("of another kind")
+    with pytest.raises(LookupError, match="from the job"):
+        _ = grid.return_value
+    assert "Error executing job" in capsys.readouterr().err
+
+
+def test_basic_sweeper_has_this_name() -> None:
+    assert f"{BasicSweeper.__module__}.{BasicSweeper.__name__}" == hydra_internals.BASIC_SWEEPER
 
 
 def test_help_texts_of_options_are_strings() -> None:

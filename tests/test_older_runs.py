@@ -158,12 +158,14 @@ def test_removed_option_is_named(preempted: Path, ssl_run) -> None:
     )
 
 
-def test_options_of_caches_do_not_identify_a_run(preempted: Path, ssl_run) -> None:
+def test_caches_and_names_do_not_identify_a_run(preempted: Path, ssl_run) -> None:
     one = OmegaConf.create({"probe": {"cache": True}, "dataset": {"cache": "a"}, "seed": 0, "resume": None})
     other = OmegaConf.merge(one, {"probe": {"cache": False}, "dataset": {"cache": "b"}})
-    assert rules.run_id(one) == rules.run_id(other)
-    code, _, err = ssl_run("resume=mine probe.cache=false")
+    named = OmegaConf.merge(one, {"tags": ["a"], "note": "b"})
+    assert rules.run_id(one) == rules.run_id(other) == rules.run_id(named)
+    code, _, err = ssl_run("resume=mine probe.cache=false tags=[a,2] note='to the end'")
     assert (code, err) == (0, "")
-    code, out, err = ssl_run(f"{COMMAND} probe.cache=true resume=auto hydra.run.dir=mine")
+    assert (record(preempted)["tags"], record(preempted)["note"]) == (["a", "2"], "to the end")
+    code, out, err = ssl_run(f"{COMMAND} probe.cache=true tags=c resume=auto hydra.run.dir='{preempted}'")
     assert (code, err) == (0, "")
     assert "already done" in out

@@ -750,3 +750,79 @@ def test_report_of_unlabelled_runs_says_why_there_is_no_top1(tmp_path: Path, mon
         "no top-1 for 2 done: their images have no labels; runs.csv has the losses",
     ]
     assert pd.read_csv(tmp_path / "report" / "runs.csv")["metrics.loss"].tolist() == [7.5, 7.5]
+
+
+def test_best_prints_every_option_in_which_runs_differ(tmp_path: Path, monkeypatch, capsys) -> None:
+    source = {"path": "/a folder", "schema": "file", "provider": "command-line"}
+    for gamma, scores in {5: (0.5, 0.7), 25: (0.64, 0.66)}.items():
+        for seed, val in enumerate(scores):
+            lines = ["tags=[a]", "+optimizer.betas=[0.9,0.95]", f"gamma={gamma}", f"seed={seed}"]
+            folder = write_run(
+                tmp_path / f"{gamma}-{seed}",
+                top1=1 / gamma,
+                val_top1=val,
+                overrides=(*lines, "hydra.run.dir=x"),
+                record={"cwd": str(Path.cwd()), "tags": ["a"]},
+                gamma=gamma,
+                seed=seed,
+                beta=seed and 1,  # not on the command line, and not of the configuration of seed 0
+            )
+            hydra = {"hydra": {"runtime": {"config_sources": [source], "choices": {"loss": "vicreg"}}}}
+            (folder / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(hydra))
+    code, out, err = ssl_report(monkeypatch, capsys, tmp_path, "--best", "--tag", "a")
+    comment, command = out.splitlines()
+    assert (code, err) == (0, "")
+    assert comment == "# best of 4 by validation top-1 (test top-1 is not used): 0.7000, seeds: 1"
+    assert command == "ssl-run --config-dir '/a folder' '+optimizer.betas=[0.9,0.95]' gamma=5 seed=1 beta=1"
+    assert not (tmp_path / "report").exists()
+
+
+def test_best_has_the_best_validation_mean_over_seeds(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Test top-1 and single seeds prefer the other configuration."""
+    for lr, scores in {0.1: (0.5, 0.7), 0.002: (0.64, 0.66)}.items():
+        for seed, val in enumerate(scores):
+            lines = [f"optimizer.lr={lr}"] if lr == 0.1 else []
+            write_run(
+                tmp_path / f"{lr}-{seed}",
+                1 - val,
+                val,
+                overrides=(*lines, f"seed={seed}"),
+                seed=seed,
+                optimizer__lr=lr,
+            )
+    _, out, _ = ssl_report(monkeypatch, capsys, tmp_path, "--best")
+    assert out.splitlines()[-1] == "ssl-run optimizer.lr=0.002"
+    assert "0.6500 ± 0.1271, seeds: 2" in out
+
+
+def test_tags_and_notes_name_runs_and_separate_no_configurations(tmp_path: Path, monkeypatch, capsys) -> None:
+    names = [(["a", "b"], "first, <try>"), (["b"], None), ("a", 7), (None, None)]
+    for seed, (tags, note) in enumerate(names):
+        given = (f"seed={seed}", f"tags={tags}", f"note={note}")
+        record = {"tags": tags, "note": note}
+        write_run(tmp_path / str(seed), 0.5, 0.5, overrides=given, record=record, seed=seed, tags=tags)
+    table, summary, keys = make_tables(tmp_path)
+    assert keys == []
+    assert list(summary.n) == [4]
+    assert table.tags.fillna("").tolist() == ["a,b", "b", "", ""]
+    for words, expected in ((["--tag", "b"], "2 runs"), (["--tag", "b", "--tag", "a"], "1 run:")):
+        code, out, _ = ssl_report(monkeypatch, capsys, tmp_path, *words)
+        assert (code, out.startswith(expected)) == (0, True)
+    assert "first, &lt;try&gt;" in (tmp_path / "report" / "report.html").read_text()
+    code, _, err = ssl_report(monkeypatch, capsys, tmp_path, "--tag", "c")
+    assert (code, err) == (1, "--tag=c: expected tags of a run, found a, b; choose from these\n")
+
+
+def test_watch_repeats_until_interrupted_and_waits_for_runs(tmp_path: Path, monkeypatch, capsys) -> None:
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            raise KeyboardInterrupt
+        write_run(tmp_path / "a", 0.5, 0.6)
+
+    monkeypatch.setattr(cli.time, "sleep", sleep)
+    code, out, err = ssl_report(monkeypatch, capsys, tmp_path, "--best", "--watch")
+    assert (code, err, waits) == (0, "", [30, 30])
+    assert out.index("expected runs, found none") < out.index("0.6000, seeds: 1\n")

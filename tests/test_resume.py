@@ -401,9 +401,10 @@ def test_extended_sweep_keeps_existing_runs(ssl_run, tmp_path: Path) -> None:
 def test_optuna_maximises_validation_accuracy(ssl_run, tmp_path: Path) -> None:
     """The best value is the highest val_top1 of all trials. A failed trial does not affect the others."""
     search = "hydra/sweeper=optuna hydra.sweeper.n_trials=4 optimizer=sgd optimizer.warmup_epochs=0"
-    code, _out, _err = ssl_run(
+    code, _out, err = ssl_run(
         f"-m {search} optimizer.lr=choice(1e30,0.0001,0.05) seed=range(0,9) hydra.sweep.dir=swept {TINY}"
     )
+    assert "float-castable" not in err
     records = [json.loads(path.read_text()) for path in (tmp_path / "swept").rglob("run.json")]
     assert len(records) == 4
     best = OmegaConf.load(tmp_path / "swept" / "optimization_results.yaml")

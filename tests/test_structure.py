@@ -54,10 +54,11 @@ IMPORTS = """
     degenerate      backbone batch data distributed errors loss model relation
     build           backbone checks config data degenerate device distributed errors evaluator loss model
                     names numerics optimizer preemption probe relation runs solver
+    profile         evaluator runs
     compiler        data distributed solver views
     embedding_map   data distributed probe runs
     pipeline        background build compiler data degenerate device distributed embedding_map evaluator
-                    model numerics preemption probe progress runs solver theory views
+                    model numerics preemption probe profile progress runs solver theory views
     evaluation      build checks config console data device errors model names numerics pretrained probe
                     progress relation runs theory views
     cli             build config console distributed errors pipeline preemption runs version

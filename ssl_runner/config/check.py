@@ -4,55 +4,44 @@ This module does not import torch. Checks that need data or libraries are in `ss
 """
 
 import argparse
-from collections.abc import Iterable
-from importlib.util import find_spec
 from typing import Any
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ssl_runner.config import compose, grid, renamed
+from ssl_runner.config import compose, grid, renamed, sweeps
 from ssl_runner.config.compose import Composer
 from ssl_runner.config.rules import LOSS_RULES, RULES, check_values, dotted_keys, format_value, nearest
 from ssl_runner.config.training import check_training
 from ssl_runner.errors import UsageError
 from ssl_runner.rule import Rule
 
-PLUGINS = {  # override -> Hydra plugin, and the extra of this package that installs it
-    "hydra/launcher=slurm": ("submitit_launcher", "slurm"),
-    "hydra/launcher=joblib": ("joblib_launcher", "sweep"),
-    "hydra/sweeper=optuna": ("optuna_sweeper", "sweep"),
-}
 OPEN_MAPS = ("evaluators", "probe.classifiers")  # name -> {_target_: ...}, to which users add entries
-
-
-def check_plugins(overrides: Iterable[Override]) -> None:
-    """Raise UsageError if the plugin of the chosen launcher or sweeper is not installed."""
-    for override in overrides:
-        plugin, extra = PLUGINS.get(str(override.input_line), ("", ""))
-        if plugin and find_spec(f"hydra_plugins.hydra_{plugin}") is None:
-            raise UsageError(
-                f"{override.input_line}: expected hydra-{plugin.replace('_', '-')} to be installed;"
-                f" run pip install 'ssl_runner[{extra}]'"
-            )
 
 
 def check(args: argparse.Namespace, evaluation: bool = False) -> list[tuple[str, DictConfig]]:
     """Compose and validate every job of the command line.
 
-    Returns one pair per job: its overrides as written, and its configuration. `evaluation`: the job evaluates
-    a finished run. Raises UsageError, with a one-line message, for the first job that cannot run.
+    Returns one pair per job: the overrides that the sweep sets, or all of a single run, and its
+    configuration. `evaluation`: the job evaluates a finished run. Raises UsageError, with a one-line message,
+    for the first job that cannot run.
     """
     overrides = compose.parse(args.overrides)
     with compose.composer(args) as composer:
-        axes = grid.axes(composer, overrides) if args.multirun else []
+        axes = []
+        if args.multirun:
+            axes = grid.axes(composer, overrides)
+            hydra = grid.hydra_config(composer, overrides)
+            sweeps.check_sweep(hydra, [*axes, *overrides])
+            for override in overrides:
+                if override.key_or_group in grid.GROUPS and override.is_sweep_override():
+                    for job in compose.jobs([override], multirun=True):
+                        sweeps.check_ignored(job[0], grid.hydra_config(composer, job), hydra)
+        everything = [*axes, *overrides]
         try:
             return [
-                (
-                    " ".join(str(o.input_line) for o in job if not o.is_hydra_override()),
-                    check_job(composer, job, evaluation),
-                )
-                for job in compose.jobs([*axes, *overrides], args.multirun)
+                (sweeps.names(job, everything), check_job(composer, job, evaluation))
+                for job in compose.jobs(everything, args.multirun)
             ]
         except UsageError as error:
             keys = {axis.key_or_group for axis in axes} - {override.key_or_group for override in overrides}
@@ -72,10 +61,9 @@ def check_job(composer: Composer, overrides: list[Override], evaluation: bool = 
             check_key(composer, override, reference, chosen)
     config, _ = composer.compose(str(override.input_line) for override in task)
     for key in map(str, config):
-        if key == "experiment":
+        if key in compose.CHANGING:
             raise UsageError(
-                f"experiment={chosen.experiment}: expected '# @package _global_' as the first line of"
-                " its file; add it"
+                f"{key}={chosen[key]}: expected '# @package _global_' as the first line of its file; add it"
             )
         if key not in reference:
             raise UsageError(unknown(composer, key, config[key], reference, chosen))
@@ -120,7 +108,7 @@ def check_choice(composer: Composer, override: Override) -> None:
     group, value = override.key_or_group, override.value()
     options = composer.repository.get_group_options(group)
     one_choice = isinstance(value, str) and not override.is_delete()
-    if not one_choice and not (group == "experiment" and value is None):
+    if not one_choice and not (group in compose.CHANGING and value is None):
         available = ", ".join(options) or "(none yet)"
         raise UsageError(f"{override.input_line}: expected {key_of(override)}=<name>; use one of {available}")
 

@@ -18,7 +18,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ssl_runner.config import hydra_internals, paths, renamed
+from ssl_runner.config import hydra_internals, paths, renamed, sweeps
 from ssl_runner.config.rules import nearest
 from ssl_runner.errors import UsageError, one_line
 from ssl_runner.view_layout import view_count
@@ -27,13 +27,17 @@ PACKAGE = Path(__file__).parents[1]
 # in an installed wheel, conf/ is part of the package; in a checkout, it is next to it
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 
+CHANGING = ("local", "experiment", "hparams_search", "debug")  # groups of files that change other options
+
 
 def register_resolvers() -> None:
     """Register the resolvers of the configs.
 
     `${unique:}` is eight random hex digits, constant within a run or sweep. `${view_count:}` is the sum of
-    count over views.policies. `${divided:a,b}` is the integer part of a / b.
+    count over views.policies. `${divided:a,b}` is the integer part of a / b, and
+    `${times:a,b}` the product.
     """
+    OmegaConf.register_new_resolver("times", lambda a, b: a * b, replace=True)
     OmegaConf.register_new_resolver("divided", lambda a, b: a // b, replace=True)
     OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(4), use_cache=True, replace=True)
     OmegaConf.register_new_resolver(
@@ -42,7 +46,8 @@ def register_resolvers() -> None:
 
 
 def prefer_our_presets() -> None:
-    """Make Hydra use the configs in conf/hydra instead of those of its plugins."""
+    """Make Hydra use the configs in conf/hydra instead of those of its plugins, and accept choice(null,1)."""
+    hydra_internals.allow_null_choices()
     hydra_internals.remove_plugin_schemas(CONF / "hydra")
 
 
@@ -105,8 +110,14 @@ class Composer:
         return self.composed.setdefault(key, (own, config.hydra))
 
     def missing(self, group: str, choice: str) -> str:
-        """Return the error message for a choice that a group does not have."""
+        """Return the error message for a choice that a group does not have.
+
+        Raises UsageError if it is a preset of a plugin that is not installed.
+        """
+        parents = {"submitit_slurm": "hydra/launcher=slurm", "tpe": "hydra/sweeper=optuna"}
+        sweeps.check_plugins([parents.get(choice, ""), f"{group}={choice}"])
         options = self.repository.get_group_options(group)
+        options = [option for option in options if f"{group}={option}" not in sweeps.OURS]
         available = ", ".join(options) or "none (add some with --config-dir)"
         return (
             renamed.message(group, choice)
@@ -122,7 +133,7 @@ class Composer:
         return self.compose(
             f"{'+' if group in added else ''}{group}={choice}"
             for group, choice in ((str(group), choice) for group, choice in chosen.items())
-            if choice is not None and group != "experiment" and not group.startswith("hydra/")
+            if choice is not None and group not in CHANGING and not group.startswith("hydra/")
         )[0]
 
     def options(self, group: str, choice: str) -> list[str]:

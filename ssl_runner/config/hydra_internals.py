@@ -5,6 +5,7 @@ Written for Hydra 1.3. tests/test_hydra_internals.py checks that these functions
 
 import argparse
 import io
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from hydra import version
 from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.core_plugins import file_config_source
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.grammar import grammar_functions
 from hydra._internal.hydra import Hydra
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import _run_hydra, create_config_search_path
@@ -26,6 +28,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 
@@ -33,6 +36,9 @@ from ssl_runner.errors import UsageError, one_line
 
 __all__ = [
     "IConfigRepository",
+    "JobReturn",
+    "allow_null_choices",
+    "collected_failures",
     "config_folders",
     "config_repository",
     "config_sources",
@@ -42,6 +48,7 @@ __all__ = [
     "remove_plugin_schemas",
     "run_hydra",
 ]
+BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 
 class FileConfigSource(file_config_source.FileConfigSource):
@@ -149,6 +156,40 @@ def remove_plugin_schemas(folder: Path) -> None:
     Plugins.instance()  # imports the plugins, which fill the ConfigStore
     for file in folder.glob("*/*.yaml"):
         ConfigStore.instance().repo.get("hydra", {}).get(file.parent.name, {}).pop(file.name, None)
+
+
+def allow_null_choices() -> None:
+    """Make Hydra's grammar accept null in choice(...), as in the list of values `null,1`."""
+    grammar_functions.choice.__annotations__["args"] |= None
+
+
+@contextmanager
+def collected_failures(failed: list[JobReturn]) -> Iterator[None]:
+    """Context manager of a sweep, in which failed jobs are added to `failed` in place of Hydra's messages.
+
+    Other jobs of a grid continue. A search counts a failed job as a failed trial.
+    """
+    logging.getLogger("hydra_plugins").setLevel(logging.CRITICAL)  # repeats the errors
+    of_hydra: Any = JobReturn.return_value
+
+    def return_value(self: JobReturn) -> Any:
+        if self.status == JobStatus.COMPLETED:
+            return self._return_value
+        if all(one is not self for one in failed):
+            failed.append(self)
+        if self.hydra_cfg.hydra.sweeper._target_ == BASIC_SWEEPER:  # type: ignore[union-attr]
+            return None
+        raise self._return_value
+
+    JobReturn.return_value = property(return_value, of_hydra.fset)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    except Exception as error:
+        none_completed = failed and str(error) == "No trials are completed yet."  # of Optuna
+        if not none_completed and all(error is not one._return_value for one in failed):
+            raise
+    finally:
+        JobReturn.return_value = of_hydra  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -49,6 +49,9 @@ RULES = {
     "forward": Rule(str, choices=FORWARD),
     "init_weights": Rule(str, optional=True),
     "resume": Rule(str, optional=True),
+    "profile": Rule(bool),
+    "tags": Rule(str, optional=True, many=True, or_int=True),
+    "note": Rule(str, optional=True, or_int=True),
     "dataset.val_fraction": Rule(float, low=0, high=0.9, open_low=True),
     "dataset.test_fraction": Rule(float, low=0, high=0.9),
     "dataset.subset": _positive(int, optional=True),
@@ -113,7 +116,7 @@ LOSS_RULES = {
     "unit_rows": Rule(bool),
     "whitening_size": Rule(int, low=2, optional=True),
 }
-NO_RESULT = ("dataset.cache", "probe.cache")  # folder and switch of caches, of the same images and rows
+NO_RESULT = ("tags", "note", "profile", "dataset.cache", "probe.cache")  # names, records and caches
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -247,8 +250,8 @@ def run_id(config: DictConfig) -> str:
     content: Any = OmegaConf.to_container(config, resolve=True)
     del content["resume"]
     for key in NO_RESULT:
-        group, _, name = key.partition(".")
-        content.get(group, {}).pop(name, None)
+        group, _, name = key.rpartition(".")
+        (content.get(group, {}) if group else content).pop(name, None)
     numbers = json.loads(json.dumps(content), parse_int=float)
     return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
 

@@ -2,15 +2,20 @@
 
 import argparse
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError
 from ssl_runner.report import label_free
+from ssl_runner.report.best import best_command
 from ssl_runner.report.read import Run, read_runs
 from ssl_runner.report.tables import effect, finished, runs_table, summarise, swept_keys
 from ssl_runner.report.terminal import format_terminal
 from ssl_runner.runs.files import atomic_write
+
+INTERVAL = 30  # seconds between reports with --watch
 
 
 def main() -> None:
@@ -18,14 +23,60 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="ssl-report", description=__doc__)
     parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="contains runs, at any depth")
     parser.add_argument("--out", type=Path, help="output folder (default: report in the first FOLDER)")
+    parser.add_argument(
+        "--tag",
+        action="append",
+        default=[],
+        help="only runs with this tag; may be repeated: with all of them",
+    )
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="print the configuration with the best validation top-1 as a command line, and write nothing",
+    )
+    parser.add_argument("--watch", action="store_true", help=f"repeat every {INTERVAL} s, until Ctrl-C")
     args = parser.parse_args()
-    out = args.out or args.folders[0] / "report"
     try:
-        runs = read_runs(args.folders, without=out)
-        print(report(runs, out, title=", ".join(folder.resolve().name for folder in args.folders)))
+        if args.watch:
+            watch(args)
+        else:
+            print(execute(args))
     except UsageError as error:
         print(error, file=sys.stderr)
         sys.exit(1)
+
+
+def execute(args: argparse.Namespace) -> str:
+    """Read the runs, write the report unless `--best` is given, and return the text for the terminal."""
+    out = args.out or args.folders[0] / "report"
+    runs = tagged(read_runs(args.folders, without=out), args.tag)
+    if args.best:
+        return best_command(runs)
+    return report(runs, out, title=", ".join(folder.resolve().name for folder in args.folders))
+
+
+def tagged(runs: list[Run], tags: list[str]) -> list[Run]:
+    """The runs that have all the tags. Raises UsageError if there is none."""
+    chosen = [run for run in runs if set(tags) <= set(run.tags)]
+    if not chosen:
+        found = ", ".join(sorted({tag for run in runs for tag in run.tags})) or "none"
+        raise UsageError(
+            f"--tag={' --tag='.join(tags)}: expected tags of a run, found {found}; choose from these"
+        )
+    return chosen
+
+
+def watch(args: argparse.Namespace) -> None:
+    """Repeat `execute` until Ctrl-C, also after a UsageError, such as that of a folder without runs."""
+    clear = "\033[2J\033[H" if sys.stdout.isatty() else ""
+    with suppress(KeyboardInterrupt):
+        while True:
+            try:
+                text = execute(args)
+            except UsageError as error:
+                text = str(error)
+            print(f"{clear}{time.strftime('%H:%M:%S')}  every {INTERVAL} s, Ctrl-C ends\n{text}", flush=True)
+            time.sleep(INTERVAL)
 
 
 def report(runs: list[Run], out: Path, title: str) -> str:

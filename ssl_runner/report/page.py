@@ -54,6 +54,8 @@ RUN_COLUMNS = {
     "images_per_s": "images/s",
     "run.device": "device",
     "path": "path",
+    "tags": "tags",
+    "note": "note",
 }
 PROTOCOL_COLUMNS = {
     "protocol.features": "features",

@@ -47,6 +47,11 @@ class Run:
     def status(self) -> str:
         return str(self.record.get("status") or "unknown")
 
+    @property
+    def tags(self) -> list[str]:
+        tags = self.record.get("tags")
+        return list(map(str, tags)) if isinstance(tags, list) else []
+
 
 def read_runs(folders: Sequence[Path], without: Path) -> list[Run]:
     """Every run in and below the folders, once each, except those in `without`.

@@ -10,18 +10,19 @@ from scipy.special import stdtrit
 from ssl_runner.data.skipped import printable
 from ssl_runner.report.read import Row, Run
 
-OF_A_RUN = {"seed", "resume"}  # options in which runs of one configuration may differ
+OF_A_RUN = {"seed", "resume", "tags", "note"}  # options in which runs of one configuration may differ
 ELSEWHERE = {  # keys of run.json that other columns show, or that say nothing about the result
     *("status", "error", "traceback", "classes", "pid", "process_started", "wall_seconds", "processes"),
-    *("top1", "val_top1", "relation", "loss", "skipped"),
+    *("top1", "val_top1", "relation", "loss", "skipped", "tags", "note"),
 }
 MAIN = ("val_top1", "top1")  # the results by which configurations are compared
 PROTOCOL = ("features", "probe", "selection", "train_split", "n_train", "eval_split")
 
 
 def overridden_keys(runs: list[Run]) -> list[str]:
-    """V, epochs, seed, and every key that any run overrides."""
-    return list(dict.fromkeys(["V", "epochs", "seed", *(key for run in runs for key in run.overrides)]))
+    """V, epochs, seed, and every key that any run overrides, except its names."""
+    keys = dict.fromkeys(["V", "epochs", "seed", *(key for run in runs for key in run.overrides)])
+    return [key for key in keys if key not in ("tags", "note")]
 
 
 def runs_table(runs: list[Run], swept: list[str]) -> pd.DataFrame:
@@ -41,7 +42,9 @@ def runs_table(runs: list[Run], swept: list[str]) -> pd.DataFrame:
 
 
 def state(run: Run) -> Row:
-    return {"path": printable(run.path), "status": run.status, "error": error_text(run.record.get("error"))}
+    row = {"path": printable(run.path), "status": run.status, "error": error_text(run.record.get("error"))}
+    names = {"tags": ",".join(run.tags), "note": run.record.get("note")}
+    return row | {name: text for name, text in names.items() if text}
 
 
 def error_text(error: object) -> str | None:

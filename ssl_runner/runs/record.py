@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import psutil
+from omegaconf import DictConfig, ListConfig
 
 from ssl_runner import __version__, distributed
 from ssl_runner.preemption import EXIT, Preempted
@@ -21,6 +22,12 @@ from ssl_runner.version import git_commit
 # of an earlier start: until the data set has been read and compared, and what a resume does again
 KEPT = ("data_digest", "images", "compile")
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "hydra-core", "omegaconf")
+
+
+def names(cfg: DictConfig) -> dict[str, object]:
+    """Fields of run.json that name the run: the list `tags`, and `note`."""
+    tags = [] if cfg.tags is None else cfg.tags if isinstance(cfg.tags, ListConfig) else [cfg.tags]
+    return {"tags": [str(tag) for tag in tags], "note": None if cfg.note is None else str(cfg.note)}
 
 
 class RunRecord:

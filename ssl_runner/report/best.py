@@ -1,0 +1,64 @@
+"""The best configuration as a command line."""
+
+import shlex
+from pathlib import Path
+
+from ssl_runner.data.skipped import printable
+from ssl_runner.errors import UsageError
+from ssl_runner.report.read import Run, of_hydra, read_yaml, split_override, text_of
+from ssl_runner.report.tables import OF_A_RUN, finished, over_seeds, runs_table, swept_keys, with_interval
+
+
+def best_command(runs: list[Run]) -> str:
+    """The command line of the configuration with the best mean validation top-1 over its seeds.
+
+    Lines that begin with # precede it, so that a shell accepts the whole text. Test top-1 selects nothing.
+    Raises UsageError if no finished run has a validation top-1.
+    """
+    keys = swept_keys(runs)
+    results = finished(runs_table(runs, keys), keys)
+    if not results.val_top1.notna().any():
+        raise UsageError("--best: expected a finished run with a validation top-1, found none; wait for one")
+    means = over_seeds(results, "configuration", ["val_top1"])
+    means = means.sort_values("val_top1", ascending=False, kind="stable")
+    best, configuration = means.iloc[0], results.configuration == means.index[0]
+    comments = [
+        f"# best of {len(means)} by validation top-1 (test top-1 is not used):"
+        f" {with_interval(best.val_top1, best['± val_top1'])}, seeds: {best.n:.0f}"
+    ]
+    members = [runs[row] for row in results.index[configuration]]
+    if (cwd := str(members[0].record.get("cwd") or "")) not in ("", str(Path.cwd())):
+        comments.append(f"# started in {' '.join(printable(cwd).split())}")
+    return "\n".join([*comments, printable(shlex.join(command(members, keys)))])
+
+
+def command(members: list[Run], keys: list[str]) -> list[str]:
+    """The words of a command that starts a run of the configuration that all `members` have.
+
+    It has the overrides that the members share, so that it has a seed only if there is one, and the values
+    of `keys`, in which the configurations differ, also where a member had the default.
+    """
+    lines = [overrides(run) for run in members]
+    shared = [line for line in lines[0] if all(line in others for others in lines)]
+    first = members[0]
+    given = {split_override(line)[0] for line in shared} | OF_A_RUN
+    values = {key: first.choices.get(key) or first.config.get(key) for key in keys if key not in given}
+    defaults = [f"{key}={value}" for key, value in values.items() if value is not None]
+    folders = [word for folder in config_dirs(first) for word in ("--config-dir", folder)]
+    return ["ssl-run", *folders, *shared, *defaults]
+
+
+def overrides(run: Run) -> list[str]:
+    """The overrides of a run as written, without Hydra's own, its names and `resume`."""
+    lines = read_yaml(text_of(run.path / ".hydra" / "overrides.yaml"))
+    lines = [str(line) for line in lines if not of_hydra(line)] if isinstance(lines, list) else []
+    return [line for line in lines if split_override(line)[0] not in OF_A_RUN - {"seed"}]
+
+
+def config_dirs(run: Run) -> list[str]:
+    """The --config-dir that a run was started with, if any."""
+    node = read_yaml(text_of(run.path / ".hydra" / "hydra.yaml"))
+    for name in ("hydra", "runtime", "config_sources"):
+        node = node.get(name) if isinstance(node, dict) else None
+    sources = [source for source in node if isinstance(source, dict)] if isinstance(node, list) else []
+    return [str(source.get("path")) for source in sources if source.get("provider") == "command-line"]
