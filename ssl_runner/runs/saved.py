@@ -5,7 +5,7 @@ if a default or a preset has changed since.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,35 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_runner.config import check, compose, renamed, rules
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, one_line
 
 
 def load(folder: Path) -> DictConfig:
     """Return the configuration in .hydra/."""
-    saved = OmegaConf.load(folder / ".hydra" / "config.yaml")
-    assert isinstance(saved, DictConfig)
-    return saved
+    return _read(folder, "config", lambda saved: saved if "epochs" in saved else saved.epochs)
 
 
 def overrides(folder: Path) -> list[str]:
     """Return the overrides that the run was started with. Interpolations in them are not resolved."""
-    lines = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml"), resolve=False)
-    assert isinstance(lines, list)
+    lines = _read(folder, "overrides", lambda saved: OmegaConf.to_container(saved, resolve=False))
     return [str(line) for line in lines]
+
+
+def runtime(folder: Path) -> Any:
+    """Return Hydra's description of the run: its `choices` of groups and its `config_sources`."""
+    return _read(folder, "hydra", lambda saved: saved.hydra.runtime)
+
+
+def _read(folder: Path, name: str, part: Callable[[Any], Any]) -> Any:
+    """Return a part of a file in .hydra/. Raises UsageError if the file is damaged or lacks the part."""
+    path = folder / ".hydra" / f"{name}.yaml"
+    try:
+        return part(OmegaConf.load(path))
+    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        raise UsageError(
+            f"{path}: expected the YAML that ssl-run writes ({one_line(error)[:200]}); restore it, or start a"
+            " new run"
+        ) from error
 
 
 def resumed(cfg: DictConfig, folder: Path) -> DictConfig:
@@ -122,7 +136,7 @@ def _changed(key: str, then: Any, now: Any) -> UsageError:
 
 def _choices(folder: Path) -> Any:
     """Return the chosen config of every group of a run."""
-    return OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.choices
+    return runtime(folder).choices
 
 
 def _reference(choices: Any) -> Any:
