@@ -59,7 +59,7 @@ def config_of(
     check_settable(given, settable, instead)
     keys = {override.key_or_group for override in given}
     config: Any = saved.load(folder)
-    choices = saved.runtime(folder).choices
+    choices = saved.choices(folder)
     config_dir = config_dir or resume.config_dir_of(folder)
     composed = compose_groups(
         [f"{group}={choices[group]}" for group in ("dataset", "probe") if group not in keys] + lines,

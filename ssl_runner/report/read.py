@@ -196,9 +196,14 @@ def clean(node: Any) -> Any:
 
 
 def choices_of(hydra_yaml: str) -> str:
-    """The choices of config groups in the text of hydra.yaml. Only these lines are parsed, for speed."""
+    """The choices of config groups in the text of hydra.yaml. Only these lines are parsed, for speed.
+
+    Raises ValueError if there are none.
+    """
     block = re.search(r"^ +choices:\n((?: {6,}.*\n)+)", hydra_yaml, re.MULTILINE)
-    return block[1] if block else "{}"
+    if block is None:
+        raise ValueError("no choices of config groups")
+    return block[1]
 
 
 def read_csv(path: Path, problems: list[str]) -> tuple[list[str], list[list[str]]]:

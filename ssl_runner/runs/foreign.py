@@ -94,7 +94,7 @@ def why_unreadable(error: BaseException) -> str:
     text = one_line(error)
     if pickled := re.search(r"GLOBAL (\S+)", text):
         return f"it contains a pickled {pickled[1]}"
-    if "weights_only" in text or isinstance(error, pickle.UnpicklingError):
+    if isinstance(error, pickle.UnpicklingError | EOFError | IndexError | struct.error):
         return "it is no archive of torch.save, or contains pickled objects"
     return f"it lacks {text}" if isinstance(error, KeyError) else text[:200]
 

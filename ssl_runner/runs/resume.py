@@ -174,7 +174,7 @@ def refuse_finished(folder: Path) -> None:
 
 def config_dir_of(folder: Path) -> str | None:
     """Return the --config-dir that a run was started with. Raises UsageError if the folder is gone."""
-    sources = saved.runtime(folder).config_sources
+    sources = saved.config_sources(folder)
     paths = [str(source.path) for source in sources if source.provider == "command-line"]
     if paths and not Path(paths[0]).is_dir():
         raise UsageError(

@@ -28,9 +28,17 @@ def overrides(folder: Path) -> list[str]:
     return [str(line) for line in lines]
 
 
-def runtime(folder: Path) -> Any:
-    """Return Hydra's description of the run: its `choices` of groups and its `config_sources`."""
-    return _read(folder, "hydra", lambda saved: saved.hydra.runtime)
+def choices(folder: Path) -> Any:
+    """Return the chosen config of every group of a run."""
+    return _read(folder, "hydra", lambda saved: saved.hydra.runtime.choices)
+
+
+def config_sources(folder: Path) -> Any:
+    """Return the search path of the configs that the run was started with."""
+    return _read(folder, "hydra", lambda saved: saved.hydra.runtime.config_sources)
+
+
+_DAMAGED = (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError, yaml.YAMLError)
 
 
 def _read(folder: Path, name: str, part: Callable[[Any], Any]) -> Any:
@@ -38,7 +46,7 @@ def _read(folder: Path, name: str, part: Callable[[Any], Any]) -> Any:
     path = folder / ".hydra" / f"{name}.yaml"
     try:
         return part(OmegaConf.load(path))
-    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
+    except _DAMAGED as error:
         raise UsageError(
             f"{path}: expected the YAML that ssl-run writes ({one_line(error)[:200]}); restore it, or start a"
             " new run"
@@ -63,7 +71,7 @@ def completed(folder: Path) -> DictConfig:
     Raises UsageError for a group that the command line changes, and for an option or a value that this
     version does not accept.
     """
-    now, then = HydraConfig.get().runtime.choices, _choices(folder)
+    now, then = HydraConfig.get().runtime.choices, choices(folder)
     for override in compose.parse(HydraConfig.get().overrides.task):
         group = check.key_of(override)
         if group in now and now[group] != then.get(group):
@@ -132,11 +140,6 @@ def _differences(cfg: DictConfig, config: DictConfig) -> Iterator[str]:
 def _changed(key: str, then: Any, now: Any) -> UsageError:
     change = f"{key} ({rules.format_value(then)} -> {rules.format_value(now)})"
     return UsageError(f"Cannot change {change} when resuming: leave it out, or start a new run")
-
-
-def _choices(folder: Path) -> Any:
-    """Return the chosen config of every group of a run."""
-    return runtime(folder).choices
 
 
 def _reference(choices: Any) -> Any:
