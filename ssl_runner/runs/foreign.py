@@ -27,6 +27,7 @@ UNREADABLE = (
     *(OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError),
     *(struct.error, pickle.UnpicklingError, safetensors.SafetensorError),
 )
+NO_ARCHIVE = (EOFError, IndexError, struct.error, pickle.UnpicklingError, safetensors.SafetensorError)
 # Keys of averaged weights, which are preferred among equal matches.
 AVERAGED = ("state_dict_ema", "model_ema", "teacher")
 
@@ -94,7 +95,7 @@ def why_unreadable(error: BaseException) -> str:
     text = one_line(error)
     if pickled := re.search(r"GLOBAL (\S+)", text):
         return f"it contains a pickled {pickled[1]}"
-    if isinstance(error, pickle.UnpicklingError | EOFError | IndexError | struct.error):
+    if isinstance(error, NO_ARCHIVE):
         return "it is no archive of torch.save, or contains pickled objects"
     return f"it lacks {text}" if isinstance(error, KeyError) else text[:200]
 
