@@ -21,7 +21,7 @@ from ssl_runner.config.help import help_text
 from ssl_runner.errors import UsageError, format_error
 from ssl_runner.preemption import Preempted, Preemption
 from ssl_runner.runs import resume, saved, schedule
-from ssl_runner.runs.files import read_json
+from ssl_runner.runs.run_json import read_record
 from ssl_runner.version import describe_versions
 
 
@@ -198,10 +198,12 @@ def job(cfg: DictConfig) -> float | None:
         folder = choose_folder(cfg, made)
         with resume.lock_folder(folder):
             result = run_or_skip(cfg, folder)
+        distributed.finish()
+        top1 = "" if result["top1"] is None else f"top1={result['top1']:.4f} "
+        print(f"{top1}loss={result['loss']:.6g} run={folder}", flush=True)
     except Preempted as error:
         distributed.report_failure(error)
-        again = f"{paths.override('resume', folder)}, or the same command with resume=auto"
-        print(f"{error}: {again}", file=sys.stderr, flush=True)
+        print(preempted_line(error, folder), file=sys.stderr, flush=True)
         raise
     except Exception as error:
         distributed.report_failure(error)
@@ -212,10 +214,17 @@ def job(cfg: DictConfig) -> float | None:
             sys.exit(1)
         print(f"job {name(hydra_config)}: {format_error(error)}{more}", file=sys.stderr, flush=True)
         raise
-    distributed.finish()
-    top1 = "" if result["top1"] is None else f"top1={result['top1']:.4f} "
-    print(f"{top1}loss={result['loss']:.6g} run={folder}", flush=True)
     return result["val_top1"]
+
+
+def preempted_line(error: Preempted, folder: Path) -> str:
+    """Return the line that reports a signal, and how to continue: the run may not have begun, or be done."""
+    by = str(error).partition(";")[0]
+    if not (folder / "run.json").exists():
+        return f"{by} before the run began; repeat the command"
+    if read_record(folder / "run.json")["status"] == "done":
+        return f"{by} after the end of the run; run={folder}"
+    return f"{error}: {paths.override('resume', folder)}, or the same command with resume=auto"
 
 
 def choose_folder(cfg: DictConfig, made: Path) -> Path:
@@ -234,7 +243,7 @@ def run_or_skip(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     """
     from ssl_runner import distributed
 
-    record = read_json(folder / "run.json") if (folder / "run.json").exists() else None
+    record = read_record(folder / "run.json") if (folder / "run.json").exists() else None
     if record is not None and record["status"] == "done" and cfg.resume in (None, "auto"):
         distributed.release_ranks()
         print(f"already done: started {record['started']}, commit {record['git_commit']}", flush=True)
@@ -276,6 +285,6 @@ def run_as_follower() -> float | None:
 
             result = run(OmegaConf.create(cfg), Path(folder))
         distributed.finish()
-    except (Exception, KeyboardInterrupt) as error:  # rank 0 prints the message
+    except (Exception, Preempted, KeyboardInterrupt) as error:  # rank 0 prints the message
         sys.exit(distributed.report_failure(error)[0])
     return result.get("val_top1")

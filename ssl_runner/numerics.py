@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from warnings import catch_warnings, filterwarnings
 
 import torch
@@ -37,17 +37,34 @@ def apply(device: torch.device, precision: str, deterministic: bool) -> dict[str
 
 @contextmanager
 def preserved() -> Iterator[None]:
-    """Context manager that restores the switches at its end."""
+    """Context manager that restores the switches at its end. Within it, `usual_defaults` holds."""
     convolutions, products = tf32_allowed()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     try:
-        yield
+        with usual_defaults():
+            yield
     finally:
         set_tf32(convolutions, products)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+
+
+@contextmanager
+def usual_defaults() -> Iterator[None]:
+    """Context manager and decorator: torch's default dtype is float32, its default device the CPU.
+
+    For code that a caller with other defaults may call. A mode for the device, which every call of torch
+    passes, is only set if it is needed.
+    """
+    dtype, on_cpu = torch.get_default_dtype(), torch.get_default_device().type == "cpu"
+    torch.set_default_dtype(torch.float32)
+    try:
+        with nullcontext() if on_cpu else torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 @contextmanager

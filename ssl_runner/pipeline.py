@@ -83,9 +83,10 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         evaluators = experiment.evaluators(folder, probes)
         if resume_from is not None:  # last, since it restores the random states
             state = checkpoint.load(resume_from)
-            for evaluator, of_evaluator in zip(evaluators, state.pop("evaluators"), strict=True):
-                evaluator.load_state_dict(of_evaluator)
-            solver.load_state_dict(state)
+            with checkpoint.restoring(resume_from):
+                for evaluator, of_evaluator in zip(evaluators, state.pop("evaluators"), strict=True):
+                    evaluator.load_state_dict(of_evaluator)
+                solver.load_state_dict(state)
         metrics.truncate_after(solver.epoch)
         probes.truncate_after(solver.epoch)
         # final rows carry the epoch of the kept weights with probe.keep=best, so truncate_after keeps them

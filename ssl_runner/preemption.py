@@ -1,6 +1,7 @@
 """Preemption: signals that stop a run early, from a scheduler or a user, so that it can be resumed later."""
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 EXIT = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, run the command again
+RETRY_INTERVAL = 0.05  # seconds
 REQUEUE_WAIT = 120.0  # seconds for which the other submitit tasks wait until task 0 has requeued the job
 MESSAGE = "preempted by {}; the run can be resumed from its last checkpoint"
 
@@ -30,8 +32,11 @@ class Preempted(SystemExit):
 class Preemption:
     """Context manager in which SIGTERM and SIGUSR1 raise Preempted.
 
-    The exception is raised at once. Within `deferred()` it is deferred until the training loop has finished
-    its step and written a checkpoint.
+    Preempted is raised at once, except in two cases. Within `deferred()` it is deferred until the training
+    loop has finished its step and written a checkpoint. While another exception is handled, in an `except` or
+    `finally` clause or in `__exit__`, it is deferred until that one has been handled: a signal must not
+    replace the error of a run that fails. If that error ends the context, a nested context passes the signal
+    on to the outer one, and the outermost ignores it.
 
     Under submitit, SIGUSR2 raises Preempted instead. The original handler of submitit, which requeues the job
     and exits the process, is called on exit from the context. SIGTERM keeps submitit's handler, which ignores
@@ -41,10 +46,13 @@ class Preemption:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None  # the first signal received
         self.deferring = False
+        self.retry: threading.Timer | None = None  # repeats a signal received while an exception was handled
+        self.handled: BaseException | None = None  # the exception that is handled on entry
         self.original_handlers: dict[signal.Signals, Any] = {}
         self.requeue: Callable[[], None] | None = None
 
     def __enter__(self) -> Self:
+        self.handled = sys.exception()
         if threading.current_thread() is threading.main_thread():
             handlers = {
                 which: signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -65,19 +73,38 @@ class Preemption:
                 # if another task exited first, Slurm could kill task 0 before it has requeued the job
                 time.sleep(REQUEUE_WAIT)
         finally:
+            retry, self.retry = self.retry, None  # from here on, `handle` ignores signals
+            if retry is not None:
+                retry.cancel()
+                retry.join()
             for which, handler in self.original_handlers.items():
                 signal.signal(which, handler)
+            if retry is not None and self.received is not None and self._is_nested():
+                signal.raise_signal(self.received)
+
+    def _is_nested(self) -> bool:
+        handlers = self.original_handlers.values()
+        return any(isinstance(getattr(handler, "__self__", None), Preemption) for handler in handlers)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Signal handler. Signals after the first are ignored: they must not interrupt the shutdown."""
-        if self.received is not None:
+        if self.received is not None and self.retry is None:
             return
-        self.received = signal.Signals(number)
+        if self.retry is not None:
+            self.retry.cancel()
+        self.received, self.retry = self.received or signal.Signals(number), None
         handler = self.original_handlers[self.received]
         if is_submitit(handler):
             self.requeue = lambda: handler(number, frame)
-        if not self.deferring:
-            raise Preempted(MESSAGE.format(self.received.name))
+        if self.deferring:
+            return
+        if sys.exception() is not self.handled:
+            main = threading.main_thread().ident
+            self.retry = threading.Timer(RETRY_INTERVAL, signal.pthread_kill, [main, self.received])
+            self.retry.daemon = True
+            self.retry.start()
+            return
+        raise Preempted(MESSAGE.format(self.received.name))
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

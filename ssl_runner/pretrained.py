@@ -19,6 +19,7 @@ from ssl_runner.data.eval_transform import EvalTransform
 from ssl_runner.data.resize import resize
 from ssl_runner.device import choose_device
 from ssl_runner.errors import UsageError, one_line
+from ssl_runner.numerics import usual_defaults
 from ssl_runner.runs import weights
 from ssl_runner.views import normalize, to_unit
 
@@ -49,6 +50,7 @@ class Transform:
     evaluation: EvalTransform = field(default_factory=EvalTransform)
     tensor_resize: bool = False
 
+    @usual_defaults()
     def __call__(self, image: Image.Image | np.ndarray | Tensor) -> Tensor:
         """Return an image as a normalised float32 tensor (C, S, S) on the CPU.
 
@@ -122,6 +124,7 @@ class Pretrained(nn.Module):
         return features if self.projector is None else self.projector(features)
 
 
+@usual_defaults()
 def load(
     path: str | Path, device: str | torch.device = "cpu", with_projector: bool = False
 ) -> tuple[Pretrained, Transform]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_runner.batch import Batch
+from ssl_runner.data.eval_transform import EvalTransform
 from ssl_runner.loss import MMCR, WMSE, BarlowTwins, FroSSL, Loss, SIGReg, SimCLR, SpectralContrastive, VICReg
+from ssl_runner.numerics import usual_defaults
+from ssl_runner.pretrained import Transform
 from ssl_runner.probe.baselines import linear_discriminants, principal_components
 from ssl_runner.probe.knn import KnnProbe
 from ssl_runner.probe.linear import LinearProbe
@@ -34,14 +38,16 @@ from ssl_runner.theory.diagnostics import of_embedding
 from ssl_runner.theory.gamma import expected_relation
 from ssl_runner.theory.measures import label_energy_of_optimum
 from ssl_runner.theory.moments import Moments
+from ssl_runner.views import Augment
 from tests.helpers import is_defined, load, toy
+from tests.test_views import FULL
 
 CPU = torch.device("cpu")
 LABELS = torch.tensor([0, 1, 0, 2, 1, 0, 2, 3, 0, 2, 2, 2])
 BATCH = Batch(torch.arange(6), torch.tensor([0, 1, 2, 0, 1, 2]), 2, 3)
 NEAREST = torch.tensor([[1], [2], [0], [4], [3], [3]])
-SUPPORT, Z = torch.randn(6, 3), torch.randn(18, 3)
-GENERATOR = torch.Generator()
+SUPPORT, Z = torch.randn(6, 4), torch.randn(18, 4)
+GENERATOR, IMAGES = torch.Generator(), toy()
 RELATIONS: dict[str, Callable[[], Relation]] = {
     "views": lambda: Views(6, 2, device="cpu"),
     "views normalized": lambda: Views(4, 3, normalized=True, device="cpu"),
@@ -161,6 +167,37 @@ def test_results_do_not_depend_on_default_device_and_dtype(name: str, default: s
         assert value.device == CPU
         assert value.dtype == right.dtype
         assert torch.equal(value, right)
+
+
+def of_images() -> list[Tensor]:
+    """Views with both kernels of a CPU, statistics of a data set, a transformed image and a random state."""
+    pixels = torch.arange(4 * 3 * 9 * 9, device="cpu").view(4, 3, 9, 9).mul(7).to(torch.uint8)
+    mean, std = (torch.full((3,), value, device="cpu", dtype=torch.float32) for value in (0.4, 0.2))
+    augment, generator = Augment({"all": FULL}), torch.Generator()
+    values = [augment(pixels, 2, mean, std, generator.manual_seed(5))]
+    with mock.patch("ssl_runner.views.augment.numba_works", return_value=False):
+        values.append(augment(pixels, 2, mean, std, generator.manual_seed(5)))
+    data = load(IMAGES)
+    transform = Transform(8, 3, mean, std, evaluation=EvalTransform(10, 8))
+    return [*values, data.mean, data.std, data.train.y, transform(pixels[0].permute(1, 2, 0).numpy())]
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+def test_images_do_not_depend_on_default_device_and_dtype(default: str) -> None:
+    expected = of_images()
+    with DEFAULTS[default]():
+        values = of_images()
+    for value, right in zip(values, expected, strict=True):
+        assert (value.device, value.dtype) == (CPU, right.dtype)
+        assert torch.equal(value, right)
+
+
+def test_usual_defaults_are_restored() -> None:
+    with default_dtype(torch.float64), torch.device("meta"):
+        with suppress(KeyError), usual_defaults():
+            assert (torch.empty(0).dtype, torch.empty(0).device) == (torch.float32, CPU)
+            raise KeyError
+        assert (torch.empty(0).dtype, torch.empty(0).device.type) == (torch.float64, "meta")
 
 
 @pytest.mark.parametrize("default", DEFAULTS)

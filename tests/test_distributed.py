@@ -413,7 +413,10 @@ def test_dropout_random_states_differ_between_ranks() -> None:
 def fail_on_rank_1(folder: Path, how: str) -> str:
     """Type and message of the exception on this rank when rank 1 raises within `propagate_failures`."""
     try:
-        with RunRecord(folder, "x") as record, distributed.propagate_failures(record.fail):
+        with Preemption(), RunRecord(folder, "x") as record, distributed.propagate_failures(record.fail):
+            if how == "terminated" and distributed.rank() == 0:  # by torchrun, once rank 1 has exited
+                update = record.update
+                record.update = lambda **facts: (signal.raise_signal(signal.SIGTERM), update(**facts))
             if distributed.rank() == 1:
                 if how == "preempted":
                     raise Preempted("preempted by SIGTERM")
@@ -430,6 +433,7 @@ def fail_on_rank_1(folder: Path, how: str) -> str:
     [
         ("refused", "PeerFailed: rank 1 of 2: no such thing", "failed"),
         ("raised", "PeerFailed: rank 1 of 2: KeyError: 'no such thing'", "failed"),
+        ("terminated", "PeerFailed: rank 1 of 2: KeyError: 'no such thing'", "failed"),
         ("preempted", "Preempted: preempted by SIGTERM", "preempted"),
     ],
 )

@@ -256,5 +256,5 @@ def test_epochs_of_an_edited_preset_do_not_extend_a_run(ssl_run, tmp_path: Path)
 def test_damaged_record_is_named(finished: Path, ssl_run) -> None:
     (finished / "run.json").write_text("")
     _, _, err = ssl_run(f"resume={finished} epochs=3")
-    assert f"{finished}/run.json: expected a JSON file" in err
+    assert f"{finished}/run.json: expected a JSON object" in err
     assert err.count("\n") == 1

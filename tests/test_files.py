@@ -64,4 +64,4 @@ def test_csv_log_keeps_characters_that_splitlines_splits_at(tmp_path: Path) -> N
     log.append({"epoch": 1, "dataset": name})
     log.append({"epoch": 2, "dataset": name, "draw": 0})
     log.truncate_after(1)
-    assert read_csv(tmp_path / "t.csv") == (["epoch", "dataset", "draw"], [["1", name, ""]])
+    assert read_csv(tmp_path / "t.csv", []) == (["epoch", "dataset", "draw"], [["1", name, ""]])

@@ -167,10 +167,10 @@ def test_files_without_this_backbone_are_refused(tmp_path: Path) -> None:
         "counter.pt": found + "bn1.num_batches_tracked",
         "empty.pt": found + "no tensors",
         "list.pt": found + "no tensors",
-        "pickled.ckpt": r"this one contains a pickled pathlib\S+\); save its state dict alone",
-        "module.pt": r"this one contains a pickled ssl_runner.backbone.Backbone\); save its state dict alone",
-        "text.pt": "this one is neither",
-        "zero.safetensors": "this one is neither",
+        "pickled.ckpt": r"it contains a pickled pathlib\S+\); save its state dict alone",
+        "module.pt": r"it contains a pickled ssl_runner.backbone.Backbone\); save its state dict alone",
+        "text.pt": "it is no archive of torch.save",
+        "zero.safetensors": "it is no archive of torch.save",
     }.items():
         with pytest.raises(UsageError, match=message) as error:
             weights.load_backbone(network, tmp_path / name)

@@ -9,19 +9,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ssl_runner import cli
+from ssl_runner import cli, distributed
+from ssl_runner.background import Background
 from ssl_runner.config import rules
 from ssl_runner.loss import SIGReg, VICReg
 from ssl_runner.preemption import EXIT, Preempted, Preemption
 from ssl_runner.relation.builders import FromNeighbors
 from ssl_runner.runs import checkpoint
+from ssl_runner.runs.files import write_json
+from ssl_runner.runs.record import RunRecord
 from ssl_runner.solver import Save
 from ssl_runner.train import Pretraining
 from tests.helpers import TINY, pretraining, rows, run_folder, start, table, weights
@@ -125,6 +130,99 @@ def test_signal_raises_at_once_or_at_end_of_deferred() -> None:
         signal.raise_signal(signal.SIGTERM)
     assert raised.value.code == EXIT == 75
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+class Failed(Exception):
+    """The error of a run during which a signal arrives."""
+
+
+def failing(folder: Path) -> None:
+    """A run that fails as in `pipeline.run`, within the context of `cli.main`."""
+    with (
+        Preemption(),
+        Preemption() as preemption,
+        RunRecord(folder, "x") as record,
+        distributed.propagate_failures(record.fail),
+        Background() as background,
+        checkpoint.Writer(folder, background) as writer,
+        preemption.deferred(),
+    ):
+        writer.hold({"a": torch.ones(2)})
+        raise Failed("the cause")
+
+
+def test_signal_at_any_line_does_not_replace_the_error_of_a_failing_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM before the n-th line of Python that is executed after the error, for every n."""
+    monkeypatch.setattr("ssl_runner.preemption.RETRY_INTERVAL", 60)  # no repetition
+    monkeypatch.setattr("os.fsync", lambda file: None)
+    monkeypatch.setattr("ssl_runner.runs.record.git_commit", lambda: None)
+    monkeypatch.setattr("ssl_runner.runs.record.version", lambda name: "")
+    n, lines = 0, 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Callable | None:
+        nonlocal lines
+        if event == "line" and sys.exception() is not None:
+            lines += 1
+            if lines == n:
+                signal.raise_signal(signal.SIGTERM)
+        return trace if "ssl_runner" in frame.f_code.co_filename else None
+
+    original, before = signal.signal(signal.SIGTERM, signal.SIG_IGN), sys.gettrace()
+    while lines >= n:
+        n, lines = n + 1, 0
+        sys.settrace(trace)
+        try:
+            with pytest.raises(Failed, match="the cause"):
+                failing(tmp_path)
+        finally:
+            sys.settrace(before)
+        record = json.loads((tmp_path / "run.json").read_text())
+        assert (record["status"], record["error"]) == ("failed", "Failed: the cause"), n
+    signal.signal(signal.SIGTERM, original)
+    assert n > 30
+
+
+def handled_failure(nested: bool) -> None:
+    """A job of a sweep that fails, and the next job. The first receives a signal while it fails."""
+    try:
+        with Preemption() if nested else nullcontext():
+            try:
+                raise Failed
+            finally:
+                signal.raise_signal(signal.SIGTERM)
+    except Failed:
+        pass
+    else:
+        pytest.fail("the signal replaced the failure")
+    time.sleep(30)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_signal_while_an_exception_is_handled_is_raised_afterwards(nested: bool) -> None:
+    start = time.monotonic()
+    with Preemption(), pytest.raises(Preempted, match="SIGTERM"):
+        handled_failure(nested)
+    assert time.monotonic() - start < 20
+
+
+def test_signal_while_done_is_recorded_leaves_the_run_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(path: Path, content: dict) -> None:
+        if content["status"] == "done":
+            signal.raise_signal(signal.SIGTERM)
+        write_json(path, content)
+
+    monkeypatch.setattr("ssl_runner.runs.record.write_json", write)
+    with pytest.raises(Preempted) as raised, Preemption(), RunRecord(tmp_path, "x"):
+        pass
+    assert status(tmp_path) == "done"
+    after = f"preempted by SIGTERM after the end of the run; run={tmp_path}"
+    assert cli.preempted_line(raised.value, tmp_path) == after
+    line = cli.preempted_line(raised.value, tmp_path / "other")
+    assert line == "preempted by SIGTERM before the run began; repeat the command"
 
 
 def test_submitit_handler_runs_once_on_exit() -> None:

@@ -32,10 +32,10 @@ IMPORTS = """
     config          errors names rule view_layout
     runs            background config distributed errors host_copy preemption version
 
-    views           batch errors rule view_layout
+    views           batch errors numerics rule view_layout
     relation        batch device distributed errors
     loss            distributed names relation
-    data            batch device distributed errors names progress runs views
+    data            batch device distributed errors names numerics progress runs views
     model           backbone
     evaluator       model
     solver          loss model relation
@@ -48,7 +48,7 @@ IMPORTS = """
     probe           backbone batch data device distributed errors evaluator model optimizer progress runs
                     view_layout views
 
-    pretrained      data device errors runs views
+    pretrained      data device errors numerics runs views
 
     checks          backbone batch config data distributed errors loss model relation solver views
     degenerate      backbone batch data distributed errors loss model relation

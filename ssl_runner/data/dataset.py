@@ -15,6 +15,7 @@ from ssl_runner.data.skipped import Skipped
 from ssl_runner.data.splits import balanced_order, hold_out
 from ssl_runner.device import release_freed_memory
 from ssl_runner.errors import UsageError
+from ssl_runner.numerics import usual_defaults
 
 MEMORY_FRACTION = 0.5  # storage="auto": largest fraction of the free device memory that images may use
 
@@ -124,6 +125,7 @@ class DataSet:
         return replace(data, train=train, val=val, test=test)
 
 
+@usual_defaults()
 def load(
     source: Callable[[], Source],
     name: str,

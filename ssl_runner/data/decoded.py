@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from math import prod
@@ -131,11 +131,11 @@ def _is_finished(decoded: Path) -> bool:
 def _locked(decoded: Path) -> Iterator[None]:
     """Hold the lock of a decoded file. Reports on standard error that another process holds it."""
     lock = FileLock(decoded.with_suffix(".lock"))
-    try:
+    with suppress(Timeout):
         lock.acquire(timeout=QUIET_WAIT)
-    except Timeout:
+    if not lock.is_locked:
         print(f"waiting for another process that decodes the same images: {lock.lock_file}", file=sys.stderr)
-        lock.acquire()
+        lock.acquire()  # not in an `except` clause, where a signal to end the run would have to wait
     try:
         yield
     finally:

@@ -20,8 +20,8 @@ from ssl_runner.config.rules import check_values, format_value
 from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError
 from ssl_runner.names import EVALUATION
-from ssl_runner.runs import resume
-from ssl_runner.runs.files import read_json
+from ssl_runner.runs import resume, saved
+from ssl_runner.runs.run_json import read_record
 
 if TYPE_CHECKING:
     import torch
@@ -58,8 +58,8 @@ def config_of(
     given = compose.parse(lines)
     check_settable(given, settable, instead)
     keys = {override.key_or_group for override in given}
-    config: Any = OmegaConf.load(folder / ".hydra" / "config.yaml")
-    choices = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.choices
+    config: Any = saved.load(folder)
+    choices = saved.choices(folder)
     config_dir = config_dir or resume.config_dir_of(folder)
     composed = compose_groups(
         [f"{group}={choices[group]}" for group in ("dataset", "probe") if group not in keys] + lines,
@@ -104,7 +104,7 @@ def finished_record(folder: Path) -> dict[str, Any]:
         raise UsageError(
             f"{folder}: expected the folder of a run; give one that contains run.json and .hydra"
         )
-    record = read_json(folder / "run.json")
+    record = read_record(folder / "run.json")
     if record["status"] != "done":
         raise UsageError(
             f"{folder}: expected a finished run, found status {record['status']}; finish it with"
@@ -204,8 +204,8 @@ def read_data(cfg: DictConfig, transform: Transform, device: torch.device) -> Da
 
 def warn_other_images(folder: Path, cfg: DictConfig, data: DataSet) -> None:
     """Print a line on standard error if `data` is the run's own data set, but its images have changed."""
-    own = OmegaConf.load(folder / ".hydra" / "config.yaml").dataset.name
-    record = read_json(folder / "run.json")
+    own = saved.load(folder).dataset.name
+    record = read_record(folder / "run.json")
     if cfg.dataset.name == own and (change := resume.changed_images(record, data.digest, data.counts)):
         print(
             f"warning: the images of {resume.location(cfg)} have changed since the run: {change}; the splits"

@@ -33,7 +33,8 @@ from ssl_runner.probe import (
 )
 from ssl_runner.progress import progress
 from ssl_runner.runs import resume
-from ssl_runner.runs.files import CsvLog, read_json
+from ssl_runner.runs.files import CsvLog
+from ssl_runner.runs.run_json import read_record
 
 
 def probe(folder: Path, cfg: DictConfig) -> str:
@@ -63,7 +64,7 @@ def probe(folder: Path, cfg: DictConfig) -> str:
         log, rows = CsvLog(folder / "probe.csv"), []
         log.truncate_after(math.inf)  # an incomplete last line
         last = int(pd.read_csv(folder / "metrics.csv").epoch.iloc[-1])
-        epoch = read_json(folder / "run.json").get("exported_epoch", last)
+        epoch = read_record(folder / "run.json").get("exported_epoch", last)
         probing = datetime.now().isoformat(timespec="milliseconds")
         for row in probe_rows(cfg, chosen, model, data, precision, switches):
             log.append({"epoch": epoch, **row, "probing": probing})

@@ -111,5 +111,5 @@ def report(runs: list[Run], out: Path, title: str) -> str:
         raise UsageError(
             f"--out={out}: cannot write there ({error.strerror}); give a writable folder"
         ) from error
-    summary_text = format_terminal(table, summary, keys, correlations)
+    summary_text = format_terminal(runs, table, summary, keys, correlations)
     return f"{summary_text}\nwritten to {printable(out)}: {', '.join(sorted(files))}"

@@ -122,6 +122,7 @@ def render(
         more_maps=len(mapped) - MAX_MAPS,
         errors=found[:MAX_ERRORS],
         more_errors=len(found) - MAX_ERRORS,
+        problems=[problem for run in runs for problem in run.problems],
         protocols=protocols(table),
     )
 

@@ -29,6 +29,7 @@ INK, PAPER = "#1b1b1c", "#fefeff"
 MAX_LABELLED = 6  # curves with a legend entry each
 MAX_PANELS = 12  # keys with a panel each
 MAX_CELLS = 12  # values of a key in the heat map; more numbers are binned
+LARGEST = 1e100  # larger numbers, which no run writes, overflow in a plot
 MAX_JOINED = 30  # values of a key up to which points are joined by a line
 NAMES = ("curves", "keys", "heat")
 FILES = tuple(f"{name}.{kind}" for name in NAMES for kind in ("svg", "png"))
@@ -122,7 +123,8 @@ def points(shown: pd.DataFrame, of_run: Callable[[Run], list[tuple]], runs: list
     table = pd.DataFrame(rows, columns=["configuration", "epoch", "value"]).apply(
         pd.to_numeric, errors="coerce"
     )
-    return table.astype(float).replace([np.inf, -np.inf], np.nan).dropna()
+    table = table.astype(float)
+    return table[(table.abs() < LARGEST).all(axis=1)]
 
 
 def loss_points(run: Run) -> list[tuple]:

@@ -3,7 +3,7 @@
 import csv
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,19 @@ import numpy as np
 import yaml
 
 from ssl_runner.data.skipped import printable
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, one_line
 from ssl_runner.runs.files import parse_csv, read_json
+from ssl_runner.runs.run_json import wrong_fields
 
 Row = dict[str, Any]
+MAX_DEPTH, MAX_NODES = 40, 100_000  # of a YAML file or run.json; a run's own have depth 6 and 400 nodes
+# What YAML's constructors raise besides YAMLError, for example for `!!bool x`
+BROKEN = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError, yaml.YAMLError)
+RESERVED = {  # columns of the tables, which an option may not replace
+    *("path", "status", "error", "top1", "val_top1", "configuration", "n", "by", "epochs_done"),
+    *("epochs_asked", "wall_seconds", "processes", "device_seconds", "images_per_s"),
+}
+RESERVED_PREFIXES = ("top1.", "metrics.", "run.", "protocol.", "± ")
 
 
 @dataclass
@@ -30,6 +39,7 @@ class Run:
     last       the last complete row of metrics.csv
     epochs, loss, rate    its columns epoch, loss and images_per_s, each (rows,)
     probes     the complete rows of probe.csv
+    problems   one line for each file, or field of run.json, that is not as ssl-run writes it
     """
 
     path: Path
@@ -42,10 +52,11 @@ class Run:
     loss: np.ndarray
     rate: np.ndarray
     probes: list[Row]
+    problems: list[str]
 
     @property
     def status(self) -> str:
-        return str(self.record.get("status") or "unknown")
+        return self.record.get("status") or "unknown"
 
     @property
     def tags(self) -> list[str]:
@@ -88,57 +99,96 @@ def natural(path: Path) -> list[tuple[int, str]]:
 
 
 def read_run(path: Path) -> Run:
-    hydra = path / ".hydra"
-    header, rows = read_csv(path / "metrics.csv")
-    probe_header, probe_rows = read_csv(path / "probe.csv")
+    hydra, problems = path / ".hydra", list[str]()
+    header, rows = read_csv(path / "metrics.csv", problems)
+    probe_header, probe_rows = read_csv(path / "probe.csv", problems)
     columns = dict(zip(header, zip(*rows, strict=True), strict=True)) if rows else {}
     epochs, loss, rate = (
         numbers(columns.get(name, [""] * len(rows))) for name in ("epoch", "loss", "images_per_s")
     )
-    overrides = read_yaml(text_of(hydra / "overrides.yaml"))
-    task_overrides = [line for line in overrides if not of_hydra(line)] if isinstance(overrides, list) else []
+    overrides = read_yaml(hydra / "overrides.yaml", list, problems)
     return Run(
         path=path,
-        record=read_record(path / "run.json"),
-        config=flatten(read_yaml(text_of(hydra / "config.yaml"))),
-        overrides=dict(split_override(line) for line in task_overrides),
-        choices=read_choices(text_of(hydra / "hydra.yaml")),
+        record=read_record(path / "run.json", problems),
+        config=without_reserved(flatten(read_yaml(hydra / "config.yaml", dict, problems))),
+        overrides=without_reserved(dict(split_override(line) for line in overrides if not of_hydra(line))),
+        choices=without_reserved(flatten(read_yaml(hydra / "hydra.yaml", dict, problems, choices_of))),
         last=dict(zip(header, map(number, rows[-1]), strict=True)) if rows else {},
         epochs=epochs,
         loss=loss,
         rate=rate,
         probes=[dict(zip(probe_header, map(number, row), strict=True)) for row in probe_rows],
+        problems=problems,
     )
 
 
-def text_of(path: Path) -> str:
-    """The text of a file, "" if it cannot be read."""
-    try:
-        return path.read_text()
-    except (OSError, ValueError):
-        return ""
+def without_reserved(options: dict[str, str]) -> dict[str, str]:
+    """The options without those that have the name of another column."""
+    return {
+        key: value
+        for key, value in options.items()
+        if key not in RESERVED and not key.startswith(RESERVED_PREFIXES)
+    }
 
 
-def read_record(path: Path) -> Row:
-    """run.json, {} if it cannot be read."""
+def add_problem(problems: list[str], path: Path, expected: str, found: object) -> None:
+    """Add a line that names the file, what it should contain and what it contains."""
+    text = one_line(found) if isinstance(found, Exception) else repr(found)
+    problems.append(f"{printable(path)}: expected {expected}, found {printable(text)[:100]}")
+
+
+def read_record(path: Path, problems: list[str]) -> Row:
+    """run.json, {} if it cannot be read. Fields of a wrong type are left out."""
     try:
-        record = read_json(path)
-    except (OSError, UsageError):
+        record = clean(read_json(path)) if path.exists() else {}
+        refuse_large(record)
+    except (OSError, UsageError, ValueError, RecursionError) as error:
+        add_problem(problems, path, "the JSON object that ssl-run writes", error.__cause__ or error)
         return {}
-    return clean(record) if isinstance(record, dict) else {}
+    for name, expected in wrong_fields(record).items():
+        add_problem(problems, path, f"{expected} as {name}", record.pop(name))
+    return record
 
 
-def read_yaml(text: str) -> Any:
-    """The content of a YAML file, None if it is empty or damaged.
+def read_yaml(
+    path: Path, kind: type, problems: list[str], part: Callable[[str], str] = lambda text: text
+) -> Any:
+    """The content of a YAML file, or of the part of its text: a mapping or list, empty if it is neither.
 
     libyaml parses it: OmegaConf takes twenty times as long. It refuses bytes that are not UTF-8, which
     OmegaConf writes as "\\uDCFF", so these become escapes.
     """
-    text = re.sub(r"(?<!\\)\\uDC[89A-F][0-9A-F]", lambda found: f"\\{found[0].lower()}", text)
     try:
-        return yaml.load(text, yaml.CSafeLoader)
-    except (ValueError, yaml.YAMLError):
-        return None
+        if not path.exists():
+            return kind()
+        text = part(path.read_text("utf-8"))
+        text = re.sub(r"(?<!\\)\\uDC[89A-F][0-9A-F]", lambda found: f"\\{found[0].lower()}", text)
+        content = yaml.load(text, yaml.CSafeLoader)
+        refuse_large(content)
+    except (OSError, *BROKEN) as error:
+        add_problem(problems, path, "the YAML that ssl-run writes", error)
+        return kind()
+    if not isinstance(content, kind):
+        add_problem(problems, path, "a list" if kind is list else "keys and values", content)
+        return kind()
+    return content
+
+
+def refuse_large(content: Any) -> None:
+    """Raise ValueError for a content that is nested too deeply, contains itself or repeats many parts."""
+    level, nodes = [content], 0
+    for _ in range(MAX_DEPTH):
+        nodes += len(level)
+        if not level or nodes > MAX_NODES:
+            break
+        level = [child for node in level for child in children(node)]
+    if level:
+        raise ValueError(f"more than {MAX_DEPTH} levels or {MAX_NODES:,} entries")
+
+
+def children(node: Any) -> list[Any]:
+    """The entries of a list or the values of a mapping."""
+    return list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
 
 
 def clean(node: Any) -> Any:
@@ -150,17 +200,27 @@ def clean(node: Any) -> Any:
     return printable(node) if isinstance(node, str) else node
 
 
-def read_choices(hydra_yaml: str) -> dict[str, str]:
-    """The choices of config groups, from hydra.yaml. Only the lines concerned are parsed, for speed."""
+def choices_of(hydra_yaml: str) -> str:
+    """The choices of config groups in the text of hydra.yaml. Only these lines are parsed, for speed.
+
+    Raises ValueError if there are none.
+    """
     block = re.search(r"^ +choices:\n((?: {6,}.*\n)+)", hydra_yaml, re.MULTILINE)
-    return flatten(read_yaml(block[1])) if block else {}
+    if block is None:
+        raise ValueError("no choices of config groups")
+    return block[1]
 
 
-def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
+def read_csv(path: Path, problems: list[str]) -> tuple[list[str], list[list[str]]]:
     """The header of a CSV file and its complete rows: those that end with a newline and have every column."""
     try:
-        header, rows = parse_csv(path.read_bytes().decode(errors="replace"))
-    except (OSError, csv.Error):
+        text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+        header, rows = parse_csv(text)
+    except (OSError, csv.Error) as error:
+        add_problem(problems, path, "the table that ssl-run writes", error)
+        return [], []
+    if header and "epoch" not in header:
+        add_problem(problems, path, "a column epoch", ",".join(header))
         return [], []
     return header, [row for row in rows if len(row) == len(header)]
 

@@ -87,7 +87,7 @@ def probe_name(run: Run, probe: Row) -> str:
     if is_elsewhere(run, probe):
         name += f".{probe['dataset']}"
     share = probe.get("label_share")
-    return name if share is None else f"{name}.labels={share:g}"
+    return name if share is None else f"{name}.labels={share:g}" if isinstance(share, float) else name
 
 
 def is_elsewhere(run: Run, probe: Row) -> bool:
@@ -120,11 +120,15 @@ def main_probe(run: Run) -> tuple[Row, Row]:
     return test, next((row for row in same if row.get("eval_split") == "val"), {})
 
 
+def text_or_none(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
 def protocol(run: Run) -> Row:
     """How `top1` was measured: features, probe, selection, splits, and the relation of pretraining."""
     test, _ = main_probe(run)
     relation = run.record.get("relation") or {}
-    values = {name: test.get(name) for name in PROTOCOL}
+    values = {name: text_or_none(test.get(name)) for name in PROTOCOL} | {"n_train": test.get("n_train")}
     values |= {f"relation.{key}": relation.get(key) for key in ("target", "normalized", "pairs")}
     return {f"protocol.{name}": value for name, value in values.items()}
 
@@ -204,7 +208,8 @@ def finished(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     results["seed"] = results.seed.fillna(results.path)
     results["configuration"] = number_configurations(results, keys)
     columns = top1_columns(results)
-    results[columns] = results[columns].apply(pd.to_numeric, errors="coerce")
+    values = results[columns].apply(pd.to_numeric, errors="coerce")
+    results[columns] = values.where((values >= 0) & (values <= 1))
     return results.copy()  # in one block
 
 

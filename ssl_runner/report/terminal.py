@@ -1,10 +1,12 @@
 """The summary that `ssl-report` prints."""
 
+import re
 import shutil
 
 import pandas as pd
 
 from ssl_runner.report.label_free import Correlations
+from ssl_runner.report.read import Run
 from ssl_runner.report.tables import (
     MAIN,
     count_by_status,
@@ -17,15 +19,16 @@ from ssl_runner.report.tables import (
 
 TITLES = {"val_top1": "val top-1", "top1": "test top-1"}
 MAX_LINES = 30  # configurations
+MAX_PROBLEMS = 10
 MAX_OTHERS = 4  # results of other data sets, where no run has one of its own
 
 
 def format_terminal(
-    table: pd.DataFrame, summary: pd.DataFrame, keys: list[str], correlations: Correlations
+    runs: list[Run], table: pd.DataFrame, summary: pd.DataFrame, keys: list[str], correlations: Correlations
 ) -> str:
     """Counts, the best configurations, correlations of label-free measures and the most frequent errors.
 
-    The lines fit the terminal.
+    The lines fit the terminal. Lines that name damaged files are not cut off.
     """
     width = shutil.get_terminal_size((160, 24)).columns
     lines = [f"{count_runs(len(table))}: {count_by_status(table)}"]
@@ -45,7 +48,12 @@ def format_terminal(
         lines.append(f"no top-1 for {unscored} done: their images have no labels; runs.csv has the losses")
     for error, paths in errors(table)[:3]:
         lines.append(f"failed ({len(paths)}): {error} [{paths[0]}]")
-    return "\n".join(line if len(line) <= width else line[: width - 1] + "…" for line in lines)
+    lines = [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
+    problems = [problem for run in runs for problem in run.problems]
+    lines += problems[:MAX_PROBLEMS]
+    if len(problems) > MAX_PROBLEMS:
+        lines.append(f"and {len(problems) - MAX_PROBLEMS} more damaged files, in report.html")
+    return "\n".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", line) for line in lines)
 
 
 def format_results(summary: pd.DataFrame, keys: list[str]) -> list[str]:

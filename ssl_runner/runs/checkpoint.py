@@ -3,16 +3,19 @@
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import torch
+from torch import OutOfMemoryError
 
 from ssl_runner.background import Background
 from ssl_runner.errors import UsageError
 from ssl_runner.host_copy import HostCopy
+from ssl_runner.runs import foreign
 from ssl_runner.runs.files import atomic_write
 
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint-before.pt"
@@ -118,7 +121,8 @@ def find(folder: Path) -> Path | None:
             if path != existing[0]:
                 os.replace(existing[0], folder / "checkpoint-damaged.pt")
             return path
-        print(f"{path} is damaged (SHA-256 mismatch): skipped", file=sys.stderr, flush=True)
+        reason = "SHA-256 mismatch" if path.is_file() else "not a file"
+        print(f"{path} is damaged ({reason}): skipped", file=sys.stderr, flush=True)
     if existing:
         names = " and ".join(path.name for path in existing)
         raise UsageError(
@@ -129,6 +133,8 @@ def find(folder: Path) -> Path | None:
 
 def is_intact(path: Path) -> bool:
     """Return whether the file ends with the SHA-256 of the preceding bytes."""
+    if not path.is_file():
+        return False
     remaining = path.stat().st_size - len(CHECKSUM_TAG) - 64
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:
@@ -139,5 +145,26 @@ def is_intact(path: Path) -> bool:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Load the state that `save` wrote, onto the CPU, without executing pickled code."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """Load the state that `save` wrote, onto the CPU, without executing pickled code.
+
+    Raises UsageError if the file has something else.
+    """
+    with restoring(path):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"found {type(state).__name__}")
+        return state
+
+
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Turn the errors of loading a state that does not belong to this run into a UsageError."""
+    try:
+        yield
+    except OutOfMemoryError:
+        raise
+    except foreign.UNREADABLE as error:
+        raise UsageError(
+            f"{path}: expected a checkpoint of this run ({foreign.why_unreadable(error)}); remove it to"
+            " resume from the checkpoint before, or from the beginning if there is none"
+        ) from error

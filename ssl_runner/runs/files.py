@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, one_line
 
 
 @contextmanager
@@ -71,12 +71,13 @@ class CsvLog:
     def truncate_after(self, epoch: float) -> None:
         """Drop all rows after `epoch`, and an incomplete last line left by a crash.
 
-        A resumed run writes these rows again.
+        A resumed run writes these rows again. Raises UsageError if the file is damaged.
         """
         if self.path is None or not self.path.exists():
             return
         header, rows = self._read()
-        self._write(header, [row for row in rows if int(row[header.index("epoch")]) <= epoch])
+        with self._damaged():
+            self._write(header, [row for row in rows if int(row[header.index("epoch")]) <= epoch])
 
     def truncate_at_repeat(self, columns: Sequence[str]) -> None:
         """Drop the first row whose values in `columns` are those of an earlier row, and all rows after it."""
@@ -85,7 +86,8 @@ class CsvLog:
         header, rows = self._read()
         seen: set[tuple[str, ...]] = set()
         for number, row in enumerate(rows):
-            key = tuple(row[header.index(column)] for column in columns)
+            with self._damaged():
+                key = tuple(row[header.index(column)] for column in columns)
             if key in seen:
                 self._write(header, rows[:number])
                 return
@@ -99,9 +101,21 @@ class CsvLog:
             return renamed(next(csv.reader(file), []))
 
     def _read(self) -> tuple[list[str], list[list[str]]]:
-        """The header and the cells of all complete lines."""
-        text = self.path.read_bytes().decode() if self.path is not None else ""
-        return parse_csv(text)
+        """The header and the cells of all complete lines. Raises UsageError if the file is damaged."""
+        with self._damaged():
+            text = self.path.read_bytes().decode() if self.path is not None else ""
+            return parse_csv(text)
+
+    @contextmanager
+    def _damaged(self) -> Iterator[None]:
+        """Turn the errors of a file that is not a table with the expected columns into a UsageError."""
+        try:
+            yield
+        except (ValueError, IndexError, IsADirectoryError, csv.Error) as error:
+            raise UsageError(
+                f"{self.path}: expected the table that ssl-run writes ({one_line(error)}); restore it, or"
+                " remove it to resume without its rows"
+            ) from error
 
     def _write(self, header: list[str], rows: list[list[str]]) -> None:
         """Replace the file atomically."""
@@ -132,8 +146,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file written by `write_json`. Raises UsageError if it is damaged."""
     try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"found {content!r:.80}")
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
-            f"{path}: expected a JSON file ({error}); it is damaged, restore or remove it"
+            f"{path}: expected a JSON object ({one_line(error)}); it is damaged, restore or remove it"
         ) from error
+    return content

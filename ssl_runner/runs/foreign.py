@@ -27,6 +27,7 @@ UNREADABLE = (
     *(OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError),
     *(struct.error, pickle.UnpicklingError, safetensors.SafetensorError),
 )
+NO_ARCHIVE = (EOFError, IndexError, struct.error, pickle.UnpicklingError, safetensors.SafetensorError)
 # Keys of averaged weights, which are preferred among equal matches.
 AVERAGED = ("state_dict_ema", "model_ema", "teacher")
 
@@ -82,13 +83,21 @@ def read(path: Path) -> Mapping[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        pickled = re.search(r"GLOBAL (\S+)", one_line(error))
-        reason = f"contains a pickled {pickled[1]}" if pickled else "is neither"
         raise UsageError(
-            f"init_weights={path}: expected a safetensors file, or a checkpoint of tensors only (this one"
-            f" {reason}); save its state dict alone, with torch.save or safetensors"
+            f"init_weights={path}: expected a safetensors file, or a checkpoint of tensors only"
+            f" ({why_unreadable(error)}); save its state dict alone, with torch.save or safetensors"
         ) from error
     return content if isinstance(content, Mapping) else {}
+
+
+def why_unreadable(error: BaseException) -> str:
+    """Return the reason for one of UNREADABLE, without torch's advice to execute the pickled code."""
+    text = one_line(error)
+    if pickled := re.search(r"GLOBAL (\S+)", text):
+        return f"it contains a pickled {pickled[1]}"
+    if isinstance(error, NO_ARCHIVE):
+        return "it is no archive of torch.save, or contains pickled objects"
+    return f"it lacks {text}" if isinstance(error, KeyError) else text[:200]
 
 
 def state_dicts(content: Mapping[str, Any], key: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -4,6 +4,7 @@ import os
 import platform
 import shlex
 import socket
+import threading
 import time
 import traceback
 from importlib.metadata import version
@@ -16,7 +17,8 @@ from omegaconf import DictConfig, ListConfig
 
 from ssl_runner import __version__, distributed
 from ssl_runner.preemption import EXIT, Preempted
-from ssl_runner.runs.files import read_json, write_json
+from ssl_runner.runs.files import write_json
+from ssl_runner.runs.run_json import read_record
 from ssl_runner.version import git_commit
 
 # of an earlier start: until the data set has been read and compared, and what a resume does again
@@ -42,8 +44,8 @@ class RunRecord:
 
     def __init__(self, folder: Path, identity: str, **facts: Any):
         self.path = folder / "run.json"
-        self.start = time.time()
-        before = read_json(self.path) if self.path.exists() else {}
+        self.start, self.lock = time.time(), threading.Lock()
+        before = read_record(self.path) if self.path.exists() else {}
         self.seconds_before = before.get("wall_seconds") or 0.0
         kept = {name: before[name] for name in KEPT if name in before}
         self.content: dict[str, Any] = (
@@ -73,11 +75,12 @@ class RunRecord:
         )
 
     def update(self, **facts: Any) -> None:
-        """Add or update fields, then write the file."""
-        self.content |= facts
-        self.content["wall_seconds"] = round(self.seconds_before + time.time() - self.start, 3)
-        if distributed.is_main_process():
-            write_json(self.path, self.content)
+        """Add or update fields, then write the file. May be called from another thread."""
+        with self.lock:
+            self.content |= facts
+            self.content["wall_seconds"] = round(self.seconds_before + time.time() - self.start, 3)
+            if distributed.is_main_process():
+                write_json(self.path, self.content)
 
     def fail(self, code: int, message: str) -> None:
         """Record that another rank ended the run, given its exit code and error message."""
@@ -94,7 +97,11 @@ class RunRecord:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            self.update(status="done")
+            try:
+                self.update(status="done")
+            except Preempted:  # a signal while the file was written; the run is done
+                self.update()
+                raise
         elif isinstance(error, Preempted):
             self.update(status="preempted")
         else:

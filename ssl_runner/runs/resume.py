@@ -14,10 +14,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ssl_runner.config import compose, hydra_internals, paths, rules
+from ssl_runner.config import compose, paths, rules
 from ssl_runner.errors import UsageError
 from ssl_runner.runs import saved
-from ssl_runner.runs.files import read_json
+from ssl_runner.runs.run_json import read_record
 
 EXTENDED = "epochs-*"  # folders in that of an extended run: its results before the extension
 
@@ -65,14 +65,14 @@ def folder_of(cfg: DictConfig, made: Path) -> Path:
     """
     if cfg.resume is not None and cfg.resume != "auto":
         return made
-    record = read_json(made / "run.json") if (made / "run.json").exists() else None
+    record = read_record(made / "run.json") if (made / "run.json").exists() else None
     if cfg.resume == "auto":
         matches = [path.parent for path in candidate_runs(made) if is_same_run(cfg, path.parent)]
         if matches:
             return max(
                 matches,
                 key=lambda folder: (
-                    read_json(folder / "run.json")["status"] == "done",
+                    read_record(folder / "run.json")["status"] == "done",
                     folder.stat().st_mtime,
                 ),
             )
@@ -93,7 +93,7 @@ def is_same_run(cfg: DictConfig, folder: Path) -> bool:
     """Return whether the run in `folder` has this configuration. False if its files are corrupt, for example
     after a power cut, and for an extended run."""
     try:
-        record = read_json(folder / "run.json")
+        record = read_record(folder / "run.json")
     except UsageError:
         return False
     extended = len(record.get("schedule") or ()) > 1
@@ -161,7 +161,7 @@ def plan_resume(folder: Path, given: Collection[str], config_dir: str | None) ->
         raise UsageError(
             f"resume={folder}: expected the folder of a run; give one that contains run.json and .hydra"
         )
-    record = read_json(folder / "run.json")
+    record = read_record(folder / "run.json")
     if "epochs" not in given:  # more epochs extend a finished run
         refuse_finished(folder)
     if not Path(record["cwd"]).is_dir():
@@ -186,7 +186,7 @@ def plan_resume(folder: Path, given: Collection[str], config_dir: str | None) ->
 
 def refuse_finished(folder: Path) -> None:
     """Raise UsageError if the run is done."""
-    if read_json(folder / "run.json")["status"] == "done":
+    if read_record(folder / "run.json")["status"] == "done":
         raise UsageError(
             f"resume={folder}: this run is done; add epochs=<more> to train it longer, or start a new run to"
             " change other options"
@@ -195,8 +195,7 @@ def refuse_finished(folder: Path) -> None:
 
 def config_dir_of(folder: Path) -> str | None:
     """Return the --config-dir that a run was started with. Raises UsageError if the folder is gone."""
-    hydra = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra
-    given = hydra_internals.config_sources(hydra).get("command-line")
+    given = saved.config_sources(folder).get("command-line")
     if given is not None and not Path(given).is_dir():
         raise UsageError(
             f"{folder}: expected the folder with configs that the run was started with, {given}, found"

@@ -5,7 +5,7 @@ if a default or a preset has changed since.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,43 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_runner.config import check, compose, hydra_internals, paths, renamed, rules
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, one_line
 
 
 def load(folder: Path) -> DictConfig:
     """Return the configuration in .hydra/."""
-    saved = OmegaConf.load(folder / ".hydra" / "config.yaml")
-    assert isinstance(saved, DictConfig)
-    return saved
+    return _read(folder, "config", lambda saved: saved if "epochs" in saved else saved.epochs)
 
 
 def overrides(folder: Path) -> list[str]:
     """Return the overrides that the run was started with. Interpolations in them are not resolved."""
-    lines = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml"), resolve=False)
-    assert isinstance(lines, list)
+    lines = _read(folder, "overrides", lambda saved: OmegaConf.to_container(saved, resolve=False))
     return [str(line) for line in lines]
+
+
+def choices(folder: Path) -> Any:
+    """Return the chosen config of every group of a run."""
+    return _read(folder, "hydra", lambda saved: saved.hydra.runtime.choices)
+
+
+def config_sources(folder: Path) -> dict[str, str]:
+    """Return the folder of configs of each provider, as the run was started with."""
+    return _read(folder, "hydra", lambda saved: hydra_internals.config_sources(saved.hydra))
+
+
+_DAMAGED = (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError, yaml.YAMLError)
+
+
+def _read(folder: Path, name: str, part: Callable[[Any], Any]) -> Any:
+    """Return a part of a file in .hydra/. Raises UsageError if the file is damaged or lacks the part."""
+    path = folder / ".hydra" / f"{name}.yaml"
+    try:
+        return part(OmegaConf.load(path))
+    except _DAMAGED as error:
+        raise UsageError(
+            f"{path}: expected the YAML that ssl-run writes ({one_line(error)[:200]}); restore it, or start a"
+            " new run"
+        ) from error
 
 
 def resumed(cfg: DictConfig, folder: Path) -> DictConfig:
@@ -49,7 +71,7 @@ def completed(folder: Path) -> DictConfig:
     Raises UsageError for a group that the command line changes, and for an option or a value that this
     version does not accept.
     """
-    now, then = HydraConfig.get().runtime.choices, _choices(folder)
+    now, then = HydraConfig.get().runtime.choices, choices(folder)
     for override in compose.parse(HydraConfig.get().overrides.task):
         group = check.key_of(override)
         if group in now and now[group] != then.get(group):
@@ -117,11 +139,6 @@ def _differences(cfg: DictConfig, config: DictConfig) -> Iterator[str]:
 def _changed(key: str, then: Any, now: Any) -> UsageError:
     change = f"{key} ({rules.format_value(then)} -> {rules.format_value(now)})"
     return UsageError(f"Cannot change {change} when resuming: leave it out, or start a new run")
-
-
-def _choices(folder: Path) -> Any:
-    """Return the chosen config of every group of a run."""
-    return OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.choices
 
 
 def _reference(choices: Any) -> Any:

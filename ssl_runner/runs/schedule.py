@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from ssl_runner.config import compose, paths, rules
 from ssl_runner.errors import UsageError
 from ssl_runner.runs import resume, saved
-from ssl_runner.runs.files import atomic_write, read_json, write_json
+from ssl_runner.runs.files import atomic_write, write_json
+from ssl_runner.runs.run_json import read_record
 
 # Parts in order, {"from_epoch": a, "to_epoch": b}: the learning rate of epochs a + 1 .. b has a warm-up and a
 # decay of its own. A part that an extension cut short keeps its planned to_epoch.
@@ -23,7 +24,7 @@ RESULTS = ("run.json", ".hydra", "*.csv", "*.safetensors", "*.png")
 
 def read_schedule(folder: Path, epochs: int) -> Schedule:
     """Return the schedule in run.json, or that of a new run of `epochs` epochs."""
-    record = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+    record = read_record(folder / "run.json") if (folder / "run.json").exists() else {}
     return record.get("schedule") or [{"from_epoch": 0, "to_epoch": epochs}]
 
 
@@ -47,7 +48,7 @@ def extend(cfg: DictConfig, folder: Path) -> DictConfig:
     epochs-<planned>/, and its configuration to .hydra/config-<planned>.yaml. Raises UsageError, before
     anything is written, if the run cannot be extended.
     """
-    record = read_json(folder / "run.json")
+    record = read_record(folder / "run.json")
     schedule = read_schedule(folder, saved.load(folder).epochs)
     planned = schedule[-1]["to_epoch"]
     new_run = f"start a new run with {paths.override('init_weights', folder / 'backbone.safetensors')}"
@@ -119,7 +120,10 @@ def next_epoch(folder: Path) -> int:
     from ssl_runner.runs import checkpoint  # imports torch
 
     path = checkpoint.find(folder)
-    return 0 if path is None else checkpoint.load(path)["epoch"] + 1
+    if path is None:
+        return 0
+    with checkpoint.restoring(path):
+        return int(checkpoint.load(path)["epoch"]) + 1
 
 
 def copy_results(folder: Path, target: Path) -> None:

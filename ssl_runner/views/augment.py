@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ssl_runner.batch import ViewTensors
 from ssl_runner.errors import one_line
+from ssl_runner.numerics import usual_defaults
 from ssl_runner.view_layout import RULES, by_side, layout, view_count
 from ssl_runner.views.geometry import to_unit
 from ssl_runner.views.policy import Policy
@@ -79,6 +80,7 @@ class Augment:
         """Compile the views of devices other than a CPU. The kernels of a CPU are always compiled."""
         self.from_uniforms = torch.compile(views_from_uniforms, fullgraph=True, dynamic=False)
 
+    @usual_defaults()
     def __call__(
         self,
         images: Tensor,
