@@ -99,7 +99,11 @@ def value_and_gradient(loss: Loss, name: str, V: int, dtype: torch.dtype) -> tup
 
 CASES = [
     case
-    for case in itertools.product(LOSSES, RELATIONS, (2, 4), (torch.float64, torch.float32))
+    for case in (
+        (loss, name, V, dtype)
+        for loss, name in itertools.product(LOSSES, RELATIONS)
+        for V, dtype in ((2, torch.float64), (4, torch.float64), (2, torch.float32))
+    )
     if not (LOSSES[case[0]]().needs_views and case[1].startswith("labels"))
 ]
 CASES += itertools.product(  # of losses that accept any relation
