@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from tests import composition
 from tests.helpers import run_script
 
 composition.install()
+
+# compile the modules of the repository once, not in every worker and subprocess
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: one thread each, subprocesses included
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -144,7 +144,7 @@ RUN = (
     "dataset=folder dataset.root=pictures dataset.cache=cache dataset.eval_resize=18 dataset.eval_crop=16"
     " dataset.val_fraction=0.2 epochs=1 batch_size=10 views=crop backbone.widths=[8,16] projector.width=8"
     " projector.K=4 probe.probes=[knn] probe.features=[backbone] diagnostics.num_images=8 device=cpu"
-    " precision=fp32"
+    " precision=fp32 embedding.method=none"
 )
 
 

@@ -1,6 +1,7 @@
 """Hydra's private API: only one module uses it, and it behaves as that module describes."""
 
 import ast
+import inspect
 import os
 from pathlib import Path
 
@@ -143,7 +144,7 @@ def test_help_texts_of_options_are_strings() -> None:
 def test_cached_composition_is_that_of_hydra(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also after a change of the first result, and of a file to another text of the same length."""
+    """Also in another folder, and after a change of the first result or of a file, at the same length."""
     (tmp_path / "relation").mkdir()
     file = tmp_path / "relation" / "mine.yaml"
 
@@ -154,12 +155,14 @@ def test_cached_composition_is_that_of_hydra(
         config.epochs = config.hydra.run.dir = "changed"
         return text
 
-    file.write_text("k: 1\n")
+    file.write_text("mine: 1\n")
     first = composed()
-    file.write_text("k: 2\n")
+    monkeypatch.chdir(tmp_path)
+    file.write_text("mine: 2\n")
     cached = [composed(), composed()]
     for owner, name, _ in CACHED:
-        monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
+        monkeypatch.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
     plain = composed()
     assert cached == [plain] * 2
-    assert (first == plain) == ("relation=mine" not in overrides)
+    assert f"cwd: {tmp_path}" in plain
+    assert ("mine: 1" in first) == ("mine: 2" in plain) == ("relation=mine" in overrides)

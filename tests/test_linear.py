@@ -233,7 +233,7 @@ def test_exact_linear_optimum_is_reached_but_not_beaten_by_descent(loss: Loss, G
     for start in range(3):
         W = (torch.randn(D + 1, K, dtype=torch.float64) * 10.0 ** (start - 1)).requires_grad_()
         solver = torch.optim.LBFGS(
-            [W], max_iter=2000, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+            [W], max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-14, line_search_fn="strong_wolfe"
         )
 
         def objective(W: Tensor = W, solver: torch.optim.LBFGS = solver) -> Tensor:

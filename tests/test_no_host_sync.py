@@ -149,9 +149,9 @@ def pairs(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize(("loss", "of"), PAIRS)
 def test_losses_and_relations_do_not_sync(loss: str, of: str, pairs: str) -> None:
-    # every policy runs with every relation
+    # every policy runs with every relation; the second step has the neighbours in a queue
     views = POLICIES[([*LOSSES].index(loss) + [*RELATIONS].index(of)) % len(POLICIES)]
-    steps(LOSSES[loss](), RELATIONS[of](pairs), policy(views), rounds=2)
+    steps(LOSSES[loss](), RELATIONS[of](pairs), policy(views), rounds=2 if of == "queue" else 1)
 
 
 @pytest.mark.parametrize("loss", [partial(SimCLR, denominator="negatives"), partial(FroSSL, per_view=True)])

@@ -207,11 +207,11 @@ def test_rewire_draws_new_pairs_uniformly_from_pairs_not_kept(
     """`positive` and `negative`: probability that a positive or negative pair of G is a pair of the result.
 
     G has 12 of 36 pairs. At p = 0.5, the 6 new pairs are drawn from the 30 pairs that are not kept, so a pair
-    of G is kept or may be drawn again. At p = 1, all pairs are equally likely. Over 2,000 seeds the standard
-    deviation of each frequency is at most 0.011.
+    of G is kept or may be drawn again. At p = 1, all pairs are equally likely. Over 1,000 seeds the standard
+    deviation of each frequency is at most 0.016.
     """
     G = Labels(torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2]))
-    frequency = sum(rewire(G, p, torch.Generator().manual_seed(seed)).dense() for seed in range(2000)) / 2000
+    frequency = sum(rewire(G, p, torch.Generator().manual_seed(seed)).dense() for seed in range(1000)) / 1000
     assert (frequency[G.dense() > 0] - positive).abs().max() < 0.05
     assert (frequency[G.dense() + torch.eye(9) == 0] - negative).abs().max() < 0.05
 

@@ -22,7 +22,7 @@ from tests.helpers import noise_loader, run_folder, table
 
 SMALL = (
     "dataset.subset=200 batch_size=50 epochs=2 device=cpu probe.probes=[linear] probe.features=[backbone]"
-    " diagnostics.num_images=40 diagnostics.every=1"
+    " diagnostics.num_images=40 diagnostics.every=1 embedding.method=none"
 )
 LOSSES = [
     "vicreg",
@@ -88,9 +88,9 @@ def backbone_scores(out: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with 8 of 100 pairs of a batch."""
+    """A file with 8 of 1000 pairs of a batch."""
     path = tmp_path_factory.mktemp("relation") / "pairs.csv"
-    pairs = np.random.default_rng(0).integers(0, 5000, (1_000_000, 2))
+    pairs = np.random.default_rng(0).integers(0, 5000, (100_000, 2))
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
     np.savetxt(path, pairs, fmt="%d", delimiter=",", header="i,j", comments="")
     return path
@@ -122,7 +122,7 @@ def test_every_relation_trains(ssl_run, pairs: Path, relation: str, normalized: 
         np.isfinite(float(row[name])) for row in rows for name in ("loss", "optimum_loss", "alignment")
     )
     if relation.startswith("edges"):
-        assert json.loads((run_folder(out) / "run.json").read_text())["relation"]["pairs"] > 1000
+        assert json.loads((run_folder(out) / "run.json").read_text())["relation"]["pairs"] > 100
         _, out, _ = ssl_run(f"relation=views {settings}")
         assert table(run_folder(out) / "metrics.csv")[0]["loss"] != rows[0]["loss"]
 

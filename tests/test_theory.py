@@ -123,7 +123,7 @@ def descend(loss: Loss, G: Relation, K: int, seed: int, steps: int = 3000) -> fl
         max_iter=steps,
         history_size=50,
         tolerance_grad=1e-12,
-        tolerance_change=0,
+        tolerance_change=1e-14,
         line_search_fn="strong_wolfe",
     )
 
@@ -189,8 +189,10 @@ def test_exact_optimum_is_reached_but_not_beaten_by_descent(loss: Loss, name: st
     G = RELATIONS[name]
     best = optimum(loss, G, K)
     assert best.kind == EXACT
-    reached = [descend(loss, G, K, seed) for seed in range(4)]
     scale = max(abs(best.value), 1e-3)
+    reached: list[float] = []
+    while len(reached) < 2 or (min(reached) >= best.value + 1e-6 * scale and len(reached) < 4):
+        reached.append(descend(loss, G, K, seed=len(reached)))
     assert min(reached) > best.value - 1e-9 * scale
     assert min(reached) < best.value + 1e-6 * scale
 
@@ -284,11 +286,11 @@ def test_bound_of_decoupled_simclr_holds_for_groups_with_weights() -> None:
 
 
 @pytest.mark.parametrize("name", RELATIONS)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_lower_bound_is_not_beaten_by_descent(name: str, reduction: str) -> None:
-    G, loss = RELATIONS[name], SimCLR(0.3, reduction)
+def test_lower_bound_is_not_beaten_by_descent(name: str) -> None:
+    G, loss = RELATIONS[name], SimCLR(0.3)
     best = optimum(loss, G, 2)
-    assert min(descend(loss, G, 2, seed) for seed in range(3)) >= best.value * (1 - 1e-9)
+    assert min(descend(loss, G, 2, seed) for seed in range(2)) >= best.value * (1 - 1e-9)
+    assert_close(optimum(SimCLR(0.3, "sum"), G, 2).value, best.value * float(G.degrees.sum()))
 
 
 BOUNDED = [

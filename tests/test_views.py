@@ -440,7 +440,9 @@ def test_blur_kernel_of_twice_the_view_raises_value_error() -> None:
 
 
 FORK = """
-import os
+import os, sys
+import ssl_runner.views
+assert "numba" not in sys.modules
 from ssl_runner.views.cpu_kernels import thread_pool
 
 thread_pool(2).submit(int).result()
@@ -452,7 +454,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
 
 
-def test_forked_process_creates_its_own_threads() -> None:
+def test_views_import_without_numba_and_forked_process_creates_its_own_threads() -> None:
     """The threads of the parent do not exist after a fork, so using their pool would block forever."""
     subprocess.run([sys.executable, "-c", FORK], check=True, timeout=60, cwd=Path(__file__).parents[1])
 
@@ -553,48 +555,49 @@ def test_preview_writes_grid_of_images_and_views(ssl_run, tmp_path: Path) -> Non
         assert len(picture.getcolors(2**24)) > 100
 
 
-TWO_CALLS = """
-import json, sys
+NO_NUMBA = {  # sources of a module `numba` whose import fails, and the reason that is printed
+    "raise ModuleNotFoundError(\"No module named 'numba'\")": "No module named 'numba'",
+    "raise ImportError('Numba needs NumPy 2.4\\nor less')": "Numba needs NumPy 2.4 or less",
+    "import numpy; numpy.no_such_name": "module 'numpy' has no attribute 'no_such_name'",
+    "raise OSError('Could not load libllvmlite.so')": "Could not load libllvmlite.so",
+}
+WITHOUT_NUMBA = """
+import json, os, sys
 import torch
 from ssl_runner.views import Augment
 
 images, augment = torch.load("images.pt"), Augment({"all": json.loads(sys.argv[1])})
-for _ in range(2):
-    X = augment(images, 2, torch.zeros(3), torch.ones(3), torch.Generator().manual_seed(1))
-torch.save(X, "X.pt")
+for case in sys.argv[2:]:
+    child = os.fork()
+    if child == 0:
+        sys.path.insert(0, case)
+        for _ in range(2):
+            X = augment(images, 2, torch.zeros(3), torch.ones(3), torch.Generator().manual_seed(1))
+        torch.save(X, f"{case}.pt")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
 
 
-def test_importing_views_does_not_import_numba() -> None:
-    code = "import sys, ssl_runner.views; assert 'numba' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
-
-
-@pytest.mark.parametrize(
-    ("numba", "reason"),
-    [
-        ("raise ModuleNotFoundError(\"No module named 'numba'\")", "No module named 'numba'"),
-        ("raise ImportError('Numba needs NumPy 2.4\\nor less')", "Numba needs NumPy 2.4 or less"),
-        ("import numpy; numpy.no_such_name", "module 'numpy' has no attribute 'no_such_name'"),
-        ("raise OSError('Could not load libllvmlite.so')", "Could not load libllvmlite.so"),
-    ],
-)
-def test_views_match_and_print_one_line_if_numba_import_fails(
-    numba: str, reason: str, tmp_path: Path
-) -> None:
-    """In the subprocess, `numba` is a module whose import fails."""
+def test_views_match_and_print_one_line_if_numba_import_fails(tmp_path: Path) -> None:
+    """In one subprocess, whose forks import the modules of NO_NUMBA."""
     images = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8)
     torch.save(images, tmp_path / "images.pt")
-    (tmp_path / "numba.py").write_text(numba)
-    path = f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}"
+    for case, source in enumerate(NO_NUMBA):
+        (tmp_path / str(case)).mkdir()
+        (tmp_path / str(case) / "numba.py").write_text(source)
     process = subprocess.run(
-        [sys.executable, "-c", TWO_CALLS, json.dumps(FULL)],
+        [sys.executable, "-c", WITHOUT_NUMBA, json.dumps(FULL), *map(str, range(len(NO_NUMBA)))],
         check=True,
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
     )
-    [line] = process.stderr.splitlines()
-    assert line == f"numba cannot be used ({reason}): views are computed several times slower"
-    assert_close(torch.load(tmp_path / "X.pt"), augment(FULL, images, 2, seed=1), atol=2e-5, rtol=0)
+    assert process.stderr.splitlines() == [
+        f"numba cannot be used ({reason}): views are computed several times slower"
+        for reason in NO_NUMBA.values()
+    ]
+    expected = augment(FULL, images, 2, seed=1)
+    for case in range(len(NO_NUMBA)):
+        assert_close(torch.load(tmp_path / f"{case}.pt"), expected, atol=2e-5, rtol=0)
