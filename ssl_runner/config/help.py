@@ -51,7 +51,7 @@ def help_text(args: argparse.Namespace) -> str:
         settings = "\n".join(
             aligned(f"{key}={format_value(value)}", comments.get(key, "")) for key, value in options(config)
         )
-        return string.Template(hydra.help.template).substitute(APP_CONFIG_GROUPS=groups, CONFIG=settings)
+        return string.Template(hydra.help.template).safe_substitute(APP_CONFIG_GROUPS=groups, CONFIG=settings)
 
 
 def group_help(group: str, chosen: str | None, choices: list[str], files: "Files") -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError
-from ssl_runner.report.read import Run, of_hydra, read_yaml, split_override, text_of
+from ssl_runner.report.read import Run, of_hydra, read_yaml, split_override
 from ssl_runner.report.tables import OF_A_RUN, finished, over_seeds, runs_table, swept_keys, with_interval
 
 
@@ -50,14 +50,14 @@ def command(members: list[Run], keys: list[str]) -> list[str]:
 
 def overrides(run: Run) -> list[str]:
     """The overrides of a run as written, without Hydra's own, its names and `resume`."""
-    lines = read_yaml(text_of(run.path / ".hydra" / "overrides.yaml"))
-    lines = [str(line) for line in lines if not of_hydra(line)] if isinstance(lines, list) else []
+    lines = read_yaml(run.path / ".hydra" / "overrides.yaml", list, [])
+    lines = [str(line) for line in lines if not of_hydra(line)]
     return [line for line in lines if split_override(line)[0] not in OF_A_RUN - {"seed"}]
 
 
 def config_dirs(run: Run) -> list[str]:
     """The --config-dir that a run was started with, if any."""
-    node = read_yaml(text_of(run.path / ".hydra" / "hydra.yaml"))
+    node = read_yaml(run.path / ".hydra" / "hydra.yaml", dict, [])
     for name in ("hydra", "runtime", "config_sources"):
         node = node.get(name) if isinstance(node, dict) else None
     sources = [source for source in node if isinstance(source, dict)] if isinstance(node, list) else []
