@@ -423,6 +423,21 @@ def test_experiment_file_is_validated_like_command_line(ssl_run, tmp_path: Path)
         assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "views=bare: expected a value of views.policies; add it to its file\n"),
+        ("policies: null", "views.policies=null: expected <name>: <options of the policy>, once or more\n"),
+    ],
+)
+def test_missing_option_of_a_users_config_is_named(ssl_run, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "mine" / "views").mkdir(parents=True)
+    (tmp_path / "mine" / "views" / "bare.yaml").write_text(f"_target_: ssl_runner.views.Augment\n{text}\n")
+    code, out, err = ssl_run("--config-dir mine views=bare --cfg job")
+    assert (code, out) == (1, "")
+    assert err.startswith(message)
+
+
 def test_top_level_gamma_sets_gamma_of_vicreg(ssl_run) -> None:
     code, out, _ = ssl_run("loss=vicreg gamma=7 --cfg job --resolve")
     assert code == 0
@@ -544,7 +559,7 @@ def test_sweep_of_experiment_file_is_listed_and_validated(ssl_run, tmp_path: Pat
     code, out, _ = ssl_run("--config-dir mine -m experiment=good --cfg job")
     assert (code, out) == (0, "#0 gamma=1 experiment=good\n#1 gamma=5 experiment=good\n2 jobs\n")
     code, out, err = ssl_run("--config-dir mine -m experiment=bad")
-    assert (code, out, err) == (1, "", "gamma=-5: expected a number >= 0\n")
+    assert (code, out, err) == (1, "", "gamma=-5: expected a number >= 0 (from hydra.sweeper.params)\n")
     assert ssl_run("--config-dir mine experiment=good gamma=3,4 --cfg job")[1].endswith("2 jobs\n")
     assert ssl_run("--config-dir mine experiment=bad") == (code, out, err)  # without -m
     assert ssl_run("--config-dir mine experiment=bad gamma=3 --cfg job")[1].startswith("V: 2\n")
