@@ -68,6 +68,11 @@ def main() -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device={given.device}: expected a machine with a CUDA device; use --device cpu")
     groups = given.groups or list(GROUPS)
+    for name in ("seconds", "experiment"):
+        if getattr(given, name) is not None and "race" not in groups:
+            parser.error(
+                f"--{name}={getattr(given, name)}: expected the group race; leave it out, or add race"
+            )
     if "race" in groups and given.data is None:
         if given.groups:
             parser.error(

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from benchmarks import racers
 from benchmarks.chart import plt
 
 LOSSES = {"simclr": "SimCLR", "vicreg": "VICReg", "barlow": "Barlow Twins"}
@@ -40,7 +41,7 @@ def racer(
             raise RuntimeError(f"{tool} {loss} seed {seed} failed: {done.stderr.strip().splitlines()[-1]}")
         rows = json.loads(out.read_text())
     about = {"work": LOSSES[loss], "tool": label or tool, "seed": seed, "budget": seconds}
-    return [about | row | {"views_per_s": 2 * row["images"] / row["seconds"]} for row in rows]
+    return [about | row | {"views_per_s": row["V"] * row["images"] / row["seconds"]} for row in rows]
 
 
 def run(
@@ -56,11 +57,14 @@ def run(
     Peers train for T = `seconds`, by default 60 or 300 (`full`), stable-pretraining with one seed only.
     ssl_runner trains for T / 3 seconds, or T if `seconds` is given, and once more for the number of images
     that lightly has processed, to separate the recipe from the throughput. `experiment` of conf/ sets the
-    options of ssl_runner, except data set, loss, seed, device and batch size.
+    options of ssl_runner, except data set, loss, seed, device and batch size. Raises UsageError if it sets an
+    option that one of the losses does not have.
     """
     T = seconds or (300.0 if full else 60.0)
     shared: dict[str, Any] = {"data": str(data.resolve()), "device": str(device), "workers": 2}
     ours = shared | {"experiment": experiment}
+    for loss in LOSSES:
+        racers.settings(ours | {"loss": loss, "seed": SEEDS[0]})
     budget = seconds or T / 3
     rows: list[dict[str, Any]] = []
     for seed in SEEDS:

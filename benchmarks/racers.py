@@ -1,8 +1,9 @@
 """Child process of the race: `python -m benchmarks.racers '{"tool": ...}'` trains and probes one network.
 
-All tools use the same images in memory, the same backbone and the same batch size; everything else is their
-own. The clock runs only during training. Imports, reading of images and copying of weights do not count. At
-each mark the weights are copied; the copies are probed after training.
+All tools use the same images in memory and the same batch size, and the same backbone unless `experiment`
+sets that of ssl_runner. Everything else is their own. The clock runs only during training. Imports, reading
+of images and copying of weights do not count. At each mark the weights are copied; the copies are probed
+after training.
 """
 
 import json
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -24,10 +24,12 @@ from torch.utils.data import DataLoader
 from benchmarks import pil_loader
 from ssl_runner import build, optimizer
 from ssl_runner.backbone import convnet
-from ssl_runner.config.compose import CONF, prefer_our_presets, register_resolvers
+from ssl_runner.config import arguments, check
+from ssl_runner.config.compose import prefer_our_presets, register_resolvers
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.preemption import Preempted, Preemption
 from ssl_runner.probe import KnnProbe, LinearProbe, evaluate
+from ssl_runner.runs.resume import quote
 
 BATCH = 256
 PROBES = {"linear": LinearProbe, "knn": KnnProbe}
@@ -77,20 +79,22 @@ class Clock:
 
 
 def settings(given: dict[str, Any]) -> DictConfig:
-    """Compose the configuration of ssl_runner for the given images and loss: defaults, or an experiment."""
+    """Compose the configuration of ssl_runner for the given images and loss: defaults, or an experiment.
+
+    The sweep of an experiment is left out. Raises UsageError for a configuration that `ssl-run` refuses.
+    """
     register_resolvers()
     prefer_our_presets()
     overrides = [
         "dataset=folder",
-        f"dataset.root={given['data']}",
-        f"loss={given['loss']}",
-        f"seed={given['seed']}",
+        f"dataset.root={quote(Path(given['data']))}",
+        *(f"{key}={given[key]}" for key in ("loss", "seed", "device")),
+        f"batch_size={BATCH}",
     ]
-    overrides += [f"device={given['device']}", f"batch_size={BATCH}"]
     if given.get("experiment"):
         overrides.append(f"experiment={given['experiment']}")
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=overrides)
+    [(_, config)] = check.check(arguments.parse(arguments.parser(), overrides))
+    return config
 
 
 def ours(given: dict[str, Any], clock: Clock) -> tuple[nn.Module, DataSet]:
@@ -270,13 +274,14 @@ def main() -> None:
     backbone, data = {"ours": ours, "lightly": lightly, "stable-pretraining": stable_pretraining}[
         given["tool"]
     ](given, clock)
+    V = settings(given).V if given["tool"] == "ours" else 2
     rows = []
     for elapsed, images, weights in clock.kept:
         backbone.load_state_dict(weights)
         top1 = {
             row["probe"]: row["top1"] for row in evaluate("backbone", backbone, data, PROBES, score_test=True)
         }
-        rows.append({"seconds": elapsed, "images": images, "linear": top1["linear"], "knn": top1["knn"]})
+        rows.append({"seconds": elapsed, "images": images, "V": V} | {name: top1[name] for name in PROBES})
     Path(given["out"]).write_text(json.dumps(rows))
 
 

@@ -30,17 +30,20 @@ def check_view_sizes(
             f"views.resolutions is for training, and {solver.__name__} does not train; leave it out"
         )
     resolutions = cfg.views.resolutions or []
-    given = {side: f"views.resolutions={format_value(resolutions)}" for side in resolutions}
+    option = f"views.resolutions={format_value(resolutions)}"
+    given = {side: (option, f"leave {side} out") for side in resolutions}
     if isinstance(augment, Augment):
         named = zip(cfg.views.policies, augment.sizes, strict=True)
-        given |= {side: f"views.policies.{name}.size={side}" for name, side in named if side}
-    for side, option in given.items():
+        given |= {
+            side: (f"views.policies.{name}.size={side}", "set another size") for name, side in named if side
+        }
+    for side, (option, remedy) in given.items():
         try:
             with torch.no_grad(), eval_mode(backbone):
                 backbone(torch.zeros(1, data.channels, side, side, device=data.mean.device))
         except (RuntimeError, AssertionError, ValueError) as error:
             raise UsageError(
-                f"{option}: this backbone does not accept {side} x {side} images; leave {side} out"
+                f"{option}: this backbone does not accept {side} x {side} images; {remedy}"
             ) from error
 
 

@@ -14,19 +14,18 @@ def layout(policies: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 
     Raises ValueError for an invalid value, or if only some of the policies have a count.
     """
-    given = [
+    sizes, counts = (
         {name: policy.get(key) if isinstance(policy, Mapping) else None for name, policy in policies.items()}
         for key in RULES
-    ]
-    for (key, rule), values in zip(RULES.items(), given, strict=True):
+    )
+    for (key, rule), values in zip(RULES.items(), (sizes, counts), strict=True):
         for name, value in values.items():
             if not rule.accepts(value):
                 raise ValueError(f"views.policies.{name}.{key}={value}: expected {rule}")
-    sizes, counts = given
-    without = [name for name, count in counts.items() if count is None]
-    if 0 < len(without) < len(counts):
+    uncounted = [name for name, count in counts.items() if count is None]
+    if 0 < len(uncounted) < len(counts):
         raise ValueError(
-            f"views.policies.{without[0]}.count=null: expected an integer >= 1, since another policy has a"
+            f"views.policies.{uncounted[0]}.count=null: expected an integer >= 1, since another policy has a"
             " count; set it"
         )
     return sizes, counts
@@ -40,8 +39,12 @@ def view_count(policies: Mapping[str, Any]) -> int:
 
 def check_views(views: Mapping[str, Any], V: int, linear_backbone: bool) -> None:
     """Raise ValueError if the views of `ssl_runner.views.Augment` contradict other options of a run."""
-    sizes, _ = layout(views["policies"])
-    total = view_count(views["policies"])
+    policies = views["policies"]
+    if not isinstance(policies, Mapping):
+        given = "null" if policies is None else policies
+        raise ValueError(f"views.policies={given}: expected <name>: <options of the policy>, once or more")
+    sizes, _ = layout(policies)
+    total = view_count(policies)
     if total not in (0, V):
         raise ValueError(f"V={V}: expected {total}, the sum of count over views.policies; set V={total}")
     name, size = next(((name, size) for name, size in sizes.items() if size is not None), ("", None))
@@ -68,7 +71,7 @@ def by_side(
     groups = {}
     for side in dict.fromkeys(sides):
         members = [p for p in range(P) if sides[p] == side and len(views[p])]
-        order = sorted(v for p in members for v in views[p])
-        if order:
-            groups[side] = {p: [order.index(v) for v in views[p]] for p in members}
+        position = {v: number for number, v in enumerate(sorted(v for p in members for v in views[p]))}
+        if position:
+            groups[side] = {p: [position[v] for v in views[p]] for p in members}
     return groups

@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 import ssl_runner
-from ssl_runner import api, pipeline
+from ssl_runner import api, build, pipeline
 from ssl_runner.errors import UsageError
 from ssl_runner.report.read import read_runs
 from tests.helpers import TINY, make_pictures, run_folder, table
@@ -163,6 +163,12 @@ def test_configs_of_the_user_are_found(tmp_path: Path) -> None:
     (tmp_path / "own" / "experiment" / "mine.yaml").write_text("# @package _global_\ngamma: 7\n")
     result = ssl_runner.run(*QUICK[:-1], "experiment=mine", config_dir="own")
     assert OmegaConf.load(result.folder / ".hydra" / "config.yaml").gamma == 7
+
+
+def test_sweep_of_an_experiment_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "check_jobs", lambda jobs: pytest.fail("built the jobs"))
+    with pytest.raises(UsageError, match=r"the experiment sweeps \(21 jobs"):
+        ssl_runner.run("experiment=rank_vs_gamma")
 
 
 def test_name_is_the_function_and_import_is_light() -> None:

@@ -1,9 +1,11 @@
 """Tests of the benchmark harness and its counters. Nothing is timed, and no peer library is required."""
 
 import ast
+import json
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 from benchmarks import __main__ as bench
 from benchmarks import measure, paper, race
 from ssl_runner.backbone import resnet
+from ssl_runner.errors import UsageError
 
 CPU = torch.device("cpu")
 
@@ -59,6 +62,7 @@ def test_peers_are_imported_only_where_they_are_timed() -> None:
     [
         (["vews"], "GROUP=vews: expected one or more of views, loss"),
         (["race"], "GROUP=race: expected --data; give --data FOLDER"),
+        (["views", "--experiment", "supcon"], "--experiment=supcon: expected the group race; leave it out"),
         (["views", "--seconds", "0"], "--seconds=0.0: expected a number > 0"),
         pytest.param(
             ["views", "--device", "cuda"],
@@ -125,3 +129,16 @@ def test_seconds_of_race_set_budget_and_marks(monkeypatch: pytest.MonkeyPatch, t
     calls.clear()
     race.run(CPU, False, tmp_path, tmp_path, seconds=30, experiment="low_label")
     assert calls[:2] == [("ours", 30, [15, 30], "low_label"), ("lightly", 30, [10, 30], None)]
+    with pytest.raises(UsageError, match=r"alpha is an option of loss=.*, not of loss=simclr"):
+        race.run(CPU, False, tmp_path, tmp_path, experiment="cifar10_vicreg")
+
+
+def test_race_counts_views_of_the_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
+    def child(command: list[str], **given: Any) -> SimpleNamespace:
+        task = json.loads(command[-1])
+        Path(task["out"]).write_text(json.dumps([{"seconds": 2.0, "images": 10, "V": 8}]))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(race.subprocess, "run", child)
+    [row] = race.racer("ours", "simclr", 0, 2.0, [2.0])
+    assert row["views_per_s"] == 40

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 import ssl_runner
 from ssl_runner import cli
-from ssl_runner.config import arguments, check
+from ssl_runner.config import arguments
 from ssl_runner.config.compose import CONF
 from ssl_runner.config.help import read_comments
 from ssl_runner.config.rules import dotted_keys, format_value
@@ -468,6 +468,21 @@ def test_experiment_file_is_validated_like_command_line(ssl_run, tmp_path: Path)
         assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "views=bare: expected a value of views.policies; add it to its file\n"),
+        ("policies: null", "views.policies=null: expected <name>: <options of the policy>, once or more\n"),
+    ],
+)
+def test_missing_option_of_a_users_config_is_named(ssl_run, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "mine" / "views").mkdir(parents=True)
+    (tmp_path / "mine" / "views" / "bare.yaml").write_text(f"_target_: ssl_runner.views.Augment\n{text}\n")
+    code, out, err = ssl_run("--config-dir mine views=bare --cfg job")
+    assert (code, out) == (1, "")
+    assert err.startswith(message)
+
+
 def test_top_level_gamma_sets_gamma_of_vicreg(ssl_run) -> None:
     code, out, _ = ssl_run("loss=vicreg gamma=7 --cfg job --resolve")
     assert code == 0
@@ -612,7 +627,7 @@ def test_names_of_jobs_hold_only_swept_overrides(ssl_run, monkeypatch: pytest.Mo
 def test_search_file_starts_a_search_without_m(ssl_run, tmp_path: Path) -> None:
     out = ssl_run("hparams_search=optuna 'projector.K=choice(8,16)' debug=fast --cfg job")[1].splitlines()
     assert out == ["#0 projector.K=8", "#1 projector.K=16", "2 jobs"]
-    _, out, _ = ssl_run("-m hparams_search=optuna --cfg hydra")
+    _, out, _ = ssl_run("hparams_search=optuna --cfg hydra")
     hydra = OmegaConf.create(out).hydra
     assert hydra.sweeper._target_.endswith("OptunaSweeper")
     assert hydra.sweeper.n_trials == 20
@@ -633,7 +648,7 @@ def test_local_file_sets_defaults_of_runs_and_of_slurm(ssl_run, tmp_path: Path, 
     launcher = OmegaConf.create(ssl_run(slurm)[1])
     assert (launcher.partition, launcher.account) == ("gpu", "lab")
     args = arguments.parse(arguments.parser(), ["--config-dir", "mine"])
-    assert check.environment(args) == {"SSL_RUNNER_DATA": "/scratch"}
+    assert grid.environment(args) == {"SSL_RUNNER_DATA": "/scratch"}
     (tmp_path / "mine" / "local" / "default.yaml").write_text("# @package _global_\nepoch: 3\n")
     assert "Unknown option 'epoch'. Did you mean 'epochs'?" in ssl_run("--config-dir mine")[2]
 
@@ -647,7 +662,7 @@ def test_sweep_of_experiment_file_is_listed_and_validated(ssl_run, tmp_path: Pat
     code, out, _ = ssl_run("--config-dir mine -m experiment=good --cfg job")
     assert (code, out) == (0, "#0 gamma=1\n#1 gamma=5\n2 jobs\n")
     code, out, err = ssl_run("--config-dir mine -m experiment=bad")
-    assert (code, out, err) == (1, "", "gamma=-5: expected a number >= 0\n")
+    assert (code, out, err) == (1, "", "gamma=-5: expected a number >= 0 (from hydra.sweeper.params)\n")
     assert ssl_run("--config-dir mine experiment=good gamma=3,4 --cfg job")[1].endswith("2 jobs\n")
     assert ssl_run("--config-dir mine experiment=bad") == (code, out, err)  # without -m
     assert ssl_run("--config-dir mine experiment=bad gamma=3 --cfg job")[1].startswith("V: 2\n")

@@ -44,7 +44,7 @@ def test_unlabelled_images_are_used_for_pretraining_only() -> None:
 def test_label_without_class_raises_usage_error(label: int, found: str) -> None:
     data = toy()
     data.labels[7] = label
-    with pytest.raises(UsageError, match=rf"labels from {found}: expected -1 \(unlabelled\) to 3"):
+    with pytest.raises(UsageError, match=rf"expected labels from -1 \(unlabelled\) to 3, .*, found {found};"):
         load(data)
 
 

@@ -156,7 +156,7 @@ def test_run_succeeds_with_every_option(ssl_run, settings: str) -> None:
         ("backbone=linear solver=closed_form views.resolutions=[28]", "views.resolutions is for training"),
         (
             "views=multicrop backbone=vit_tiny",
-            "views.policies.small.size=16: this backbone does not accept 16 x 16 images; leave 16 out",
+            "views.policies.small.size=16: this backbone does not accept 16 x 16 images; set another size",
         ),
     ],
 )

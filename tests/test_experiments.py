@@ -68,7 +68,7 @@ def test_axes_of_one_value_are_options_of_a_single_run(ssl_run, tmp_path: Path) 
     [
         (
             "-m experiment=supcon,low_label",
-            "experiment=supcon,low_label: expected experiments that do not set",
+            "experiment=low_label: has a grid of its own, which has no effect on a sweep over files",
         ),
         ("experiment=low_label loss=simclr", "variance is an option of loss=vicreg, not of loss=simclr"),
     ],

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ssl_runner.loss import BarlowTwins, VICReg
 from ssl_runner.facts import limits_of
+from ssl_runner.loss import BarlowTwins, VICReg
 from ssl_runner.relation import Edges, Labels, Relation, Views
 from ssl_runner.relation.builders import FromLabels, FromNeighbors, FromViews
 from ssl_runner.theory import optimum, thresholds

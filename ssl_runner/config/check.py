@@ -8,6 +8,7 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from ssl_runner.config import compose, grid, renamed, sweeps
 from ssl_runner.config.compose import Composer
@@ -68,9 +69,15 @@ def check_job(composer: Composer, overrides: list[Override], evaluation: bool = 
         if key not in reference:
             raise UsageError(unknown(composer, key, config[key], reference, chosen))
     check_tree(config, reference)
-    check_values(config, evaluation)
-    if not evaluation:
-        check_training(config)
+    try:
+        check_values(config, evaluation)
+        if not evaluation:
+            check_training(config)
+    except (ConfigKeyError, ConfigAttributeError) as error:  # in a config of the user's
+        group = str(error.full_key).partition(".")[0]
+        raise UsageError(
+            f"{group}={chosen.get(group)}: expected a value of {error.full_key}; add it to its file"
+        ) from error
     if (
         config.solver._target_.endswith(".ClosedForm")
         and config.backbone._target_ == "ssl_runner.backbone.linear"

@@ -217,8 +217,8 @@ def _checked(data: Source, name: str) -> Source:
     low, high = (int(x) for x in data.labels.aminmax()) if len(data.labels) else (-1, -1)
     if low < -1 or high >= len(data.classes):
         raise UsageError(
-            f"{name}: labels from {low} to {high}: expected -1 (unlabelled) to {len(data.classes) - 1}, the"
-            " positions in `classes`; name every class, or renumber the labels"
+            f"{name}: expected labels from -1 (unlabelled) to {len(data.classes) - 1}, the positions"
+            f" in `classes`, found {low} to {high}; name every class, or renumber the labels"
         )
     return data
 

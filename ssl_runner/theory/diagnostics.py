@@ -77,9 +77,8 @@ class Diagnostics(Evaluator):
     relation_label_energy_mean  the same, as the mean over these choices
 
     Columns that need a closed form are empty for a loss without one, those that need its eigenspaces also for
-    a bound without them, and columns of labels for a data set
-    without labels, whose subset is drawn from the pretraining images. `finish` writes spectrum.csv to
-    `folder`.
+    a bound without them, and columns of labels for a data set without labels. The subset of such a data set
+    is drawn from the pretraining images. `finish` writes spectrum.csv to `folder`.
     """
 
     columns = (
