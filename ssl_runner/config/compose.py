@@ -130,11 +130,13 @@ class Composer:
         The result has every option that exists, with its default. `added` are the groups that are not in the
         defaults list of config.yaml.
         """
-        return self.compose(
+        lines = [
             f"{'+' if group in added else ''}{group}={choice}"
             for group, choice in ((str(group), choice) for group, choice in chosen.items())
             if choice is not None and group not in CHANGING and not group.startswith("hydra/")
-        )[0]
+        ]
+        local = "local" in chosen and self.repository.config_exists(f"local/{chosen.local}")
+        return self.compose([*lines, *(["~local"] if local else [])])[0]
 
     def options(self, group: str, choice: str) -> list[str]:
         """Return the options in the yaml of a config: top-level keys for a loss, else those of its group."""
