@@ -627,16 +627,9 @@ def test_names_of_jobs_hold_only_swept_overrides(ssl_run, monkeypatch: pytest.Mo
 def test_search_file_starts_a_search_without_m(ssl_run, tmp_path: Path) -> None:
     out = ssl_run("hparams_search=optuna 'projector.K=choice(8,16)' debug=fast --cfg job")[1].splitlines()
     assert out == ["#0 projector.K=8", "#1 projector.K=16", "2 jobs"]
-<<<<<<< HEAD
-    _, out, _ = ssl_run("hparams_search=optuna --cfg hydra")
-    hydra = OmegaConf.create(out).hydra
-    assert hydra.sweeper._target_.endswith("OptunaSweeper")
-    assert hydra.sweeper.n_trials == 20
-=======
     sweeper = OmegaConf.create(ssl_run("hparams_search=optuna --cfg hydra -p hydra.sweeper")[1])
     assert sweeper._target_.endswith("OptunaSweeper")
     assert sweeper.n_trials == 20
->>>>>>> comfort17
 
 
 def test_local_file_sets_defaults_of_runs_and_of_slurm(ssl_run, tmp_path: Path, monkeypatch) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from ssl_runner.errors import UsageError
 from ssl_runner.report.read import read_run
@@ -89,7 +90,7 @@ def folder(tmp_path: Path) -> Path:
     """An unfinished run, with all files that a resume reads except a checkpoint."""
     folder = write_run(tmp_path / "runs" / "a", 0.5, 0.5, record=RECORD)
     hydra = {"runtime": {"choices": {"loss": "vicreg"}, "config_sources": []}}
-    (folder / ".hydra" / "hydra.yaml").write_text(json.dumps({"hydra": hydra}))
+    (folder / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
     return folder
 
 
