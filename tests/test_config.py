@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 import ssl_runner
 from ssl_runner import cli
-from ssl_runner.config import arguments
+from ssl_runner.config import arguments, grid
 from ssl_runner.config.compose import CONF
 from ssl_runner.config.help import read_comments
 from ssl_runner.config.rules import dotted_keys, format_value
