@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from ssl_runner.config import renamed, rules
+from ssl_runner.config import renamed
+from ssl_runner.config.run_id import run_id
 from tests.helpers import TINY, preempt_after, run_folder, table
 
 LATER = ("deterministic", "dataset.eval_resize", "dataset.eval_crop", "probe.cache")  # options added since
@@ -141,7 +142,7 @@ def test_removed_option_is_named(preempted: Path, ssl_run) -> None:
 def test_options_of_caches_do_not_identify_a_run(preempted: Path, ssl_run) -> None:
     one = OmegaConf.create({"probe": {"cache": True}, "dataset": {"cache": "a"}, "seed": 0, "resume": None})
     other = OmegaConf.merge(one, {"probe": {"cache": False}, "dataset": {"cache": "b"}})
-    assert rules.run_id(one) == rules.run_id(other)
+    assert run_id(one) == run_id(other)
     code, _, err = ssl_run("resume=mine probe.cache=false")
     assert (code, err) == (0, "")
     code, out, err = ssl_run(f"{COMMAND} probe.cache=true resume=auto hydra.run.dir=mine")

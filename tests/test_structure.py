@@ -55,7 +55,8 @@ IMPORTS = """
                     numerics optimizer preemption probe relation runs solver
     compiler        data distributed solver views
     embedding_map   data distributed probe runs
-    pipeline        background build compiler data device distributed embedding_map evaluator model
+    loggers         errors preemption
+    pipeline        background build compiler data device distributed embedding_map evaluator loggers model
                     numerics preemption probe progress runs solver theory views
     evaluation      build checks config console data device errors model names numerics pretrained probe
                     progress relation runs theory views

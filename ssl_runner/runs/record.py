@@ -19,7 +19,7 @@ from ssl_runner.runs.files import read_json, write_json
 from ssl_runner.version import git_commit
 
 # of an earlier start: until the data set has been read and compared, and what a resume does again
-KEPT = ("data_digest", "images", "compile")
+KEPT = ("data_digest", "images", "compile", "loggers")
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "hydra-core", "omegaconf")
 
 
