@@ -332,9 +332,11 @@ def test_resume_auto_finds_run_with_same_configuration(ssl_run, tmp_path: Path) 
     assert "already contains a run" in err
 
 
-def test_identity_depends_on_whole_configuration_except_resume() -> None:
+def test_identity_depends_on_whole_configuration_except_resume_and_logger() -> None:
     one = OmegaConf.create({"a": 1, "b": {"c": "${a}", "d": [1, 2]}, "resume": None})
-    same = OmegaConf.create({"b": {"d": [1, 2], "c": 1}, "resume": "auto", "a": 1})
+    same = OmegaConf.create(
+        {"b": {"d": [1, 2], "c": 1}, "resume": "auto", "a": 1, "logger": {"_target_": "my.Logger"}}
+    )
     assert run_id(one) == run_id(same)
     for other in ({"a": 2}, {"b": {"c": 1, "d": [2, 1]}}, {"e": None}):
         assert run_id(OmegaConf.merge(one, other)) != run_id(one)

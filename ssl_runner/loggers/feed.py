@@ -35,7 +35,7 @@ class Feed:
         self.logger, self.name = logger, type(logger).__name__.lower()
         self.jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self.thread = Thread(target=self._work, name="logger", daemon=True)
-        self.folder = Path()
+        self.folder, self.warned = Path(), False
 
     def start(self, folder: Path, cfg: DictConfig, ids: Mapping[str, str]) -> dict[str, str]:
         """Start the logger. The rows that the CSV files have already are logged if the logger lacks them.
@@ -99,10 +99,10 @@ class Feed:
             self.logger.log(found, int(row["epoch"]))
 
     def _warn(self, message: str) -> None:
-        tqdm.write(
-            f"logger {self.name} {message}; metrics.csv and probe.csv have every row",
-            file=sys.stderr,
-        )
+        """Print one line for a run: no second one if a logger fails after it was waited for."""
+        if not self.warned:
+            self.warned = True
+            tqdm.write(f"logger {self.name} {message}; metrics.csv and probe.csv have every row", sys.stderr)
 
 
 def values(table: str, row: Mapping[str, Any]) -> dict[str, float]:

@@ -36,7 +36,7 @@ class Wandb(Logger):
         )
         self.run.define_metric("*", step_metric="epoch")
         files = Path(self.run.dir).parent
-        return f"wandb sync {files}" if self.run.settings._offline else str(self.run.url)
+        return f"wandb sync {files}" if self.run.offline else str(self.run.url)
 
     def log(self, values: Mapping[str, float], epoch: int) -> None:
         self.run.log({**values, "epoch": epoch})
