@@ -17,7 +17,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def format_error(error: Exception) -> str:
+def format_error(error: BaseException) -> str:
     """Format an error on one line.
 
     The exception type is prepended, unless ssl_runner defines the exception.

@@ -78,3 +78,12 @@ class Evaluator:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from what `state_dict` returned."""
+
+
+def merge(row: Columns, columns: Columns) -> Columns:
+    """Add an evaluator's columns to a row of metrics.csv. Raises ValueError for a name that is taken."""
+    if taken := row.keys() & columns.keys():
+        raise ValueError(
+            f"evaluators: metrics.csv already has {', '.join(sorted(taken))}; rename the columns"
+        )
+    return row | columns

@@ -11,14 +11,15 @@ from torch import nn
 
 from ssl_runner import distributed, numerics
 from ssl_runner.background import Background
-from ssl_runner.build import Experiment, baseline_cache, build
+from ssl_runner.build import Experiment, baseline_cache, build, build_node
 from ssl_runner.compiler import compile_solver
 from ssl_runner.data.loader import preview
 from ssl_runner.degenerate import warnings
 from ssl_runner.device import release_freed_memory
 from ssl_runner.embedding_map import write_map
-from ssl_runner.evaluator import Columns
+from ssl_runner.evaluator import Columns, merge
 from ssl_runner.facts import description, facts, format_table, headline, notes
+from ssl_runner.loggers import Feed
 from ssl_runner.preemption import Preemption
 from ssl_runner.probe import affordable, evaluate_seeded, feature_networks, label_draws, layer_names
 from ssl_runner.profile import profiled
@@ -47,8 +48,10 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     is_main = distributed.is_main_process()
     schedule = distributed.broadcast_object(read_schedule(folder, cfg.epochs) if is_main else None)
     record = RunRecord(folder, identity(cfg, schedule), schedule=schedule, **names(cfg))
+    logger = build_node("logger", cfg.logger) if is_main and cfg.logger._target_ is not None else None
     with (
         Preemption() as preemption,
+        Feed(logger) as feed,  # after the record: a slow logger does not delay its status
         record,
         distributed.propagate_failures(record.fail),
         numerics.preserved(),
@@ -63,7 +66,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
             if is_main:
                 remove_outdated(folder)
         metrics, probes = (
-            CsvLog(folder / f"{name}.csv" if is_main else None) for name in ("metrics", "probe")
+            CsvLog(folder / f"{name}.csv" if is_main else None, feed.listener(name))
+            for name in ("metrics", "probe")
         )
 
         def save(state: dict[str, Any], how: Save) -> None:
@@ -88,6 +92,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         probes.truncate_after(solver.epoch)
         # final rows carry the epoch of the kept weights with probe.keep=best, so truncate_after keeps them
         probes.truncate_at_repeat(("epoch", "features", "probe", "eval_split"))
+        if logger is not None:
+            record.update(loggers=feed.start(folder, cfg, record.content.get("loggers", {})))
         if experiment.initial_weights is not None and is_main:
             print(experiment.initial_weights, flush=True)
         if is_main and cfg.views.preview:
@@ -151,15 +157,6 @@ def append(log: CsvLog, row: Columns, columns: Sequence[Columns | Callable[[], C
     for values in columns:
         row = merge(row, values() if callable(values) else values)
     log.append(row)
-
-
-def merge(row: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
-    """Add an evaluator's columns to a row of metrics.csv. Raises ValueError for a name that is taken."""
-    if taken := row.keys() & columns.keys():
-        raise ValueError(
-            f"evaluators: metrics.csv already has {', '.join(sorted(taken))}; rename the columns"
-        )
-    return row | columns
 
 
 def networks(experiment: Experiment) -> dict[str, Callable[[], nn.Module]]:

@@ -283,6 +283,13 @@ INVALID = [
         "+probe.classifiers.mlp._target_=pkg.Mlp probe.probes=[mpl]",
         "probe.probes=[mpl]: expected a non-empty list of linear, knn, ridge, mlp without repeats",
     ),
+    # loggers
+    ("logger=tensorbord", "Unknown logger 'tensorbord'. Did you mean 'tensorboard'?"),
+    (
+        "logger.project=mine",
+        "logger.project is an option of logger=trackio and logger=wandb, not of logger=none",
+    ),
+    ("logger=wandb logger.mode=of", "logger.mode=of: expected one of online, offline or null"),
     # names of other libraries
     ("temperature=0.1", "Unknown option 'temperature'. Did you mean 'tau' of loss=simclr?"),
     ("loss=simclr temperature=0.1", "Unknown option 'temperature'. Did you mean 'tau'?"),
@@ -683,7 +690,7 @@ def test_help_describes_every_choice_and_option(ssl_run, tmp_path: Path) -> None
     files = [*CONF.glob("*/*.yaml"), *CONF.glob("hydra/*/*.yaml")]
     assert sorted(described) == sorted(file.stem for file in files)
     assert sorted(re.findall(r"^  \* (\w+)", groups, flags=re.M)) == sorted(
-        ["digits", "views", "vicreg", "convnet", "mlp", "gradient", "adamw", "default", "mnist5k"]
+        ["digits", "views", "vicreg", "convnet", "mlp", "gradient", "adamw", "default", "mnist5k", "none"]
     )
     defaults = dict(re.findall(r"^([\w.]+)=(\S+)(?=\s+[^\s=]+ )", options, flags=re.M))
     config = OmegaConf.create(ssl_run("--cfg job")[1])

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from ssl_runner.backbone import convnet
-from ssl_runner.evaluator import Evaluator
+from ssl_runner.evaluator import Evaluator, merge
 from ssl_runner.model import SSLModel
-from ssl_runner.pipeline import merge
 from ssl_runner.probe import KnnProbe, ProbeEvaluator
 from ssl_runner.projector import identity
 from ssl_runner.runs.files import CsvLog

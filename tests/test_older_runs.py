@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from ssl_runner.config import arguments, check, compose, renamed, rules
+from ssl_runner.config import arguments, check, compose, renamed
+from ssl_runner.config.run_id import run_id
 from tests.helpers import TINY, preempt_after, run_folder, table
 
 LATER = ("deterministic", "dataset.eval_resize", "dataset.eval_crop", "probe.cache")  # options added since
@@ -162,7 +163,7 @@ def test_caches_and_names_do_not_identify_a_run(preempted: Path, ssl_run) -> Non
     one = OmegaConf.create({"probe": {"cache": True}, "dataset": {"cache": "a"}, "seed": 0, "resume": None})
     other = OmegaConf.merge(one, {"probe": {"cache": False}, "dataset": {"cache": "b"}})
     named = OmegaConf.merge(one, {"tags": ["a"], "note": "b"})
-    assert rules.run_id(one) == rules.run_id(other) == rules.run_id(named)
+    assert run_id(one) == run_id(other) == run_id(named)
     code, _, err = ssl_run("resume=mine probe.cache=false tags=[a,2] note='to the end'")
     assert (code, err) == (0, "")
     assert (record(preempted)["tags"], record(preempted)["note"]) == (["a", "2"], "to the end")

@@ -245,6 +245,7 @@ def test_swept_keys_exclude_seeds_and_hydra_options(tmp_path: Path) -> None:
             f"dataset.split_seed={seed}",
             f"hydra.run.dir=x{i}",
             f"resume=x{i}",
+            f"logger={'wandb' if seed else 'none'}",
         )
         write_run(
             tmp_path / str(i),
@@ -254,6 +255,7 @@ def test_swept_keys_exclude_seeds_and_hydra_options(tmp_path: Path) -> None:
             gamma=gamma,
             seed=seed,
             resume=f"x{i}",
+            logger__project=f"x{i}",
             dataset__split_seed=seed,
         )
     _, summary, keys = make_tables(tmp_path)

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from ssl_runner import cli, distributed
 from ssl_runner.background import Background
-from ssl_runner.config import rules
+from ssl_runner.config.run_id import run_id
 from ssl_runner.loss import SIGReg, VICReg
 from ssl_runner.preemption import EXIT, Preempted, Preemption
 from ssl_runner.relation.builders import FromNeighbors
@@ -430,12 +430,14 @@ def test_resume_auto_finds_run_with_same_configuration(ssl_run, tmp_path: Path) 
     assert "already contains a run" in err
 
 
-def test_identity_depends_on_whole_configuration_except_resume() -> None:
+def test_identity_depends_on_whole_configuration_except_resume_and_logger() -> None:
     one = OmegaConf.create({"a": 1, "b": {"c": "${a}", "d": [1, 2]}, "resume": None})
-    same = OmegaConf.create({"b": {"d": [1, 2], "c": 1}, "resume": "auto", "a": 1})
-    assert rules.run_id(one) == rules.run_id(same)
+    same = OmegaConf.create(
+        {"b": {"d": [1, 2], "c": 1}, "resume": "auto", "a": 1, "logger": {"_target_": "my.Logger"}}
+    )
+    assert run_id(one) == run_id(same)
     for other in ({"a": 2}, {"b": {"c": 1, "d": [2, 1]}}, {"e": None}):
-        assert rules.run_id(OmegaConf.merge(one, other)) != rules.run_id(one)
+        assert run_id(OmegaConf.merge(one, other)) != run_id(one)
 
 
 def test_folder_with_run_is_rejected_within_slurm_jobs(ssl_run, monkeypatch: pytest.MonkeyPatch) -> None:

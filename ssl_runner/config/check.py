@@ -4,6 +4,7 @@ This module does not import torch. Checks that need data or libraries are in `ss
 """
 
 import argparse
+from importlib.util import find_spec
 from typing import Any
 
 from hydra.core.override_parser.types import Override
@@ -78,6 +79,7 @@ def check_job(composer: Composer, overrides: list[Override], evaluation: bool = 
         raise UsageError(
             f"{group}={chosen.get(group)}: expected a value of {error.full_key}; add it to its file"
         ) from error
+    check_logger(config)
     if (
         config.solver._target_.endswith(".ClosedForm")
         and config.backbone._target_ == "ssl_runner.backbone.linear"
@@ -230,6 +232,18 @@ def check_node(value: Any, reference: DictConfig, name: str, key: str, open_ende
             isinstance(default, ListConfig) and not isinstance(value, ListConfig)
         ):
             raise UsageError(f"{key}={format_value(value)}: expected {rule or 'a list'}")
+
+
+def check_logger(config: DictConfig) -> None:
+    """Raise UsageError if the library of one of the package's loggers is not installed."""
+    package, _, library = str(config.logger.get("_target_")).rpartition(".")[0].rpartition(".")
+    if package != "ssl_runner.loggers":
+        return
+    spec = find_spec(library)
+    if spec is None or spec.origin is None:  # the folder wandb/ of earlier runs is no library
+        raise UsageError(
+            f"logger={library}: expected {library} to be installed; run pip install 'ssl_runner[{library}]'"
+        )
 
 
 def check_solved_backbone(config: DictConfig, overrides: list[Override]) -> None:

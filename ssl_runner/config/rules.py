@@ -1,8 +1,6 @@
-"""Rules for the values of options, the identity of a run, and parts of error messages. No Hydra, no torch."""
+"""Rules for the values of options, and parts of error messages. No Hydra, no torch."""
 
 import difflib
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -99,6 +97,7 @@ RULES = {
     "probe.finetune.weight_decay": Rule(float, low=0),
     "embedding.method": Rule(str, choices=MAPS),
     "embedding.images": _positive(int),
+    "logger.mode": Rule(str, choices=("online", "offline"), optional=True),
     "diagnostics.every": Rule(int, low=0),
     "diagnostics.num_images": Rule(int, low=2),
 }
@@ -116,7 +115,6 @@ LOSS_RULES = {
     "unit_rows": Rule(bool),
     "whitening_size": Rule(int, low=2, optional=True),
 }
-NO_RESULT = ("tags", "note", "profile", "dataset.cache", "probe.cache")  # names, records and caches
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -240,34 +238,6 @@ def base_rules(relation: DictConfig) -> dict[str, Rule]:
             if key.startswith("relation."):
                 rules[path + key.removeprefix("relation.")] = rule
     return rules
-
-
-def run_id(config: DictConfig) -> str:
-    """Return the SHA-256 of the options that can change a result, resolved, which identifies a run.
-
-    The seed is included. Ints and floats compare equal, so 7 and 7.0 give the same digest.
-    """
-    content: Any = OmegaConf.to_container(config, resolve=True)
-    del content["resume"]
-    for key in NO_RESULT:
-        group, _, name = key.rpartition(".")
-        (content.get(group, {}) if group else content).pop(name, None)
-    numbers = json.loads(json.dumps(content), parse_int=float)
-    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()
-
-
-def compared(content: Any) -> dict[str, Any]:
-    """Return the values of a resolved configuration, as nested dicts, that `run_id` identifies a run by."""
-    pairs = dict(_leaves(content))
-    return {key: value for key, value in pairs.items() if key not in ("resume", *NO_RESULT)}
-
-
-def _leaves(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", value
 
 
 MISSING = object()

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,11 +45,12 @@ class CsvLog:
 
     A row with new columns extends the header: the file is rewritten, with empty cells in the earlier rows.
 
-    With path=None nothing is written, as needed on all ranks but 0.
+    With path=None nothing is written, as needed on all ranks but 0. `listener` is called with every row that
+    has been appended; it must not raise.
     """
 
-    def __init__(self, path: Path | None):
-        self.path = path
+    def __init__(self, path: Path | None, listener: Callable[[Mapping[str, Any]], None] | None = None):
+        self.path, self.listener = path, listener
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Append a row. It is on disk (fsync) when this method returns."""
@@ -67,6 +68,8 @@ class CsvLog:
             writer.writerow([row.get(name) for name in columns])
             file.flush()
             os.fsync(file.fileno())
+        if self.listener is not None:
+            self.listener(row)
 
     def truncate_after(self, epoch: float) -> None:
         """Drop all rows after `epoch`, and an incomplete last line left by a crash.

@@ -22,7 +22,7 @@ from ssl_runner.runs.run_json import read_record
 from ssl_runner.version import git_commit
 
 # of an earlier start: until the data set has been read and compared, and what a resume does again
-KEPT = ("data_digest", "images", "compile")
+KEPT = ("data_digest", "images", "compile", "loggers")
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "hydra-core", "omegaconf")
 
 

@@ -15,6 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_runner.config import compose, paths, rules
+from ssl_runner.config.run_id import run_id
 from ssl_runner.errors import UsageError
 from ssl_runner.runs import saved
 from ssl_runner.runs.run_json import read_record
@@ -78,7 +79,7 @@ def folder_of(cfg: DictConfig, made: Path) -> Path:
             )
         if record is not None and HydraConfig.get().mode == RunMode.MULTIRUN:
             # an earlier sweep used this job number
-            return made.with_name(f"{made.name}-{rules.run_id(cfg)[:8]}")
+            return made.with_name(f"{made.name}-{run_id(cfg)[:8]}")
     elif (
         record is not None
         and record.get("slurm_job") == os.environ.get("SLURM_JOB_ID", "")
@@ -97,7 +98,7 @@ def is_same_run(cfg: DictConfig, folder: Path) -> bool:
     except UsageError:
         return False
     extended = len(record.get("schedule") or ()) > 1
-    return record.get("identity") == rules.run_id(cfg) or (not extended and saved.matches(cfg, folder))
+    return record.get("identity") == run_id(cfg) or (not extended and saved.matches(cfg, folder))
 
 
 def candidate_runs(made: Path) -> list[Path]:
@@ -174,6 +175,8 @@ def plan_resume(folder: Path, given: Collection[str], config_dir: str | None) ->
             f"resume={folder}: this run is still running as process {record['pid']}; wait for it to end"
         )
     overrides = compose.parse(saved.overrides(folder))
+    if "logger" in given:  # the options of another logger go with it
+        overrides = [one for one in overrides if not one.key_or_group.startswith("logger.")]
     added = [str(override.input_line) for override in overrides if override.key_or_group not in given]
     if "epochs" not in {*given, *(override.key_or_group for override in overrides)}:
         added.append(f"epochs={saved.load(folder).epochs}")  # a preset may have other epochs by now

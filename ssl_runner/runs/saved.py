@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_runner.config import check, compose, hydra_internals, paths, renamed, rules
+from ssl_runner.config.run_id import NO_RESULT, changes_result, compared
 from ssl_runner.errors import UsageError, one_line
 
 
@@ -74,7 +75,7 @@ def completed(folder: Path) -> DictConfig:
     now, then = HydraConfig.get().runtime.choices, choices(folder)
     for override in compose.parse(HydraConfig.get().overrides.task):
         group = check.key_of(override)
-        if group in now and now[group] != then.get(group):
+        if group in now and changes_result(group) and now[group] != then.get(group):
             raise _changed(group, then.get(group), now[group])
     reference = _reference(OmegaConf.merge(now, then))
     config = paths.resolved(OmegaConf.merge(reference, load(folder)))
@@ -97,9 +98,9 @@ def refuse_changes(cfg: DictConfig, config: DictConfig) -> None:
     for key in _differences(cfg, config):
         if any(key == one or key.startswith(f"{one}.") for one in given):
             raise _changed(key, OmegaConf.select(config, key), OmegaConf.select(cfg, key))
-    for key in rules.NO_RESULT:
+    for key in NO_RESULT:
         if (value := OmegaConf.select(cfg, key)) is not None:
-            OmegaConf.update(config, key, paths.escape(value))
+            OmegaConf.update(config, key, paths.escape(value), merge=False)
 
 
 def matches(cfg: DictConfig, folder: Path) -> bool:
@@ -112,7 +113,7 @@ def matches(cfg: DictConfig, folder: Path) -> bool:
         content = yaml.load((folder / ".hydra" / "config.yaml").read_text(), _LOADER)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return False
-    then, now = (rules.compared(tree) for tree in (content, OmegaConf.to_container(cfg, resolve=True)))
+    then, now = (compared(tree) for tree in (content, OmegaConf.to_container(cfg, resolve=True)))
     changed = {key for key in then if key not in now or then[key] != now[key]}
     absent = now.keys() - then.keys()
     if not absent or changed - renamed.DEFAULTS.keys():
@@ -121,7 +122,7 @@ def matches(cfg: DictConfig, folder: Path) -> bool:
     if any(key in given or then[key] != renamed.DEFAULTS[key] for key in changed):
         return False
     defaults = OmegaConf.merge(_reference(HydraConfig.get().runtime.choices), OmegaConf.create(content))
-    values = rules.compared(OmegaConf.to_container(defaults, resolve=True))
+    values = compared(OmegaConf.to_container(defaults, resolve=True))
     return all(key in values and values[key] == now[key] for key in absent)
 
 
@@ -131,8 +132,7 @@ _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 def _differences(cfg: DictConfig, config: DictConfig) -> Iterator[str]:
     """Yield the options that differ and can change a result."""
     for key in dict.fromkeys([*rules.dotted_keys(config), *rules.dotted_keys(cfg)]):
-        ignored = key in ("resume", *rules.NO_RESULT)
-        if not ignored and OmegaConf.select(config, key) != OmegaConf.select(cfg, key):
+        if changes_result(key) and OmegaConf.select(config, key) != OmegaConf.select(cfg, key):
             yield key
 
 

@@ -10,6 +10,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_runner.config import compose, paths, rules
+from ssl_runner.config.run_id import run_id
 from ssl_runner.errors import UsageError
 from ssl_runner.runs import resume, saved
 from ssl_runner.runs.files import atomic_write, write_json
@@ -30,7 +31,7 @@ def read_schedule(folder: Path, epochs: int) -> Schedule:
 
 def identity(cfg: DictConfig, schedule: Schedule) -> str:
     """Return the identity of a run. It differs for an extended run and one planned for as many epochs."""
-    return "-after-".join([rules.run_id(cfg), *(str(part["from_epoch"]) for part in schedule[1:])])
+    return "-after-".join([run_id(cfg), *(str(part["from_epoch"]) for part in schedule[1:])])
 
 
 def is_extension(cfg: DictConfig, folder: Path) -> bool:
