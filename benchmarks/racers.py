@@ -26,10 +26,10 @@ from ssl_runner import build, optimizer
 from ssl_runner.backbone import convnet
 from ssl_runner.config import arguments, check
 from ssl_runner.config.compose import prefer_our_presets, register_resolvers
+from ssl_runner.config.paths import quote
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.preemption import Preempted, Preemption
 from ssl_runner.probe import KnnProbe, LinearProbe, evaluate
-from ssl_runner.runs.resume import quote
 
 BATCH = 256
 PROBES = {"linear": LinearProbe, "knn": KnnProbe}
