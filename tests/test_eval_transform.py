@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -270,8 +270,9 @@ def test_name_lists_options_that_did_not_exist_when_the_run_was_made(
     settings: str, name: str, tmp_path: Path
 ) -> None:
     saved = compose_groups(["dataset=folder", f"dataset.root={tmp_path}"], None)
-    for key in ("eval_resize", "eval_crop", "test_fraction"):
-        del saved.dataset[key]
+    with open_dict(saved):
+        for key in ("eval_resize", "eval_crop", "test_fraction"):
+            del saved.dataset[key]
     assert config_of(finished_run(tmp_path, saved, "folder"), [settings]).dataset.name == name
 
 
@@ -283,5 +284,6 @@ def finished_run(folder: Path, config: DictConfig, dataset: str) -> Path:
         "hydra": {"runtime": {"choices": {"dataset": dataset, "probe": "default"}, "config_sources": []}}
     }
     OmegaConf.save(choices, folder / ".hydra" / "hydra.yaml")
-    write_json(folder / "run.json", {"status": "done", "cwd": str(folder)})
+    of_process = {"host": "elsewhere", "pid": 1, "process_started": 0.0}
+    write_json(folder / "run.json", {"status": "done", "identity": "x", "cwd": str(folder), **of_process})
     return folder

@@ -60,6 +60,7 @@ def write_run(
     }
     pd.DataFrame(metrics).to_csv(folder / "metrics.csv", index=False)
     probe = {
+        "epoch": 2,
         "probe": ["linear", "linear"],
         "features": "backbone",
         "eval_split": ["val", "test"],

@@ -160,7 +160,7 @@ def test_ssl_relation_writes_equal_tables_and_a_chart(relation: Callable, tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("V=1", "V=1: expected an integer >= 2"),
+        ("V=1", "V=1: expected an integer from 2 to 10000"),
         ("views=none", "views: expected policies with at least one operation"),
         ("views=crop loss=simclr", "loss=simclr: expected options of dataset, views"),
         ("views=crop --images 0", "--images=0: expected an integer >= 1"),
