@@ -85,6 +85,10 @@ def wandb_curves(folder: Path) -> tuple[Curves, set[str]]:
     proto = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     curves: Curves = {}
     pictures, starts = set(), sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+    deadline = time.monotonic() + 20
+    while not proto.Record.FromString([b"", *wandb_records(starts[-1].read_bytes())][-1]).HasField("exit"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)  # wandb's process writes the file after `finish` has returned
     for data in (data for path in starts for data in wandb_records(path.read_bytes())):
         record = proto.Record.FromString(data)
         if record.HasField("run"):
