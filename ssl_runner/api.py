@@ -92,7 +92,8 @@ def execute(words: list[str]) -> tuple[Path, dict[str, float | None]]:
         compose.register_resolvers()
         compose.prefer_our_presets()
         args = arguments.parse(parser, words)
-        if len(jobs := cli.prepare(args, processes=1)) > 1:
+        jobs = cli.prepare(args, processes=1)
+        if args.multirun:
             raise UsageError(
                 f"run: expected a single run, but the experiment sweeps ({len(jobs)} jobs, the first with"
                 f" {jobs[0][0]}); give one value for each option, or use ssl-run"

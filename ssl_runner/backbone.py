@@ -3,7 +3,7 @@
 import difflib
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 from urllib.error import HTTPError
@@ -130,7 +130,7 @@ def from_timm(channels: int, image_size: int, name: str, **settings: Any) -> Bac
         use_cache_without_network()
 
     def create(**size: Any) -> Any:
-        with downloading("backbone.pretrained=true"):
+        with downloading("backbone.pretrained=true") if settings.get("pretrained") else nullcontext():
             return timm.create_model(name, num_classes=0, in_chans=channels, **settings, **size)
 
     random_state = torch.get_rng_state()

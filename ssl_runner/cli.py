@@ -115,8 +115,8 @@ def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictCon
     sweeps.check_plugins(str(override.input_line) for override in overrides)
     resume_from = given["resume"].value() if "resume" in given else None
     own = resume_from in (None, "auto") and args.cfg in (None, "job")  # Hydra prints its own configuration
-    if own and not args.multirun:
-        axes = grid.open_axes(args)
+    axes = grid.open_axes(args) if own else []
+    if not args.multirun:
         args.multirun = any(axis.is_sweep_override() for axis in axes)
         if not args.multirun:
             args.overrides = [*(str(axis.input_line) for axis in axes), *args.overrides]
@@ -148,7 +148,7 @@ def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictCon
     if not args.multirun and not args.cfg:
         sweeps.check_single(overrides)
     if args.multirun:
-        args.overrides += sweeps.short_names(overrides)
+        args.overrides += sweeps.short_names([*axes, *overrides])
     return jobs
 
 
@@ -246,6 +246,12 @@ def run_or_skip(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     record = read_record(folder / "run.json") if (folder / "run.json").exists() else None
     if record is not None and record["status"] == "done" and cfg.resume in (None, "auto"):
         distributed.release_ranks()
+        for field in ("started", "git_commit", "loss", "top1", "val_top1"):
+            if field not in record:
+                raise UsageError(
+                    f"{folder}/run.json: expected {field} of a finished run, found none; restore the file, or"
+                    " start a new run in another folder"
+                )
         print(f"already done: started {record['started']}, commit {record['git_commit']}", flush=True)
         return record
     if record is None:

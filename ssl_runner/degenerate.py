@@ -86,13 +86,21 @@ def check_gradient(cfg: DictConfig, loss: Loss, K: int) -> None:
     n, k = min(cfg.batch_size, IMAGES), min(K, COLUMNS)
     if has_gradient(loss, n, cfg.V, k):
         return
-    if has_gradient(loss, IMAGES, cfg.V, k):
+    if would_have_gradient(loss, IMAGES, cfg.V, k):
         fault, remedy = f"batch_size={cfg.batch_size}: expected more images", "use a larger batch"
-    elif has_gradient(loss, n, cfg.V, COLUMNS):
+    elif would_have_gradient(loss, n, cfg.V, COLUMNS):
         fault, remedy = f"projector.K={K}: expected 2 or more columns", "use more columns"
     else:
         fault, remedy = "loss: expected a weight above 0", "raise one of its weights"
     raise UsageError(f"{fault}, because the gradient of {type(loss).__name__} is 0 for any Z; {remedy}")
+
+
+def would_have_gradient(loss: Loss, n: int, V: int, K: int) -> bool:
+    """`has_gradient` for another shape than that of the run, which the loss may refuse."""
+    try:
+        return has_gradient(loss, n, V, K)
+    except ValueError:
+        return False
 
 
 def has_gradient(loss: Loss, n: int, V: int, K: int, name: str | None = None) -> bool:

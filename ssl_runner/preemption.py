@@ -79,7 +79,7 @@ class Preemption:
                 retry.join()
             for which, handler in self.original_handlers.items():
                 signal.signal(which, handler)
-            if retry is not None and self.received is not None and self._is_nested():
+            if self.received is not None and not isinstance(error, Preempted) and self._is_nested():
                 signal.raise_signal(self.received)
 
     def _is_nested(self) -> bool:

@@ -19,6 +19,7 @@ LINES = [
     ("'a b", set()),
     ("--bogus los", set()),
     ("loss=none gam", set()),
+    ("--config-dir mine experiment=broken gam", set()),
 ]
 
 
@@ -26,6 +27,7 @@ LINES = [
 def test_line_is_continued(line: str, words: set[str], ssl_run, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "my_own.yaml").write_text("# @package _global_\nepochs: 1\n")
+    (tmp_path / "mine" / "experiment" / "broken.yaml").write_text("epochs:\t1\n")
     monkeypatch.setenv("COMP_LINE", f"ssl-run {line}")
     code, out, err = ssl_run("-sc query=bash")
     assert (code, err) == (0, "")

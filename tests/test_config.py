@@ -629,6 +629,9 @@ def test_names_of_jobs_hold_only_swept_overrides(ssl_run, monkeypatch: pytest.Mo
     args = arguments.parse(arguments.parser(), shlex.split(command))
     cli.prepare(args, processes=1)
     assert args.overrides[-1] == "hydra.job.config.override_dirname.exclude_keys=[epochs,relation]"
+    args = arguments.parse(arguments.parser(), ["experiment=views_time", "loss=simclr", "seed=0"])
+    cli.prepare(args, processes=1)
+    assert args.overrides[-1] == "hydra.job.config.override_dirname.exclude_keys=[experiment,loss,seed]"
 
 
 def test_search_file_starts_a_search_without_m(ssl_run, tmp_path: Path) -> None:
@@ -656,6 +659,9 @@ def test_local_file_sets_defaults_of_runs_and_of_slurm(ssl_run, tmp_path: Path, 
     args = arguments.parse(arguments.parser(), ["--config-dir", "mine"])
     assert grid.environment(args) == {"SSL_RUNNER_DATA": "/scratch"}
     (tmp_path / "mine" / "local" / "default.yaml").write_text("# @package _global_\nepoch: 3\n")
+    assert ssl_run("--config-dir mine local=typo")[2].startswith("Unknown local 'typo'.")
+    refused = ssl_run("--config-dir mine local=null")[2]
+    assert refused == "local=null: expected local=<name>; use one of default\n"
     assert "Unknown option 'epoch'. Did you mean 'epochs'?" in ssl_run("--config-dir mine --cfg job")[2]
 
 
@@ -675,6 +681,8 @@ def test_sweep_of_experiment_file_is_listed_and_validated(ssl_run, tmp_path: Pat
     assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
     with pytest.raises(UsageError, match=r"expected a single run, .* \(2 jobs, .* gamma=1"):
         ssl_runner.run("experiment=good", config_dir="mine")
+    with pytest.raises(UsageError, match="expected a single run, but the experiment sweeps"):
+        ssl_runner.run("hparams_search=optuna", "projector.K=8", "optimizer.weight_decay=0.1")
 
 
 # --- help and version ---------------------------------------------------------------------------------------

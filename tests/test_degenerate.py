@@ -124,6 +124,7 @@ def test_relation_without_positives_or_negatives_is_refused(
         (SimCLR(tau=0.01, reduction="sum"), 1, ONE_COLUMN),
         (VICReg(0, 0, 0), 8, "loss: expected a weight above 0"),
         (VICReg(0, 1, 0), 1, ONE_COLUMN),
+        (WMSE(whitening_size=2), 1, "loss: expected a weight above 0"),  # it accepts no other K
         *((loss, 2, None) for loss in (SimCLR(), FroSSL(), MMCR(), WMSE(), BarlowTwins(), VICReg())),
         *((loss, 1, None) for loss in (SpectralContrastive(), BarlowTwins(), VICReg())),
         (VICReg(0, 0, 1), 1000, None),

@@ -10,6 +10,8 @@ from omegaconf import OmegaConf
 
 from ssl_runner.config import arguments, check, compose, renamed
 from ssl_runner.config.run_id import run_id
+from ssl_runner.runs.files import write_json
+from ssl_runner.runs.run_json import read_record
 from tests.helpers import TINY, preempt_after, run_folder, table
 
 LATER = ("deterministic", "dataset.eval_resize", "dataset.eval_crop", "probe.cache")  # options added since
@@ -165,6 +167,11 @@ def test_caches_and_names_do_not_identify_a_run(preempted: Path, ssl_run) -> Non
     named = OmegaConf.merge(one, {"tags": ["a"], "note": "b"})
     assert run_id(one) == run_id(other) == run_id(named)
     code, _, err = ssl_run("resume=mine probe.cache=false tags=[a,2] note='to the end'")
+    assert (code, err) == (0, "")
+    assert (record(preempted)["tags"], record(preempted)["note"]) == (["a", "2"], "to the end")
+    again = read_record(preempted / "run.json") | {"status": "preempted"}
+    write_json(preempted / "run.json", again)
+    code, out, err = ssl_run(f"{COMMAND} resume=auto hydra.run.dir='{preempted}'")
     assert (code, err) == (0, "")
     assert (record(preempted)["tags"], record(preempted)["note"]) == (["a", "2"], "to the end")
     code, out, err = ssl_run(f"{COMMAND} probe.cache=true tags=c resume=auto hydra.run.dir='{preempted}'")

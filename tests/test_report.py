@@ -758,7 +758,15 @@ def test_best_prints_every_option_in_which_runs_differ(tmp_path: Path, monkeypat
     source = {"path": "/a folder", "schema": "file", "provider": "command-line"}
     for gamma, scores in {5: (0.5, 0.7), 25: (0.64, 0.66)}.items():
         for seed, val in enumerate(scores):
-            lines = ["tags=[a]", "+optimizer.betas=[0.9,0.95]", f"gamma={gamma}", f"seed={seed}"]
+            lines = [
+                "tags=[a]",
+                "logger=mlflow",
+                "logger.experiment=x",
+                "probe.cache=false",
+                "+optimizer.betas=[0.9,0.95]",
+                f"gamma={gamma}",
+                f"seed={seed}",
+            ]
             folder = write_run(
                 tmp_path / f"{gamma}-{seed}",
                 top1=1 / gamma,

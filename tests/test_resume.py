@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 
@@ -204,6 +204,21 @@ def test_signal_while_an_exception_is_handled_is_raised_afterwards(nested: bool)
     start = time.monotonic()
     with Preemption(), pytest.raises(Preempted, match="SIGTERM"):
         handled_failure(nested)
+    assert time.monotonic() - start < 20
+
+
+def failure_in_a_step() -> None:
+    """A job of a sweep that receives a signal in a step, which then fails, and the next job."""
+    with suppress(Failed), Preemption() as run, run.deferred():
+        signal.raise_signal(signal.SIGTERM)
+        raise Failed
+    time.sleep(30)
+
+
+def test_signal_in_a_step_that_fails_ends_the_sweep() -> None:
+    start = time.monotonic()
+    with Preemption(), pytest.raises(Preempted, match="SIGTERM"):
+        failure_in_a_step()
     assert time.monotonic() - start < 20
 
 

@@ -66,7 +66,7 @@ IMPORTS = """
     cli             build config console distributed errors pipeline preemption runs version
     __main__        cli
     api             cli config errors runs
-    report          data errors runs
+    report          config console data errors runs
 """
 
 MAX_LINES, LONGER = 300, {"views.cpu_kernels", "theory.eigenspaces"}  # numerical modules

@@ -117,9 +117,11 @@ def check_choice(composer: Composer, override: Override) -> None:
     group, value = override.key_or_group, override.value()
     options = composer.repository.get_group_options(group)
     one_choice = isinstance(value, str) and not override.is_delete()
-    if not one_choice and not (group in compose.CHANGING and value is None):
+    if not one_choice:
         available = ", ".join(options) or "(none yet)"
         raise UsageError(f"{override.input_line}: expected {key_of(override)}=<name>; use one of {available}")
+    if group == "local" and value not in options:  # Hydra ignores an optional file that is missing
+        raise UsageError(composer.missing(group, str(value)))
 
 
 def missing_part(composer: Composer, path: str, chosen: DictConfig) -> str:

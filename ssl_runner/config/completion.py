@@ -7,20 +7,16 @@ import os
 import re
 from collections.abc import Callable
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
 from ssl_runner.errors import UsageError
 
 SHELLS = ("bash", "zsh", "fish")
-UNFINISHED = (HydraException, OmegaConfBaseException, ValueError, KeyError, SystemExit)
 
 
 def complete(args: argparse.Namespace, run_hydra: Callable[[], None]) -> None:
     """Print the script that installs or removes completion, or the words that continue COMP_LINE.
 
-    `run_hydra` does what `args` asks for. A line that Hydra cannot read yet has no continuation: a message
-    would disturb the prompt. Raises UsageError for other arguments.
+    `run_hydra` does what `args` asks for. A line or a config that Hydra cannot read has no continuation: a
+    message would disturb the prompt. Raises UsageError for other arguments.
     """
     given = " ".join(args.overrides)
     command, _, shell = given.partition("=")
@@ -34,5 +30,5 @@ def complete(args: argparse.Namespace, run_hydra: Callable[[], None]) -> None:
         return
     if folder := re.search(r"\s(?:--config-dir|-cd)[=\s]\s*(\S+)\s", os.environ.get("COMP_LINE", "")):
         args.config_dir = folder[1]
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(*UNFINISHED):
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(Exception, SystemExit):
         run_hydra()

@@ -1,5 +1,7 @@
 """W-MSE (Ermolov et al. 2021, arXiv:2007.06346): squared distances of whitened positives, on any relation."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,11 @@ class WMSE(Loss):
         self.supports_sharding = whitening_size is None
         self.counter = None if whitening_size is None else Counter()
         self.weights = {"distance": 1.0}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.counter is None:  # checkpoints of earlier versions have a counter always
+            state_dict.pop(f"{prefix}counter.state", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def check_rows(self, N: int, K: int, V: int | None) -> None:
         super().check_rows(N, K, V)

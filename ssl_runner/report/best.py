@@ -3,10 +3,11 @@
 import shlex
 from pathlib import Path
 
+from ssl_runner.config.run_id import changes_result
 from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError
 from ssl_runner.report.read import Run, of_hydra, read_yaml, split_override
-from ssl_runner.report.tables import OF_A_RUN, finished, over_seeds, runs_table, swept_keys, with_interval
+from ssl_runner.report.tables import finished, over_seeds, runs_table, swept_keys, with_interval
 
 
 def best_command(runs: list[Run]) -> str:
@@ -41,7 +42,7 @@ def command(members: list[Run], keys: list[str]) -> list[str]:
     lines = [overrides(run) for run in members]
     shared = [line for line in lines[0] if all(line in others for others in lines)]
     first = members[0]
-    given = {split_override(line)[0] for line in shared} | OF_A_RUN
+    given = {split_override(line)[0] for line in shared}
     values = {key: first.choices.get(key) or first.config.get(key) for key in keys if key not in given}
     defaults = [f"{key}={value}" for key, value in values.items() if value is not None]
     folders = [word for folder in config_dirs(first) for word in ("--config-dir", folder)]
@@ -52,7 +53,7 @@ def overrides(run: Run) -> list[str]:
     """The overrides of a run as written, without Hydra's own, its names and `resume`."""
     lines = read_yaml(run.path / ".hydra" / "overrides.yaml", list, [])
     lines = [str(line) for line in lines if not of_hydra(line)]
-    return [line for line in lines if split_override(line)[0] not in OF_A_RUN - {"seed"}]
+    return [line for line in lines if changes_result(split_override(line)[0])]
 
 
 def config_dirs(run: Run) -> list[str]:

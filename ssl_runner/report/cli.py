@@ -6,6 +6,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from ssl_runner import console
 from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError
 from ssl_runner.report import label_free
@@ -36,14 +37,7 @@ def main() -> None:
     )
     parser.add_argument("--watch", action="store_true", help=f"repeat every {INTERVAL} s, until Ctrl-C")
     args = parser.parse_args()
-    try:
-        if args.watch:
-            watch(args)
-        else:
-            print(execute(args))
-    except UsageError as error:
-        print(error, file=sys.stderr)
-        sys.exit(1)
+    console.call(lambda: watch(args) if args.watch else print(execute(args), flush=True))
 
 
 def execute(args: argparse.Namespace) -> str:

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
+from ssl_runner.config.run_id import changes_result
 from ssl_runner.data.skipped import printable
 from ssl_runner.report.read import Row, Run
 
-OF_A_RUN = {"seed", "resume", "tags", "note", "logger"}  # in which runs of one configuration may differ
 ELSEWHERE = {  # keys of run.json that other columns show, or that say nothing about the result
     *("status", "error", "traceback", "classes", "pid", "process_started", "wall_seconds", "processes"),
     *("top1", "val_top1", "relation", "loss", "skipped", "tags", "note"),
@@ -182,7 +182,7 @@ def follows_seed(table: pd.DataFrame, key: str) -> bool:
 
     This holds for the seed, and for another seed that has one value per seed.
     """
-    if key.partition(".")[0] in OF_A_RUN:
+    if key == "seed" or not changes_result(key):
         return True
     return key.rpartition(".")[2].endswith("seed") and table.groupby("seed")[key].nunique().max() == 1
 

@@ -22,14 +22,15 @@ from ssl_runner.runs.run_json import read_record
 from ssl_runner.version import git_commit
 
 # of an earlier start: until the data set has been read and compared, and what a resume does again
-KEPT = ("data_digest", "images", "compile", "loggers")
+KEPT = ("data_digest", "images", "compile", "loggers", "tags", "note")
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "hydra-core", "omegaconf")
 
 
 def names(cfg: DictConfig) -> dict[str, object]:
-    """Fields of run.json that name the run: the list `tags`, and `note`."""
-    tags = [] if cfg.tags is None else cfg.tags if isinstance(cfg.tags, ListConfig) else [cfg.tags]
-    return {"tags": [str(tag) for tag in tags], "note": None if cfg.note is None else str(cfg.note)}
+    """Fields of run.json that name the run, as far as they are given: the list `tags`, and `note`."""
+    tags = cfg.tags if isinstance(cfg.tags, ListConfig) else [cfg.tags]
+    named: dict[str, object] = {} if cfg.tags is None else {"tags": [str(tag) for tag in tags]}
+    return named if cfg.note is None else named | {"note": str(cfg.note)}
 
 
 class RunRecord:
@@ -47,14 +48,14 @@ class RunRecord:
         self.start, self.lock = time.time(), threading.Lock()
         before = read_record(self.path) if self.path.exists() else {}
         self.seconds_before = before.get("wall_seconds") or 0.0
-        kept = {name: before[name] for name in KEPT if name in before}
+        kept = {"tags": [], "note": None} | {name: before[name] for name in KEPT if name in before}
         self.content: dict[str, Any] = (
             kept
             | {
                 "status": "running",
                 "error": None,
                 "identity": identity,
-                "starts": before.get("starts", 0) + 1,
+                "starts": (before.get("starts") or 0) + 1,
                 "processes": distributed.world_size(),
                 "wall_seconds": self.seconds_before,
                 "started": before.get("started") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -100,7 +101,7 @@ class RunRecord:
             try:
                 self.update(status="done")
             except Preempted:  # a signal while the file was written; the run is done
-                self.update()
+                self.update(status="done")
                 raise
         elif isinstance(error, Preempted):
             self.update(status="preempted")

@@ -21,6 +21,10 @@ def is_number(value: object) -> bool:
     return real and abs(value) < 1e15 and math.isfinite(value)  # type: ignore[arg-type]
 
 
+def is_count(value: object) -> bool:
+    return is_number(value) and isinstance(value, int) and value >= 1
+
+
 def is_accuracy(value: object) -> bool:
     return is_number(value) and 0 <= value <= 1  # type: ignore[operator]
 
@@ -40,10 +44,11 @@ def is_schedule(value: object) -> bool:
 
 FIELDS: dict[str, tuple[str, Callable[[object], bool]]] = {  # name -> what is expected, and its check
     **dict.fromkeys(("status", "identity", "cwd", "host", "error", "traceback"), ("text", is_text)),
-    **dict.fromkeys(("pid", "process_started", "wall_seconds", "starts"), ("a number", is_number)),
-    "processes": ("a number", is_number),
+    **dict.fromkeys(("started", "git_commit"), ("text", is_text)),
+    **dict.fromkeys(("process_started", "wall_seconds", "loss"), ("a number", is_number)),
+    **dict.fromkeys(("pid", "starts", "processes"), ("an integer >= 1", is_count)),
     **dict.fromkeys(("top1", "val_top1"), ("a number in [0, 1]", is_accuracy)),
-    **dict.fromkeys(("images", "relation"), ("an object", is_object)),
+    **dict.fromkeys(("images", "relation", "loggers"), ("an object", is_object)),
     "schedule": ("a list of from_epoch and to_epoch", is_schedule),
 }
 

@@ -753,3 +753,8 @@ class ViewsOfMine(Views):
 def test_loss_rejects_relation_it_is_not_defined_for(loss: Loss, G: Relation, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         loss(torch.randn(10, 3), G)
+
+
+def test_wmse_loads_checkpoints_of_earlier_versions() -> None:
+    """They have the state of a counter also without blocks."""
+    WMSE().load_state_dict({"counter.state": torch.tensor(0)})
