@@ -131,6 +131,7 @@ def refuse_unsupported(
 def job(cfg: DictConfig, ended: list[tuple[Path, dict[str, float | None]] | Exception]) -> None:
     """Execute the run and add its folder and result to `ended`, or its error, which Hydra would print."""
     folder = hydra_internals.output_dir()
+    os.chdir(hydra_internals.launch_folder())  # as in cli.job
     try:
         cfg = paths.resolved(cfg)
         folder = cli.choose_folder(cfg, folder)

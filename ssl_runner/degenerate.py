@@ -1,5 +1,6 @@
 """Checks for shapes with which training would fail or learn nothing."""
 
+import math
 from copy import deepcopy
 
 import torch
@@ -60,9 +61,9 @@ def check_pairs(cfg: DictConfig, relation: RelationBuilder, data: DataSet) -> No
             Z = torch.randn(N, COLUMNS, generator=generator, device="cpu")
             G = relation.frozen_copy()(batch, Z)
             all_negative &= not G.degrees.any()
-            # the pairs are counted only if the first row is a positive of all others
-            first = G @ torch.eye(N, 1, device="cpu")
-            all_positive &= int((first > 0).sum()) == N - 1 and G.edges().shape[1] == N * (N - 1)
+            # sum_j G_ij^2 >= d_i^2 / (N - 1), with equality iff row i has N - 1 positives of equal weights
+            least = float(G.degrees.double().square().sum()) / (N - 1)
+            all_positive &= math.isclose(float(G.square_norm), least, rel_tol=1e-6) and least > 0
             if not (all_negative or all_positive):
                 return
     if all_negative:
