@@ -144,7 +144,7 @@ def from_timm(channels: int, image_size: int, name: str, **settings: Any) -> Bac
         except (TypeError, RuntimeError, AssertionError, ArithmeticError):
             pass  # the model has no such argument, or no such size
     if isinstance(features, Exception):
-        size = f"backbone.img_size={image_size}"
+        size = f"+backbone.img_size={image_size}"
         if "img_size" not in settings:
             size = f"dataset.size={body.default_cfg['input_size'][-1]}"
         raise ValueError(
@@ -198,6 +198,8 @@ def use_cache_without_network() -> None:
     """Make the Hugging Face Hub read its cache only if it cannot be reached, instead of retrying."""
     from huggingface_hub import constants
 
+    if constants.HF_HUB_OFFLINE:
+        return
     try:
         with urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=10):
             pass

@@ -160,7 +160,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     solver_class.check_model(model)
     check_loss(cfg, loss, relation, data, solver_class, model.K)
     if solver_class.trains:
-        check_pairs(cfg, relation, data)
+        check_pairs(cfg, relation, data, model.K)
         check_gradient(cfg, loss, model.K)
     if cfg.probe.layer is not None:
         check_layer(backbone, cfg.probe.layer, (data.channels, data.image_size, data.image_size), device)

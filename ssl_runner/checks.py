@@ -119,7 +119,7 @@ def check_loss(
         uses[f"diagnostics.num_images={number}"] = subset, relation.frozen_copy()
     with distributed.local_only():
         for option, (size, builder) in uses.items():
-            for G in first_relations(builder, size, cfg.V, data):
+            for G in first_relations(builder, size, cfg.V, K, data):
                 option_at_fault = "relation"
                 try:
                     loss.check_relation(G)
@@ -129,13 +129,14 @@ def check_loss(
                     raise UsageError(f"{option_at_fault}: {error}") from error
 
 
-def first_relations(builder: RelationBuilder, size: int, V: int, data: DataSet) -> list[Relation]:
-    """The relation of a batch, and that of a second one if the builder uses the embeddings of the first."""
+def first_relations(builder: RelationBuilder, size: int, V: int, K: int, data: DataSet) -> list[Relation]:
+    """The relation of a batch at random Z, and of a second one if the builder uses those of the first."""
     images = data.pretrain
     chosen = torch.linspace(0, len(images) - 1, size, device="cpu").long()
     batch = Batch(images.indices[chosen], images.y.cpu()[chosen], V, len(data.classes))
     builder = deepcopy(builder) if builder.uses_memory else builder.frozen_copy()
-    return [builder(batch, torch.zeros(V * size, 1, device="cpu")) for _ in range(1 + builder.uses_memory)]
+    Z = torch.randn(V * size, K, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    return [builder(batch, Z) for _ in range(1 + builder.uses_memory)]
 
 
 def check_unlabelled(cfg: DictConfig, data: DataSet) -> None:

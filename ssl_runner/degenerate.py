@@ -42,7 +42,7 @@ def check_features(backbone: Backbone, data: DataSet) -> None:
         )
 
 
-def check_pairs(cfg: DictConfig, relation: RelationBuilder, data: DataSet) -> None:
+def check_pairs(cfg: DictConfig, relation: RelationBuilder, data: DataSet, K: int) -> None:
     """Raise UsageError if in a batch all rows are positives of each other, or none are.
 
     Each of BATCHES random batches must be so. The relation is bound to the data set. A relation with a queue
@@ -58,7 +58,7 @@ def check_pairs(cfg: DictConfig, relation: RelationBuilder, data: DataSet) -> No
             positions = torch.randperm(len(data.pretrain), generator=generator, device="cpu")
             indices = data.pretrain.indices[positions[: cfg.batch_size]]
             batch = Batch(indices, data.pretrain.labels.cpu()[indices], cfg.V, len(data.classes))
-            Z = torch.randn(N, COLUMNS, generator=generator, device="cpu")
+            Z = torch.randn(N, K, generator=generator, device="cpu")
             G = relation.frozen_copy()(batch, Z)
             all_negative &= not G.degrees.any()
             # sum_j G_ij^2 >= d_i^2 / (N - 1), with equality iff row i has N - 1 positives of equal weights

@@ -1,6 +1,7 @@
 """Process-wide switches of torch's arithmetic: TF32, deterministic algorithms, cuDNN's benchmark."""
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from warnings import catch_warnings, filterwarnings
@@ -55,16 +56,34 @@ def preserved() -> Iterator[None]:
 def usual_defaults() -> Iterator[None]:
     """Context manager and decorator: torch's default dtype is float32, its default device the CPU.
 
-    For code that a caller with other defaults may call. A mode for the device, which every call of torch
-    passes, is only set if it is needed.
+    For code that a caller with other defaults may call, in any thread. The default dtype is one of the whole
+    process: the first context sets it, and the last one restores it. A mode for the device, which every call
+    of torch passes, is only set if it is needed.
     """
-    dtype, on_cpu = torch.get_default_dtype(), torch.get_default_device().type == "cpu"
-    torch.set_default_dtype(torch.float32)
+    on_cpu = torch.get_default_device().type == "cpu"
+    with _DEFAULTS.lock:
+        if _DEFAULTS.contexts == 0:
+            _DEFAULTS.dtype = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)
+        _DEFAULTS.contexts += 1
     try:
         with nullcontext() if on_cpu else torch.device("cpu"):
             yield
     finally:
-        torch.set_default_dtype(dtype)
+        with _DEFAULTS.lock:
+            _DEFAULTS.contexts -= 1
+            if _DEFAULTS.contexts == 0:
+                torch.set_default_dtype(_DEFAULTS.dtype)
+
+
+class _Defaults:
+    """The open contexts of `usual_defaults`, and the default dtype outside of them."""
+
+    def __init__(self) -> None:
+        self.lock, self.contexts, self.dtype = threading.Lock(), 0, torch.float32
+
+
+_DEFAULTS = _Defaults()
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def test_pretrained_convolution_that_the_stem_replaces_is_reported_once(
             VIT,
             32,
             {"img_size": 28},
-            "'Input height (32) doesn't match model (28).'; set backbone.img_size",
+            "'Input height (32) doesn't match model (28).'; set +backbone.img_size",
         ),
         (VIT, 24, {"dynamic_img_size": True}, "'Input height (24) should be divisible by patch size"),
         (VIT, 32, {"global_pool": ""}, "found (1, 5, 192) for one image; leave out backbone.global_pool"),

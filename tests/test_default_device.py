@@ -1,6 +1,8 @@
 """Results do not depend on torch's default device and dtype: tensors are made where their input is."""
 
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from unittest import mock
@@ -206,3 +208,26 @@ def test_pixel_baselines_do_not_depend_on_default_device_and_dtype(default: str)
     with DEFAULTS[default]():
         principal_components(data, 3)
         linear_discriminants(data)
+
+
+def test_usual_defaults_of_overlapping_threads_restore_those_of_the_caller() -> None:
+    torch.set_default_dtype(torch.float64)
+    entered, left = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with usual_defaults():
+            entered.set()
+            left.wait(10)
+            assert torch.get_default_dtype() == torch.float32
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(first)
+            entered.wait(10)
+            with usual_defaults():
+                assert torch.get_default_dtype() == torch.float32
+            left.set()
+            done.result()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)

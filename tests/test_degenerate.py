@@ -110,10 +110,10 @@ def test_relation_without_positives_or_negatives_is_refused(
     data = load(toy(per_class=10, classes=classes))
     relation.bind(data.pretrain.labels)
     if message is None:
-        check_pairs(shape(batch_size, V), relation, data)
+        check_pairs(shape(batch_size, V), relation, data, 3)
         return
     with pytest.raises(UsageError) as error:
-        check_pairs(shape(batch_size, V), relation, data)
+        check_pairs(shape(batch_size, V), relation, data, 3)
     assert str(error.value).startswith(f"batch_size={batch_size}: {message}")
 
 
