@@ -65,6 +65,7 @@ class Experiment:
     classifiers: dict[str, Classifier]  # in the order of probe.probes
     fresh_backbone: Callable[[], Backbone]  # with the initial weights of the run's seed
     initial_weights: str | None  # line that states what `init_weights` loaded
+    logger: Any  # of the group `logger`, None for logger=none
 
     def solver(
         self,
@@ -139,6 +140,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     relation = build_node("relation", cfg.relation)
     augment = build_node("views", cfg.views, without=("preview", "resolutions"))
     classifiers = build_classifiers(cfg, cfg.probe.probes)
+    logger = build_node("logger", cfg.logger) if cfg.logger._target_ is not None else None
     solver_class.check_loss(loss, relation)
     if solver_class.trains:  # wrong options are refused before the data set is read
         build_optimizer(cfg, nn.ParameterList([torch.zeros(1)]))
@@ -189,6 +191,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
         classifiers=classifiers,
         fresh_backbone=fresh_backbone,
         initial_weights=initial_weights,
+        logger=logger,
     )
 
 

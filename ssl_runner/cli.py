@@ -48,10 +48,16 @@ def main() -> None:
 def run_as_main(processes: int = 1) -> None:
     """Execute the command line: the part of a single process, or of rank 0 of `processes`."""
     failed: list[hydra_internals.JobReturn] = []  # jobs of a sweep
-    console.call(
-        partial(execute, processes, failed),
-        interrupted="interrupted; resume=<folder of the run> resumes from its last checkpoint",
-    )
+    try:
+        console.call(
+            partial(execute, processes, failed),
+            interrupted="interrupted; resume=<folder of the run> resumes from its last checkpoint",
+        )
+    except Preempted as error:
+        if not error.reported:  # before the first run, between those of a sweep, or while others run them
+            by = str(error).partition(";")[0]
+            print(f"{by}; repeat the command (resume=auto resumes runs that have begun)", file=sys.stderr)
+        raise
     if failed:
         print(f"failed sweep jobs ({len(failed)}): {'; '.join(map(summary, failed))}", file=sys.stderr)
         sys.exit(1)
@@ -89,7 +95,7 @@ def execute(processes: int, failed: list[hydra_internals.JobReturn]) -> None:
         asked = args.multirun
         jobs = prepare(args, processes)
         if args.multirun and args.cfg == "job":
-            print_grid(args, [overrides for overrides, _ in jobs])
+            sweeps.print_jobs(compose.parse(args.overrides), [overrides for overrides, _ in jobs])
             return
         if args.multirun and not args.cfg:
             build_jobs(args, jobs)
@@ -161,21 +167,6 @@ def build_jobs(args: argparse.Namespace, jobs: list[tuple[str, DictConfig]]) -> 
         check_jobs(jobs)
 
 
-def print_grid(args: argparse.Namespace, jobs: list[str]) -> None:
-    """Print the overrides of every job of a sweep, one line per job, and the number of jobs."""
-    overrides = compose.parse(args.overrides)
-    for number, job_overrides in enumerate(jobs):
-        print(f"#{number} {job_overrides}")
-    sampled = [str(override.input_line) for override in overrides if compose.is_sampled(override)]
-    sweeper = [str(override.input_line) for override in overrides if override.key_or_group == "hydra/sweeper"]
-    summary = f"{len(jobs)} job{'s' if len(jobs) > 1 else ''}"
-    if sweeper:
-        summary += f" in the grid, from which {sweeper[0]} samples"
-    if sampled:
-        summary += f"; not listed: {' '.join(sampled)}"
-    print(summary, flush=True)
-
-
 def job(cfg: DictConfig) -> float | None:
     """Execute one run, in the folder created by Hydra or in the one that `folder_of` returns.
 
@@ -204,6 +195,7 @@ def job(cfg: DictConfig) -> float | None:
     except Preempted as error:
         distributed.report_failure(error)
         print(preempted_line(error, folder), file=sys.stderr, flush=True)
+        error.reported = True
         raise
     except Exception as error:
         distributed.report_failure(error)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ssl_runner import distributed, numerics
 from ssl_runner.background import Background
-from ssl_runner.build import Experiment, baseline_cache, build, build_node
+from ssl_runner.build import Experiment, baseline_cache, build
 from ssl_runner.compiler import compile_solver
 from ssl_runner.data.loader import preview
 from ssl_runner.degenerate import warnings
@@ -48,10 +48,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     is_main = distributed.is_main_process()
     schedule = distributed.broadcast_object(read_schedule(folder, cfg.epochs) if is_main else None)
     record = RunRecord(folder, identity(cfg, schedule), schedule=schedule, **names(cfg))
-    logger = build_node("logger", cfg.logger) if is_main and cfg.logger._target_ is not None else None
     with (
         Preemption() as preemption,
-        Feed(logger) as feed,  # after the record: a slow logger does not delay its status
+        Feed() as feed,  # after the record: a slow logger does not delay its status
         record,
         distributed.propagate_failures(record.fail),
         numerics.preserved(),
@@ -92,8 +91,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         probes.truncate_after(solver.epoch)
         # final rows carry the epoch of the kept weights with probe.keep=best, so truncate_after keeps them
         probes.truncate_at_repeat(("epoch", "features", "probe", "eval_split"))
-        if logger is not None:
-            record.update(loggers=feed.start(folder, cfg, record.content.get("loggers", {})))
+        if experiment.logger is not None and is_main:
+            ids = record.content.get("loggers", {})
+            record.update(loggers=feed.start(experiment.logger, folder, cfg, ids))
         if experiment.initial_weights is not None and is_main:
             print(experiment.initial_weights, flush=True)
         if is_main and cfg.views.preview:

@@ -23,7 +23,7 @@ class Preempted(SystemExit):
 
     def __init__(self, message: str):
         super().__init__(EXIT)
-        self.message = message
+        self.message, self.reported = message, False
 
     def __str__(self) -> str:
         return self.message

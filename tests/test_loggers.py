@@ -136,11 +136,11 @@ def write_part(
 
     Returns the ids.
     """
-    with Feed(logger) as feed_:
+    with Feed() as feed_:
         logs = [CsvLog(folder / f"{name}.csv", feed_.listener(name)) for name in feed.TABLES]
         for log in logs:
             log.truncate_after(after)
-        ids = feed_.start(folder, CONFIG, ids)
+        ids = feed_.start(logger, folder, CONFIG, ids)
         for epoch in epochs:
             logs[0].append({"epoch": epoch, "loss": 1 / epoch, "seconds": epoch + after / 8, "kind": "bound"})
             logs[1].append({"epoch": epoch, **PROBE, "top1": epoch / 8, "top5": None})
@@ -214,9 +214,9 @@ class Recorded(Logger):
 def end(folder: Path, logger: Logger, error: BaseException | None = None) -> None:
     """A run of one row, which ends with `error`."""
     Image.new("L", (9, 5)).save(folder / "embedding.png")
-    with Feed(logger) as feed_:
+    with Feed() as feed_:
         log = CsvLog(folder / "metrics.csv", feed_.listener("metrics"))
-        feed_.start(folder, CONFIG, {})
+        feed_.start(logger, folder, CONFIG, {})
         log.append({"epoch": 1, "loss": 0.5})
         if error is not None:
             raise error

@@ -65,11 +65,6 @@ def parse(lines: Iterable[str]) -> list[Override]:
     return overrides
 
 
-def is_sampled(override: Override) -> bool:
-    """Return whether a search algorithm samples the value from a continuous range, such as `interval`."""
-    return override.is_sweep_override() and not override.is_discrete_sweep()
-
-
 def jobs(overrides: list[Override], multirun: bool) -> list[list[Override]]:
     """Return the overrides of each job: one list for a single run, one per combination for a sweep.
 
@@ -78,7 +73,9 @@ def jobs(overrides: list[Override], multirun: bool) -> list[list[Override]]:
     swept = [override for override in overrides if override.is_sweep_override()]
     if swept and not multirun:
         raise paths.sweep(str(swept[0].input_line))
-    found = hydra_internals.enumerate_jobs([override for override in overrides if not is_sampled(override)])
+    found = hydra_internals.enumerate_jobs(
+        [override for override in overrides if not sweeps.is_sampled(override)]
+    )
     if not found:
         raise UsageError(f"{swept[0].input_line} is an empty sweep: give at least one value")
     return [parse(job) for job in found]

@@ -68,7 +68,7 @@ def check_sweep(hydra: DictConfig, overrides: list[Override]) -> None:
             " for one per core"
         )
     swept = [override for override in overrides if override.is_sweep_override()]
-    sampled = [override for override in swept if not override.is_discrete_sweep()]
+    sampled = [override for override in overrides if is_sampled(override)]
     optuna = choices.get("hydra/sweeper") == "optuna"
     if sampled and choices.get("hydra/sweeper") == "basic":
         raise UsageError(
@@ -125,3 +125,22 @@ def short_names(overrides: list[Override]) -> list[str]:
     if not swept or option in {override.key_or_group for override in overrides}:
         return []
     return [f"{option}=[{','.join(key for key in fixed if key not in swept)}]"]
+
+
+def is_sampled(override: Override) -> bool:
+    """Return whether a search algorithm samples the value from a continuous range, such as `interval`."""
+    return override.is_sweep_override() and not override.is_discrete_sweep()
+
+
+def print_jobs(overrides: list[Override], jobs: list[str]) -> None:
+    """Print the overrides of every job of a sweep, one line per job, and the number of jobs."""
+    for number, job_overrides in enumerate(jobs):
+        print(f"#{number} {job_overrides}")
+    sampled = [str(override.input_line) for override in overrides if is_sampled(override)]
+    sweeper = [str(override.input_line) for override in overrides if override.key_or_group == "hydra/sweeper"]
+    summary = f"{len(jobs)} job{'s' if len(jobs) > 1 else ''}"
+    if sweeper:
+        summary += f" in the grid, from which {sweeper[0]} samples"
+    if sampled:
+        summary += f"; not listed: {' '.join(sampled)}"
+    print(summary, flush=True)

@@ -25,25 +25,25 @@ EARLY_SECONDS = 5.0  # instead of FINISH_SECONDS, for a run that ends early: Slu
 
 
 class Feed:
-    """Context manager with one daemon thread that calls the logger. None: there is nothing to do.
+    """Context manager with one daemon thread that calls the logger of a run, if it has one.
 
     The thread starts with `start`. A logger that raises is off: one line says so. On exit its last calls are
     waited for, FINISH_SECONDS at most.
     """
 
-    def __init__(self, logger: Logger | None):
-        self.logger, self.name = logger, type(logger).__name__.lower()
+    def __init__(self) -> None:
+        self.logger: Logger | None = None
+        self.name = ""
         self.jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self.thread = Thread(target=self._work, name="logger", daemon=True)
         self.folder, self.warned = Path(), False
 
-    def start(self, folder: Path, cfg: DictConfig, ids: Mapping[str, str]) -> dict[str, str]:
+    def start(self, logger: Logger, folder: Path, cfg: DictConfig, ids: Mapping[str, str]) -> dict[str, str]:
         """Start the logger. The rows that the CSV files have already are logged if the logger lacks them.
 
         `ids` are those of the run, by logger. Returns them with that of this logger.
         """
-        assert self.logger is not None
-        self.folder = folder
+        self.logger, self.name, self.folder = logger, type(logger).__name__.lower(), folder
         config: Any = OmegaConf.to_container(cfg, resolve=True)
         run = LoggedRun(ids.get(self.name) or secrets.token_hex(8), self.name not in ids, folder, config)
         self.jobs.put(partial(self._start, run))
