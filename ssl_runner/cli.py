@@ -197,6 +197,8 @@ def job(cfg: DictConfig) -> float | None:
         print(preempted_line(error, folder), file=sys.stderr, flush=True)
         error.reported = True
         raise
+    except BrokenPipeError:  # of stdout, which says nothing about the run
+        raise
     except Exception as error:
         distributed.report_failure(error)
         has_traceback = not isinstance(error, UsageError) and (folder / "run.json").exists()

@@ -792,6 +792,7 @@ def test_best_has_the_best_validation_mean_over_seeds(tmp_path: Path, monkeypatc
     for lr, scores in {0.1: (0.5, 0.7), 0.002: (0.64, 0.66)}.items():
         for seed, val in enumerate(scores):
             lines = [f"optimizer.lr={lr}"] if lr == 0.1 else []
+            lines += [f"alpha={('3', '3.0')[seed]}"]
             write_run(
                 tmp_path / f"{lr}-{seed}",
                 1 - val,
@@ -799,9 +800,10 @@ def test_best_has_the_best_validation_mean_over_seeds(tmp_path: Path, monkeypatc
                 overrides=(*lines, f"seed={seed}"),
                 seed=seed,
                 optimizer__lr=lr,
+                alpha=3.0,
             )
     _, out, _ = ssl_report(monkeypatch, capsys, tmp_path, "--best")
-    assert out.splitlines()[-1] == "ssl-run optimizer.lr=0.002"
+    assert out.splitlines()[-1] == "ssl-run alpha=3 optimizer.lr=0.002"
     assert "0.6500 ± 0.1271, seeds: 2" in out
 
 

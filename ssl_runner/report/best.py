@@ -36,17 +36,23 @@ def best_command(runs: list[Run]) -> str:
 def command(members: list[Run], keys: list[str]) -> list[str]:
     """The words of a command that starts a run of the configuration that all `members` have.
 
-    It has the overrides that the members share, so that it has a seed only if there is one, and the values
-    of `keys`, in which the configurations differ, also where a member had the default.
+    It has every override of a member whose value all members share, so that it has a seed only if there is
+    one, and the values of `keys`, in which the configurations differ, also where a member had the default.
     """
-    lines = [overrides(run) for run in members]
-    shared = [line for line in lines[0] if all(line in others for others in lines)]
-    first = members[0]
-    given = {split_override(line)[0] for line in shared}
-    values = {key: first.choices.get(key) or first.config.get(key) for key in keys if key not in given}
-    defaults = [f"{key}={value}" for key, value in values.items() if value is not None]
-    folders = [word for folder in config_dirs(first) for word in ("--config-dir", folder)]
-    return ["ssl-run", *folders, *shared, *defaults]
+    lines: dict[str, str] = {}
+    for run in members:
+        for line in overrides(run):
+            lines.setdefault(split_override(line)[0], line)
+    shared = {key: line for key, line in lines.items() if len({value(run, key) for run in members}) == 1}
+    values = {key: value(members[0], key) for key in keys if key not in shared}
+    defaults = [f"{key}={given}" for key, given in values.items() if given is not None]
+    folders = [word for folder in config_dirs(members[0]) for word in ("--config-dir", folder)]
+    return ["ssl-run", *folders, *shared.values(), *defaults]
+
+
+def value(run: Run, key: str) -> str | None:
+    """The choice of a group or the value of an option, equal for equal values."""
+    return run.choices.get(key) or run.config.get(key)
 
 
 def overrides(run: Run) -> list[str]:
