@@ -266,13 +266,21 @@ def build_optimizer(cfg: DictConfig, *modules: nn.Module) -> Optimizer:
     return optimizer.build(modules, algorithm, cfg.optimizer.lr, cfg.optimizer.weight_decay)
 
 
-def check_jobs(jobs: Iterable[tuple[str, DictConfig]]) -> None:
-    """Build every job of a sweep, reading each data set once. Raises UsageError for the first that fails."""
+def check_jobs(jobs: Iterable[tuple[str, DictConfig]], search: bool = False) -> None:
+    """Build every job of a sweep, reading each data set once. Raises UsageError for the first that fails.
+
+    A `search` maximises the accuracy on the validation split, so its images must have labels.
+    """
     read: dict[str, DataSet] = {}
     for overrides, cfg in jobs:
         key = OmegaConf.to_yaml(cfg.dataset, resolve=True) + cfg.device
         try:
             read[key] = build(cfg, read.get(key)).data
+            if search and not read[key].classes:
+                raise UsageError(
+                    "hydra/sweeper=optuna: expected images with labels, because a search maximises the"
+                    " validation accuracy; use a grid"
+                )
         except UsageError as error:
             raise UsageError(f"{error} (in the sweep's job {overrides})") from error
 

@@ -163,8 +163,9 @@ def build_jobs(args: argparse.Namespace, jobs: list[tuple[str, DictConfig]]) -> 
     if not any(line.lstrip("+").startswith("hydra/launcher") for line in args.overrides):
         from ssl_runner.build import check_jobs
 
-        os.environ.update(grid.environment(args))
-        check_jobs(jobs)
+        environment, search = grid.sweep_settings(args)
+        os.environ.update(environment)
+        check_jobs(jobs, search)
 
 
 def job(cfg: DictConfig) -> float | None:

@@ -657,7 +657,7 @@ def test_local_file_sets_defaults_of_runs_and_of_slurm(ssl_run, tmp_path: Path, 
     launcher = OmegaConf.create(ssl_run(slurm)[1])
     assert (launcher.partition, launcher.account) == ("gpu", "lab")
     args = arguments.parse(arguments.parser(), ["--config-dir", "mine"])
-    assert grid.environment(args) == {"SSL_RUNNER_DATA": "/scratch"}
+    assert grid.sweep_settings(args) == ({"SSL_RUNNER_DATA": "/scratch"}, False)
     (tmp_path / "mine" / "local" / "default.yaml").write_text("# @package _global_\nepoch: 3\n")
     assert ssl_run("--config-dir mine local=typo")[2].startswith("Unknown local 'typo'.")
     refused = ssl_run("--config-dir mine local=null")[2]

@@ -78,3 +78,13 @@ def test_settings_that_need_labels_are_refused(ssl_run, tmp_path: Path, settings
     assert code == 1
     assert err.startswith(message)
     assert err.count("\n") == 1
+
+
+def test_search_on_images_without_labels_is_refused(ssl_run, tmp_path: Path) -> None:
+    make_pictures(tmp_path / "pictures", train=30, test=5, side=16)
+    code, out, err = ssl_run(
+        f"-m hydra/sweeper=optuna {NO_PROBES} dataset.labels=false gamma=1,5 hydra.sweep.dir=search"
+    )
+    assert (code, out) == (1, "")
+    assert err.startswith("hydra/sweeper=optuna: expected images with labels")
+    assert not (tmp_path / "search").exists()

@@ -41,8 +41,9 @@ def hydra_config(composer: Composer, overrides: list[Override]) -> DictConfig:
     return composer.compose(lines)[1]
 
 
-def environment(args: argparse.Namespace) -> dict[str, str]:
-    """Return the environment variables of the jobs (`hydra.job.env_set`), which a local file may set."""
+def sweep_settings(args: argparse.Namespace) -> tuple[dict[str, str], bool]:
+    """Return the environment variables of the jobs (`hydra.job.env_set`), and whether the sweep is a search."""
     with compose.composer(args) as composer:
-        variables = hydra_config(composer, compose.parse(args.overrides)).job.env_set
-        return {str(name): str(value) for name, value in variables.items()}
+        hydra = hydra_config(composer, compose.parse(args.overrides))
+        variables = {str(name): str(value) for name, value in hydra.job.env_set.items()}
+        return variables, hydra.runtime.choices.get("hydra/sweeper") == "optuna"
