@@ -42,7 +42,7 @@ def hydra_config(composer: Composer, overrides: list[Override]) -> DictConfig:
 
 
 def sweep_settings(args: argparse.Namespace) -> tuple[dict[str, str], bool]:
-    """Return the environment variables of the jobs (`hydra.job.env_set`), and whether the sweep is a search."""
+    """Return the environment variables of the jobs (`hydra.job.env_set`), and whether it is a search."""
     with compose.composer(args) as composer:
         hydra = hydra_config(composer, compose.parse(args.overrides))
         variables = {str(name): str(value) for name, value in hydra.job.env_set.items()}
