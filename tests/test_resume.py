@@ -18,7 +18,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ssl_runner import cli, distributed
+from ssl_runner import cli, distributed, train
 from ssl_runner.background import Background
 from ssl_runner.config.run_id import run_id
 from ssl_runner.loss import SIGReg, VICReg
@@ -340,27 +340,34 @@ def killed_and_restarted(command: str, cwd: Path, kills: list[float]) -> None:
             return
 
 
-@pytest.mark.slow
-def test_runs_killed_at_random_times_match_uninterrupted_run(
-    tmp_path: Path, ssl_run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Twenty runs are each killed one to three times, at random, and restarted with the same command.
-
-    Weights are bit-identical, and so are the CSVs apart from timings. Checkpoints are written every 50 ms.
-    One column of metrics.csv is computed in the background.
-    """
-    monkeypatch.setattr("ssl_runner.train.SAVE_INTERVAL", 0.05)
+def kill_runs() -> None:
+    """Start 21 runs in folders 0 to 20 of the working directory, and kill all but the first at random times."""
+    train.SAVE_INTERVAL = 0.05
     command = (
         f"{TINY} epochs=60 probe.every=10 diagnostics.every=10 diagnostics.num_images=40 resume=auto"
         " hydra.run.dir=run +evaluators.norm._target_=tests.helpers.NormInBackground"
     )
-    rng, restarts, duration = random.Random(0), 0, 0.0
+    rng, duration = random.Random(0), 0.0
     for number in range(21):
-        (tmp_path / str(number)).mkdir()
+        folder = Path.cwd() / str(number)
+        folder.mkdir()
         began = time.monotonic()
         kills = [rng.uniform(0.02, 0.9 * duration) for _ in range(rng.randint(1, 3))] if number else []
-        killed_and_restarted(command, tmp_path / str(number), kills)
+        killed_and_restarted(command, folder, kills)
         duration = duration or time.monotonic() - began
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_times_match_uninterrupted_run(tmp_path: Path) -> None:
+    """Twenty runs are each killed one to three times, at random, and restarted with the same command.
+
+    Weights are bit-identical, and so are the CSVs apart from timings. Checkpoints are written every 50 ms.
+    One column of metrics.csv is computed in the background. A process of its own forks the runs.
+    """
+    start = [sys.executable, "-c", "from tests.test_resume import kill_runs; kill_runs()"]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    subprocess.run(start, cwd=tmp_path, env=env, check=True)
+    restarts = 0
     whole = tmp_path / "0" / "run"
     for number in range(1, 21):
         folder = tmp_path / str(number) / "run"
