@@ -341,7 +341,7 @@ def killed_and_restarted(command: str, cwd: Path, kills: list[float]) -> None:
 
 
 def kill_runs() -> None:
-    """Start 21 runs in folders 0 to 20 of the working directory; all but the first are killed at random times."""
+    """Start 21 runs, in folders 0 to 20, and kill all but the first one at random times."""
     train.SAVE_INTERVAL = 0.05
     command = (
         f"{TINY} epochs=60 probe.every=10 diagnostics.every=10 diagnostics.num_images=40 resume=auto"
