@@ -45,14 +45,14 @@ class Preemption:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None  # the first signal received
-        self.deferring = False
+        self.deferring = self.closing = False
         self.retry: threading.Timer | None = None  # repeats a signal received while an exception was handled
         self.handled: BaseException | None = None  # the exception that is handled on entry
         self.original_handlers: dict[signal.Signals, Any] = {}
         self.requeue: Callable[[], None] | None = None
 
     def __enter__(self) -> Self:
-        self.handled = sys.exception()
+        self.handled, self.closing = sys.exception(), False
         if threading.current_thread() is threading.main_thread():
             handlers = {
                 which: signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -73,7 +73,8 @@ class Preemption:
                 # if another task exited first, Slurm could kill task 0 before it has requeued the job
                 time.sleep(REQUEUE_WAIT)
         finally:
-            retry, self.retry = self.retry, None  # from here on, `handle` ignores signals
+            self.closing = True
+            retry, self.retry = self.retry, None
             if retry is not None:
                 retry.cancel()
                 retry.join()
@@ -88,6 +89,9 @@ class Preemption:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Signal handler. Signals after the first are ignored: they must not interrupt the shutdown."""
+        if self.closing:  # a repetition would come after the context
+            self.received = self.received or signal.Signals(number)
+            return
         if self.received is not None and self.retry is None:
             return
         if self.retry is not None:

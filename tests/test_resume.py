@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -182,6 +183,7 @@ def test_signal_at_any_line_does_not_replace_the_error_of_a_failing_run(
         assert (record["status"], record["error"]) == ("failed", "Failed: the cause"), n
     signal.signal(signal.SIGTERM, original)
     assert n > 30
+    assert not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
 
 
 def handled_failure(nested: bool) -> None:
