@@ -67,8 +67,8 @@ def resnet(
           auto      cifar for images of up to 64 pixels per side, imagenet for larger ones
 
     A first convolution that differs from that of the pretrained network has new weights. One line on standard
-    error reports it. Raises ValueError for an unknown stem, for a
-    network that is not a ResNet, and if the weights cannot be downloaded.
+    error reports it. Raises ValueError for an unknown stem, for a network that is not a ResNet, and if the
+    weights cannot be downloaded.
     """
     if stem not in STEMS:
         raise ValueError(f"backbone.stem={stem}: expected one of {', '.join(STEMS)}; use auto")

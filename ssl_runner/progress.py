@@ -21,6 +21,13 @@ class Lines(tqdm):
             self.mininterval = LINES
             print(self, file=sys.stderr, flush=True)
 
+    def clear(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: tqdm.write removes bars from its line, and lines stay."""
+
+    def refresh(self, nolock: bool = False, lock_args: Any = None) -> None:
+        if not nolock:  # with it, tqdm.write draws the bars again
+            super().refresh(lock_args=lock_args)
+
 
 def progress(*args: Any, hidden: bool = False, **kwargs: Any) -> tqdm:
     """tqdm(*args, **kwargs): a bar if stderr is a terminal, else lines. `hidden`: nothing."""

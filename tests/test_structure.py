@@ -58,7 +58,7 @@ IMPORTS = """
     compiler        data distributed solver views
     embedding_map   data distributed probe runs
     facts           build data distributed model probe runs theory views
-    loggers         errors preemption
+    loggers         config errors preemption
     pipeline        background build compiler data degenerate device distributed embedding_map evaluator
                     facts loggers numerics preemption probe profile progress runs solver theory
     evaluation      build checks config console data device errors model names numerics pretrained probe

@@ -34,8 +34,7 @@ def register_resolvers() -> None:
     """Register the resolvers of the configs.
 
     `${unique:}` is eight random hex digits, constant within a run or sweep. `${view_count:}` is the sum of
-    count over views.policies. `${divided:a,b}` is the integer part of a / b, and
-    `${times:a,b}` the product.
+    count over views.policies. `${divided:a,b}` is the integer part of a / b, and `${times:a,b}` the product.
     """
     OmegaConf.register_new_resolver("times", lambda a, b: a * b, replace=True)
     OmegaConf.register_new_resolver("divided", lambda a, b: a // b, replace=True)

@@ -7,14 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-NO_RESULT = (
-    "logger",
-    "tags",
-    "note",
-    "profile",
-    "dataset.cache",
-    "probe.cache",
-)  # options and groups that change no result
+# options and groups that change no result
+NO_RESULT = ("logger", "tags", "note", "profile", "dataset.cache", "probe.cache")
 
 
 def run_id(config: DictConfig) -> str:
@@ -33,7 +27,7 @@ def run_id(config: DictConfig) -> str:
 
 def compared(content: Any) -> dict[str, Any]:
     """Return the values of a resolved configuration, as nested dicts, that `run_id` identifies a run by."""
-    pairs = dict(_leaves(content))
+    pairs = dict(leaves(content))
     return {key: value for key, value in pairs.items() if changes_result(key)}
 
 
@@ -42,9 +36,10 @@ def changes_result(key: str) -> bool:
     return not any(key == name or key.startswith(f"{name}.") for name in ("resume", *NO_RESULT))
 
 
-def _leaves(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted names and values of nested dicts."""
     for name, value in node.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{path}{name}.")
+            yield from leaves(value, f"{path}{name}.")
         else:
             yield f"{path}{name}", value

@@ -3,10 +3,11 @@
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ssl_runner.config.run_id import leaves
 from ssl_runner.loggers.base import LoggedRun, Logger
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class MLflow(Logger):
         else:
             made = self.client.create_run(experiment, tags={ID: run.id}, run_name=run.name)
             self.run_id = made.info.run_id
-            params = [Param(name, str(value)[:LONGEST_PARAM]) for name, value in leaves(run.config)]
+            params = [Param(accepted(name), str(value)[:LONGEST_PARAM]) for name, value in leaves(run.config)]
             for first in range(0, len(params), MOST_PARAMS):
                 self.client.log_batch(self.run_id, params=params[first : first + MOST_PARAMS])
         self.client.log_dict(self.run_id, run.config, "config.yaml")
@@ -78,12 +79,3 @@ def experiment_id(client: "MlflowClient", name: str) -> str:
 def accepted(name: str) -> str:
     """The name with _ for each character that MLflow refuses."""
     return re.sub(r"[^\w\-. /]", "_", name)
-
-
-def leaves(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted names and values of a nested configuration."""
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{path}{name}.")
-        else:
-            yield accepted(f"{path}{name}"), value
