@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from ssl_runner import progress
 from ssl_runner.progress import image_progress
 from tests.helpers import TINY, run_folder, table
@@ -46,3 +48,25 @@ def test_lines_of_training_show_epoch_loss_and_validation_accuracy(ssl_run, monk
     assert re.search(r"^pretrain, epoch 1 of 2: .* images/s, \d\d:\d\d left, loss=[\d.e+]+$", first)
     val = float(table(run_folder(out) / "probe.csv")[0]["top1"])
     assert re.search(rf"^pretrain, epoch 2 of 2: .*, val={val:.4f}$", last)
+
+
+def test_the_first_compilation_of_a_view_kernel_is_announced_once(capsys, monkeypatch) -> None:
+    numba = pytest.importorskip("numba")
+    from ssl_runner.views import cpu_kernels
+
+    notice = next(
+        one for one in numba.core.event._registered["numba:compile"] if isinstance(one, cpu_kernels.Notice)
+    )
+    monkeypatch.setattr(notice, "written", False)
+
+    def call(module):
+        def double(x):
+            return 2 * x
+
+        double.__module__ = module
+        assert numba.njit(double)(2) == 4
+        return capsys.readouterr().err
+
+    assert call("a_module_of_the_user") == ""
+    assert call(cpu_kernels.__name__) == "view kernels: compiling for this machine, once, about 10 s\n"
+    assert call(cpu_kernels.__name__) == ""

@@ -32,7 +32,7 @@ IMPORTS = """
     config          errors names rule view_layout
     runs            background config distributed errors host_copy preemption version
 
-    views           batch errors numerics rule view_layout
+    views           batch distributed errors numerics rule view_layout
     relation        batch device distributed errors
     loss            distributed names relation
     data            batch device distributed errors names numerics progress runs views

@@ -8,6 +8,7 @@ of its channels, flat; if C is 1, all three are the same array.
 
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -16,8 +17,10 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 import torch
+from numba.core import event
 from torch import Tensor
 
+from ssl_runner import distributed
 from ssl_runner.views.color import GRAY
 from ssl_runner.views.sampler import ViewIndex
 
@@ -116,10 +119,28 @@ def thread_pool(number: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=thread_pool.cache_clear)  # threads do not survive a fork
 
 
+class Notice(event.Listener):
+    """Writes a line to standard error before the first of these kernels is compiled."""
+
+    written = False
+
+    def on_start(self, event: event.Event) -> None:
+        ours = event.data["dispatcher"].py_func.__module__ == __name__
+        if ours and not self.written and distributed.is_main_process():
+            self.written = True
+            print("view kernels: compiling for this machine, once, about 10 s", file=sys.stderr, flush=True)
+
+    def on_end(self, event: event.Event) -> None:
+        pass
+
+
+event.register("numba:compile", Notice())
+
+
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile a function with numba, lazily at its first call, and cache the result on disk if possible.
 
-    Compiling all kernels takes some seconds.
+    Compiling all kernels takes some seconds, see `Notice`.
     """
     jit = partial(numba.njit, nogil=True, fastmath=True, error_model="numpy")
     try:
