@@ -203,8 +203,9 @@ def build_node(
     Raises UsageError if the target does not accept them.
     """
     plain: Any = OmegaConf.to_container(node, resolve=True)
+    # twice, because instantiate resolves interpolations twice
     settings = escape(escape({name: plain[name] for name in plain if name not in without}))
-    try:  # resolves texts twice
+    try:
         return instantiate(settings, **parts, _partial_=partial, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, torch.OutOfMemoryError | MemoryError):

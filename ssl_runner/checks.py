@@ -4,9 +4,10 @@ from copy import deepcopy
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from ssl_runner import distributed
-from ssl_runner.backbone import Backbone
+from ssl_runner.backbone import Backbone, output_of
 from ssl_runner.batch import Batch
 from ssl_runner.config.compose import CONF
 from ssl_runner.config.rules import format_value
@@ -38,13 +39,12 @@ def check_view_sizes(
             side: (f"views.policies.{name}.size={side}", "set another size") for name, side in named if side
         }
     for side, (option, remedy) in given.items():
-        try:
-            with torch.no_grad(), eval_mode(backbone):
-                backbone(torch.zeros(1, data.channels, side, side, device=data.mean.device))
-        except (RuntimeError, AssertionError, ValueError) as error:
+        with eval_mode(backbone):
+            features = output_of(backbone, data.channels, side, data.mean.device)
+        if isinstance(features, Exception):
             raise UsageError(
                 f"{option}: this backbone does not accept {side} x {side} images; {remedy}"
-            ) from error
+            ) from features
 
 
 def check_blur(cfg: DictConfig, augment: Augment, data: DataSet) -> None:
@@ -131,12 +131,19 @@ def check_loss(
 
 def first_relations(builder: RelationBuilder, size: int, V: int, K: int, data: DataSet) -> list[Relation]:
     """The relation of a batch at random Z, and of a second one if the builder uses those of the first."""
-    images = data.pretrain
-    chosen = torch.linspace(0, len(images) - 1, size, device="cpu").long()
-    batch = Batch(images.indices[chosen], images.y.cpu()[chosen], V, len(data.classes))
+    positions = torch.linspace(0, len(data.pretrain) - 1, size, device="cpu").long()
+    batch, Z = sample_batch(data, positions, V, K, torch.Generator("cpu").manual_seed(0))
     builder = deepcopy(builder) if builder.uses_memory else builder.frozen_copy()
-    Z = torch.randn(V * size, K, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     return [builder(batch, Z) for _ in range(1 + builder.uses_memory)]
+
+
+def sample_batch(
+    data: DataSet, positions: Tensor, V: int, K: int, generator: torch.Generator
+) -> tuple[Batch, Tensor]:
+    """The batch of the pretraining images at positions (n,), and random Z (V n, K), on the CPU."""
+    images = data.pretrain
+    batch = Batch(images.indices[positions], images.y.cpu()[positions], V, len(data.classes))
+    return batch, torch.randn(V * len(positions), K, generator=generator, device="cpu")
 
 
 def check_unlabelled(cfg: DictConfig, data: DataSet) -> None:

@@ -51,7 +51,7 @@ IMPORTS = """
     pretrained      data device errors numerics runs views
 
     checks          backbone batch config data distributed errors loss model relation solver views
-    degenerate      backbone batch data distributed errors loss model relation
+    degenerate      backbone checks data distributed errors loss model relation
     build           backbone checks config data degenerate device distributed errors evaluator loss model
                     names numerics optimizer preemption probe relation runs solver
     profile         evaluator runs
