@@ -28,7 +28,8 @@ def check_view_sizes(
     """Raise UsageError for sizes that the backbone does not accept, or resolutions that no training uses."""
     if cfg.views.resolutions is not None and not solver.trains:
         raise UsageError(
-            f"views.resolutions is for training, and {solver.__name__} does not train; leave it out"
+            f"views.resolutions={format_value(cfg.views.resolutions)}: expected null for {solver.__name__},"
+            " which does not train; leave it out"
         )
     resolutions = cfg.views.resolutions or []
     option = f"views.resolutions={format_value(resolutions)}"
@@ -43,7 +44,7 @@ def check_view_sizes(
             features = output_of(backbone, data.channels, side, data.mean.device)
         if isinstance(features, Exception):
             raise UsageError(
-                f"{option}: this backbone does not accept {side} x {side} images; {remedy}"
+                f"{option}: expected sizes that this backbone accepts, found {side} x {side} pixels; {remedy}"
             ) from features
 
 
@@ -68,14 +69,17 @@ def check_fit(cfg: DictConfig, data: DataSet, relation: RelationBuilder) -> None
     size, images, ranks = cfg.batch_size, len(data.pretrain), distributed.world_size()
     if size > images:
         raise UsageError(
-            f"batch_size={size}: {data.name} has {images} images to pretrain on; use at most {images}"
+            f"batch_size={size}: expected at most {images}, the pretraining images of {data.name}; use a"
+            " smaller batch"
         )
     if size % ranks:
-        raise UsageError(f"batch_size={size} is split over {ranks} processes; use a multiple of {ranks}")
+        raise UsageError(
+            f"batch_size={size}: expected a multiple of {ranks}, the number of processes; use one"
+        )
     if size < relation.min_batch_size:
         raise UsageError(
-            f"batch_size={size}: this relation needs at least {relation.min_batch_size} images per batch, to"
-            " find neighbours within the batch; increase batch_size or lower relation.k"
+            f"batch_size={size}: expected at least {relation.min_batch_size}, because this relation finds"
+            " neighbours within the batch; use a larger batch or a smaller relation.k"
         )
     if not data.classes:
         check_unlabelled(cfg, data)
@@ -83,13 +87,14 @@ def check_fit(cfg: DictConfig, data: DataSet, relation: RelationBuilder) -> None
     relation.check_images(data.pretrain.indices)
     if relation.needs_labels and bool((data.pretrain.y < 0).any()):
         raise UsageError(
-            f"relation: needs a label for every image, but {data.name} has unlabelled images;"
-            " use relation=views"
+            f"relation: expected a label for every image, but {data.name} has unlabelled images; use"
+            " relation=views"
         )
     if relation.count_pairs(data.pretrain.indices) == 0:
         raise UsageError(
-            f"relation.path={cfg.relation.get('path')}: no pair joins two of the {images} pretraining images;"
-            " number the images as conf/relation/edges.yaml says (validation and test images do not count)"
+            f"relation.path={cfg.relation.get('path')}: expected pairs of the {images} pretraining images,"
+            " found none; number the images as conf/relation/edges.yaml says (validation and test images do"
+            " not count)"
         )
 
 

@@ -76,7 +76,7 @@ def jobs(overrides: list[Override], multirun: bool) -> list[list[Override]]:
         [override for override in overrides if not sweeps.is_sampled(override)]
     )
     if not found:
-        raise UsageError(f"{swept[0].input_line} is an empty sweep: give at least one value")
+        raise UsageError(f"{swept[0].input_line}: expected one or more values to sweep over; give some")
     return [parse(job) for job in found]
 
 

@@ -137,6 +137,15 @@ def _check_classes(
         )
 
 
+def _check_number(folder: Path, classes: int) -> None:
+    """Raise UsageError for less than two class folders."""
+    if classes < 2:
+        raise UsageError(
+            f"{printable(folder)}: expected at least 2 class folders, found {classes}; add one folder of"
+            " image files per class, or set dataset.labels=false"
+        )
+
+
 class Finder:
     """Reads folders, and counts the files that it skips."""
 
@@ -170,11 +179,8 @@ class Finder:
     def with_splits(self, root: Path, train: Tree, parts: Sequence[Tree], labels: bool | None) -> Root:
         """root/train, and what there is of test, val and unlabeled beside it."""
         labelled = labels if labels is not None else len(train.below) > 1
-        if labelled and len(train.below) < 2:
-            raise UsageError(
-                f"{printable(train.path)}: expected at least 2 class folders, found {len(train.below)};"
-                " add one folder of image files per class, or set dataset.labels=false"
-            )
+        if labelled:
+            _check_number(train.path, len(train.below))
         splits: dict[str, dict[str | None, list[Path]]] = {"train": {}}
         for tree in parts:
             split = tree.split or ""
@@ -205,11 +211,7 @@ class Finder:
                 " (dataset.labels=true takes sub-folders as classes)" if labels is None and filled > 1 else ""
             )
             return Root("**, unlabelled", root, {"unlabeled": {None: sorted(files)}}, hint)
-        if len(trees) < 2:
-            raise UsageError(
-                f"{printable(root)}: expected at least 2 class folders, found {len(trees)};"
-                " add one folder of image files per class, or set dataset.labels=false"
-            )
+        _check_number(root, len(trees))
         self.leave_out("outside of class folders", direct)
         return Root("<class>/**", root, {"train": {tree.path.name: sorted(tree.files) for tree in trees}})
 
