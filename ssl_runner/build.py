@@ -131,8 +131,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed.check_devices(device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     solver_class: type[Solver] = get_class(cfg.solver._target_)
     precision = solver_precision(cfg, solver_class, device)
     torch.manual_seed(cfg.seed)  # for a loss with random initial parameters
@@ -156,8 +155,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
         projector: nn.Module = nn.Identity()  # the backbone itself is solved for
     else:
         projector = build_node("projector", cfg.projector, features=backbone.width).to(device)
-        projector = distributed.sync_batchnorm(projector)
-    model = SSLModel(backbone, projector, cfg.channels_last)
+    model = SSLModel(backbone, distributed.sync_batchnorm(projector), cfg.channels_last)
     check_features(backbone, data)
     solver_class.check_model(model)
     check_loss(cfg, loss, relation, data, solver_class, model.K)

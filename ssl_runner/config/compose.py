@@ -148,14 +148,11 @@ class Composer:
 
     def owners_of_part(self, group: str, name: str) -> list[str]:
         """Return the choices of a group that contain a nested config `name`, as relation=noisy has `base`."""
-        configs = {
-            choice: self.repository.load_config(f"{group}/{choice}")
-            for choice in self.repository.get_group_options(group)
-        }
         return [
             choice
-            for choice, config in configs.items()
-            if config and any(item.get_package() == name for item in config.defaults_list or [])
+            for choice in self.repository.get_group_options(group)
+            if (config := self.repository.load_config(f"{group}/{choice}"))
+            and any(item.get_package() == name for item in config.defaults_list or [])
         ]
 
 
