@@ -17,14 +17,13 @@ from torch.optim import Optimizer
 
 from ssl_runner import distributed, numerics, optimizer
 from ssl_runner.backbone import Backbone, LinearBackbone
-from ssl_runner.checks import check_blur, check_fit, check_loss, check_view_sizes
+from ssl_runner.checks import check_fit, check_parts
 from ssl_runner.config.paths import escape
 from ssl_runner.config.rules import check_values
 from ssl_runner.config.training import check_training
 from ssl_runner.data import dataset
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.loader import MultiViewLoader
-from ssl_runner.degenerate import check_features, check_gradient, check_pairs
 from ssl_runner.device import choose_device, choose_precision, keep_freed_memory
 from ssl_runner.errors import UsageError, one_line
 from ssl_runner.evaluator import Evaluator
@@ -32,7 +31,7 @@ from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel
 from ssl_runner.names import EVALUATION
 from ssl_runner.preemption import Preemption
-from ssl_runner.probe import BaselineCache, BestEpoch, Classifier, LabelDraw, ProbeEvaluator, check_layer
+from ssl_runner.probe import BaselineCache, BestEpoch, Classifier, LabelDraw, ProbeEvaluator
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.runs import weights
 from ssl_runner.runs.files import CsvLog
@@ -156,16 +155,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     else:
         projector = build_node("projector", cfg.projector, features=backbone.width).to(device)
     model = SSLModel(backbone, distributed.sync_batchnorm(projector), cfg.channels_last)
-    check_features(backbone, data)
-    solver_class.check_model(model)
-    check_loss(cfg, loss, relation, data, solver_class, model.K)
-    if solver_class.trains:
-        check_pairs(cfg, relation, data, model.K)
-        check_gradient(cfg, loss, model.K)
-    if cfg.probe.layer is not None:
-        check_layer(backbone, cfg.probe.layer, (data.channels, data.image_size, data.image_size), device)
-    check_view_sizes(cfg, augment, solver_class, backbone, data)
-    check_blur(cfg, augment, data)
+    check_parts(cfg, data, augment, relation, loss, model, solver_class)
     return Experiment(
         cfg=cfg,
         device=device,

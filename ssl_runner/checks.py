@@ -4,22 +4,45 @@ from copy import deepcopy
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from ssl_runner import distributed
 from ssl_runner.backbone import Backbone, output_of
-from ssl_runner.batch import Batch
 from ssl_runner.config.compose import CONF
 from ssl_runner.config.rules import format_value
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.splits import balanced_size
+from ssl_runner.degenerate import check_features, check_gradient, check_pairs, sample_batch
 from ssl_runner.errors import UsageError
 from ssl_runner.loss import Loss
-from ssl_runner.model import eval_mode
+from ssl_runner.model import SSLModel, eval_mode
+from ssl_runner.probe import check_layer
 from ssl_runner.relation import Relation
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.solver import Solver
 from ssl_runner.views import Augment
+
+
+def check_parts(
+    cfg: DictConfig,
+    data: DataSet,
+    augment: Augment,
+    relation: RelationBuilder,
+    loss: Loss,
+    model: SSLModel,
+    solver: type[Solver],
+) -> None:
+    """Raise UsageError if parts of a run do not fit each other. The relation is bound to the data set."""
+    check_features(model.backbone, data)
+    solver.check_model(model)
+    check_loss(cfg, loss, relation, data, solver, model.K)
+    if solver.trains:
+        check_pairs(cfg, relation, data, model.K)
+        check_gradient(cfg, loss, model.K)
+    if cfg.probe.layer is not None:
+        image = (data.channels, data.image_size, data.image_size)
+        check_layer(model.backbone, cfg.probe.layer, image, data.mean.device)
+    check_view_sizes(cfg, augment, solver, model.backbone, data)
+    check_blur(cfg, augment, data)
 
 
 def check_view_sizes(
@@ -140,15 +163,6 @@ def first_relations(builder: RelationBuilder, size: int, V: int, K: int, data: D
     batch, Z = sample_batch(data, positions, V, K, torch.Generator("cpu").manual_seed(0))
     builder = deepcopy(builder) if builder.uses_memory else builder.frozen_copy()
     return [builder(batch, Z) for _ in range(1 + builder.uses_memory)]
-
-
-def sample_batch(
-    data: DataSet, positions: Tensor, V: int, K: int, generator: torch.Generator
-) -> tuple[Batch, Tensor]:
-    """The batch of the pretraining images at positions (n,), and random Z (V n, K), on the CPU."""
-    images = data.pretrain
-    batch = Batch(images.indices[positions], images.y.cpu()[positions], V, len(data.classes))
-    return batch, torch.randn(V * len(positions), K, generator=generator, device="cpu")
 
 
 def check_unlabelled(cfg: DictConfig, data: DataSet) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssl_runner import distributed
 from ssl_runner.backbone import Backbone, output_of
-from ssl_runner.checks import sample_batch
+from ssl_runner.batch import Batch
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.errors import UsageError, one_line
 from ssl_runner.loss import Loss
@@ -71,6 +71,15 @@ def check_pairs(cfg: DictConfig, relation: RelationBuilder, data: DataSet, K: in
         f"{given}: expected negatives in a batch, but this relation makes positives of all its rows; use"
         " relation=views, a larger batch, more classes or a smaller relation.k"
     )
+
+
+def sample_batch(
+    data: DataSet, positions: Tensor, V: int, K: int, generator: torch.Generator
+) -> tuple[Batch, Tensor]:
+    """The batch of the pretraining images at positions (n,), and random Z (V n, K), on the CPU."""
+    images = data.pretrain
+    batch = Batch(images.indices[positions], images.y.cpu()[positions], V, len(data.classes))
+    return batch, torch.randn(V * len(positions), K, generator=generator, device="cpu")
 
 
 def check_gradient(cfg: DictConfig, loss: Loss, K: int) -> None:

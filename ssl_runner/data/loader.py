@@ -54,7 +54,7 @@ class MultiViewLoader:
         self._rewind_order()
 
     def _rewind_order(self) -> None:
-        self.order_epoch, self.order_state = 0, torch.Generator().manual_seed(self.seed).get_state()
+        self.order_epoch, self.order_state = 0, torch.Generator("cpu").manual_seed(self.seed).get_state()
 
     def restarted(self) -> "MultiViewLoader":
         """A loader with the same options, at its initial state."""
@@ -69,7 +69,7 @@ class MultiViewLoader:
         """
         if epoch < self.order_epoch:
             self._rewind_order()
-        n, generator = len(self.data.pretrain), torch.Generator()
+        n, generator = len(self.data.pretrain), torch.Generator("cpu")
         generator.set_state(self.order_state)
         for _ in range(self.order_epoch, epoch):
             torch.randperm(n, generator=generator)
