@@ -215,7 +215,7 @@ def baseline_cache(
     """The cache of probe rows that do not depend on the training, or one without files if it is off.
 
     `switches` are those that `numerics.apply` returned. `random_init` with downloaded weights of timm is not
-    cached: their name does not tell their version.
+    cached: their name does not identify their version.
     """
     probe: Any = OmegaConf.to_container(cfg.probe, resolve=True)
     names = [name for name in probe["probes"] if name != "finetune"]

@@ -116,8 +116,8 @@ def check_fit(cfg: DictConfig, data: DataSet, relation: RelationBuilder) -> None
     if relation.count_pairs(data.pretrain.indices) == 0:
         raise UsageError(
             f"relation.path={cfg.relation.get('path')}: expected pairs of the {images} pretraining images,"
-            " found none; number the images as conf/relation/edges.yaml says (validation and test images do"
-            " not count)"
+            " found none; number the images as conf/relation/edges.yaml describes (validation and test images"
+            " do not count)"
         )
 
 

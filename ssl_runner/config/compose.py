@@ -157,7 +157,7 @@ class Composer:
 
 
 def find_modules(launch_folder: str | Path, config_dir: str | None) -> None:
-    """Let Python find the user's modules in the launch folder and beside `config_dir`, after all others."""
+    """Append to sys.path the folders of the user's modules: the launch folder, and that of `config_dir`."""
     folders = [launch_folder, *([Path(config_dir).resolve().parent] if config_dir is not None else [])]
     sys.path.extend(str(folder) for folder in folders if str(folder) not in sys.path)
 

@@ -163,13 +163,13 @@ class Finder:
         parts = [tree for tree in trees if tree.split]
         others = [tree for tree in trees if not tree.split]
         train = next((tree for tree in parts if tree.split == "train"), None)
-        beside = bool(direct) or any(tree.files for tree in others)
-        if train is not None and (len(train.below) > 1 or not beside):
+        unsplit = bool(direct) or any(tree.files for tree in others)
+        if train is not None and (len(train.below) > 1 or not unsplit):
             self.leave_out("outside of the splits", direct)
             for tree in others:
                 self.leave_out("outside of the splits", tree.files)
             return self.with_splits(root, train, parts, labels)
-        if labels is not False and not beside and any(tree.split != "unlabeled" for tree in parts):
+        if labels is not False and not unsplit and any(tree.split != "unlabeled" for tree in parts):
             raise UsageError(
                 f"dataset.root={printable(root)}: expected train beside {parts[0].path.name}, but train is"
                 " missing; add it, or set dataset.root to another folder"

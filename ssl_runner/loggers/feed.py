@@ -26,8 +26,8 @@ EARLY_SECONDS = 5.0  # instead of FINISH_SECONDS, for a run that ends early: Slu
 class Feed:
     """Context manager with one daemon thread that calls the logger of a run, if it has one.
 
-    The thread starts with `start`. A logger that raises is off: one line says so. On exit its last calls are
-    waited for, FINISH_SECONDS at most.
+    The thread starts with `start`. A logger that raises is turned off, with one line on stderr. The exit
+    waits for its last calls, FINISH_SECONDS at most.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Feed:
         try:
             for job in iter(self.jobs.get, None):
                 job()
-        except BaseException as error:  # whatever a library raises, SystemExit included
+        except BaseException as error:  # any error of a library, SystemExit included
             self._warn(f"failed and is off: {format_error(error)}")
 
     def _start(self, run: LoggedRun) -> None:
