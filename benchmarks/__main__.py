@@ -87,8 +87,7 @@ def main() -> None:
             f" peers, or only {', '.join(name for name in GROUPS if name not in PEERS)}"
         )
     given.out.mkdir(parents=True, exist_ok=True)
-    if device.type == "cpu":
-        keep_freed_memory()  # same allocator settings as in a run, for all contenders
+    keep_freed_memory(device)  # same allocator settings as in a run, for all contenders
     numerics.apply(device, "fp32", deterministic=False)  # likewise
     print(measure.describe(device))
     for name in groups:

@@ -4,6 +4,7 @@ The page has all options with default, accepted values and meaning. They come fr
 in conf/, as in `ssl-run --help`, and from the rules that check the values.
 """
 
+import textwrap
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -47,8 +48,13 @@ def page() -> str:
             text, name = file.read_text("utf-8"), f"`{group}={file.stem}`"
             name = f"**{name}**" if str((group, file.stem)) in chosen else name
             prefix = "" if "@package _global_" in text else f"{group.replace('/', '.')}."
-            parts += [f"{name}: {files.description(group, file.stem)}\n", table(prefix, text)]
+            parts += [wrapped(f"{name}: {files.description(group, file.stem)}"), table(prefix, text)]
     return "\n".join(filter(None, parts))
+
+
+def wrapped(text: str) -> str:
+    """A paragraph in lines of 110 columns, followed by an empty line."""
+    return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
 def table(prefix: str, text: str) -> str:

@@ -151,12 +151,12 @@ def from_timm(channels: int, image_size: int, name: str, **settings: Any) -> Bac
             f"backbone.name={name}: expected a model for images of {image_size} pixels, but it raises"
             f" '{one_line(features)}'; set {size}, or choose another model"
         )
-    check_features(name, features, settings)
+    check_pooled(name, features, settings)
     check_patches(name, body, image_size)
     return Backbone(body.train(), features.shape[1])
 
 
-def check_features(name: str, features: Any, settings: dict[str, Any]) -> None:
+def check_pooled(name: str, features: Any, settings: dict[str, Any]) -> None:
     """Raise ValueError unless a timm model with these settings returns features of shape (rows, width)."""
     if not isinstance(features, Tensor) or features.ndim != 2:
         found = tuple(features.shape) if isinstance(features, Tensor) else f"a {type(features).__name__}"
@@ -167,12 +167,12 @@ def check_features(name: str, features: Any, settings: dict[str, Any]) -> None:
         )
 
 
-def output_of(body: nn.Module, channels: int, image_size: int) -> Any:
-    """What a network in eval mode returns for one image, or the exception that it raises."""
+def output_of(network: nn.Module, channels: int, side: int, device: torch.device | None = None) -> Any:
+    """What a network returns for one image of 0 in eval mode, or the exception that it raises."""
     try:
         with torch.no_grad():
-            return body.eval()(torch.zeros(1, channels, image_size, image_size))
-    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+            return network.eval()(torch.zeros(1, channels, side, side, device=device))
+    except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
         return error
 
 
@@ -215,9 +215,11 @@ def downloading(option: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        reason = one_line(error)
+        found = reason if len(reason) <= 100 else type(error).__name__  # the Hub's message has 40 words
         raise ValueError(
-            f"{option}: expected weights in the cache or a connection to the network, found"
-            f" '{one_line(error)}'; connect, or give a file with init_weights=<file>"
+            f"{option}: expected weights in the cache or a connection to the network, found '{found}';"
+            " connect, or give a file with init_weights=<file>"
         ) from error
 
 

@@ -17,14 +17,13 @@ from torch.optim import Optimizer
 
 from ssl_runner import distributed, numerics, optimizer
 from ssl_runner.backbone import Backbone, LinearBackbone
-from ssl_runner.checks import check_blur, check_fit, check_loss, check_view_sizes
+from ssl_runner.checks import check_fit, check_parts
 from ssl_runner.config.paths import escape
 from ssl_runner.config.rules import check_values
 from ssl_runner.config.training import check_training
 from ssl_runner.data import dataset
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.loader import MultiViewLoader
-from ssl_runner.degenerate import check_features, check_gradient, check_pairs
 from ssl_runner.device import choose_device, choose_precision, keep_freed_memory
 from ssl_runner.errors import UsageError, one_line
 from ssl_runner.evaluator import Evaluator
@@ -32,7 +31,7 @@ from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel
 from ssl_runner.names import EVALUATION
 from ssl_runner.preemption import Preemption
-from ssl_runner.probe import BaselineCache, BestEpoch, Classifier, LabelDraw, ProbeEvaluator, check_layer
+from ssl_runner.probe import BaselineCache, BestEpoch, Classifier, LabelDraw, ProbeEvaluator
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.runs import weights
 from ssl_runner.runs.files import CsvLog
@@ -131,8 +130,7 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed.check_devices(device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     solver_class: type[Solver] = get_class(cfg.solver._target_)
     precision = solver_precision(cfg, solver_class, device)
     torch.manual_seed(cfg.seed)  # for a loss with random initial parameters
@@ -156,18 +154,8 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
         projector: nn.Module = nn.Identity()  # the backbone itself is solved for
     else:
         projector = build_node("projector", cfg.projector, features=backbone.width).to(device)
-        projector = distributed.sync_batchnorm(projector)
-    model = SSLModel(backbone, projector, cfg.channels_last)
-    check_features(backbone, data)
-    solver_class.check_model(model)
-    check_loss(cfg, loss, relation, data, solver_class, model.K)
-    if solver_class.trains:
-        check_pairs(cfg, relation, data, model.K)
-        check_gradient(cfg, loss, model.K)
-    if cfg.probe.layer is not None:
-        check_layer(backbone, cfg.probe.layer, (data.channels, data.image_size, data.image_size), device)
-    check_view_sizes(cfg, augment, solver_class, backbone, data)
-    check_blur(cfg, augment, data)
+    model = SSLModel(backbone, distributed.sync_batchnorm(projector), cfg.channels_last)
+    check_parts(cfg, data, augment, relation, loss, model, solver_class)
     return Experiment(
         cfg=cfg,
         device=device,
@@ -203,8 +191,9 @@ def build_node(
     Raises UsageError if the target does not accept them.
     """
     plain: Any = OmegaConf.to_container(node, resolve=True)
+    # twice, because instantiate resolves interpolations twice
     settings = escape(escape({name: plain[name] for name in plain if name not in without}))
-    try:  # resolves texts twice
+    try:
         return instantiate(settings, **parts, _partial_=partial, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, torch.OutOfMemoryError | MemoryError):
@@ -226,7 +215,7 @@ def baseline_cache(
     """The cache of probe rows that do not depend on the training, or one without files if it is off.
 
     `switches` are those that `numerics.apply` returned. `random_init` with downloaded weights of timm is not
-    cached: their name does not tell their version.
+    cached: their name does not identify their version.
     """
     probe: Any = OmegaConf.to_container(cfg.probe, resolve=True)
     names = [name for name in probe["probes"] if name != "finetune"]

@@ -6,19 +6,43 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_runner import distributed
-from ssl_runner.backbone import Backbone
-from ssl_runner.batch import Batch
+from ssl_runner.backbone import Backbone, output_of
 from ssl_runner.config.compose import CONF
 from ssl_runner.config.rules import format_value
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.splits import balanced_size
+from ssl_runner.degenerate import check_features, check_gradient, check_pairs, sample_batch
 from ssl_runner.errors import UsageError
 from ssl_runner.loss import Loss
-from ssl_runner.model import eval_mode
+from ssl_runner.model import SSLModel, eval_mode
+from ssl_runner.probe import check_layer
 from ssl_runner.relation import Relation
 from ssl_runner.relation.builders import RelationBuilder
 from ssl_runner.solver import Solver
 from ssl_runner.views import Augment
+
+
+def check_parts(
+    cfg: DictConfig,
+    data: DataSet,
+    augment: Augment,
+    relation: RelationBuilder,
+    loss: Loss,
+    model: SSLModel,
+    solver: type[Solver],
+) -> None:
+    """Raise UsageError if parts of a run do not fit each other. The relation is bound to the data set."""
+    check_features(model.backbone, data)
+    solver.check_model(model)
+    check_loss(cfg, loss, relation, data, solver, model.K)
+    if solver.trains:
+        check_pairs(cfg, relation, data, model.K)
+        check_gradient(cfg, loss, model.K)
+    if cfg.probe.layer is not None:
+        image = (data.channels, data.image_size, data.image_size)
+        check_layer(model.backbone, cfg.probe.layer, image, data.mean.device)
+    check_view_sizes(cfg, augment, solver, model.backbone, data)
+    check_blur(cfg, augment, data)
 
 
 def check_view_sizes(
@@ -27,7 +51,8 @@ def check_view_sizes(
     """Raise UsageError for sizes that the backbone does not accept, or resolutions that no training uses."""
     if cfg.views.resolutions is not None and not solver.trains:
         raise UsageError(
-            f"views.resolutions is for training, and {solver.__name__} does not train; leave it out"
+            f"views.resolutions={format_value(cfg.views.resolutions)}: expected null for {solver.__name__},"
+            " which does not train; leave it out"
         )
     resolutions = cfg.views.resolutions or []
     option = f"views.resolutions={format_value(resolutions)}"
@@ -38,13 +63,12 @@ def check_view_sizes(
             side: (f"views.policies.{name}.size={side}", "set another size") for name, side in named if side
         }
     for side, (option, remedy) in given.items():
-        try:
-            with torch.no_grad(), eval_mode(backbone):
-                backbone(torch.zeros(1, data.channels, side, side, device=data.mean.device))
-        except (RuntimeError, AssertionError, ValueError) as error:
+        with eval_mode(backbone):
+            features = output_of(backbone, data.channels, side, data.mean.device)
+        if isinstance(features, Exception):
             raise UsageError(
-                f"{option}: this backbone does not accept {side} x {side} images; {remedy}"
-            ) from error
+                f"{option}: expected sizes that this backbone accepts, found {side} x {side} pixels; {remedy}"
+            ) from features
 
 
 def check_blur(cfg: DictConfig, augment: Augment, data: DataSet) -> None:
@@ -68,14 +92,17 @@ def check_fit(cfg: DictConfig, data: DataSet, relation: RelationBuilder) -> None
     size, images, ranks = cfg.batch_size, len(data.pretrain), distributed.world_size()
     if size > images:
         raise UsageError(
-            f"batch_size={size}: {data.name} has {images} images to pretrain on; use at most {images}"
+            f"batch_size={size}: expected at most {images}, the pretraining images of {data.name}; use a"
+            " smaller batch"
         )
     if size % ranks:
-        raise UsageError(f"batch_size={size} is split over {ranks} processes; use a multiple of {ranks}")
+        raise UsageError(
+            f"batch_size={size}: expected a multiple of {ranks}, the number of processes; use one"
+        )
     if size < relation.min_batch_size:
         raise UsageError(
-            f"batch_size={size}: this relation needs at least {relation.min_batch_size} images per batch, to"
-            " find neighbours within the batch; increase batch_size or lower relation.k"
+            f"batch_size={size}: expected at least {relation.min_batch_size}, because this relation finds"
+            " neighbours within the batch; use a larger batch or a smaller relation.k"
         )
     if not data.classes:
         check_unlabelled(cfg, data)
@@ -83,13 +110,14 @@ def check_fit(cfg: DictConfig, data: DataSet, relation: RelationBuilder) -> None
     relation.check_images(data.pretrain.indices)
     if relation.needs_labels and bool((data.pretrain.y < 0).any()):
         raise UsageError(
-            f"relation: needs a label for every image, but {data.name} has unlabelled images;"
-            " use relation=views"
+            f"relation: expected a label for every image, but {data.name} has unlabelled images; use"
+            " relation=views"
         )
     if relation.count_pairs(data.pretrain.indices) == 0:
         raise UsageError(
-            f"relation.path={cfg.relation.get('path')}: no pair joins two of the {images} pretraining images;"
-            " number the images as conf/relation/edges.yaml says (validation and test images do not count)"
+            f"relation.path={cfg.relation.get('path')}: expected pairs of the {images} pretraining images,"
+            " found none; number the images as conf/relation/edges.yaml describes (validation and test images"
+            " do not count)"
         )
 
 
@@ -131,11 +159,9 @@ def check_loss(
 
 def first_relations(builder: RelationBuilder, size: int, V: int, K: int, data: DataSet) -> list[Relation]:
     """The relation of a batch at random Z, and of a second one if the builder uses those of the first."""
-    images = data.pretrain
-    chosen = torch.linspace(0, len(images) - 1, size, device="cpu").long()
-    batch = Batch(images.indices[chosen], images.y.cpu()[chosen], V, len(data.classes))
+    positions = torch.linspace(0, len(data.pretrain) - 1, size, device="cpu").long()
+    batch, Z = sample_batch(data, positions, V, K, torch.Generator("cpu").manual_seed(0))
     builder = deepcopy(builder) if builder.uses_memory else builder.frozen_copy()
-    Z = torch.randn(V * size, K, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     return [builder(batch, Z) for _ in range(1 + builder.uses_memory)]
 
 

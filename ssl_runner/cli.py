@@ -259,7 +259,7 @@ def run_or_skip(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     hydra = HydraConfig.get()
     places = hydra_internals.launch_folder(), hydra_internals.config_sources(hydra).get("command-line")
     compose.find_modules(*places)
-    environment = {str(name): str(value) for name, value in hydra.job.env_set.items()}
+    environment = hydra_internals.environment(hydra)
     distributed.broadcast_object(
         (OmegaConf.to_container(cfg), str(folder), str(Path.cwd()), places, environment)
     )

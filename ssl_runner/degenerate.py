@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from ssl_runner import distributed
-from ssl_runner.backbone import Backbone
+from ssl_runner.backbone import Backbone, output_of
 from ssl_runner.batch import Batch
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.errors import UsageError, one_line
@@ -25,15 +25,13 @@ BATCHES = 8
 def check_features(backbone: Backbone, data: DataSet) -> None:
     """Raise UsageError unless the backbone maps an image to `backbone.width` features."""
     side = data.image_size
-    x = torch.zeros(1, data.channels, side, side, device=data.mean.device)
-    try:
-        with torch.no_grad(), eval_mode(backbone):
-            y = backbone(x)
-    except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
+    with eval_mode(backbone):
+        y = output_of(backbone, data.channels, side, data.mean.device)
+    if isinstance(y, Exception):
         raise UsageError(
-            f"backbone: expected a network for images of shape {tuple(x.shape[1:])}, but it raises"
-            f" '{one_line(error)}'; set dataset.size, or use another network"
-        ) from error
+            f"backbone: expected a network for images of shape {(data.channels, side, side)}, but it raises"
+            f" '{one_line(y)}'; set dataset.size, or use another network"
+        ) from y
     shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
     if not isinstance(y, Tensor) or y.ndim < 2 or tuple(y.flatten(1).shape) != (1, backbone.width):
         raise UsageError(
@@ -51,18 +49,16 @@ def check_pairs(cfg: DictConfig, relation: RelationBuilder, data: DataSet, K: in
     if relation.uses_memory:
         return
     given, generator = f"batch_size={cfg.batch_size}", torch.Generator("cpu").manual_seed(0)
-    N = cfg.V * cfg.batch_size
     all_negative = all_positive = True
+    relation = relation.frozen_copy()
     with distributed.local_only():
         for _ in range(BATCHES):
             positions = torch.randperm(len(data.pretrain), generator=generator, device="cpu")
-            indices = data.pretrain.indices[positions[: cfg.batch_size]]
-            batch = Batch(indices, data.pretrain.labels.cpu()[indices], cfg.V, len(data.classes))
-            Z = torch.randn(N, K, generator=generator, device="cpu")
-            G = relation.frozen_copy()(batch, Z)
+            batch, Z = sample_batch(data, positions[: cfg.batch_size], cfg.V, K, generator)
+            G = relation(batch, Z)
             all_negative &= not G.degrees.any()
             # sum_j G_ij^2 >= d_i^2 / (N - 1), with equality iff row i has N - 1 positives of equal weights
-            least = float(G.degrees.double().square().sum()) / (N - 1)
+            least = float(G.degrees.double().square().sum()) / (len(Z) - 1)
             all_positive &= math.isclose(float(G.square_norm), least, rel_tol=1e-6) and least > 0
             if not (all_negative or all_positive):
                 return
@@ -77,29 +73,47 @@ def check_pairs(cfg: DictConfig, relation: RelationBuilder, data: DataSet, K: in
     )
 
 
-def check_gradient(cfg: DictConfig, loss: Loss, K: int) -> None:
-    """Raise UsageError if a loss of ssl_runner has gradient 0 for every Z of this run's shape.
+def sample_batch(
+    data: DataSet, positions: Tensor, V: int, K: int, generator: torch.Generator
+) -> tuple[Batch, Tensor]:
+    """The batch of the pretraining images at positions (n,), and random Z (V n, K), on the CPU."""
+    images = data.pretrain
+    batch = Batch(images.indices[positions], images.y.cpu()[positions], V, len(data.classes))
+    return batch, torch.randn(V * len(positions), K, generator=generator, device="cpu")
 
-    Computed at random Z for up to IMAGES images with their views, and up to COLUMNS columns.
+
+def check_gradient(cfg: DictConfig, loss: Loss, K: int) -> None:
+    """Raise UsageError if a loss of ssl_runner has gradient 0 for every Z of this run's shape."""
+    if message := why_no_gradient(cfg, loss, K):
+        raise UsageError(message)
+
+
+def why_no_gradient(cfg: DictConfig, loss: Loss, K: int, name: str | None = None) -> str:
+    """The message for a loss, or a term of it, with gradient 0 for every Z of this run's shape, else "".
+
+    Computed at random Z for up to IMAGES images with their views, and up to COLUMNS columns. A loss of
+    another package is not called.
     """
-    if not type(loss).__module__.startswith("ssl_runner."):
-        return
     n, k = min(cfg.batch_size, IMAGES), min(K, COLUMNS)
-    if has_gradient(loss, n, cfg.V, k):
-        return
-    if would_have_gradient(loss, IMAGES, cfg.V, k):
+    if not type(loss).__module__.startswith("ssl_runner.") or has_gradient(loss, n, cfg.V, k, name):
+        return ""
+    what = f"{type(loss).__name__}'s {name}" if name else type(loss).__name__
+    if would_have_gradient(loss, IMAGES, cfg.V, k, name):
         fault, remedy = f"batch_size={cfg.batch_size}: expected more images", "use a larger batch"
-    elif would_have_gradient(loss, n, cfg.V, COLUMNS):
-        fault, remedy = f"projector.K={K}: expected 2 or more columns", "use more columns"
+    elif would_have_gradient(loss, n, cfg.V, COLUMNS, name):
+        option = "projector.K" if "K" in cfg.projector else "backbone.width"
+        fault, remedy = f"{option}={K}: expected 2 or more columns", "use more columns"
+    elif name:
+        fault, remedy = "loss: expected terms with a gradient", "set its weight to 0"
     else:
         fault, remedy = "loss: expected a weight above 0", "raise one of its weights"
-    raise UsageError(f"{fault}, because the gradient of {type(loss).__name__} is 0 for any Z; {remedy}")
+    return f"{fault}, because the gradient of {what} is 0 for any Z; {remedy}"
 
 
-def would_have_gradient(loss: Loss, n: int, V: int, K: int) -> bool:
+def would_have_gradient(loss: Loss, n: int, V: int, K: int, name: str | None) -> bool:
     """`has_gradient` for another shape than that of the run, which the loss may refuse."""
     try:
-        return has_gradient(loss, n, V, K)
+        return has_gradient(loss, n, V, K, name)
     except ValueError:
         return False
 
@@ -133,13 +147,9 @@ def warnings(cfg: DictConfig, loss: Loss, relation: RelationBuilder, data: DataS
             f"warning: batch_size={cfg.batch_size}: on average {pairs:.2g} pairs of images in a batch are"
             " positives, so that most positives are views of one image; use a larger batch"
         )
-    if type(loss).__module__.startswith("ssl_runner."):
-        n, k = min(cfg.batch_size, IMAGES), min(K, COLUMNS)
-        used = [name for name, weight in loss.weights.items() if weight]
-        for name in used:
-            if not has_gradient(loss, n, cfg.V, k, name):
-                lines.append(f"warning: K={K}: the gradient of the loss's {name} is 0; use more columns")
-    return lines
+    used = [name for name, weight in loss.weights.items() if weight]
+    messages = [why_no_gradient(cfg, loss, K, name) for name in used]
+    return [*lines, *(f"warning: {message}" for message in messages if message)]
 
 
 def expected_pairs(relation: RelationBuilder, data: DataSet, batch_size: int) -> float | None:

@@ -129,13 +129,13 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def keep_freed_memory() -> None:
-    """Keep freed memory in this process for the next allocation.
+def keep_freed_memory(device: torch.device) -> None:
+    """Keep freed memory in this process for the next allocation, if the device is a CPU.
 
     By default glibc returns blocks above 32 MiB to the system, and the activations of every step are paged in
     again. Does nothing without glibc.
     """
-    if mallopt := _glibc("mallopt"):
+    if device.type == "cpu" and (mallopt := _glibc("mallopt")):
         mallopt(MMAP_MAX, 0)
         mallopt(TRIM_THRESHOLD, -1)
 

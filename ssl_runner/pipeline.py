@@ -17,7 +17,7 @@ from ssl_runner.data.loader import preview
 from ssl_runner.degenerate import warnings
 from ssl_runner.device import release_freed_memory
 from ssl_runner.embedding_map import write_map
-from ssl_runner.evaluator import Columns, merge
+from ssl_runner.evaluator import Columns, Evaluator, merge
 from ssl_runner.facts import description, facts, format_table, headline, notes
 from ssl_runner.loggers import Feed
 from ssl_runner.preemption import Preemption
@@ -82,11 +82,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         solver, model = experiment.solver(preemption, save, schedule), experiment.model
         evaluators = experiment.evaluators(folder, probes)
         if resume_from is not None:  # last, since it restores the random states
-            state = checkpoint.load(resume_from)
-            with checkpoint.restoring(resume_from):
-                for evaluator, of_evaluator in zip(evaluators, state.pop("evaluators"), strict=True):
-                    evaluator.load_state_dict(of_evaluator)
-                solver.load_state_dict(state)
+            restore(resume_from, solver, evaluators)
         metrics.truncate_after(solver.epoch)
         probes.truncate_after(solver.epoch)
         # final rows carry the epoch of the kept weights with probe.keep=best, so truncate_after keeps them
@@ -102,11 +98,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         record.update(compile=compile_solver(cfg.compile, solver, experiment.loader, before))
         record.update(**facts(experiment))
         if is_main:
-            lines = [headline(cfg, record), *notes(data, cfg.probe.features)]
-            if experiment.solver_class.trains:
-                lines += warnings(cfg, experiment.loss, experiment.relation, data, model.K)
-            line = describe_gamma(record.content["gamma_limits"])
-            print("\n".join([*lines, *([line] if line else [])]), flush=True)
+            print("\n".join(first_lines(experiment, record)), flush=True)
 
         epochs = solver.epochs()
         for row in profiled(epochs, folder, experiment.device) if cfg.profile and is_main else epochs:
@@ -137,6 +129,25 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
             network = networks(experiment)[solver.result_features]()
             write_map(network, data, folder, **cfg.embedding, seed=cfg.dataset.split_seed)
     return result
+
+
+def restore(path: Path, solver: Solver, evaluators: Sequence[Evaluator]) -> None:
+    """Load a checkpoint. Raises UsageError if it is not one of these parts."""
+    state = checkpoint.load(path)
+    with checkpoint.restoring(path):
+        for evaluator, of_evaluator in zip(evaluators, state.pop("evaluators"), strict=True):
+            evaluator.load_state_dict(of_evaluator)
+        solver.load_state_dict(state)
+
+
+def first_lines(experiment: Experiment, record: RunRecord) -> list[str]:
+    """The lines that are printed before training."""
+    cfg, data = experiment.cfg, experiment.data
+    lines = [headline(cfg, record), *notes(data, cfg.probe.features)]
+    if experiment.solver_class.trains:
+        lines += warnings(cfg, experiment.loss, experiment.relation, data, experiment.model.K)
+    gamma = describe_gamma(record.content["gamma_limits"])
+    return [*lines, gamma] if gamma else lines
 
 
 def with_evaluators_time(row: Columns, seconds: float) -> Columns:

@@ -274,7 +274,7 @@ class Pretraining(Solver):
             )
         for name in ("epoch", "step", "seconds"):
             setattr(self, name, state[name])
-        self.times |= state.get("times") or {"step": self.seconds - state["seconds_before"]}  # formerly one
+        self.times |= state.get("times") or {"step": self.seconds - state["seconds_before"]}  # older runs
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         self.model.backbone.load_state_dict(state["backbone"])
         self.model.projector.load_state_dict(state["projector"])

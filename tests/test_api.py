@@ -109,7 +109,11 @@ def test_run_restores_global_state(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["resume=nowhere"], None, "nowhere: expected the folder of a run"),
         (["hydra.run.dir=a"], "b", "folder=b: expected no folder together with hydra.run.dir=a"),
         (["probe.keep=best"], None, "probe.keep=best: expected probe.every >= 1"),
-        (["batch_size=5000"], None, "batch_size=5000: mnist5k has 3600 images to pretrain on"),
+        (
+            ["batch_size=5000"],
+            None,
+            "batch_size=5000: expected at most 3600, the pretraining images of mnist5k",
+        ),
     ],
 )
 def test_invalid_input_raises_what_the_command_line_prints(

@@ -263,7 +263,7 @@ INVALID = [
     # grammar
     ("gamma", "expected <group>=<name> or <key>=<value>"),
     ("=3", "=3 has no key: expected <group>=<name> or <key>=<value>"),
-    ("-m gamma=range(1,0)", "gamma=range(1,0) is an empty sweep"),
+    ("-m gamma=range(1,0)", "gamma=range(1,0): expected one or more values to sweep over"),
     (
         "probe.probes=[knn,knn]",
         "probe.probes=[knn,knn]: expected a non-empty list of linear, knn, ridge without repeats",
@@ -315,7 +315,10 @@ def test_invalid_command_line_fails_before_writing_files(
 
 
 INVALID_FOR_DATA = [
-    ("batch_size=4000", "batch_size=4000: mnist5k has 3600 images to pretrain on; use at most 3600"),
+    (
+        "batch_size=4000",
+        "batch_size=4000: expected at most 3600, the pretraining images of mnist5k; use a smaller",
+    ),
     ("dataset.subset=5", "expected an integer from 10 to 4000"),
     ("dataset.subset=10", "expected at least one held-out image, and one training image per class"),
     ("dataset=folder", "dataset.root=null: expected a folder"),
@@ -334,11 +337,11 @@ INVALID_FOR_DATA = [
     ),
     (
         "relation=neighbors relation.k=128",
-        "batch_size=128: this relation needs at least 129 images per batch, to find neighbours within",
+        "batch_size=128: expected at least 129, because this relation finds neighbours within the batch",
     ),
     (
         "relation=noisy relation@relation.base=neighbors relation.base.k=128",
-        "this relation needs at least 129 images per batch, to find neighbours within the batch",
+        "expected at least 129, because this relation finds neighbours within the batch",
     ),
     ("relation=noisy +relation.k=3", "unexpected keyword argument 'k'"),
     (
@@ -395,13 +398,13 @@ def test_option_that_does_not_suit_data_fails_sweep_before_first_job(ssl_run, tm
     for command, message in (
         (
             "relation=edges relation.path=pairs.csv,pairs.csv",
-            "pairs.csv: no pair joins two of the 3600 pretraining images",
+            "pairs.csv: expected pairs of the 3600 pretraining images, found none",
         ),
         (
             "relation=noisy relation@relation.base=edges relation.base.path=pairs.csv seed=0,1",
-            "no pair joins two of the 3600 pretraining images",
+            "expected pairs of the 3600 pretraining images, found none",
         ),
-        ("relation=neighbors relation.k=1,200", "needs at least 201 images per batch"),
+        ("relation=neighbors relation.k=1,200", "expected at least 201, because this relation"),
         (
             "solver=closed_form relation=neighbors relation.queue=0,9",
             "needs positive pairs within one batch; set relation.queue=0",

@@ -22,9 +22,8 @@ TRAINS, SOLVES = "ssl_runner.train.Pretraining", "ssl_runner.theory.solver.Close
 
 def shape(batch_size: int = 8, V: int = 2, betas: object = None, solver: str = TRAINS):
     optimizer = {} if betas is None else {"betas": betas}
-    return OmegaConf.create(
-        {"batch_size": batch_size, "V": V, "optimizer": optimizer, "solver": {"_target_": solver}}
-    )
+    options = {"batch_size": batch_size, "V": V, "optimizer": optimizer, "projector": {"K": 256}}
+    return OmegaConf.create({**options, "solver": {"_target_": solver}})
 
 
 @pytest.mark.parametrize(
@@ -147,18 +146,48 @@ def test_w_mse_of_one_row_more_than_columns_has_no_gradient() -> None:
         check_gradient(shape(2), WMSE(), 3)
 
 
+class Zero(Loss):
+    """|Z|^2, and a term that is 0 for these options."""
+
+    __module__ = "ssl_runner.loss.zero"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = {"norm": 1.0, "zero": 2.0}
+
+    def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
+        return {"norm": Z.square().sum(), "zero": 0 * Z.sum()}
+
+
 @pytest.mark.parametrize(
-    ("loss", "K", "lines"),
+    ("loss", "K", "reasons"),
     [
-        (VICReg(), 1, ["warning: K=1: the gradient of the loss's covariance is 0; use more columns"]),
-        (BarlowTwins(), 1, ["warning: K=1: the gradient of the loss's off_diagonal is 0; use more columns"]),
+        (VICReg(), 1, [(ONE_COLUMN, "VICReg's covariance", "use more columns")]),
+        (BarlowTwins(), 1, [(ONE_COLUMN, "BarlowTwins's off_diagonal", "use more columns")]),
+        (Zero(), 2, [("loss: expected terms with a gradient", "Zero's zero", "set its weight to 0")]),
         (VICReg(beta=0), 1, []),
         (VICReg(), 2, []),
         (SpectralContrastive(), 1, []),
     ],
 )
-def test_term_without_gradient_is_reported(loss: Loss, K: int, lines: list[str]) -> None:
-    assert warnings(shape(), loss, FromViews(), load(toy()), K) == lines
+def test_term_without_gradient_is_reported(loss: Loss, K: int, reasons: list[tuple[str, str, str]]) -> None:
+    assert warnings(shape(), loss, FromViews(), load(toy()), K) == [
+        f"warning: {fault}, because the gradient of {what} is 0 for any Z; {remedy}"
+        for fault, what, remedy in reasons
+    ]
+
+
+def test_term_without_gradient_in_a_small_batch_is_reported() -> None:
+    """K + 1 whitened rows: see above."""
+    [line] = warnings(shape(2), WMSE(), FromViews(), load(toy()), 3)
+    assert line.startswith("warning: batch_size=2: expected more images, because the gradient of WMSE's")
+
+
+def test_loss_without_projector_names_the_width_of_the_backbone() -> None:
+    cfg = shape(128)
+    cfg.projector = {}
+    with pytest.raises(UsageError, match=r"^backbone\.width=1: expected 2 or more columns"):
+        check_gradient(cfg, SimCLR(), 1)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ import torch
 from ssl_runner.device import keep_freed_memory
 
 if sys.argv[1] == "kept":
-    keep_freed_memory()
+    keep_freed_memory(torch.device("cpu"))
 def step():
     torch.ones(24, 2**20)  # 96 MiB
 for _ in range(30):

@@ -556,7 +556,7 @@ def test_all_ranks_exit_on_an_error(tmp_path: Path) -> None:
     commands = {
         f"--config-dir conf backbone=fragile {tiny} hydra.run.dir=broken":
             "PeerFailed: rank 1 of 2: MemoryError: too large for this one",
-        f"{TINY} batch_size=49": "batch_size=49 is split over 2 processes; use a multiple of 2",
+        f"{TINY} batch_size=49": "batch_size=49: expected a multiple of 2, the number of processes",
         f"{TINY} gama=3": "Unknown option 'gama'. Did you mean 'gamma'?",
     }  # fmt: skip
     for command, words in commands.items():

@@ -48,6 +48,17 @@ def test_pages_have_no_placeholders() -> None:
         assert "@@" not in page.read_text()
 
 
+def test_lines_of_pages_are_short() -> None:
+    """At most 120 columns, apart from tables, code and the targets of links."""
+    for page in [*PAGES, ROOT / "CHANGELOG.md"]:
+        text = re.sub(
+            r"^```.*?^```", lambda code: "\n" * code[0].count("\n"), page.read_text(), flags=re.M | re.S
+        )
+        for number, line in enumerate(text.splitlines(), 1):
+            shown = re.sub(r"\]\([^)]*\)", "]()", line)
+            assert len(shown) <= 120 or line.startswith(("|", "    ")), f"{page.name}:{number}"
+
+
 def test_links_of_pages_exist() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

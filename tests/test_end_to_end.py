@@ -151,12 +151,15 @@ def test_run_succeeds_with_every_option(ssl_run, settings: str) -> None:
     [
         (
             "backbone=linear views.resolutions=[16,28]",
-            "views.resolutions=[16,28]: this backbone does not accept 16 x 16 images; leave 16 out",
+            "views.resolutions=[16,28]: expected sizes that this backbone accepts, found 16 x 16",
         ),
-        ("backbone=linear solver=closed_form views.resolutions=[28]", "views.resolutions is for training"),
+        (
+            "backbone=linear solver=closed_form views.resolutions=[28]",
+            "views.resolutions=[28]: expected null for ClosedForm",
+        ),
         (
             "views=multicrop backbone=vit_tiny",
-            "views.policies.small.size=16: this backbone does not accept 16 x 16 images; set another size",
+            "views.policies.small.size=16: expected sizes that this backbone accepts, found 16 x 16",
         ),
     ],
 )
@@ -299,7 +302,7 @@ def test_runs_started_in_same_second_get_separate_folders(
 def test_invalid_job_stops_sweep_before_start(ssl_run, tmp_path: Path) -> None:
     code, out, err = ssl_run(f"-m batch_size=50,5000,40 {TINY.replace('batch_size=50', '')}")
     assert (code, out) == (1, "")
-    assert "batch_size=5000: mnist5k has 180 images to pretrain on" in err
+    assert "batch_size=5000: expected at most 180, the pretraining images of mnist5k" in err
     assert err.endswith("(in the sweep's job batch_size=5000)\n")
     assert not list(tmp_path.rglob("run.json"))
 

@@ -158,23 +158,6 @@ def test_message_on_a_broken_image_without_a_path_names_split_and_row(
     )
 
 
-def test_rows_are_those_of_the_splits_in_order() -> None:
-    """As of the concatenated list. Empty splits are allowed."""
-    parts = [("a", range(3)), ("b", range(0)), ("c", range(4))]
-    rows = hugging_face.Rows(parts, "image")
-    expected = [(name, row) for name, part in parts for row in part]
-
-    def place(row: hugging_face.Row) -> tuple[str, int]:
-        return row.split_name, row.row
-
-    assert [place(row) for row in rows] == expected
-    assert [place(rows[i - 7]) for i in range(7)] == expected
-    for part in (slice(2, 5), slice(None), slice(5, 99), slice(6, 0, -2)):
-        assert [place(row) for row in rows[part]] == expected[part]
-    with pytest.raises(IndexError):
-        rows[7]
-
-
 def test_interrupted_decode_resumes_at_the_last_block(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = read(saved).images.clone()
     for file in (saved.parent / "cache").iterdir():

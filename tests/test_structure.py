@@ -50,10 +50,10 @@ IMPORTS = """
 
     pretrained      data device errors numerics runs views
 
-    checks          backbone batch config data distributed errors loss model relation solver views
     degenerate      backbone batch data distributed errors loss model relation
-    build           backbone checks config data degenerate device distributed errors evaluator loss model
-                    names numerics optimizer preemption probe relation runs solver
+    checks          backbone config data degenerate distributed errors loss model probe relation solver views
+    build           backbone checks config data device distributed errors evaluator loss model names numerics
+                    optimizer preemption probe relation runs solver
     profile         evaluator runs
     compiler        data distributed solver views
     embedding_map   data distributed probe runs

@@ -58,7 +58,7 @@ def test_closed_form_solves_without_labels(ssl_run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("relation=labels", "relation: needs a label for every image, but folder has unlabelled images"),
+        ("relation=labels", "relation: expected a label for every image, but folder has unlabelled images"),
         ("probe.every=1", "probe.every=1: expected the default, since folder has no labels"),
         (
             "probe.probes=[knn]",

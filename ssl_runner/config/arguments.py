@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ssl_runner.config import paths
 from ssl_runner.errors import UsageError
@@ -14,7 +14,13 @@ OVERRIDES = ("overrides", "source")  # destinations of the words that may be ove
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser whose errors are UsageErrors. Paths in overrides are quoted as `paths.complete` describes."""
+    """Parser whose errors are UsageErrors. Paths in overrides are quoted as `paths.complete` describes.
+
+    The lines of its description and epilog are printed as they are.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
 
     def read(self, words: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse `words`, by default those of sys.argv. Overrides and options may be given in any order."""

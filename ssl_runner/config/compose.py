@@ -76,7 +76,7 @@ def jobs(overrides: list[Override], multirun: bool) -> list[list[Override]]:
         [override for override in overrides if not sweeps.is_sampled(override)]
     )
     if not found:
-        raise UsageError(f"{swept[0].input_line} is an empty sweep: give at least one value")
+        raise UsageError(f"{swept[0].input_line}: expected one or more values to sweep over; give some")
     return [parse(job) for job in found]
 
 
@@ -148,19 +148,16 @@ class Composer:
 
     def owners_of_part(self, group: str, name: str) -> list[str]:
         """Return the choices of a group that contain a nested config `name`, as relation=noisy has `base`."""
-        configs = {
-            choice: self.repository.load_config(f"{group}/{choice}")
-            for choice in self.repository.get_group_options(group)
-        }
         return [
             choice
-            for choice, config in configs.items()
-            if config and any(item.get_package() == name for item in config.defaults_list or [])
+            for choice in self.repository.get_group_options(group)
+            if (config := self.repository.load_config(f"{group}/{choice}"))
+            and any(item.get_package() == name for item in config.defaults_list or [])
         ]
 
 
 def find_modules(launch_folder: str | Path, config_dir: str | None) -> None:
-    """Let Python find the user's modules in the launch folder and beside `config_dir`, after all others."""
+    """Append to sys.path the folders of the user's modules: the launch folder, and that of `config_dir`."""
     folders = [launch_folder, *([Path(config_dir).resolve().parent] if config_dir is not None else [])]
     sys.path.extend(str(folder) for folder in folders if str(folder) not in sys.path)
 

@@ -5,10 +5,12 @@ import argparse
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
-from ssl_runner.config import compose
+from ssl_runner.config import compose, hydra_internals
 from ssl_runner.config.compose import Composer
 
-GROUPS = ("experiment", "hparams_search")  # whose files may set Hydra's own options
+# Groups of compose.CHANGING whose files may set a sweep. The checks do not read Hydra's options in files of
+# local and debug.
+GROUPS = ("experiment", "hparams_search")
 
 
 def open_axes(args: argparse.Namespace) -> list[Override]:
@@ -42,8 +44,7 @@ def hydra_config(composer: Composer, overrides: list[Override]) -> DictConfig:
 
 
 def sweep_settings(args: argparse.Namespace) -> tuple[dict[str, str], bool]:
-    """Return the environment variables of the jobs (`hydra.job.env_set`), and whether it is a search."""
+    """Return the environment variables of the jobs, and whether it is a search."""
     with compose.composer(args) as composer:
         hydra = hydra_config(composer, compose.parse(args.overrides))
-        variables = {str(name): str(value) for name, value in hydra.job.env_set.items()}
-        return variables, hydra.runtime.choices.get("hydra/sweeper") == "optuna"
+        return hydra_internals.environment(hydra), hydra.runtime.choices.get("hydra/sweeper") == "optuna"

@@ -43,6 +43,8 @@ __all__ = [
     "config_repository",
     "config_sources",
     "enumerate_jobs",
+    "environment",
+    "launch_folder",
     "output_dir",
     "preserved_state",
     "remove_plugin_schemas",
@@ -141,6 +143,11 @@ def config_sources(hydra: Any) -> dict[str, str]:
 def launch_folder() -> str:
     """Return the folder from which the present job was started."""
     return _texts(HydraConfig.get())["cwd"]
+
+
+def environment(hydra: Any) -> dict[str, str]:
+    """Return the environment variables of the jobs (`hydra.job.env_set`)."""
+    return {str(name): str(value) for name, value in hydra.job.env_set.items()}
 
 
 def _texts(hydra: Any) -> Any:

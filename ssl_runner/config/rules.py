@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -116,6 +116,7 @@ LOSS_RULES = {
     "whitening_size": Rule(int, low=2, optional=True),
 }
 DEVICES = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+MISSING = object()
 
 
 def check_values(config: DictConfig, evaluation: bool = False) -> None:
@@ -132,62 +133,23 @@ def check_values(config: DictConfig, evaluation: bool = False) -> None:
     rules = RULES | base_rules(config.relation) | (LOSS_RULES if ours else {})
     if str(config.dataset.get("_target_")).endswith(".image_folder.folder"):
         rules["dataset.root"] = replace(RULES["dataset.root"], many=True)
-    for key, rule in rules.items():
-        value = OmegaConf.select(config, key, default=MISSING)
-        if value is not MISSING and not rule.accepts(value):
-            raise UsageError(f"{key}={format_value(value)}: expected {rule}")
+    check_rules(config, rules)
     check_device("device", config.device)
-    for key, accepted in (
-        ("probe.probes", probe_names(config.probe)),
-        ("probe.features", FEATURES),
-    ):
-        values = OmegaConf.select(config, key)
-        if (
-            not isinstance(values, ListConfig)
-            or not values
-            or not set(values) <= set(accepted)
-            or len(set(values)) < len(values)
-        ):
-            raise UsageError(
-                f"{key}={format_value(values)}: expected a non-empty list of {', '.join(accepted)}"
-                f" without repeats{hint(key, values, accepted)}"
-            )
-    if "finetune" in config.probe.probes and not evaluation:
-        raise UsageError(
-            f"probe.probes={format_value(config.probe.probes)}: expected probes of frozen features; run"
-            " ssl-probe FOLDER probe=finetune after the run"
-        )
-    check_shares(config.probe.get("labels"))
+    check_probes(config.probe, evaluation)
     crop, resize = (config.dataset.get(name) for name in ("eval_crop", "eval_resize"))
     if crop is not None and resize is not None and crop > resize:
         raise UsageError(
             f"dataset.eval_crop={crop}: expected at most dataset.eval_resize={resize}; use a smaller crop"
         )
     resolutions = config.views.resolutions
-    if resolutions is not None and not (
-        isinstance(resolutions, ListConfig)
-        and resolutions
-        and all(Rule(int, low=4).accepts(size) for size in resolutions)
-    ):
+    if resolutions is not None and not is_list(resolutions, Rule(int, low=4).accepts):
         raise UsageError(
             f"views.resolutions={format_value(resolutions)}: expected a list of integers >= 4,"
             " such as [16,24,32], or null"
         )
-    if config.probe.keep == "best" and not config.probe.every:
-        raise UsageError("probe.keep=best: expected probe.every >= 1; add probe.every=1, or use keep=last")
     if OmegaConf.select(config, "embedding.method") == "umap" and find_spec("umap") is None:
         raise UsageError(
             "embedding.method=umap: expected umap-learn to be installed; run pip install 'ssl_runner[umap]'"
-        )
-    if "backbone" not in config.probe.features and not evaluation:
-        raise UsageError(
-            f"probe.features={format_value(config.probe.features)}: expected a list that includes backbone;"
-            " add it, because the result of a run is the accuracy of its backbone features"
-        )
-    if "lda" in config.probe.features and config.probe.get("labels") is not None:
-        raise UsageError(
-            f"probe.features={format_value(config.probe.features)}: expected a list without lda, which is"
-            " fitted on all labels; leave it out, or leave out probe.labels"
         )
     if config.optimizer.warmup_epochs > config.epochs:
         given = f"optimizer.warmup_epochs={config.optimizer.warmup_epochs}"
@@ -196,9 +158,58 @@ def check_values(config: DictConfig, evaluation: bool = False) -> None:
         )
 
 
-def hint(key: str, values: Any, accepted: Iterable[str]) -> str:
+def check_rules(config: DictConfig, rules: Mapping[str, Rule]) -> None:
+    """Raise UsageError for the first option that its rule does not accept. Absent options are skipped."""
+    for key, rule in rules.items():
+        value = OmegaConf.select(config, key, default=MISSING)
+        if value is not MISSING and not rule.accepts(value):
+            raise UsageError(f"{key}={format_value(value)}: expected {rule}")
+
+
+def is_list(values: Any, accepts: Callable[[Any], bool]) -> bool:
+    """Whether a value is a non-empty list of accepted values."""
+    return isinstance(values, ListConfig) and len(values) > 0 and all(map(accepts, values))
+
+
+def check_probes(probe: DictConfig, evaluation: bool) -> None:
+    """Raise UsageError for invalid values of `probe.*`, as `check_values` does."""
+    for name, accepted in (("probes", probe_names(probe)), ("features", FEATURES)):
+        values = probe[name]
+        if not is_list(values, accepted.__contains__) or len(set(values)) < len(values):
+            raise UsageError(
+                f"probe.{name}={format_value(values)}: expected a non-empty list of {', '.join(accepted)}"
+                f" without repeats{hint(name, values, accepted)}"
+            )
+    if "finetune" in probe.probes and not evaluation:
+        raise UsageError(
+            f"probe.probes={format_value(probe.probes)}: expected probes of frozen features; run"
+            " ssl-probe FOLDER probe=finetune after the run"
+        )
+    share = Rule(float, 0, 1, open_low=True)
+    labels = probe.get("labels")
+    if labels is not None and not (is_list(labels, share.accepts) and len(set(labels)) == len(labels)):
+        raise UsageError(
+            f"probe.labels={format_value(labels)}: expected a list of different numbers > 0 and <= 1, such as"
+            " [0.01,0.1], or null"
+        )
+    features = f"probe.features={format_value(probe.features)}"
+    if "backbone" not in probe.features and not evaluation:
+        raise UsageError(
+            f"{features}: expected a list that includes backbone; add it, because the result of a run is the"
+            " accuracy of its backbone features"
+        )
+    if "lda" in probe.features and labels is not None:
+        raise UsageError(
+            f"{features}: expected a list without lda, which is fitted on all labels; leave it out, or leave"
+            " out probe.labels"
+        )
+    if probe.keep == "best" and not probe.every:
+        raise UsageError("probe.keep=best: expected probe.every >= 1; add probe.every=1, or use keep=last")
+
+
+def hint(name: str, values: Any, accepted: Iterable[str]) -> str:
     """Return where `probe.probes=[finetune]` belongs, or ""."""
-    if key == "probe.probes" and isinstance(values, ListConfig) and "finetune" in {*values} - {*accepted}:
+    if name == "probes" and isinstance(values, ListConfig) and "finetune" in {*values} - {*accepted}:
         return "; to fine-tune, run ssl-probe FOLDER probe=finetune after the run"
     return ""
 
@@ -214,21 +225,6 @@ def probe_names(probe: DictConfig) -> tuple[str, ...]:
     return (*map(str, probe.classifiers), *(["finetune"] if "finetune" in probe else []))
 
 
-def check_shares(labels: Any) -> None:
-    """Raise UsageError if `probe.labels` is neither null nor a list of distinct shares in (0, 1]."""
-    share = Rule(float, 0, 1, open_low=True)
-    if labels is not None and not (
-        isinstance(labels, ListConfig)
-        and labels
-        and all(share.accepts(value) and value is not None for value in labels)
-        and len(set(labels)) == len(labels)
-    ):
-        raise UsageError(
-            f"probe.labels={format_value(labels)}: expected a list of different numbers > 0 and <= 1, such as"
-            " [0.01,0.1], or null"
-        )
-
-
 def base_rules(relation: DictConfig) -> dict[str, Rule]:
     """Return the rules of relation.* for every nested relation: relation.base.*, relation.base.base.*, ..."""
     rules, path, node = {}, "relation.", relation.get("base")
@@ -238,9 +234,6 @@ def base_rules(relation: DictConfig) -> dict[str, Rule]:
             if key.startswith("relation."):
                 rules[path + key.removeprefix("relation.")] = rule
     return rules
-
-
-MISSING = object()
 
 
 def format_value(value: Any) -> str:

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from ssl_runner.config.rules import format_value
+from ssl_runner.config.rules import check_rules, format_value
 from ssl_runner.errors import UsageError
 from ssl_runner.rule import Rule
 
@@ -21,12 +21,12 @@ OURS = {  # preset of a plugin -> the one of this package that replaces it
 }
 # option -> rule, where the launcher or sweeper has the option
 RULES = {
-    "hydra.sweeper.n_trials": Rule(int, low=1),
-    "hydra.sweeper.n_jobs": Rule(int, low=1),
-    "hydra.sweeper.max_failure_rate": Rule(float, low=0, high=1),
-    "hydra.sweeper.direction": Rule(str, choices=("maximize", "minimize")),
-    "hydra.launcher.timeout_min": Rule(int, low=1),
-    "hydra.launcher.array_parallelism": Rule(int, low=1),
+    "hydra.sweeper.n_trials": Rule(int, low=1, optional=True),
+    "hydra.sweeper.n_jobs": Rule(int, low=1, optional=True),
+    "hydra.sweeper.max_failure_rate": Rule(float, low=0, high=1, optional=True),
+    "hydra.sweeper.direction": Rule(str, choices=("maximize", "minimize"), optional=True),
+    "hydra.launcher.timeout_min": Rule(int, low=1, optional=True),
+    "hydra.launcher.array_parallelism": Rule(int, low=1, optional=True),
 }
 
 
@@ -56,10 +56,7 @@ def check_sweep(hydra: DictConfig, overrides: list[Override]) -> None:
     """Raise UsageError if a sweep over these overrides cannot work with this configuration of Hydra."""
     choices = hydra.runtime.choices
     check_plugins(f"{group}={choices.get(group)}" for group in ("hydra/launcher", "hydra/sweeper"))
-    for key, rule in RULES.items():
-        value = OmegaConf.select(OmegaConf.create({"hydra": hydra}), key, default=None)
-        if value is not None and not rule.accepts(value):
-            raise UsageError(f"{key}={format_value(value)}: expected {rule}")
+    check_rules(OmegaConf.create({"hydra": hydra}), RULES)
     if "n_jobs" in hydra.launcher and not (
         Rule(int).accepts(hydra.launcher.n_jobs) and hydra.launcher.n_jobs
     ):

@@ -1,8 +1,8 @@
 """Options that make training impossible or useless. No Hydra, no torch."""
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
-from ssl_runner.config.rules import format_value
+from ssl_runner.config.rules import format_value, is_list
 from ssl_runner.errors import UsageError
 from ssl_runner.rule import Rule
 
@@ -20,9 +20,7 @@ def check_training(config: DictConfig) -> None:
             " no negatives; use a larger batch"
         )
     betas, beta = config.optimizer.get("betas"), Rule(float, low=0, high=1)
-    if betas is not None and not (
-        isinstance(betas, ListConfig) and len(betas) == 2 and all(map(beta.accepts, betas))
-    ):
+    if betas is not None and not (is_list(betas, beta.accepts) and len(betas) == 2):
         raise UsageError(
             f"optimizer.betas={format_value(betas)}: expected two numbers from 0 to 1, such as [0.9,0.999]"
         )

@@ -154,8 +154,8 @@ def load(
     A data set with one training image in each class is used as unlabelled.
 
     Raises UsageError if a label has no class, if `subset` is out of range, if no validation or test image can
-    be held out, if the data set has a test split besides `test_fraction`, or if `storage` is "device" and the
-    images do not fit.
+    be held out, if `test_fraction` is set for a data set with a test split, or if `storage` is "device" and
+    the images do not fit.
     """
     data = _without_single_images(_checked(source(), name))
     train, test, unlabeled = data.train, data.test, data.unlabeled

@@ -100,8 +100,8 @@ def decode_images(
     One process decodes at a time.
 
     With `skip_broken`, images that cannot be read are black, and are returned as index -> error. Otherwise
-    they raise UsageError, as do images of different sizes, and a `cache` that is not writable. `repair` says
-    in the message what to do about an image that cannot be read.
+    they raise UsageError, as do images of different sizes, and a `cache` that is not writable. `repair` is
+    the remedy in the message about an image that cannot be read.
     """
     decoded = Path(cache).expanduser() / f"{key}.npy"
     try:
@@ -143,7 +143,7 @@ def _locked(decoded: Path) -> Iterator[None]:
 
 
 def is_missing(error: Exception) -> TypeGuard[OSError]:
-    """Whether the system cannot open or read a file, whatever its content."""
+    """Whether the system cannot open or read a file, independently of its content."""
     return isinstance(error, OSError) and error.errno is not None
 
 

@@ -1,11 +1,10 @@
 """Image data sets read by the library `datasets`: from the Hugging Face Hub, or saved to disk. Extra `hf`."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -137,7 +136,7 @@ def _labels(splits: list[Any], column: str | None) -> tuple[list[str], np.ndarra
     return [str(value) for value in classes], np.array([number[value] for value in values], dtype=np.int64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One image of a split, in a `datasets.Image` column that is not decoded."""
 
@@ -170,32 +169,6 @@ class Row:
         return self.split[self.row][self.column] or {}
 
 
-class Rows(Sequence[Row]):
-    """The images in a column of several splits, one after another.
-
-    splits   (name of the split, split); its column is a `datasets.Image` that is not decoded
-    """
-
-    def __init__(self, splits: list[tuple[str, Any]], column: str):
-        self.splits, self.column = splits, column
-        self.ends = np.cumsum([len(split) for _, split in splits])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        row = range(len(self))[index]
-        number = int(np.searchsorted(self.ends, row, side="right"))
-        name, split = self.splits[number]
-        return Row(name, split, self.column, row - int(self.ends[number]) + len(split))
-
-
 def _images(
     splits: list[tuple[str, Any]], column: str, size: int | None, channels: int, cache: str
 ) -> Tensor:
@@ -207,17 +180,15 @@ def _images(
     import datasets
 
     key = f"{decode.VERSION} {size} {channels} {column} {[split._fingerprint for _, split in splits]}"
-    encoded = []
+    rows: list[Row] = []
     for name, split in splits:
         if not isinstance(split.features[column], datasets.Image):
             raise UsageError(
                 f"dataset.image={column}: expected a column of images, found {split.features[column]};"
                 " set dataset.image"
             )
-        undecoded = datasets.Image(decode=False)
-        encoded.append((name, split.select_columns([column]).cast_column(column, undecoded)))
+        encoded = split.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        rows += [Row(name, encoded, column, row) for row in range(len(encoded))]
     target = f"hf-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
     repair = "repair it, and save the data set again"
-    return decode_images(
-        Rows(encoded, column), target, size, cache, channels, skip_broken=False, repair=repair
-    )[0]
+    return decode_images(rows, target, size, cache, channels, skip_broken=False, repair=repair)[0]

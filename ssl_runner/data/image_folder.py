@@ -49,7 +49,7 @@ def folder(
     if files is not None:
         if root is not None:
             raise UsageError(
-                f"dataset.files={printable(files)}: expected dataset.root=null beside it; set one of them"
+                f"dataset.files={printable(files)}: expected dataset.root=null, or no list; set one of them"
             )
         listing, base = read_list(files, labels), Path(files).expanduser().resolve().parent
     else:

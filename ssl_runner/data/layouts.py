@@ -137,6 +137,15 @@ def _check_classes(
         )
 
 
+def _check_number(folder: Path, classes: int) -> None:
+    """Raise UsageError for less than two class folders."""
+    if classes < 2:
+        raise UsageError(
+            f"{printable(folder)}: expected at least 2 class folders, found {classes}; add one folder of"
+            " image files per class, or set dataset.labels=false"
+        )
+
+
 class Finder:
     """Reads folders, and counts the files that it skips."""
 
@@ -154,13 +163,13 @@ class Finder:
         parts = [tree for tree in trees if tree.split]
         others = [tree for tree in trees if not tree.split]
         train = next((tree for tree in parts if tree.split == "train"), None)
-        beside = bool(direct) or any(tree.files for tree in others)
-        if train is not None and (len(train.below) > 1 or not beside):
+        unsplit = bool(direct) or any(tree.files for tree in others)
+        if train is not None and (len(train.below) > 1 or not unsplit):
             self.leave_out("outside of the splits", direct)
             for tree in others:
                 self.leave_out("outside of the splits", tree.files)
             return self.with_splits(root, train, parts, labels)
-        if labels is not False and not beside and any(tree.split != "unlabeled" for tree in parts):
+        if labels is not False and not unsplit and any(tree.split != "unlabeled" for tree in parts):
             raise UsageError(
                 f"dataset.root={printable(root)}: expected train beside {parts[0].path.name}, but train is"
                 " missing; add it, or set dataset.root to another folder"
@@ -170,11 +179,8 @@ class Finder:
     def with_splits(self, root: Path, train: Tree, parts: Sequence[Tree], labels: bool | None) -> Root:
         """root/train, and what there is of test, val and unlabeled beside it."""
         labelled = labels if labels is not None else len(train.below) > 1
-        if labelled and len(train.below) < 2:
-            raise UsageError(
-                f"{printable(train.path)}: expected at least 2 class folders, found {len(train.below)};"
-                " add one folder of image files per class, or set dataset.labels=false"
-            )
+        if labelled:
+            _check_number(train.path, len(train.below))
         splits: dict[str, dict[str | None, list[Path]]] = {"train": {}}
         for tree in parts:
             split = tree.split or ""
@@ -205,11 +211,7 @@ class Finder:
                 " (dataset.labels=true takes sub-folders as classes)" if labels is None and filled > 1 else ""
             )
             return Root("**, unlabelled", root, {"unlabeled": {None: sorted(files)}}, hint)
-        if len(trees) < 2:
-            raise UsageError(
-                f"{printable(root)}: expected at least 2 class folders, found {len(trees)};"
-                " add one folder of image files per class, or set dataset.labels=false"
-            )
+        _check_number(root, len(trees))
         self.leave_out("outside of class folders", direct)
         return Root("<class>/**", root, {"train": {tree.path.name: sorted(tree.files) for tree in trees}})
 

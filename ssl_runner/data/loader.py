@@ -4,6 +4,7 @@ If the policies of the views have several sizes, X is a list with one view-major
 """
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +47,20 @@ class MultiViewLoader:
         self.epochs, self.resolutions = epochs, resolutions
         self.device = data.mean.device
         self.steps_per_epoch = len(data.pretrain) // batch_size
-        self.view_generator = torch.Generator(self.device).manual_seed(seed)
         self._rewind()
 
     def _rewind(self) -> None:
-        self.order_epoch, self.order_state = 0, torch.Generator().manual_seed(self.seed).get_state()
+        self.view_generator = torch.Generator(self.device).manual_seed(self.seed)
+        self._rewind_order()
+
+    def _rewind_order(self) -> None:
+        self.order_epoch, self.order_state = 0, torch.Generator("cpu").manual_seed(self.seed).get_state()
 
     def restarted(self) -> "MultiViewLoader":
         """A loader with the same options, at its initial state."""
-        return MultiViewLoader(
-            self.data,
-            self.augment,
-            V=self.V,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            epochs=self.epochs,
-            resolutions=self.resolutions,
-        )
+        loader = copy(self)
+        loader._rewind()
+        return loader
 
     def order(self, epoch: int) -> Tensor:
         """The images of an epoch in order, as positions among the pretraining images.
@@ -70,8 +68,8 @@ class MultiViewLoader:
         (steps_per_epoch * batch_size,) int64.
         """
         if epoch < self.order_epoch:
-            self._rewind()
-        n, generator = len(self.data.pretrain), torch.Generator()
+            self._rewind_order()
+        n, generator = len(self.data.pretrain), torch.Generator("cpu")
         generator.set_state(self.order_state)
         for _ in range(self.order_epoch, epoch):
             torch.randperm(n, generator=generator)

@@ -1,6 +1,5 @@
 """`ssl-embed`: write the features of a trained network for a data set or a folder of images to a file."""
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -28,25 +27,11 @@ INSTEAD = "leave it out; the device is set with --device, and features are compu
 
 def parser() -> arguments.Parser:
     """Return the parser of the command line."""
-    parser = arguments.Parser(
-        prog="ssl-embed",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "run",
-        metavar="RUN",
-        type=Path,
-        help="folder of a finished run; with FOLDER also a backbone.safetensors",
-    )
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        nargs="*",
-        default=[],
-        help="FOLDER, or dataset=<name> and dataset.<option>=<value>",
-    )
+    parser = arguments.Parser(prog="ssl-embed", description=DESCRIPTION, epilog=EPILOG)
+    run = "folder of a finished run; with FOLDER also a backbone.safetensors"
+    parser.add_argument("run", metavar="RUN", type=Path, help=run)
+    source = "FOLDER, or dataset=<name> and dataset.<option>=<value>"
+    parser.add_argument("source", metavar="SOURCE", nargs="*", default=[], help=source)
     parser.add_argument("-o", "--out", type=Path, required=True, help="file to write: .npz, .csv or .parquet")
     parser.add_argument("--projections", action="store_true", help="also write the projector's output")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:<number> or mps")
@@ -90,8 +75,7 @@ def execute() -> None:
     check_target(args.out, args.overwrite)
     device = choose_device(args.device)
     numerics.apply(device, "fp32", deterministic=False)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     if folder is not None:
         if (args.run / "run.json").is_file():
             finished_record(args.run)

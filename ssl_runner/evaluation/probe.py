@@ -47,8 +47,7 @@ def probe(folder: Path, cfg: DictConfig) -> str:
     device = choose_device(cfg.device)
     switches = numerics.apply(device, cfg.precision, cfg.deterministic)
     precision = choose_precision(cfg.precision, device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     with resume.lock_folder(folder):
         network, transform = load(folder, device, with_projector="projector" in cfg.probe.features)
         backbone: Any = network.backbone

@@ -1,6 +1,5 @@
 """`ssl-probe`: probe a finished run again, without training."""
 
-import argparse
 from pathlib import Path
 
 from ssl_runner import console
@@ -23,12 +22,7 @@ settings: dataset, probe, device and precision, as of ssl-run; the values of the
 
 def parser() -> arguments.Parser:
     """Return the parser of the command line."""
-    parser = arguments.Parser(
-        prog="ssl-probe",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.Parser(prog="ssl-probe", description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished run")
     parser.add_argument(
         "overrides", metavar="SETTING", nargs="*", default=[], help="group=choice or key=value"

@@ -1,6 +1,5 @@
 """`ssl-relation`: does an augmentation fit the labels of a data set? Measured before any training."""
 
-import argparse
 import math
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,7 @@ SETTABLE = ("dataset", "views", "V", "backbone", "init_weights", "channels_last"
 
 def parser() -> arguments.Parser:
     """Return the parser of the command line."""
-    parser = arguments.Parser(
-        prog="ssl-relation",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.Parser(prog="ssl-relation", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument(
         "overrides", metavar="SETTING", nargs="*", default=[], help="group=choice or key=value"
     )
@@ -74,8 +68,7 @@ def execute() -> None:
 
     device = choose_device(cfg.device)
     numerics.apply(device, "fp32", deterministic=False)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     fit = relation_fit.RelationFit(cfg, device, images=args.images, passes=args.passes)
     rows: list[dict[str, Any]] = []
     for name, policies in fit.variants.items():

@@ -10,7 +10,7 @@ FINISH_SECONDS = 30.0  # how long the end of a run waits for its logger
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """What a logger is told about a run."""
+    """The facts about a run that a logger shows."""
 
     id: str  # kept in run.json, so that a resumed run continues its curve
     is_new: bool  # whether no earlier start of the run had a logger

@@ -9,7 +9,6 @@ from numbers import Real
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from types import TracebackType
 from typing import Any, Self
 
 from omegaconf import DictConfig, OmegaConf
@@ -27,13 +26,12 @@ EARLY_SECONDS = 5.0  # instead of FINISH_SECONDS, for a run that ends early: Slu
 class Feed:
     """Context manager with one daemon thread that calls the logger of a run, if it has one.
 
-    The thread starts with `start`. A logger that raises is off: one line says so. On exit its last calls are
-    waited for, FINISH_SECONDS at most.
+    The thread starts with `start`. A logger that raises is turned off, with one line on stderr. The exit
+    waits for its last calls, FINISH_SECONDS at most.
     """
 
     def __init__(self) -> None:
-        self.logger: Logger | None = None
-        self.name = ""
+        self.logger, self.name = Logger(), ""  # replaced by `start`
         self.jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self.thread = Thread(target=self._work, name="logger", daemon=True)
         self.folder, self.warned = Path(), False
@@ -61,10 +59,8 @@ class Feed:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.logger is None or not self.thread.is_alive():
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not self.thread.is_alive():
             return
         status = "done" if error is None else "preempted" if isinstance(error, Preempted) else "failed"
         if status == "done":
@@ -86,15 +82,13 @@ class Feed:
         try:
             for job in iter(self.jobs.get, None):
                 job()
-        except BaseException as error:  # whatever a library raises, SystemExit included
+        except BaseException as error:  # any error of a library, SystemExit included
             self._warn(f"failed and is off: {format_error(error)}")
 
     def _start(self, run: LoggedRun) -> None:
-        assert self.logger is not None
         tqdm.write(f"logger: {self.logger.start(run)}")
 
     def _log(self, table: str, row: Mapping[str, Any]) -> None:
-        assert self.logger is not None
         if found := values(table, row):
             self.logger.log(found, int(row["epoch"]))
 

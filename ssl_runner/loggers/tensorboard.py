@@ -19,7 +19,7 @@ class TensorBoard(Logger):
         from torch.utils.tensorboard import SummaryWriter
 
         folder = run.folder / "tensorboard"
-        # readers forget the points of earlier event files from purge_step on
+        # readers drop the points of earlier event files from purge_step on
         self.writer = SummaryWriter(folder, purge_step=None if run.is_new else 0)
         self.writer.add_text("config", f"```\n{json.dumps(run.config, indent=2)}\n```")
         return f"tensorboard --logdir {folder}"

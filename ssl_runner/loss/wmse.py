@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ssl_runner.distributed import all_reduce_replicated, all_reduce_sharded, world_size
+from ssl_runner.loss import kernels
 from ssl_runner.loss.base import Loss
 from ssl_runner.loss.counter import Counter
-from ssl_runner.loss.kernels import invariance, unit_rows
 from ssl_runner.relation import Relation
 
 
@@ -63,9 +63,9 @@ class WMSE(Loss):
     def _terms(self, Z: Tensor, G: Relation) -> dict[str, Tensor]:
         W = whitened(Z) if self.counter is None else self._whitened_blocks(Z, G.V or 1, self.counter)
         if self.unit_rows:
-            W = unit_rows(W)
+            W = kernels.unit_rows(W)
         total = all_reduce_replicated(G.degrees.to(Z).sum())
-        return {"distance": world_size() * len(Z) / total.clamp(min=1) * invariance(W, G)}
+        return {"distance": world_size() * len(Z) / total.clamp(min=1) * kernels.invariance(W, G)}
 
     def _num_blocks(self, n: int) -> int:
         """Number of blocks of n rows."""

@@ -111,7 +111,7 @@ def train(
     )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     augment, views = Augment({"all": options.policy}), torch.Generator(device).manual_seed(seed)
-    shuffle = torch.Generator().manual_seed(seed)
+    shuffle = torch.Generator("cpu").manual_seed(seed)
     best = (-1.0, 0, torch.empty(0), dict[str, Tensor]())
     for epoch in progress(range(options.epochs), "finetune", leave=False):
         order = positions[torch.randperm(n, generator=shuffle)[: steps * size]]

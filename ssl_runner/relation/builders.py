@@ -242,7 +242,7 @@ class Rewired(RelationBuilder):
         self.base, self.rewire_fraction, self.normalized = base, rewire_fraction, normalized
         self.needs_labels, self.min_batch_size = base.needs_labels, base.min_batch_size
         self.depends_on_embeddings = base.depends_on_embeddings
-        self.generator, self.frozen = torch.Generator().manual_seed(seed), False
+        self.generator, self.frozen = torch.Generator("cpu").manual_seed(seed), False
 
     def bind(self, labels: Tensor) -> None:
         self.labels = labels

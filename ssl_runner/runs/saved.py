@@ -20,7 +20,14 @@ from ssl_runner.errors import UsageError, one_line
 
 def load(folder: Path) -> DictConfig:
     """Return the configuration in .hydra/."""
-    return _read(folder, "config", lambda saved: saved if "epochs" in saved else saved.epochs)
+    return _read(folder, "config", _with_epochs)
+
+
+def _with_epochs(saved: Any) -> Any:
+    """The content of config.yaml. Raises ValueError if it is no configuration of a run."""
+    if "epochs" not in saved:
+        raise ValueError("no epochs")
+    return saved
 
 
 def overrides(folder: Path) -> list[str]:

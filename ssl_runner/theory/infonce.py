@@ -72,14 +72,15 @@ def descend(G: np.ndarray, tau: float, K: int, seed: int) -> Minimum:
 
     start = np.random.default_rng(seed).standard_normal(N * K)
     found = scipy.optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options=OPTIONS)
-    U, values, V = np.linalg.svd(normalised(found.x.reshape(N, K)), full_matrices=False)
-    Z = normalised(U @ np.diag(values * (values > SMALL * values[0])) @ V)
+    U, values, V = np.linalg.svd(unit_vectors(found.x.reshape(N, K)), full_matrices=False)
+    Z = unit_vectors(U @ np.diag(values * (values > SMALL * values[0])) @ V)
     value, A = of_similarities(Z @ Z.T / tau, G, d)
     M = A - np.diag((A @ Z * Z).sum(1))
     return Minimum(Z, value, value + min(0.0, float(np.linalg.eigvalsh(M)[0])) * N / tau)
 
 
-def normalised(X: np.ndarray) -> np.ndarray:
+def unit_vectors(X: np.ndarray) -> np.ndarray:
+    """X (N, K) with rows of norm 1. No row may be 0."""
     return X / np.linalg.norm(X, axis=1, keepdims=True)
 
 

@@ -106,8 +106,8 @@ def linear_optimum(loss: Loss, moments: CentredMoments, K: int, ridge: float = 0
     `ridge` penalises every direction by this share of the mean variance, so that directions of little
     variance are not selected; the result is then an upper bound. Directions with almost no variance
     (MIN_VARIANCE_RATIO) are dropped. Register the closed form of another loss with
-    `@linear_optimum.register`; a subclass does not inherit it. Raises
-    NotImplementedError for a loss without one, and ValueError if X is constant.
+    `@linear_optimum.register`; a subclass does not inherit it. Raises NotImplementedError for a loss without
+    one, and ValueError if X is constant.
     """
     raise NotImplementedError(NO_CLOSED_FORM.format(type(loss).__name__))
 
