@@ -26,7 +26,7 @@ from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.loader import MultiViewLoader
 from ssl_runner.device import choose_device, choose_precision, keep_freed_memory
 from ssl_runner.errors import UsageError, one_line
-from ssl_runner.evaluator import Evaluator
+from ssl_runner.evaluator import Evaluator, check_columns
 from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel
 from ssl_runner.names import EVALUATION
@@ -112,6 +112,7 @@ class Experiment:
         if cfg.probe.every:
             kind = BestEpoch if cfg.probe.keep == "best" else ProbeEvaluator
             evaluators.append(kind(cfg.probe.every, self.data, self.classifiers, probe_log))
+        check_columns(self.solver_class.columns, self.loss.weights, evaluators)
         for evaluator in evaluators:
             evaluator.check(self.model)
         return evaluators

@@ -1,8 +1,9 @@
 """Evaluators: called with the model after every epoch, they add columns to metrics.csv or write files."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ssl_runner.errors import UsageError
 from ssl_runner.model import SSLModel
 
 Columns = dict[str, Any]
@@ -87,3 +88,21 @@ def merge(row: Columns, columns: Columns) -> Columns:
             f"evaluators: metrics.csv already has {', '.join(sorted(taken))}; rename the columns"
         )
     return row | columns
+
+
+def check_columns(of_solver: Iterable[str], terms: Iterable[str], evaluators: Sequence[Evaluator]) -> None:
+    """Raise UsageError for a column of metrics.csv that two parts of the run would write.
+
+    of_solver  columns of every row, such as loss
+    terms      names of the terms of the loss
+    """
+    writers = dict.fromkeys(of_solver, "the run itself")
+    parts = [("the loss", terms), *((type(one).__name__, one.columns) for one in evaluators)]
+    for part, names in parts:
+        for name in names:
+            if name in writers:
+                raise UsageError(
+                    f"'{name}' of {part}: expected a name that no other column of metrics.csv has, but"
+                    f" {writers[name]} writes one of this name; rename it"
+                )
+            writers[name] = part

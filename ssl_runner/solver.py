@@ -25,9 +25,12 @@ class Solver(ABC):
     It calls save(state, how), with its state and a `Save`, wherever the run can resume from.
     If `trains`, it takes gradient steps and is called with optimizer, learning_rate, precision,
     clip_grad_norm, per_view and preemption as well; otherwise it computes in float32 and float64.
+
+    `columns` are those of its rows, without the terms of the loss and seconds_*.
     """
 
     trains: bool = False
+    columns: tuple[str, ...] = ("epoch", "step", "images_seen", "seconds", "images_per_s", "lr", "loss")
     model: SSLModel
     epoch: int = 0
     total_epochs: int

@@ -272,6 +272,20 @@ def test_custom_loss_needs_only_module_and_yaml(
     assert code == 1
     assert "strength is an option of loss=pull, not of loss=vicreg" in err
 
+    (tmp_path / "conf" / "loss" / "pull.yaml").write_text("_target_: mine.Pull\nstrength: 2.0\n")
+    assert ssl_run(f"--config-dir conf loss=pull strength=3 {TINY}")[2] == (
+        "strength: expected loss.strength, as in the YAML file of loss=pull; write loss.strength\n"
+    )
+    code, out, err = ssl_run(f"--config-dir conf loss=pull loss.strength=3 {TINY}")
+    assert (code, err) == (0, "")
+    for name, writer in {"alignment": "the loss", "lr": "the run itself"}.items():
+        module = (tmp_path / "mine.py").read_text().replace("'distance'", f"'{name}'")
+        (tmp_path / f"mine_{name}.py").write_text(module)
+        target = f"loss._target_=mine_{name}.Pull diagnostics.every=1"
+        code, out, err = ssl_run(f"--config-dir conf loss=pull {TINY} {target}")
+        assert (code, out) == (1, "")
+        assert f"no other column of metrics.csv has, but {writer} writes one of this name" in err
+
 
 # --- sweeps -----------------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ IMPORTS = """
     loss            distributed names relation
     data            batch device distributed errors names numerics progress runs views
     model           backbone
-    evaluator       model
+    evaluator       errors model
     solver          loss model relation
 
     step_graph      batch device errors
@@ -51,9 +51,10 @@ IMPORTS = """
     pretrained      data device errors numerics runs views
 
     degenerate      backbone batch data distributed errors loss model relation
-    checks          backbone config data degenerate distributed errors loss model probe relation solver views
-    build           backbone checks config data device distributed errors evaluator loss model names numerics
-                    optimizer preemption probe relation runs solver
+    checks          backbone config data degenerate distributed errors loss model probe relation solver
+                    views
+    build           backbone checks config data device distributed errors evaluator loss model names
+                    numerics optimizer preemption probe relation runs solver
     profile         evaluator runs
     compiler        data distributed solver views
     embedding_map   data distributed probe runs

@@ -174,6 +174,9 @@ def unknown(
     choices = {str(group).rpartition("@")[2]: str(group) for group in chosen}  # path in the config -> group
     group = choices.get(path or "loss", "")  # options of a loss are at the top level
     if owners := composer.owners(group.partition("@")[0], name) if group else []:
+        if chosen[group] in owners:  # a YAML file of a loss that does not begin with "# @package _global_"
+            place = f"{group}.{key}"
+            return f"{key}: expected {place}, as in the YAML file of {group}={chosen[group]}; write {place}"
         own = ", ".join(composer.options(group.partition("@")[0], chosen[group])) or "none"
         use = " and ".join(f"{group}={choice}" for choice in owners)
         return f"{key} is an option of {use}, not of {group}={chosen[group]} (options: {own})"
