@@ -172,8 +172,8 @@ EXACTS += [
     (MMCR(), "views V=2", 3),
     (MMCR(), "views V=2", 9),
     (MMCR(), "labels", 3),
-    (FroSSL(), "views V=2", 3),
-    (FroSSL(), "views V=3 normalized", 12),
+    (FroSSL(0.25), "views V=2", 3),
+    (FroSSL(0.25), "views V=3 normalized", 12),
     (FroSSL(2.0), "views V=3 normalized", 12),
     (FroSSL(0.05), "balanced labels", 14),
     (FroSSL(per_view=True), "views V=3 normalized", 6),
@@ -296,10 +296,10 @@ def test_lower_bound_is_not_beaten_by_descent(name: str) -> None:
 BOUNDED = [
     (SimCLR(0.3, denominator="negatives"), "views V=2", 3),
     (SimCLR(0.3, denominator="negatives"), "labels", 4),
-    (FroSSL(), "views V=2", 8),
+    (FroSSL(0.25), "views V=2", 8),
     (FroSSL(0.05), "balanced labels", 5),
-    (FroSSL(), "labels", 3),
-    (FroSSL(), "edges", 4),
+    (FroSSL(0.25), "labels", 3),
+    (FroSSL(0.25), "edges", 4),
     (FroSSL(per_view=True), "neighbors", 3),
 ]
 
@@ -309,6 +309,14 @@ def test_lower_bound_of_decoupled_simclr_and_frossl_is_not_beaten(loss: Loss, na
     best = optimum(loss, RELATIONS[name], K)
     assert best.kind == LOWER
     assert descend(loss, RELATIONS[name], K, 0) >= best.value - 1e-9
+
+
+@pytest.mark.parametrize(("gamma", "rank"), [(0.25, 16), (0.49, 16), (0.51, 8), (FroSSL().gamma, 8)])
+def test_frossl_with_small_gamma_separates_positives(gamma: float, rank: int) -> None:
+    """8 images, 2 views: rank 8 if the views of an image are equal. At p = 1, the share of G's leading
+    eigenspace, d/dp [log(p^2 + (1 - p)^2) + 4 gamma (1 - p)] = 2 - 4 gamma changes its sign at gamma = 1/2.
+    """
+    assert optimum(FroSSL(gamma), Views(8, 2), 64).rank == rank
 
 
 @pytest.mark.parametrize("K", [2, 4, 6])

@@ -19,14 +19,15 @@ class FroSSL(Loss):
     -log min(N, K) to 0 (arXiv:2310.02903). The statistic is over all rows. `per_view=True` takes the mean
     over the V views of log |U_v'U_v/n|_F^2 instead, as the authors do, and needs a relation with
     `Relation.V`. For Views, V times the loss is then the authors' multi-view loss with the invariance weight
-    2 V gamma: their weight 1 is gamma = 0.25 at V = 2.
+    2 V gamma: their weight 1 is gamma = 0.25 at V = 2. Over all rows the entropy also grows if positives are
+    separated: at V = 2 and K >= N the optimum does so for gamma < 0.5.
 
     In distributed training the K x K matrix of each statistic is all-reduced.
     """
 
     supports_sharding = capturable = True
 
-    def __init__(self, gamma: float = 0.25, per_view: bool = False) -> None:
+    def __init__(self, gamma: float = 1.0, per_view: bool = False) -> None:
         super().__init__()
         self.gamma, self.per_view, self.needs_views = gamma, per_view, per_view
         self.weights = {"entropy": 1.0, "invariance": gamma}
