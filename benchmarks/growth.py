@@ -81,7 +81,11 @@ def powers(low: int, high: int) -> list[int]:
 def line(
     quantity: str, against: str, works: Works, time: float, memory: float, device: torch.device, full: bool
 ) -> list[dict[str, Any]]:
-    """One row per size. Memory is measured first, in order of size; then all sizes are timed in turn."""
+    """One row per size. Memory is measured first, in order of size; then all sizes are timed in turn.
+
+    The smallest size runs once before, which loads code and fills caches.
+    """
+    next(iter(works.values()))()
     peaks = [measure.peak_memory(work, device) for work in works.values()]
     times = measure.interleaved(
         {str(size): work for size, work in works.items()}, device, 20.0 if full else 2.0, 7 if full else 3
