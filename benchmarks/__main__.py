@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds",
         type=float,
-        help="race: time of each training (default: peers 60, or 300 with --full; ours a third)",
+        help="race: time of each training (default: peers 60, or 300 with --full; ssl_runner a third)",
     )
     parser.add_argument(
         "--experiment", help="race: experiment with the settings of ssl_runner, except the data"

@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 
 
 def bars(rows: pd.DataFrame, path: Path) -> None:
-    """One bar per tool and work: its time divided by ours. `rows` has the columns work, tool and ratio."""
+    """One bar per tool and work: its time divided by that of ssl_runner, column `ratio` of `rows`."""
     table = rows.pivot_table(index="work", columns="tool", values="ratio", sort=False)
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.18 * table.size + 0.2 * len(table)), layout="constrained")
     table.iloc[::-1, ::-1].plot.barh(ax=axes, width=0.8)

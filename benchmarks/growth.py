@@ -81,7 +81,11 @@ def powers(low: int, high: int) -> list[int]:
 def line(
     quantity: str, against: str, works: Works, time: float, memory: float, device: torch.device, full: bool
 ) -> list[dict[str, Any]]:
-    """One row per size. Memory is measured first, in order of size; then all sizes are timed in turn."""
+    """One row per size. Memory is measured first, in order of size; then all sizes are timed in turn.
+
+    The smallest size runs once before, which loads code and fills caches.
+    """
+    next(iter(works.values()))()
     peaks = [measure.peak_memory(work, device) for work in works.values()]
     times = measure.interleaved(
         {str(size): work for size, work in works.items()}, device, 20.0 if full else 2.0, 7 if full else 3
@@ -169,36 +173,32 @@ def gathering(images: int, device: torch.device, steps: int = 16, batch_size: in
 
 
 def draw(rows: pd.DataFrame, path: Path) -> None:
-    """One log-log panel per quantity and variable: time and memory with their exponents."""
+    """One log-log panel per quantity and variable: time and memory relative to the smallest size."""
     lines = rows.groupby(["quantity", "against"], sort=False)
     across = 3
+    down = -(-len(lines) // across)
     figure, panels = plt.subplots(
-        -(-len(lines) // across),
-        across,
-        figsize=(11, 2.6 * -(-len(lines) // across)),
-        layout="constrained",
-        squeeze=False,
+        down, across, figsize=(11, 2.6 * down), sharey=True, layout="constrained", squeeze=False
     )
     for axes, ((quantity, against), line) in zip(panels.flat, lines, strict=False):
-        axes.plot(line["size"], line.ms, "o-", color="tab:blue", label="ms")
-        axes.plot(
-            line["size"], line.peak_mib.where(line.peak_mib > 0), "s--", color="tab:orange", label="MiB"
-        )
-        first = line.iloc[0]
-        exponents = [
-            f"{unit} {first[f'{name}_fitted']:.2f} ({first[f'{name}_predicted']:g})"
-            for unit, name in (("time", "ms"), ("memory", "mib"))
-            if pd.notna(first[f"{name}_fitted"])
-        ]
+        exponents = []
+        for name, column, label, style in (
+            ("ms", "ms", "time", "o-"),
+            ("mib", "peak_mib", "memory", "s--"),
+        ):
+            values = line[column].where(line[column] > 0)
+            axes.plot(line["size"], values / values.dropna().iloc[:1].sum(), style, label=label)
+            fitted, predicted = line[f"{name}_fitted"].iloc[0], line[f"{name}_predicted"].iloc[0]
+            exponents += [f"{label} {fitted:.2f} ({predicted:g})"] if pd.notna(fitted) else []
         axes.set(xscale="log", yscale="log", xlabel=against)
         axes.set_xticks(line["size"], line["size"])
         axes.minorticks_off()
-        low, high = axes.get_ylim()
-        axes.set_ylim(low / 3, high * 3)  # wide enough for constant quantities to look constant
         axes.set_title(f"{quantity}: {', '.join(exponents)}", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels.flat[len(lines) :]:
         axes.set_visible(False)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("relative to smallest")
     panels.flat[0].legend(frameon=False)
     figure.suptitle("Growth: fitted exponents (predicted in brackets)", fontsize=10)
     figure.savefig(path, dpi=120)

@@ -16,7 +16,7 @@ from benchmarks.chart import plt
 
 LOSSES = {"simclr": "SimCLR", "vicreg": "VICReg", "barlow": "Barlow Twins"}
 SEEDS = (0, 1, 2)
-EQUAL = "ours, lightly's images"
+NAME, EQUAL = "ssl_runner", "ssl_runner, lightly's images"  # in the table and the figure
 RATE = 1.5  # steps per second assumed for the length of stable-pretraining's schedule
 
 
@@ -69,7 +69,7 @@ def run(
     rows: list[dict[str, Any]] = []
     for seed in SEEDS:
         for loss in LOSSES:
-            rows += racer("ours", loss, seed, budget, [budget / 2, budget], **ours)
+            rows += racer("ours", loss, seed, budget, [budget / 2, budget], label=NAME, **ours)
             rows += racer("lightly", loss, seed, T, [T / 3, T], **shared)
             rows += racer("ours", loss, seed, T, [math.inf], label=EQUAL, images=rows[-1]["images"], **ours)
             if seed == SEEDS[0]:
@@ -80,7 +80,7 @@ def run(
 
 
 def draw(rows: pd.DataFrame, path: Path) -> None:
-    """One panel per loss and probe: means over seeds as lines, single seeds as points."""
+    """One panel per loss and probe: means over seeds as large markers, single seeds as small ones."""
     rows = rows[rows.tool != EQUAL]
     figure, panels = plt.subplots(
         2, len(LOSSES), figsize=(11, 6), sharex=True, sharey="row", layout="constrained"
@@ -90,8 +90,8 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
             axes = panels[line, column]
             for color, (tool, of_tool) in enumerate(rows[rows.work == loss].groupby("tool", sort=False)):
                 mean = of_tool.groupby(of_tool.groupby("seed").cumcount())[["seconds", measured]].mean()
-                axes.plot(mean.seconds, mean[measured], color=f"C{color}", label=tool)
-                axes.scatter(of_tool.seconds, of_tool[measured], color=f"C{color}", s=12)
+                axes.plot(mean.seconds, mean[measured], "o-", color=f"C{color}", label=tool)
+                axes.scatter(of_tool.seconds, of_tool[measured], color=f"C{color}", s=10, alpha=0.5)
             axes.spines[["top", "right"]].set_visible(False)
         panels[0, column].set_title(loss)
         panels[1, column].set_xlabel("training time (s)")

@@ -28,8 +28,8 @@ sys.argv = ["ssl-run", *{TINY.split()}]
 cli.main()
 """
 CONTENDERS = {  # (work, tool) -> arguments of the interpreter
-    ("print the configuration", "ours: ssl-run --cfg job"): ["-m", "ssl_runner", "--cfg", "job"],
-    ("imports", "ours: ssl_runner.pipeline"): ["-c", "import ssl_runner.pipeline"],
+    ("print the configuration", "ssl_runner: ssl-run --cfg job"): ["-m", "ssl_runner", "--cfg", "job"],
+    ("imports", "ssl_runner: pipeline"): ["-c", "import ssl_runner.pipeline"],
     ("imports", "torch alone"): ["-c", "import torch"],
     ("imports", "torch, torchvision, timm"): ["-c", "import torch, torchvision, timm"],
     ("imports", "lightly"): ["-c", "import lightly.loss, lightly.models, lightly.transforms"],
@@ -38,7 +38,7 @@ CONTENDERS = {  # (work, tool) -> arguments of the interpreter
         "-c",
         "import stable_pretraining; stable_pretraining.Manager, stable_pretraining.Module",
     ],
-    ("to the first step", "ours: ssl-run"): ["-c", FIRST_STEP],
+    ("to the first step", "ssl_runner: ssl-run"): ["-c", FIRST_STEP],
 }
 
 
@@ -81,7 +81,7 @@ def run(device: torch.device, full: bool, data: Path | None, out: Path) -> list[
                 if turn:  # the first turn fills the file cache and the bytecode cache
                     taken[contender].append(measured)
     seconds = {contender: statistics.median(turn[0] for turn in turns) for contender, turns in taken.items()}
-    ours = {work: seconds[work, tool] for work, tool in seconds if tool.startswith("ours")}
+    ours = {work: seconds[work, tool] for work, tool in seconds if tool.startswith("ssl_runner")}
     return [
         {
             "work": work,

@@ -105,10 +105,10 @@ class Ours:
         self.bare()
         terms = self.loss_gradient() | {"loss": torch.zeros((), device=self.training.device)}
         return {
-            "ours: batch and views": lambda: next(self.batches),
-            "ours: G and loss": self.loss_gradient,
-            "ours: optimizer": self.training.optimizer.step,
-            "ours: non-finite guard": lambda: self.guard.put(0, terms),
+            "ssl_runner: batch and views": lambda: next(self.batches),
+            "ssl_runner: G and loss": self.loss_gradient,
+            "ssl_runner: optimizer": self.training.optimizer.step,
+            "ssl_runner: non-finite guard": lambda: self.guard.put(0, terms),
         }
 
 
@@ -184,8 +184,11 @@ def compare(name: str, loss: str, device: torch.device, full: bool) -> list[dict
     """
     quick = name == "convnet" or device.type != "cpu"
     ours = Ours(name, loss, device)
-    peak = {"ours: whole step": measure.peak_memory(ours.step, device)}
-    contenders: dict[str, Work] = {"bare forward and backward": ours.bare, "ours: whole step": ours.step}
+    peak = {"ssl_runner: whole step": measure.peak_memory(ours.step, device)}
+    contenders: dict[str, Work] = {
+        "bare forward and backward": ours.bare,
+        "ssl_runner: whole step": ours.step,
+    }
     if quick or full or loss == "VICReg":
         lightlys = Lightly(name, loss, device)
         peak["lightly: whole step"] = measure.peak_memory(lightlys.step, device)
@@ -193,11 +196,14 @@ def compare(name: str, loss: str, device: torch.device, full: bool) -> list[dict
     compile_seconds = None
     if loss == "VICReg":
         half = Ours(name, loss, device, "bf16")
-        contenders |= {"bf16: bare forward and backward": half.bare, "bf16: ours, whole step": half.step}
+        contenders |= {
+            "bf16: bare forward and backward": half.bare,
+            "bf16: ssl_runner, whole step": half.step,
+        }
         if quick or full:
             faster = Ours(name, loss, device)
             compile_seconds = compiled(faster)
-            contenders["compile=true: ours, whole step"] = faster.step
+            contenders["compile=true: ssl_runner, whole step"] = faster.step
     budget, least = (10.0, 5) if quick else (0.0, 5 if full else 3)
     times = measure.interleaved(contenders, device, budget, least)
     times |= measure.interleaved(ours.parts(), device, budget=2.0)
@@ -211,7 +217,7 @@ def compare(name: str, loss: str, device: torch.device, full: bool) -> list[dict
             "work": f"{name} batch {BATCH} {loss}",
             "tool": tool,
             "ms": 1000 * seconds,
-            "ratio": seconds / times["ours: whole step"],
+            "ratio": seconds / times["ssl_runner: whole step"],
             "overhead": overhead(tool),
             "compile_s": compile_seconds if tool.startswith("compile") else None,
             "peak_mib": peak.get(tool),

@@ -6,7 +6,7 @@ tree only, not in the installed package.
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ssl_runner.theory import optimum
 COLOURS = {
     "VICReg": "#1b6ca8",
     "SimCLR": "#c8553d",
-    "SpectralContrastive": "#c8553d",
+    "SpectralContrastive": "#b07d12",
     "BarlowTwins": "#3a7d44",
 }
 NAMES = {
@@ -40,6 +40,12 @@ MADE_BY = {  # column -> option that makes ssl-run write it
     "Z": "diagnostics.every=1",
     "moments_loss": "experiment=linear_regime",
     "top1.backbone": "probe.probes=[linear]",
+}
+STYLES = {  # loss and relation.normalized -> colour, line and marker in the figure of views
+    ("VICReg", False): (COLOURS["VICReg"], "-", "o"),
+    ("VICReg", True): ("#7b4fa3", "--", "D"),
+    ("SimCLR", False): (COLOURS["SimCLR"], "-", "s"),
+    ("BarlowTwins", False): (COLOURS["BarlowTwins"], "-", "^"),
 }
 ARMS = {  # experiment -> title
     "views_rows": "equal rows in a batch and epochs",
@@ -134,6 +140,13 @@ def curve(axes: Axes, runs: pd.DataFrame, by: str, value: str, label: str, **sty
     axes.errorbar(x, mean, std, label=label, capsize=3, **style)  # type: ignore[arg-type]
 
 
+def ticks(axes: Axes, values: Iterable[float]) -> None:
+    """Set the ticks of the x axis to the values that were run."""
+    run = sorted(set(values))
+    axes.set_xticks(run, [f"{value:g}" for value in run], fontsize=8)
+    axes.minorticks_off()
+
+
 def seeds(runs: pd.DataFrame) -> str:
     """Part of a figure title that explains the error bars."""
     return f"mean ± standard deviation over {runs.seed.nunique()} seeds"
@@ -186,14 +199,15 @@ def rank_vs_gamma(runs: pd.DataFrame) -> Figure:
         xlabel=f"γ (α = {alpha:g})",
         ylabel=f"singular values of Z above {USED:.0%} of the largest",
     )
-    ticks: list[str] = []
+    ticks(left, vicreg.gamma)
+    names: list[str] = []
     for loss, option, symbol, marker in (("SimCLR", "tau", "τ", "s"), ("BarlowTwins", "alpha", "α", "^")):
         for value, group in of(runs, loss).groupby(option):
             mean, std = group.used.mean(), group.used.std()
-            middle.errorbar([len(ticks)], [mean], [std], fmt=marker, color=COLOURS[loss], capsize=3)
-            ticks.append(f"{NAMES[loss].split()[0]}\n{symbol} = {value:g}")
-    middle.set_xticks(range(len(ticks)), ticks, fontsize=8)
-    middle.set_xlim(-0.5, len(ticks) - 0.5)
+            middle.errorbar([len(names)], [mean], [std], fmt=marker, color=COLOURS[loss], capsize=3)
+            names.append(f"{NAMES[loss].split()[0]}\n{symbol} = {value:g}")
+    middle.set_xticks(range(len(names)), names, fontsize=8)
+    middle.set_xlim(-0.5, len(names) - 0.5)
     for ax in (left, middle):
         ax.axhline(classes, color="gray", lw=1, ls=":", label=f"positive eigenvalues of G: {classes}")
         ax.set_ylim(0, 1.1 * K)
@@ -239,7 +253,9 @@ def aligned_vs_misaligned(runs: pd.DataFrame) -> Figure:
         vicreg, simclr, barlow = (
             of(some, loss, "top1.backbone") for loss in ("VICReg", "SimCLR", "BarlowTwins")
         )
-        for gamma, style in zip(sorted(vicreg.gamma.unique()), cycle(("-", "--", ":", "-.")), strict=False):
+        gammas = sorted(vicreg.gamma.unique())
+        blues = matplotlib.colormaps["Blues"](np.linspace(0.45, 1, len(gammas)))
+        for gamma, colour, style in zip(gammas, blues, cycle(("-", "--", ":", "-.")), strict=False):
             group = vicreg[vicreg.gamma == gamma]
             curve(
                 ax,
@@ -247,7 +263,7 @@ def aligned_vs_misaligned(runs: pd.DataFrame) -> Figure:
                 "relation.rewire_fraction",
                 "top1.backbone",
                 f"VICReg, γ = {gamma:g}",
-                color=COLOURS["VICReg"],
+                color=colour,
                 ls=style,
                 marker="o",
             )
@@ -273,6 +289,7 @@ def aligned_vs_misaligned(runs: pd.DataFrame) -> Figure:
             lda = float(runs["top1.lda"].dropna().iloc[0])
             ax.axhline(lda, color="gray", lw=1, ls="--", label=f"LDA (scikit-learn): {lda:.3f}")
         ax.set(xlabel="p, fraction of rewired pairs", ylabel="linear probe, test top-1", title=model(some))
+        ticks(ax, some["relation.rewire_fraction"])
         low = float(some["top1.backbone"].min())
         ax.set_ylim(0 if low < 0.5 else low - 0.1, 1)
         ax.title.set_fontsize(9)
@@ -323,6 +340,7 @@ def low_label(runs: pd.DataFrame) -> Figure:
             ylabel="linear probe, test top-1",
             title=f"{size:g} labelled images",
         )
+        ticks(ax, vicreg.gamma)
         ax.set_ylim(max(0, runs["top1.backbone"].min() - 0.15), 1)
         ax.title.set_fontsize(9)
         ax.legend(fontsize=8, loc="lower center")
@@ -367,30 +385,41 @@ def linear_regime(runs: pd.DataFrame) -> Figure:
 def views(runs: pd.DataFrame) -> Figure:
     """Probe accuracy against the number of views: a row per data set, a column per quantity that is equal.
 
-    The runs with V = 2 of views_time are those of views_rows and views_images as well.
+    Lines are means over seeds, and points single seeds, beside each other for different losses. The runs with
+    V = 2 of views_time are those of views_rows and views_images as well.
     """
     runs = runs.dropna(subset="experiment")
-    sets = list(runs["dataset.name"].unique())
+    runs["data"] = runs["dataset.name"]
+    if "dataset.root" in runs:  # a folder's name says more than "folder"
+        runs["data"] = runs["dataset.root"].map(lambda root: Path(root).name, "ignore").fillna(runs["data"])
+    sets = sorted(runs["data"].unique())
+    runs["kind"] = list(zip(runs.loss_name, runs["relation.normalized"] == "true", strict=True))
+    kinds = sorted(set(runs.kind))
     figure = Figure(figsize=(12, 3.6 * len(sets)), layout="constrained")
     axes = figure.subplots(len(sets), len(ARMS), squeeze=False, sharex=True, sharey="row")
-    figure.suptitle(f"Number of views V; {seeds(runs)}", fontsize=11)
+    figure.suptitle("Number of views V: means over seeds (lines) and single seeds (points)", fontsize=11)
     for line, name in zip(axes, sets, strict=True):
         for ax, (arm, title) in zip(line, ARMS.items(), strict=True):
-            chosen = runs[(runs["dataset.name"] == name) & ((runs.experiment == arm) | (runs.V == 2))]
-            for (loss, normalized), some in chosen.groupby(["loss_name", "relation.normalized"]):
-                label = f"{NAMES[loss]}, normalised G" if normalized is True else NAMES[loss]
-                style = {"color": COLOURS[loss], "ls": "--" if normalized is True else "-"}
-                curve(ax, some, "V", "top1.backbone", label, marker="o", **style)
+            for place, kind in enumerate(kinds):
+                some = runs[(runs["data"] == name) & ((runs.experiment == arm) | (runs.V == 2))]
+                some = some[some.kind == kind]
+                means, style = spread(some, "V", "top1.backbone")["mean"], STYLES[kind]
+                ax.plot(means.index, means, color=style[0], ls=style[1])
+                beside = some.V * 1.04 ** (place - (len(kinds) - 1) / 2)
+                ax.plot(beside, some["top1.backbone"], style[2], color=style[0], ms=5, alpha=0.6)
             ax.set(xscale="log", title=f"{name}: {title}")
-            ax.set_xticks(sorted(runs.V.unique()), [f"{V:g}" for V in sorted(runs.V.unique())])
-            ax.minorticks_off()
+            ticks(ax, runs.V)
             ax.title.set_fontsize(9)
             ax.grid(alpha=0.25)
             ax.spines[["top", "right"]].set_visible(False)
         line[0].set_ylabel("linear probe, test top-1")
-        line[0].legend(fontsize=8)
     for ax in axes[-1]:
         ax.set_xlabel("V, views per image")
+    for loss, normalized in kinds:
+        colour, dash, marker = STYLES[loss, normalized]
+        label = NAMES[loss] + ", rows of G sum to 1" * normalized
+        axes[0, -1].plot([], [], marker, color=colour, ls=dash, ms=5, label=label)
+    axes[0, -1].legend(fontsize=8)
     return figure
 
 

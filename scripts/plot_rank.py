@@ -57,6 +57,7 @@ def draw(G: Relation) -> Figure:
     for ax in (left, right):
         ax.axhline(positive, color="gray", ls=":", label=f"spectral contrastive: {positive}")
         ax.set(xscale="log", ylim=(0, 1.05 * K))
+        ax.xaxis.set_major_formatter("{x:g}")
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.82))

@@ -13,7 +13,7 @@ from ssl_runner import distributed, numerics
 from ssl_runner.background import Background
 from ssl_runner.build import Experiment, baseline_cache, build
 from ssl_runner.compiler import compile_solver
-from ssl_runner.data.loader import preview
+from ssl_runner.data.preview import preview
 from ssl_runner.degenerate import warnings
 from ssl_runner.device import release_freed_memory
 from ssl_runner.embedding_map import write_map
@@ -24,7 +24,7 @@ from ssl_runner.preemption import Preemption
 from ssl_runner.probe import affordable, evaluate_seeded, feature_networks, label_draws, layer_names
 from ssl_runner.profile import profiled
 from ssl_runner.progress import progress
-from ssl_runner.runs import checkpoint, resume, weights
+from ssl_runner.runs import checkpoint, resume, saved, weights
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.runs.record import RunRecord, names
 from ssl_runner.runs.schedule import identity, read_schedule, remove_outdated
@@ -93,7 +93,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         if experiment.initial_weights is not None and is_main:
             print(experiment.initial_weights, flush=True)
         if is_main and cfg.views.preview:
-            preview(experiment.loader, folder / "views.png")
+            preview(experiment.loader, folder / "views.png", f"views={saved.choices(folder).views}")
         before = record.content.get("compile")
         record.update(compile=compile_solver(cfg.compile, solver, experiment.loader, before))
         record.update(**facts(experiment))

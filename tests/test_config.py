@@ -703,7 +703,7 @@ def test_help_describes_every_choice_and_option(ssl_run, tmp_path: Path) -> None
     assert sorted(re.findall(r"^  \* (\w+)", groups, flags=re.M)) == sorted(
         ["digits", "views", "vicreg", "convnet", "mlp", "gradient", "adamw", "default", "mnist5k", "none"]
     )
-    defaults = dict(re.findall(r"^([\w.]+)=(\S+)(?=\s+[^\s=]+ )", options, flags=re.M))
+    defaults = dict(re.findall(r"^([\w.]+)=(\S+)(?=\s+[^\s=\[]+ )", options, flags=re.M))
     config = OmegaConf.create(ssl_run("--cfg job")[1])
     expected = {
         key: format_value(OmegaConf.select(config, key))
@@ -712,6 +712,8 @@ def test_help_describes_every_choice_and_option(ssl_run, tmp_path: Path) -> None
     }
     classifiers = {"evaluators": "{}", "probe.classifiers": "{linear,knn,ridge}"}
     assert defaults == expected | classifiers
+    assert "epochs=10 passes over the training images [an integer >= 1]" in flat(options)
+    assert "channels_last=true memory format of images and convolutions [true or false]" in flat(options)
 
 
 def test_help_shows_options_of_chosen_configs(ssl_run, tmp_path: Path) -> None:
@@ -724,11 +726,81 @@ def test_help_shows_options_of_chosen_configs(ssl_run, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert "* pull Pulls positives together." in lines
-    assert "strength=2.0 weight, > 0" in lines
+    assert "strength=2.0 weight, > 0 [a number]" in lines
     assert "relation.base.normalized=false" in out
     assert "relation@relation.base=\n  * labels" in out
     assert "\ngamma=" not in out
     assert ssl_run("loss=pull --help")[0] == 1
+
+
+def flat(text: str) -> str:
+    """The text on one line, without alignment."""
+    return " ".join(text.split())
+
+
+def test_help_of_a_choice_shows_its_part_of_the_page_of_options(ssl_run) -> None:
+    code, out, err = ssl_run("--help loss=simclr")
+    assert (code, err) == (0, "")
+    page = (CONF.parent / "docs" / "options.md").read_text("utf-8")
+    rows = page.partition("`loss=simclr`")[2].partition("`loss=spectral`")[0].splitlines()[4:-1]
+    cells = [[cell.strip("` ") for cell in row.strip("|").split(" | ")] for row in rows]
+    expected = [f"{name}={value} {meaning} [{accepted}]" for name, value, accepted, meaning in cells]
+    assert flat(out).endswith(" ".join(expected))
+    assert len(expected) == 3
+    assert re.findall(r"^  ([* ] \w+)", out, flags=re.M) == [
+        f"{'*' if path.stem == 'simclr' else ' '} {path.stem}" for path in sorted(CONF.glob("loss/*.yaml"))
+    ]
+    assert "backbone" not in out
+
+
+@pytest.mark.parametrize(
+    ("command", "parts", "absent"),
+    [
+        (
+            "views",
+            ["* digits Small affine", "views.preview=false", "views.policies.all.affine.shear"],
+            "loss=",
+        ),
+        (
+            "gamma optimizer.lr=9",
+            ["loss=vicreg gamma=10.0", "loss=sigreg gamma=0.1", "optimizer=sgd optimizer.lr=0.05 peak"],
+            "alpha",
+        ),
+        ("diagnostics tau", ["diagnostics.num_images=260", "loss=simclr tau=0.2"], "embedding"),
+        (
+            "relation=noisy",
+            ["relation@relation.base= * labels", "[a number from 0 to 1]", "[text or null]"],
+            "loss=",
+        ),
+        ("experiment=supcon loss=vicreg", ["tau: 0.1 #", "* vicreg VICReg", "beta="], "epochs="),
+        ("hydra/launcher=slurm", ["* slurm Run the jobs", "hydra.launcher.timeout_min=240 time"], "[an int"),
+    ],
+)
+def test_help_of_named_groups_and_options(ssl_run, command: str, parts: list[str], absent: str) -> None:
+    code, out, err = ssl_run(f"--help {command}")
+    assert (code, err) == (0, "")
+    assert [part for part in parts if part not in flat(out)] == []
+    assert absent not in out
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("lr", "--help lr: expected a group or an option. Did you mean optimizer.lr or probe.finetune.lr?"),
+        (
+            "temperature",
+            "--help temperature: expected a group or an option. Did you mean tau? List all: ssl-run",
+        ),
+        ("optimiser", "Did you mean optimizer?"),
+        ("views nonsense", "--help nonsense: expected a group or an option. List all: ssl-run --help"),
+        ("loss=simclrr", "Unknown loss 'simclrr'. Did you mean 'simclr'?"),
+    ],
+)
+def test_help_of_an_unknown_name_is_refused(ssl_run, command: str, message: str) -> None:
+    code, out, err = ssl_run(f"--help {command}")
+    assert (code, out) == (1, "")
+    assert message in err
+    assert err.count("\n") == 1
 
 
 def test_comments_are_read_by_dotted_key() -> None:

@@ -15,7 +15,8 @@ from torchvision.transforms import v2
 import ssl_runner
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.eval_transform import EvalTransform
-from ssl_runner.data.loader import MultiViewLoader, preview
+from ssl_runner.data.loader import MultiViewLoader
+from ssl_runner.data.preview import preview
 from ssl_runner.embedding_map import pixels
 from ssl_runner.errors import UsageError
 from ssl_runner.evaluation import embed_cli, probe_cli
@@ -122,7 +123,7 @@ def test_views_are_cut_from_stored_images_at_the_evaluation_size(tmp_path: Path)
     stored = data.train.images[data.train.indices[:5]]
     views = torch.Generator().manual_seed(0)
     assert torch.equal(fixed, augment(stored, 2, data.mean, data.std, views, view_format=ViewFormat(8)))
-    preview(loader, tmp_path / "views.png")
+    preview(loader, tmp_path / "views.png", "views=crop")
     assert (tmp_path / "views.png").exists()
 
 

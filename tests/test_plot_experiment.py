@@ -1,5 +1,6 @@
 """The figures of experiments agree with the files of their runs."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -93,6 +94,7 @@ def test_low_label_shows_mean_over_seeds(tmp_path: Path) -> None:
     [axes] = figures.low_label(figures.finished_runs(tmp_path)).axes
     x, y = points(axes, "VICReg")
     assert list(x) == [1.0, 10.0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "10"]
     np.testing.assert_allclose(y, [0.6, 0.6])
     assert "SimCLR (0.600 ± 0.100)" in axes.get_legend_handles_labels()[1]
 
@@ -230,17 +232,32 @@ def test_low_label_rejects_run_without_linear_probe(tmp_path: Path) -> None:
         figures.low_label(figures.finished_runs(tmp_path))
 
 
-def test_views_takes_runs_with_two_views_into_every_panel(tmp_path: Path) -> None:
-    data = {"dataset__name": "digits", "relation__normalized": False}
-    for arm, tops in (("time", {2: 0.5, 4: 0.6}), ("rows", {4: 0.7}), ("images", {4: 0.8})):
-        for V, top1 in tops.items():
-            folder = tmp_path / f"{arm}{V}"
-            write_run(folder, "simclr", top1, seed=0, V=V, **data)
-            choices = f"hydra:\n  runtime:\n    choices:\n      experiment: views_{arm}\n"
-            (folder / ".hydra" / "hydra.yaml").write_text(choices)
-    drawn = [points(axes, "SimCLR") for axes in figures.views(figures.finished_runs(tmp_path)).axes]
-    assert [list(x) for x, _ in drawn] == [[2, 4]] * 3
-    np.testing.assert_allclose([y for _, y in drawn], [[0.5, 0.7], [0.5, 0.8], [0.5, 0.6]])
+def test_views_shows_means_and_seeds_with_two_views_in_every_panel(tmp_path: Path) -> None:
+    """A row per data set, which a folder of images names itself; seeds are drawn near their V."""
+    tops = {"time": {2: 0.5, 4: 0.6}, "rows": {4: 0.7}, "images": {4: 0.8}}
+    for (name, root), normalized in zip(
+        (("folder", "/x/birds"), ("digits", None)), (True, False), strict=True
+    ):
+        for arm, seed in itertools.product(tops, (0, 1, 2)):
+            for V, top1 in tops[arm].items():
+                folder = tmp_path / f"{name}{arm}{V}{seed}"
+                options = {"dataset__name": name, "dataset__root": root, "relation__normalized": normalized}
+                write_run(folder, "vicreg", top1 + 0.1 * (seed - 1), seed=seed, V=V, **options)
+                choices = f"hydra:\n  runtime:\n    choices:\n      experiment: views_{arm}\n"
+                (folder / ".hydra" / "hydra.yaml").write_text(choices)
+    panels = figures.views(figures.finished_runs(tmp_path)).axes
+    assert [panel.get_title().partition(":")[0] for panel in panels] == ["birds"] * 3 + ["digits"] * 3
+    for panel, top1 in zip(panels, (0.7, 0.8, 0.6) * 2, strict=True):
+        mean, points = (line for line in panel.get_lines() if len(line.get_xdata()))
+        assert mean.get_xdata().tolist() == [2, 4]
+        np.testing.assert_allclose(mean.get_ydata(), [0.5, top1])
+        np.testing.assert_allclose(
+            sorted(points.get_ydata()), sorted([0.4, 0.5, 0.6, top1 - 0.1, top1, top1 + 0.1])
+        )
+        np.testing.assert_allclose(np.abs(np.log2(points.get_xdata()) % 1 - 0.5), 0.5, atol=0.05)
+        assert panel.get_xticks().tolist() == [2, 4]
+    assert panels[0].get_lines()[0].get_color() != panels[3].get_lines()[2].get_color()
+    assert panels[2].get_legend_handles_labels()[1] == ["VICReg", "VICReg, rows of G sum to 1"]
 
 
 def test_command_writes_picture_or_fails_in_one_line(tmp_path: Path, monkeypatch, capsys) -> None:

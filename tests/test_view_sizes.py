@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from ssl_runner.backbone import convnet
 from ssl_runner.compiler import compile_solver
-from ssl_runner.data.loader import preview
+from ssl_runner.data.preview import preview, with_heads
 from ssl_runner.loss import SimCLR, VICReg
 from ssl_runner.relation import Views
 from ssl_runner.relation.builders import FromLabels, FromViews
@@ -201,13 +201,47 @@ def test_moments_of_several_sizes_are_those_of_all_views() -> None:
     assert_close(moments.centred().mean, features.mean(0), rtol=1e-5, atol=1e-6)
 
 
-def test_preview_pads_small_views(tmp_path: Path) -> None:
+def test_preview_pads_small_views_and_heads_columns(tmp_path: Path) -> None:
     loader = noise_loader(Augment({"large": {"count": 1, "size": 12}, "small": {"count": 1, "size": 4}}))
-    preview(loader, tmp_path / "views.png", images=2)
+    preview(loader, tmp_path / "views.png", "views=mine", images=2)
     picture = torch.from_numpy(np.asarray(Image.open(tmp_path / "views.png")).copy()).movedim(2, 0)
-    step = 12 * (96 // 4) + 2
-    assert picture.shape == (3, 2 * step + 2, 3 * step + 2)
+    step, scale = 12 * 8 + 2, 8  # 96 pixels for 12
+    assert (picture.shape[0], picture.shape[2]) == (3, 3 * step + 2)
+    heads, picture = (
+        picture[0].split([picture.shape[1] - 2 * step - 2, 2 * step + 2])[0],
+        picture[:, -2 * step - 2 :],
+    )
+    title, numbers, names = (heads[top : top + 17] < 128 for top in (4, 25, 42))
+    assert title[:, : 2 * step].any()
+    assert not title[:, 2 * step :].any()
+    columns = torch.arange(3 * step + 2) // step
+    assert [bool(numbers[:, columns == column].any()) for column in range(3)] == [True, True, True]
+    assert [bool(names[:, columns == column].any()) for column in range(3)] == [False, True, True]
     small = picture[:, 2:step, 2 * step + 2 : 3 * step]
-    border = 4 * (96 // 4)
+    border = 4 * scale
     assert (small[:, :border] == 255).all()
     assert (small[:, border:-border, border:-border] < 255).any()
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_names_of_policies_are_in_the_order_of_views(counted: bool) -> None:
+    """Each policy is recognised by its views: b makes small ones, and c flips the white half to the right."""
+    policies = {"a": {"size": 6}, "b": {"size": 4}, "c": {"size": 6, "flip": 1.0}}
+    if counted:
+        policies = {name: policy | {"count": 2 - (name == "b")} for name, policy in policies.items()}
+    augment = Augment(policies)
+    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    images[..., :4] = 255
+    X = augment(images, 5, torch.zeros(1), torch.ones(1), torch.Generator().manual_seed(0))
+    views = [view for x in X for view in x[::2]]
+    expected = ["b" if view.shape[1] == 4 else "c" if view[0, 0, -1] > 0.5 else "a" for view in views]
+    assert augment.policies_of_views(5) == expected
+    assert set(expected) == {"a", "b", "c"}
+    assert Augment({"all": {}}).policies_of_views(5) == [""] * 5
+
+
+def test_long_heads_are_shortened_to_their_column() -> None:
+    picture = with_heads(np.full((10, 200, 3), 255, dtype=np.uint8), "views=mine", ["original", "v" * 99])
+    assert (picture.width, picture.height) == (200, 10 + 2 * 17 + 12)
+    assert np.asarray(picture)[:, :100].min() < 128
+    assert np.asarray(picture)[21:, 99:102].min() == 255

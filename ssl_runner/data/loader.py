@@ -5,20 +5,17 @@ If the policies of the views have several sizes, X is a list with one view-major
 
 from collections.abc import Iterator, Sequence
 from copy import copy
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-import torchvision
 from torch import Tensor
 
 from ssl_runner import distributed
-from ssl_runner.batch import Batch, ViewTensors, per_size
+from ssl_runner.batch import Batch, ViewTensors
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.images import Images
 from ssl_runner.device import to_device
-from ssl_runner.views import IMAGE_FORMAT, Augment, ViewFormat, to_unit
+from ssl_runner.views import IMAGE_FORMAT, Augment, ViewFormat
 
 
 class MultiViewLoader:
@@ -142,22 +139,3 @@ class MultiViewLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.order_epoch, self.order_state = state["order_epoch"], state["order_state"]
         self.view_generator.set_state(state["view_generator"])
-
-
-def preview(loader: MultiViewLoader, path: Path, images: int = 8) -> None:
-    """Write a picture with one row per image, for a few pretraining images: the image, then V views of it.
-
-    Views that are smaller than others have a white border.
-    """
-    data, positions = loader.data, loader.order(0)[:images]
-    [(pixels, _)] = data.pretrain.batches(positions, len(positions), loader.device)
-    X, _ = loader.fixed_batch(data.pretrain, positions)
-    views = [(x * data.std[:, None, None] + data.mean[:, None, None]).cpu() for x in per_size(X)]
-    originals = to_unit(pixels).cpu()  # MPS lacks antialiased interpolation in some versions
-    size = max(x.shape[2:] for x in views)
-    if originals.shape[2:] != size:
-        originals = F.interpolate(originals, size, mode="bilinear", antialias=True)
-    centred = [torchvision.transforms.functional.center_crop(1 - x, list(size)) for x in views]  # pads with 0
-    rows = torch.cat([originals, *(1 - x for x in centred)]).unflatten(0, (loader.V + 1, -1)).transpose(0, 1)
-    rows = F.interpolate(rows.flatten(0, 1), scale_factor=max(1, 96 // data.image_size), mode="nearest")
-    torchvision.utils.save_image(rows.clamp(0, 1), path, nrow=loader.V + 1, pad_value=1.0)

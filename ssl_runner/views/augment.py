@@ -64,6 +64,7 @@ class Augment:
                 "views.policies={}: expected at least one policy; add one, such as {all: {flip: 0.5}}"
             )
         sizes, counts = layout(policies)
+        self.names = [*policies]
         self.sizes, self.counts = [*sizes.values()], [*counts.values()]
         self.total = view_count(policies)
         self.policies = []
@@ -113,6 +114,16 @@ class Augment:
             for side, views in by_side(self.sizes, self.counts, V, view_format.side).items()
         ]
         return blocks if len(blocks) > 1 else blocks[0]
+
+    def policies_of_views(self, V: int) -> list[str]:
+        """Names of the policies of the views, in the order of the views; "" if there is only one policy."""
+        if len(self.names) == 1:
+            return [""] * V
+        found = []
+        for members in by_side(self.sizes, self.counts, V, None).values():
+            policy = {view: self.names[p] for p, views in members.items() for view in views}
+            found += [policy[view] for view in sorted(policy)]
+        return found
 
     def _block(
         self,
