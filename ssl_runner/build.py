@@ -151,7 +151,8 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     backbone = distributed.sync_batchnorm(fresh_backbone())
     initial_weights = None
     if cfg.init_weights is not None and init_weights:
-        initial_weights = weights.load_backbone(backbone, Path(cfg.init_weights).expanduser())
+        options = {"backbone": cfg.backbone, "channels": data.channels, "image_size": data.image_size}
+        initial_weights = weights.load_backbone(backbone, Path(cfg.init_weights).expanduser(), options)
     if isinstance(backbone, LinearBackbone) and not solver_class.trains:
         projector: nn.Module = nn.Identity()  # the backbone itself is solved for
     else:
@@ -248,8 +249,11 @@ def baseline_cache(
 def read_data(cfg: DictConfig, device: torch.device) -> DataSet:
     """Read the data set. Raises UsageError if it cannot be read."""
     reader = build_node("dataset", cfg.dataset, without=DATASET_SETTINGS + EVALUATION, partial=True)
+    settings = {name: cfg.dataset[name] for name in DATASET_SETTINGS}
+    if cfg.profile and cfg.dataset.subset is not None:
+        settings["subset"] = dataset.AtMost(cfg.dataset.subset)  # debug=profile does not know the data set
     with distributed.rank_zero_first():
-        data = dataset.load(reader, device=device, **{name: cfg.dataset[name] for name in DATASET_SETTINGS})
+        data = dataset.load(reader, device=device, **settings)
     return data.with_transform(*(cfg.dataset[name] for name in EVALUATION))
 
 

@@ -112,7 +112,9 @@ def run(
         record.update(compile=compile_solver(cfg.compile, solver, experiment.loader, before))
 
         epochs = solver.epochs()
-        for row in profiled(epochs, folder, experiment.device) if cfg.profile and is_main else epochs:
+        if cfg.profile and is_main:
+            epochs = profiled(epochs, experiment.loader, folder, experiment.device)
+        for row in epochs:
             start = time.perf_counter()
             last = solver.epoch == solver.total_epochs
             columns = [evaluator(model, solver.epoch, last=last) for evaluator in evaluators]

@@ -78,7 +78,7 @@ def test_closed_form_starts_from_initial_weights(ssl_run) -> None:
     assert backbone_scores(out) == expected
     code, _, err = ssl_run(f"solver=closed_form backbone.widths=[8,8] init_weights={exported} {SMALL}")
     assert code == 1
-    assert "expected safetensors weights of this backbone" in err
+    assert "found those for backbone.widths=[8,16]; set backbone.widths=[8,16]" in err
     assert err.count("\n") == 1
 
 

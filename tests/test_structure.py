@@ -54,7 +54,7 @@ IMPORTS = """
     degenerate      backbone batch data distributed errors loss model relation
     build           backbone checks config data degenerate device distributed errors evaluator loss model
                     names numerics optimizer preemption probe relation runs solver
-    profile         evaluator runs
+    profile         data evaluator runs
     compiler        data distributed solver views
     embedding_map   data distributed probe runs
     facts           build data distributed model probe runs theory views
