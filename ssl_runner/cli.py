@@ -52,7 +52,7 @@ def run_as_main(processes: int = 1) -> None:
     try:
         console.call(
             partial(execute, processes, failed),
-            interrupted="interrupted; resume=<folder of the run> resumes from its last checkpoint",
+            interrupted="interrupted; resume=auto resumes a run that has begun",
         )
     except Preempted as error:
         if not error.reported:  # before the first run, between those of a sweep, or while others run them

@@ -99,6 +99,7 @@ def run(
             lines = [experiment.initial_weights, headline(cfg, record), *notes(data, cfg.probe.features)]
             if experiment.solver_class.trains:
                 lines += warnings(cfg, experiment.loss, experiment.relation, data, model.K)
+            lines += solver.warnings()
             lines.append(describe_gamma(record.content["gamma_limits"]))
             write_config()
             record.begin()

@@ -155,10 +155,11 @@ class _NotedPath(type(Path())):  # type: ignore[misc]
     """A path that notes in `_existing` what there is of a folder before it makes it."""
 
     def mkdir(self, *args: Any, **options: Any) -> None:
-        path = _absolute(self)
-        found = next(parent for parent in (path, *path.parents) if parent.is_dir())
-        names = (entry.name for entry in path.iterdir()) if found == path else ()
-        _existing[path] = found, frozenset(names)
+        if options.get("parents"):  # else pathlib, which has made the parents
+            path = _absolute(self)
+            found = next(parent for parent in (path, *path.parents) if parent.is_dir())
+            names = (entry.name for entry in path.iterdir()) if found == path else ()
+            _existing[path] = found, frozenset(names)
         super().mkdir(*args, **options)
 
 

@@ -31,8 +31,8 @@ def opened(cfg: DictConfig) -> Iterator[tuple[DictConfig, Path]]:
     except BaseException:
         discard(made)
         raise
-    if folder != made:
-        discard(made)
+    if folder != made and not any(made.iterdir()):
+        made.rmdir()
     folder.mkdir(parents=True, exist_ok=True)
     with resume.lock_folder(folder):
         try:
@@ -48,7 +48,11 @@ def discard(folder: Path, *files: Path) -> None:
     if (folder / "run.json").exists():
         return
     kept, names = hydra_internals.existing_before(folder)
-    logs = [Path(one.baseFilename) for one in logging.root.handlers if isinstance(one, logging.FileHandler)]
+    logs = []
+    for handler in [one for one in logging.root.handlers if isinstance(one, logging.FileHandler)]:
+        logs.append(Path(handler.baseFilename))
+        logging.root.removeHandler(handler)
+        handler.close()
     folders = [folder / name for name in {".hydra", HydraConfig.get().output_subdir or ".hydra"}]
     for path in (*files, *logs, *(one / name for one in folders for name in HYDRA_FILES)):
         if path.is_relative_to(folder) and path.relative_to(folder).parts[0] not in names:
