@@ -188,7 +188,7 @@ def test_caches_and_names_do_not_identify_a_run(preempted: Path, ssl_run) -> Non
     again = read_record(preempted / "run.json") | {"status": "preempted"}
     assert (again["tags"], again["note"]) == (["a"], "to the end")
     write_json(preempted / "run.json", again | {"note": "of .hydra"})
-    code, _, err = ssl_run("resume=mine tags=[a,2]")
+    code, _, err = ssl_run(f"resume='{preempted}' tags=[a,2]")
     assert (code, err) == (0, "")
     lines = OmegaConf.load(preempted / ".hydra" / "overrides.yaml")
     named = [line for line in lines if line.startswith(("tags", "note", "probe.cache"))]

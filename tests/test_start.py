@@ -76,7 +76,7 @@ ENDS = [
     (
         KeyboardInterrupt(),
         130,
-        "interrupted; the same command with resume=auto resumes a run that has begun\n",
+        "interrupted; resume=auto resumes a run that has begun\n",
     ),
     (KeyError("width"), 1, "KeyError: 'width'\n"),
 ]
