@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ssl_runner import distributed, numerics, optimizer
 from ssl_runner.backbone import Backbone, LinearBackbone
-from ssl_runner.checks import check_blur, check_fit, check_loss, check_view_sizes
+from ssl_runner.checks import check_blur, check_classifiers, check_fit, check_loss, check_view_sizes
 from ssl_runner.config.paths import escape
 from ssl_runner.config.rules import check_values
 from ssl_runner.config.training import check_training
@@ -215,10 +215,10 @@ def build_node(
 
 def build_classifiers(cfg: DictConfig, names: Iterable[str]) -> dict[str, Classifier]:
     """The classifiers of frozen features with these names, in the same order."""
-    return {
-        name: build_node(f"probe.classifiers.{name}", cfg.probe.classifiers[name], partial=True)
-        for name in names
-    }
+    nodes = {f"probe.classifiers.{name}": cfg.probe.classifiers[name] for name in names}
+    built = {key: build_node(key, node, partial=True) for key, node in nodes.items()}
+    check_classifiers(built)
+    return {key.rpartition(".")[2]: classifier for key, classifier in built.items()}
 
 
 def baseline_cache(

@@ -1,6 +1,9 @@
 """Checks of a run that need its data or its networks. Those of the configuration alone are in `config`."""
 
+from collections.abc import Mapping
 from copy import deepcopy
+from inspect import signature
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -12,7 +15,7 @@ from ssl_runner.config.compose import CONF
 from ssl_runner.config.rules import format_value
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.splits import balanced_size
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, one_line
 from ssl_runner.loss import Loss
 from ssl_runner.model import eval_mode
 from ssl_runner.relation import Relation
@@ -45,6 +48,18 @@ def check_view_sizes(
             raise UsageError(
                 f"{option}: this backbone does not accept {side} x {side} images; {remedy}"
             ) from error
+
+
+def check_classifiers(classifiers: Mapping[str, Any]) -> None:
+    """Raise UsageError for options that a probe's classifier, which is called after the training, lacks.
+
+    classifiers: partial of a class, by its key in the configuration.
+    """
+    for key, classifier in classifiers.items():
+        try:
+            signature(classifier.func).bind_partial(**classifier.keywords)
+        except TypeError as error:
+            raise UsageError(f"{key}: {one_line(error)}; leave the option out") from error
 
 
 def check_blur(cfg: DictConfig, augment: Augment, data: DataSet) -> None:

@@ -258,6 +258,11 @@ INVALID = [
         "-m experiment=rank_vs_gamma,supervised_digits",
         "experiment=rank_vs_gamma: has a grid of its own, which has no effect on a sweep over files; start",
     ),
+    ("proj_hidden_dim=64", "Unknown option 'proj_hidden_dim'. Did you mean 'projector.width'?"),
+    ("loss=simclr sim_loss_weight=25", "Did you mean 'gamma' of loss=vicreg?"),
+    ("data_dir=images", "Did you mean 'dataset.root' of dataset=cifar10 or"),
+    ("output_dir=a", "Did you mean 'hydra.run.dir'?"),
+    ("num_workers=4", "Unknown option 'num_workers': the images are in memory"),
     ("debug=slow", "Unknown debug 'slow'. Available: fast, profile"),
     ("profile=1", "profile=1: expected true or false"),
     # grammar
@@ -317,7 +322,9 @@ def test_invalid_command_line_fails_before_writing_files(
 INVALID_FOR_DATA = [
     ("batch_size=4000", "batch_size=4000: mnist5k has 3600 images to pretrain on; use at most 3600"),
     ("dataset.subset=5", "expected an integer from 10 to 4000"),
-    ("dataset.subset=10", "expected at least one held-out image, and one training image per class"),
+    ("dataset.subset=10", "none can be held out: each class has one; use dataset.subset=13"),
+    ("dataset.subset=12", "in 10 classes none would be held out; use dataset.val_fraction=0.25"),
+    ("+probe.classifiers.knn.foo=1", "probe.classifiers.knn: got an unexpected keyword argument 'foo'"),
     ("dataset=folder", "dataset.root=null: expected a folder"),
     ("dataset=folder dataset.root=nowhere", "dataset.root=nowhere: expected a folder"),
     ("views.policies.all.affine.scale=[2,1]", "affine.scale=[2, 1]: expected a pair [low, high]"),
