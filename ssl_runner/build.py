@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ssl_runner import distributed, numerics, optimizer
 from ssl_runner.backbone import Backbone, LinearBackbone
-from ssl_runner.checks import check_blur, check_classifiers, check_fit, check_loss, check_view_sizes
+from ssl_runner.checks import check_arguments, check_blur, check_fit, check_loss, check_view_sizes
 from ssl_runner.config.paths import escape
 from ssl_runner.config.rules import check_values
 from ssl_runner.config.training import check_training
@@ -217,7 +217,7 @@ def build_classifiers(cfg: DictConfig, names: Iterable[str]) -> dict[str, Classi
     """The classifiers of frozen features with these names, in the same order."""
     nodes = {f"probe.classifiers.{name}": cfg.probe.classifiers[name] for name in names}
     built = {key: build_node(key, node, partial=True) for key, node in nodes.items()}
-    check_classifiers(built)
+    check_arguments(built)
     return {key.rpartition(".")[2]: classifier for key, classifier in built.items()}
 
 
@@ -249,6 +249,7 @@ def baseline_cache(
 def read_data(cfg: DictConfig, device: torch.device) -> DataSet:
     """Read the data set. Raises UsageError if it cannot be read."""
     reader = build_node("dataset", cfg.dataset, without=DATASET_SETTINGS + EVALUATION, partial=True)
+    check_arguments({"dataset": reader})
     settings = {name: cfg.dataset[name] for name in DATASET_SETTINGS}
     if cfg.profile and cfg.dataset.subset is not None:
         settings["subset"] = dataset.AtMost(cfg.dataset.subset)  # debug=profile does not know the data set

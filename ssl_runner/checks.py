@@ -50,14 +50,14 @@ def check_view_sizes(
             ) from error
 
 
-def check_classifiers(classifiers: Mapping[str, Any]) -> None:
-    """Raise UsageError for options that a probe's classifier, which is called after the training, lacks.
+def check_arguments(partials: Mapping[str, Any]) -> None:
+    """Raise UsageError for options that a part which is called later lacks.
 
-    classifiers: partial of a class, by its key in the configuration.
+    partials: functools.partial of a class or function, by its key in the configuration.
     """
-    for key, classifier in classifiers.items():
+    for key, part in partials.items():
         try:
-            signature(classifier.func).bind_partial(**classifier.keywords)
+            signature(part.func).bind_partial(**part.keywords)
         except TypeError as error:
             raise UsageError(f"{key}: {one_line(error)}; leave the option out") from error
 
