@@ -178,9 +178,10 @@ def job(cfg: DictConfig) -> float | None:
     A failure is reported at once, on one line. A single run then exits; a job of a sweep raises its error,
     which Hydra keeps for `collected_failures`.
     """
-    from ssl_runner import distributed
+    with start.undone_on_error():  # the import of torch takes seconds
+        from ssl_runner import distributed
 
-    distributed.start()
+        distributed.start()
     if not distributed.is_main_process():
         return run_as_follower()
     hydra_config = HydraConfig.get()

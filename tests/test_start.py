@@ -91,3 +91,13 @@ def test_run_that_ends_before_training_says_so_and_leaves_nothing(
     assert (found, out, err.endswith(line)) == (code, "", True)
     assert err == line or (isinstance(error, KeyError) and "in call" in err)  # with its traceback
     assert tree(tmp_path) == set()
+
+
+def test_signal_while_torch_is_imported_leaves_nothing(
+    ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssl_runner.distributed.start", raising(None))
+    code, out, err = ssl_run(f"{TINY} hydra.run.dir=a/b")
+    assert (code, out) == (75, "")
+    assert err.startswith("preempted by SIGTERM; repeat the command")
+    assert tree(tmp_path) == set()

@@ -25,12 +25,9 @@ def opened(cfg: DictConfig) -> Iterator[tuple[DictConfig, Path]]:
     """
     made = hydra_internals.output_dir()
     os.chdir(hydra_internals.launch_folder())  # with hydra.job.chdir relative paths would be those of the run
-    try:
+    with undone_on_error():
         cfg = paths.resolved(cfg)
         folder = resume.folder_of(cfg, made)
-    except BaseException:
-        discard(made)
-        raise
     if folder != made and not any(made.iterdir()):
         made.rmdir()
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,6 +37,17 @@ def opened(cfg: DictConfig) -> Iterator[tuple[DictConfig, Path]]:
         finally:
             if not (folder / "run.json").exists():
                 discard(folder, folder / ".lock")
+
+
+@contextmanager
+def undone_on_error() -> Iterator[None]:
+    """Context manager of the first lines of a job, after which the folder that Hydra has made is removed if
+    an error or a signal ends them."""
+    try:
+        yield
+    except BaseException:
+        discard(hydra_internals.output_dir())
+        raise
 
 
 def discard(folder: Path, *files: Path) -> None:
