@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from ssl_runner import cli
 from ssl_runner.config import arguments, compose, hydra_internals, paths
 from ssl_runner.errors import UsageError
-from ssl_runner.runs.resume import lock_folder
+from ssl_runner.runs import start
 
 RESULT = ("loss", "top1", "val_top1")
 RUNNING = threading.Lock()  # Hydra's state, the working directory and torch's random state are global
@@ -52,8 +52,8 @@ def run(
     (`ssl_runner.numerics`) are restored; torch's random state is not.
 
     Raises UsageError, with the message that `ssl-run` prints, for invalid input, and any error of the
-    training itself; a note names the folder of the run. SIGTERM and SIGUSR1 raise Preempted, a SystemExit, in
-    the main thread.
+    training itself; a note names the folder, if the run has begun. SIGTERM and SIGUSR1 raise Preempted, a
+    SystemExit, in the main thread.
     """
     refuse_unsupported(overrides, folder, resume)
     words = list(overrides)
@@ -131,14 +131,12 @@ def refuse_unsupported(
 def job(cfg: DictConfig, ended: list[tuple[Path, dict[str, float | None]] | Exception]) -> None:
     """Execute the run and add its folder and result to `ended`, or its error, which Hydra would print."""
     folder = hydra_internals.output_dir()
-    os.chdir(hydra_internals.launch_folder())  # as in cli.job
     try:
-        cfg = paths.resolved(cfg)
-        folder = cli.choose_folder(cfg, folder)
-        with lock_folder(folder):
+        with start.opened(cfg) as (cfg, folder):
             ended.append((folder, cli.run_or_skip(cfg, folder)))
     except BaseException as error:
-        error.add_note(f"folder of the run: {folder}")
+        if (folder / "run.json").exists():
+            error.add_note(f"folder of the run: {folder}")
         if not isinstance(error, Exception):
             raise
         ended.append(error)

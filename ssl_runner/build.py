@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ssl_runner import distributed, numerics, optimizer
 from ssl_runner.backbone import Backbone, LinearBackbone
-from ssl_runner.checks import check_fit, check_parts
+from ssl_runner.checks import check_arguments, check_fit, check_parts
 from ssl_runner.config.paths import escape
 from ssl_runner.config.rules import check_values
 from ssl_runner.config.training import check_training
@@ -150,7 +150,8 @@ def build(cfg: DictConfig, data: DataSet | None = None, init_weights: bool = Tru
     backbone = distributed.sync_batchnorm(fresh_backbone())
     initial_weights = None
     if cfg.init_weights is not None and init_weights:
-        initial_weights = weights.load_backbone(backbone, Path(cfg.init_weights).expanduser())
+        options = {"backbone": cfg.backbone, "channels": data.channels, "image_size": data.image_size}
+        initial_weights = weights.load_backbone(backbone, Path(cfg.init_weights).expanduser(), options)
     if isinstance(backbone, LinearBackbone) and not solver_class.trains:
         projector: nn.Module = nn.Identity()  # the backbone itself is solved for
     else:
@@ -204,10 +205,10 @@ def build_node(
 
 def build_classifiers(cfg: DictConfig, names: Iterable[str]) -> dict[str, Classifier]:
     """The classifiers of frozen features with these names, in the same order."""
-    return {
-        name: build_node(f"probe.classifiers.{name}", cfg.probe.classifiers[name], partial=True)
-        for name in names
-    }
+    nodes = {f"probe.classifiers.{name}": cfg.probe.classifiers[name] for name in names}
+    built = {key: build_node(key, node, partial=True) for key, node in nodes.items()}
+    check_arguments(built)
+    return {key.rpartition(".")[2]: classifier for key, classifier in built.items()}
 
 
 def baseline_cache(
@@ -238,8 +239,12 @@ def baseline_cache(
 def read_data(cfg: DictConfig, device: torch.device) -> DataSet:
     """Read the data set. Raises UsageError if it cannot be read."""
     reader = build_node("dataset", cfg.dataset, without=DATASET_SETTINGS + EVALUATION, partial=True)
+    check_arguments({"dataset": reader})
+    settings = {name: cfg.dataset[name] for name in DATASET_SETTINGS}
+    if cfg.profile and cfg.dataset.subset is not None:
+        settings["subset"] = dataset.AtMost(cfg.dataset.subset)  # debug=profile does not know the data set
     with distributed.rank_zero_first():
-        data = dataset.load(reader, device=device, **{name: cfg.dataset[name] for name in DATASET_SETTINGS})
+        data = dataset.load(reader, device=device, **settings)
     return data.with_transform(*(cfg.dataset[name] for name in EVALUATION))
 
 

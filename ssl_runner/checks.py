@@ -1,6 +1,9 @@
 """Checks of a run that need its data or its networks. Those of the configuration alone are in `config`."""
 
+from collections.abc import Mapping
 from copy import deepcopy
+from inspect import signature
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -12,7 +15,7 @@ from ssl_runner.config.rules import format_value
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.splits import balanced_size
 from ssl_runner.degenerate import check_features, check_gradient, check_pairs, sample_batch
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, one_line
 from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel, eval_mode
 from ssl_runner.probe import check_layer
@@ -69,6 +72,18 @@ def check_view_sizes(
             raise UsageError(
                 f"{option}: expected sizes that this backbone accepts, found {side} x {side} pixels; {remedy}"
             ) from features
+
+
+def check_arguments(partials: Mapping[str, Any]) -> None:
+    """Raise UsageError for options that a part which is called later lacks.
+
+    partials: functools.partial of a class or function, by its key in the configuration.
+    """
+    for key, part in partials.items():
+        try:
+            signature(part.func).bind_partial(**part.keywords)
+        except TypeError as error:
+            raise UsageError(f"{key}: {one_line(error)}; leave the option out") from error
 
 
 def check_blur(cfg: DictConfig, augment: Augment, data: DataSet) -> None:

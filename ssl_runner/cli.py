@@ -7,6 +7,7 @@ command line.
 import argparse
 import os
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ssl_runner.config import arguments, check, completion, compose, grid, hydra
 from ssl_runner.config.help import help_text
 from ssl_runner.errors import UsageError, format_error
 from ssl_runner.preemption import Preempted, Preemption
-from ssl_runner.runs import resume, saved, schedule
+from ssl_runner.runs import resume, saved, schedule, start
 from ssl_runner.runs.run_json import read_record
 from ssl_runner.version import describe_versions
 
@@ -51,7 +52,7 @@ def run_as_main(processes: int = 1) -> None:
     try:
         console.call(
             partial(execute, processes, failed),
-            interrupted="interrupted; resume=<folder of the run> resumes from its last checkpoint",
+            interrupted="interrupted; resume=auto resumes a run that has begun",
         )
     except Preempted as error:
         if not error.reported:  # before the first run, between those of a sweep, or while others run them
@@ -169,7 +170,7 @@ def build_jobs(args: argparse.Namespace, jobs: list[tuple[str, DictConfig]]) -> 
 
 
 def job(cfg: DictConfig) -> float | None:
-    """Execute one run, in the folder created by Hydra or in the one that `folder_of` returns.
+    """Execute one run, in the folder that `start.opened` chooses.
 
     Returns the validation accuracy, which a sweeper may maximise. In a distributed run, rank 0 makes all
     decisions and the other ranks execute `run_as_follower`.
@@ -177,18 +178,16 @@ def job(cfg: DictConfig) -> float | None:
     A failure is reported at once, on one line. A single run then exits; a job of a sweep raises its error,
     which Hydra keeps for `collected_failures`.
     """
-    from ssl_runner import distributed
+    with start.undone_on_error():  # the import of torch takes seconds
+        from ssl_runner import distributed
 
-    distributed.start()
+        distributed.start()
     if not distributed.is_main_process():
         return run_as_follower()
     hydra_config = HydraConfig.get()
-    made = folder = hydra_internals.output_dir()
-    os.chdir(hydra_internals.launch_folder())  # with hydra.job.chdir relative paths would be those of the run
+    folder = hydra_internals.output_dir()
     try:
-        cfg = paths.resolved(cfg)
-        folder = choose_folder(cfg, made)
-        with resume.lock_folder(folder):
+        with start.opened(cfg) as (cfg, folder):
             result = run_or_skip(cfg, folder)
         distributed.finish()
         top1 = "" if result["top1"] is None else f"top1={result['top1']:.4f} "
@@ -202,8 +201,12 @@ def job(cfg: DictConfig) -> float | None:
         raise
     except Exception as error:
         distributed.report_failure(error)
-        has_traceback = not isinstance(error, UsageError) and (folder / "run.json").exists()
-        more = f" (traceback in {folder}/run.json)" if has_traceback else ""
+        more = ""
+        if not isinstance(error, UsageError):
+            if (folder / "run.json").exists():
+                more = f" (traceback in {folder}/run.json)"
+            else:
+                traceback.print_exception(error)
         if hydra_config.mode == RunMode.RUN:
             print(format_error(error) + more, file=sys.stderr)
             sys.exit(1)
@@ -220,15 +223,6 @@ def preempted_line(error: Preempted, folder: Path) -> str:
     if read_record(folder / "run.json")["status"] == "done":
         return f"{by} after the end of the run; run={folder}"
     return f"{error}: {paths.override('resume', folder)}, or the same command with resume=auto"
-
-
-def choose_folder(cfg: DictConfig, made: Path) -> Path:
-    """Create the folder of a run, given its resolved configuration: `made`, or that of an earlier run."""
-    folder = resume.folder_of(cfg, made)
-    if folder != made and not any(made.iterdir()):
-        made.rmdir()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def run_or_skip(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
@@ -250,12 +244,14 @@ def run_or_skip(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         print(f"already done: started {record['started']}, commit {record['git_commit']}", flush=True)
         return record
     if record is None:
-        resume.write_hydra_files(cfg, folder)
+        write_config = partial(resume.write_hydra_files, cfg, folder)
     elif schedule.is_extension(cfg, folder):
         cfg = schedule.extend(cfg, folder)
+        write_config = partial(saved.keep_given, cfg, folder)
     else:
         resume.refuse_finished(folder)
         cfg = saved.resumed(cfg, folder)
+        write_config = partial(saved.keep_given, cfg, folder)
     hydra = HydraConfig.get()
     places = hydra_internals.launch_folder(), hydra_internals.config_sources(hydra).get("command-line")
     compose.find_modules(*places)
@@ -265,7 +261,7 @@ def run_or_skip(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     )
     from ssl_runner.pipeline import run
 
-    return run(cfg, folder)
+    return run(cfg, folder, write_config)
 
 
 def run_as_follower() -> float | None:

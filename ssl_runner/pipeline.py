@@ -32,18 +32,21 @@ from ssl_runner.solver import Save, Solver
 from ssl_runner.theory.gamma import describe_gamma
 
 
-def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
+def run(
+    cfg: DictConfig, folder: Path, write_config: Callable[[], None] = lambda: None
+) -> dict[str, float | None]:
     """Pretrain, probe, and write the files of the run to `folder`.
 
     These are metrics.csv, probe.csv, spectrum.csv, run.json, checkpoint.pt, the weights in
     backbone.safetensors and projector.safetensors, and the map of the embedding. Resumes from the checkpoint
-    in `folder` if there is one. Every rank calls this; the main process writes.
+    in `folder` if there is one. Every rank calls this; the main process writes, and calls `write_config`,
+    when every check has passed and training begins. A new run that ends before leaves `folder` as it was.
 
     Returns the last `loss` and the first probe's top-1 on the test split (`top1`) and on the validation split
     (`val_top1`). Without test images, `top1` is `val_top1`; without labels, both are None.
 
-    Raises UsageError for a run that cannot work and Preempted after a signal; run.json records
-    every exception.
+    Raises UsageError for a run that cannot work and Preempted after a signal; run.json records every
+    exception of a run that has begun.
     """
     is_main = distributed.is_main_process()
     schedule = distributed.broadcast_object(read_schedule(folder, cfg.epochs) if is_main else None)
@@ -87,21 +90,23 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         probes.truncate_after(solver.epoch)
         # final rows carry the epoch of the kept weights with probe.keep=best, so truncate_after keeps them
         probes.truncate_at_repeat(("epoch", "features", "probe", "eval_split"))
-        if experiment.logger is not None and is_main:
-            ids = record.content.get("loggers", {})
-            record.update(loggers=feed.start(experiment.logger, folder, cfg, ids))
-        if experiment.initial_weights is not None and is_main:
-            print(experiment.initial_weights, flush=True)
-        if is_main and cfg.views.preview:
-            preview(experiment.loader, folder / "views.png", f"views={saved.choices(folder).views}")
-        before = record.content.get("compile")
-        record.update(compile=compile_solver(cfg.compile, solver, experiment.loader, before))
         record.update(**facts(experiment))
         if is_main:
-            print("\n".join(first_lines(experiment, record)), flush=True)
+            write_config()
+            record.begin()
+            print("\n".join(first_lines(experiment, solver, record)), flush=True)
+            if experiment.logger is not None:
+                ids = record.content.get("loggers", {})
+                record.update(loggers=feed.start(experiment.logger, folder, cfg, ids))
+            if cfg.views.preview:
+                preview(experiment.loader, folder / "views.png", f"views={saved.choices(folder).views}")
+        before = record.content.get("compile")
+        record.update(compile=compile_solver(cfg.compile, solver, experiment.loader, before))
 
         epochs = solver.epochs()
-        for row in profiled(epochs, folder, experiment.device) if cfg.profile and is_main else epochs:
+        if cfg.profile and is_main:
+            epochs = profiled(epochs, experiment.loader, folder, experiment.device)
+        for row in epochs:
             start = time.perf_counter()
             last = solver.epoch == solver.total_epochs
             columns = [evaluator(model, solver.epoch, last=last) for evaluator in evaluators]
@@ -140,14 +145,14 @@ def restore(path: Path, solver: Solver, evaluators: Sequence[Evaluator]) -> None
         solver.load_state_dict(state)
 
 
-def first_lines(experiment: Experiment, record: RunRecord) -> list[str]:
+def first_lines(experiment: Experiment, solver: Solver, record: RunRecord) -> list[str]:
     """The lines that are printed before training."""
     cfg, data = experiment.cfg, experiment.data
-    lines = [headline(cfg, record), *notes(data, cfg.probe.features)]
+    lines = [experiment.initial_weights, headline(cfg, record), *notes(data, cfg.probe.features)]
     if experiment.solver_class.trains:
         lines += warnings(cfg, experiment.loss, experiment.relation, data, experiment.model.K)
-    gamma = describe_gamma(record.content["gamma_limits"])
-    return [*lines, gamma] if gamma else lines
+    lines += [*solver.warnings(), describe_gamma(record.content["gamma_limits"])]
+    return [line for line in lines if line]
 
 
 def with_evaluators_time(row: Columns, seconds: float) -> Columns:

@@ -50,6 +50,10 @@ class Solver(ABC):
         """The features whose probe accuracy is the run's result: "backbone" or "projector"."""
         return "backbone"
 
+    def warnings(self) -> list[str]:
+        """Lines on a result that would mislead, printed before the solver starts."""
+        return []
+
     @abstractmethod
     def epochs(self) -> Iterator[dict[str, Any]]:
         """Yield one row of metrics.csv after each remaining epoch, and count the finished ones in `epoch`.

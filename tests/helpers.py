@@ -218,6 +218,16 @@ def run_folder(out: str) -> Path:
     return Path(out.strip().splitlines()[-1].partition("run=")[2])
 
 
+def raising(error: BaseException | None) -> Callable[..., Any]:
+    """A function that raises an error, or receives SIGTERM for None."""
+
+    def call(*args: Any, **options: Any) -> None:
+        signal.raise_signal(signal.SIGTERM) if error is None else None
+        raise error or AssertionError
+
+    return call
+
+
 def preempt_after(step: int, patch: pytest.MonkeyPatch) -> None:
     """Make a training in this process receive SIGTERM in its `step`-th step, counted from 1."""
     put = NonFiniteGuard.put

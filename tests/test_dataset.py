@@ -1,7 +1,9 @@
 """Splits, subsets and batches; every data set reader on tiny files in the real formats."""
 
+import ast
 import hashlib
 import pickle
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ import torchvision
 from torch import Tensor
 
 from ssl_runner.data import dataset, readers
-from ssl_runner.data.dataset import DataSet, Source
+from ssl_runner.data.dataset import AtMost, DataSet, Source
 from ssl_runner.data.splits import balanced_order, hold_out
 from ssl_runner.errors import UsageError
 from tests.helpers import CPU, load, toy
@@ -70,6 +72,22 @@ def test_impossible_split_raises_usage_error(subset: int, val: float) -> None:
     else:
         with pytest.raises(UsageError, match=r"dataset\.(subset|val_fraction)="):
             load(toy(), val, subset)
+
+
+@pytest.mark.parametrize("val", [0.001, 0.1, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("subset", [4, 5, 6, 7, 8, 12])
+def test_value_named_for_an_impossible_split_works(subset: int, val: float) -> None:
+    try:
+        data = load(toy(200), val, subset)
+    except UsageError as error:
+        [(key, value)] = re.findall(r"use dataset\.(\w+)=(\S+)$", str(error))
+        data = load(toy(200), **{"val_fraction": val, "subset": subset, key: ast.literal_eval(value)})
+    assert min(len(data.val), *torch.bincount(data.train.y, minlength=4).tolist()) >= 1
+
+
+@pytest.mark.parametrize(("number", "images"), [(1, 6), (40, 40), (10_000, 80)])
+def test_number_of_images_at_most_fits_the_data_set(number: int, images: int) -> None:
+    assert len(load(toy(), 0.25, AtMost(number)).train) == images * 3 // 4 + (images == 6)
 
 
 def test_test_fraction_is_seeded_stratified_and_taken_before_the_subset() -> None:

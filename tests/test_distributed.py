@@ -426,6 +426,7 @@ def fail_on_rank_1(folder: Path, how: str) -> str:
     """Type and message of the exception on this rank when rank 1 raises within `propagate_failures`."""
     try:
         with Preemption(), RunRecord(folder, "x") as record, distributed.propagate_failures(record.fail):
+            record.begin()
             if how == "terminated" and distributed.rank() == 0:  # by torchrun, once rank 1 has exited
                 update = record.update
                 record.update = lambda **facts: (signal.raise_signal(signal.SIGTERM), update(**facts))
@@ -630,6 +631,7 @@ def save_slowly(folder: Path) -> str:
     training.preemption.received = signal.SIGUSR1
     try:
         with Preemption(), RunRecord(folder, "x") as record, distributed.propagate_failures(record.fail):
+            record.begin()
             list(training.epochs())
     except Preempted:
         group._group.ended.set()

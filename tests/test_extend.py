@@ -93,7 +93,7 @@ def test_finished_run_is_extended(ssl_run, tmp_path: Path) -> None:
     assert reported == {folder: "5", folder / "epochs-2": "2"}
 
     for command in (f"resume={folder}", f"resume={folder} epochs=5"):
-        assert "this run is done; add epochs=<more> to train it longer" in ssl_run(command)[2]
+        assert "this run is done with its 5 epochs; give more, such as epochs=10" in ssl_run(command)[2]
     assert ssl_run(f"resume={folder} epochs=6")[0] == 0  # once more
     assert [part["to_epoch"] for part in record(folder)["schedule"]] == [2, 5, 6]
 

@@ -10,9 +10,10 @@ from omegaconf import OmegaConf
 
 from ssl_runner.config import arguments, check, compose, renamed
 from ssl_runner.config.run_id import run_id
+from ssl_runner.errors import UsageError
 from ssl_runner.runs.files import write_json
 from ssl_runner.runs.run_json import read_record
-from tests.helpers import TINY, preempt_after, run_folder, table
+from tests.helpers import TINY, preempt_after, raising, run_folder, table
 
 LATER = ("deterministic", "dataset.eval_resize", "dataset.eval_crop", "probe.cache")  # options added since
 COMMAND = f"{TINY} diagnostics.every=0"
@@ -161,14 +162,38 @@ def test_removed_option_is_named(preempted: Path, ssl_run) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "status"), [(None, 75, "preempted"), (UsageError("no data"), 1, "failed")]
+)
+def test_resumed_run_that_ends_before_training_keeps_its_folder(
+    preempted: Path, ssl_run, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, status: str
+) -> None:
+    """It records how it ended."""
+    before = {path: path.read_bytes() for path in (preempted / ".hydra").iterdir()}
+    monkeypatch.setattr("ssl_runner.pipeline.build", raising(error))
+    found, _, err = ssl_run("resume=mine tags=[x]")
+    assert (found, record(preempted)["status"], record(preempted)["starts"]) == (code, status, 2)
+    assert (f"resume={preempted}" in err) == (error is None)
+    assert before == {path: path.read_bytes() for path in (preempted / ".hydra").iterdir()}
+    assert (preempted / "checkpoint.pt").exists()
+
+
 def test_caches_and_names_do_not_identify_a_run(preempted: Path, ssl_run) -> None:
     one = OmegaConf.create({"probe": {"cache": True}, "dataset": {"cache": "a"}, "seed": 0, "resume": None})
     other = OmegaConf.merge(one, {"probe": {"cache": False}, "dataset": {"cache": "b"}})
     named = OmegaConf.merge(one, {"tags": ["a"], "note": "b"})
     assert run_id(one) == run_id(other) == run_id(named)
-    code, _, err = ssl_run("resume=mine probe.cache=false tags=[a,2] note='to the end'")
+    code, _, err = ssl_run("resume=mine probe.cache=false tags=[a] note='to the end'")
     assert (code, err) == (0, "")
-    assert (record(preempted)["tags"], record(preempted)["note"]) == (["a", "2"], "to the end")
+    again = read_record(preempted / "run.json") | {"status": "preempted"}
+    assert (again["tags"], again["note"]) == (["a"], "to the end")
+    write_json(preempted / "run.json", again | {"note": "of .hydra"})
+    code, _, err = ssl_run(f"resume='{preempted}' tags=[a,2]")
+    assert (code, err) == (0, "")
+    lines = OmegaConf.load(preempted / ".hydra" / "overrides.yaml")
+    named = [line for line in lines if line.startswith(("tags", "note", "probe.cache"))]
+    assert sorted(named) == ["note=to the end", "probe.cache=false", "tags=[a,2]"]
+    assert (config(preempted).tags, config(preempted).probe.cache) == (["a", 2], False)
     again = read_record(preempted / "run.json") | {"status": "preempted"}
     write_json(preempted / "run.json", again)
     code, out, err = ssl_run(f"{COMMAND} resume=auto hydra.run.dir='{preempted}'")

@@ -3,10 +3,13 @@
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 PRINT_CONF = "from ssl_runner.config.compose import CONF; print(CONF)"
@@ -35,6 +38,14 @@ def fresh(tmp_path: Path) -> Path:
     )
     assert "ModuleNotFoundError" in import_attempt.stderr
     return bin_folder
+
+
+def test_environment_has_the_required_versions_of_hydra_plugins() -> None:
+    """The preset of optuna sets `max_failure_rate`, which hydra-optuna-sweeper 1.2.0 does not accept."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    required = {one.name: one.specifier for one in map(Requirement, [*extras["slurm"], *extras["sweep"]])}
+    assert not required["hydra-optuna-sweeper"].contains("1.2.0")
+    assert [name for name, accepted in required.items() if not accepted.contains(version(name))] == []
 
 
 @pytest.mark.slow

@@ -215,8 +215,13 @@ def test_option_with_dashes_names_the_override(words: str, write: str) -> None:
         ("'resume=x (1)'", """write "resume='x (1)'\""""),
         ("--gamma=25", "write gamma=25, or list"),
         ("'gamma=(1'", "expected quotes around a value that contains '('"),
-        ("gamma=[1,", "expected <group>=<name> or <key>=<value>"),
-        ("gamma=intervall(1,2)", "Unknown function 'intervall'"),
+        (
+            "'tags=[a'",
+            """nothing after them; or write "tags='[a'\" for a text""",
+        ),
+        ("gamma=choice(1", "gamma=choice(1: expected complete brackets and quotes"),
+        ("gamma = 25", "gamma: expected <group>=<name> or <key>=<value>, without spaces around ="),
+        ("gamma=intervall(1,2)", "gamma=intervall(1,2): Unknown function 'intervall'"),
     ],
 )
 def test_unreadable_override_ends_in_one_line(ssl_run, tmp_path: Path, command: str, message: str) -> None:

@@ -148,6 +148,7 @@ def failing(folder: Path) -> None:
         checkpoint.Writer(folder, background) as writer,
         preemption.deferred(),
     ):
+        record.begin()
         writer.hold({"a": torch.ones(2)})
         raise Failed("the cause")
 
@@ -233,8 +234,8 @@ def test_signal_while_done_is_recorded_leaves_the_run_done(
         write_json(path, content)
 
     monkeypatch.setattr("ssl_runner.runs.record.write_json", write)
-    with pytest.raises(Preempted) as raised, Preemption(), RunRecord(tmp_path, "x"):
-        pass
+    with pytest.raises(Preempted) as raised, Preemption(), RunRecord(tmp_path, "x") as record:
+        record.begin()
     assert status(tmp_path) == "done"
     after = f"preempted by SIGTERM after the end of the run; run={tmp_path}"
     assert cli.preempted_line(raised.value, tmp_path) == after

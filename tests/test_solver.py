@@ -78,8 +78,18 @@ def test_closed_form_starts_from_initial_weights(ssl_run) -> None:
     assert backbone_scores(out) == expected
     code, _, err = ssl_run(f"solver=closed_form backbone.widths=[8,8] init_weights={exported} {SMALL}")
     assert code == 1
-    assert "expected safetensors weights of this backbone" in err
+    assert "found those for backbone.widths=[8,16]; set backbone.widths=[8,16]" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("side", "ridge", "number"), [(4, 0.0, 0), (8, 0.0, 1), (8, 0.1, 0)])
+def test_closed_form_warns_of_fewer_images_than_features(side: int, ridge: float, number: int) -> None:
+    """60 images, and 48 or 192 features."""
+    model = SSLModel(linear(3, side, 5), nn.Identity())
+    parts = {"model": model, "loss": VICReg(), "loader": noise_loader(), "relation": builders.FromViews()}
+    lines = ClosedForm(**parts, passes=1, ridge=ridge).warnings()
+    assert len(lines) == number
+    assert all("60 images for 192 features" in line and "solver.ridge=0.1" in line for line in lines)
 
 
 def backbone_scores(out: str) -> list[str]:

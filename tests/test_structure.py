@@ -55,7 +55,7 @@ IMPORTS = """
                     views
     build           backbone checks config data device distributed errors evaluator loss model names
                     numerics optimizer preemption probe relation runs solver
-    profile         evaluator runs
+    profile         data evaluator runs
     compiler        data distributed solver views
     embedding_map   data distributed probe runs
     facts           build data distributed model probe runs theory views

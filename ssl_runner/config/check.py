@@ -184,9 +184,12 @@ def unknown(
     if outer in choices and composer.owners_of_part(outer, path.rpartition(".")[2]):
         return f"Unknown option '{key}': {missing_part(composer, path, chosen)}"
     synonym = renamed.SYNONYMS.get(name)
-    if synonym is not None and OmegaConf.select(reference, synonym) is None:
-        owners = composer.owners("loss", synonym)
-        suggestion = f" Did you mean '{synonym}' of loss={' or loss='.join(owners)}?" if owners else ""
+    missing = object()
+    if synonym is not None and OmegaConf.select(reference, synonym, default=missing) is missing:
+        group, _, option = synonym.rpartition(".")
+        owners = composer.owners(group := group or "loss", option) if not group.startswith("hydra") else []
+        of = f" of {group}={f' or {group}='.join(owners)}" if owners else ""
+        suggestion = f" Did you mean '{synonym}'{of}?"
     elif synonym is not None:
         suggestion = f" Did you mean '{synonym}'?"
     else:

@@ -102,14 +102,23 @@ def _complete(line: str, multirun: bool) -> str:
 
 
 def refuse(line: str, error: HydraException) -> UsageError:
-    """Return the error for an override that Hydra cannot parse. It names the first special character."""
+    """Return the error for an override that Hydra cannot parse, with what to write."""
     key, equals, text = line.partition("=")
     special = SPECIAL.search(text)
     is_path = OPTIONS.fullmatch(key.lstrip("+"))
     syntax = re.match(r"[\[{'\"]|\w+\(", text)  # a list, a dict, quotes or a function with an error in it
-    if not equals or not special or not re.fullmatch(r"[\w.+~@/$:-]+", key) or (syntax and not is_path):
-        message = " ".join(str(error).split()).split(" See https")[0]
-        return UsageError(f"{message}: expected <group>=<name> or <key>=<value>")
+    if not equals or not re.fullmatch(r"[\w.+~@/$:-]+", key):
+        return UsageError(f"{line}: expected <group>=<name> or <key>=<value>, without spaces around =")
+    _, of_function, problem = (
+        " ".join(str(error).split()).split(" See https")[0].partition(" while evaluating ")
+    )
+    if of_function and not is_path:
+        return UsageError(f"{line}: {problem.partition(': ')[2]}; correct the call")
+    if not special or (syntax and not is_path):
+        return UsageError(
+            f"{line}: expected complete brackets and quotes, and nothing after them; or write"
+            f" {in_shell(f'{key}={quote(text)}')} for a text"
+        )
     quoted = _quoted(text) if _is_list(text) else quote(text)
     return UsageError(
         f"{line}: expected quotes around a value that contains {special[0]!r}; write"

@@ -25,23 +25,44 @@ SYNONYMS = {  # last part of a key -> the option of this package
     "augmentation": "views",
     "augmentations": "views",
     "amp": "precision",
+    "arch": "backbone",
     "bs": "batch_size",
+    "ckpt_path": "resume",
     "clip_lr": "optimizer.trust_clip",
+    "cov_loss_weight": "beta",
+    "data_dir": "dataset.root",
+    "data_path": "dataset.root",
     "embedding_dim": "projector.K",
     "encoder": "backbone",
     "eta": "optimizer.trust_coeff",
+    "fp16": "precision",
     "grad_clip": "optimizer.clip_grad_norm",
+    "image_size": "dataset.size",
+    "img_size": "dataset.size",
     "learning_rate": "optimizer.lr",
     "max_epochs": "epochs",
+    "method": "loss",
     "model": "backbone",
     "n_views": "V",
     "num_epochs": "epochs",
+    "num_large_crops": "V",
     "num_views": "V",
     "output_dim": "projector.K",
+    "output_dir": "hydra.run.dir",
+    "proj_hidden_dim": "projector.width",
+    "proj_output_dim": "projector.K",
     "random_state": "seed",
+    "root": "dataset.root",
+    "sim_loss_weight": "gamma",
     "temperature": "tau",
     "transforms": "views",
+    "var_loss_weight": "alpha",
+    "warmup": "optimizer.warmup_epochs",
     "wd": "optimizer.weight_decay",
+}
+WITHOUT = {  # key -> why there is no such option
+    "num_workers": "the images are in memory, and the views are made on the device; leave it out",
+    "scheduler": "the learning rate has a warm-up and a cosine decay; see optimizer.warmup_epochs",
 }
 
 
@@ -49,6 +70,8 @@ def message(key: str, value: object) -> str | None:
     """Return the error message for a former key, or for a former choice of the group `key`, else None."""
     if key in REMOVED:
         return f"{key} was removed: {REMOVED[key]}"
+    if key in WITHOUT:
+        return f"Unknown option '{key}': {WITHOUT[key]}"
     if key in SHARES and isinstance(value, float):
         return f"{key}={value}: a share of the images is {SHARES[key]}={value}; use it"
     if key in RENAMED:

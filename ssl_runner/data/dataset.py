@@ -12,7 +12,7 @@ from ssl_runner.data.contents import digest
 from ssl_runner.data.eval_transform import EvalTransform
 from ssl_runner.data.images import Images
 from ssl_runner.data.skipped import Skipped
-from ssl_runner.data.splits import balanced_order, hold_out
+from ssl_runner.data.splits import balanced_order, hold_out, nearest_fraction, smallest_subset
 from ssl_runner.device import release_freed_memory
 from ssl_runner.errors import UsageError
 from ssl_runner.numerics import usual_defaults
@@ -125,6 +125,10 @@ class DataSet:
         return replace(data, train=train, val=val, test=test)
 
 
+class AtMost(int):
+    """A number of images that a data set may lack."""
+
+
 @usual_defaults()
 def load(
     source: Callable[[], Source],
@@ -143,7 +147,7 @@ def load(
     val_fraction   fraction of the training images to hold out, stratified by class; not used for a data set
                    with a validation split
     subset         number of training images to keep, class-balanced, or None for all; also the largest number
-                   of unlabelled images to keep
+                   of unlabelled images to keep. Of an AtMost, as many as there are, and as the splits need
     split_seed     seed of the subset and of the splits
     storage        where to store the images: "device", "host", or "auto" for the device if they use at most
                    half of its free memory
@@ -165,6 +169,9 @@ def load(
     if subset is not None:
         trained, what = (train, "training") if data.classes else (unlabeled, "unlabelled")
         least = max(1, len(data.classes))
+        if isinstance(subset, AtMost):
+            enough = smallest_subset(least, val_fraction) if data.classes and data.val is None else least
+            subset = min(max(subset, enough), len(trained))
         if not least <= subset <= len(trained):
             raise UsageError(
                 f"dataset.subset={subset}: expected an integer from {least} to {len(trained)}, the"
@@ -237,12 +244,14 @@ def _held_out(
     """`hold_out`. Raises UsageError, which names the option `key`, if it holds nothing out."""
     labels = data.labels.numpy()
     if (parts := hold_out(rows, labels, fraction, seed)) is None:
-        counts = np.bincount(labels[rows], minlength=len(data.classes))
-        raise UsageError(
-            f"{key}={fraction}: expected at least one held-out image, and one training image per class, from"
-            f" {len(rows)} training images in {len(data.classes)} classes (the smallest,"
-            f" {data.classes[counts.argmin()]}, has {counts.min()}); use more images or another fraction"
-        )
+        sizes, n = np.bincount(labels[rows], minlength=len(data.classes)), len(rows)
+        cause = f"of {n} training images in {len(data.classes)} classes"
+        if (usable := nearest_fraction(sizes, fraction)) is not None:
+            found = "held out" if usable > fraction else "left in some classes"
+            raise UsageError(f"{key}={fraction}: {cause} none would be {found}; use {key}={usable}")
+        subset = f"dataset.subset={smallest_subset(len(data.classes), fraction)}"
+        remedy = f"use {subset}" if n < len(data.train) else "use more images"
+        raise UsageError(f"{key}={fraction}: {cause} none can be held out: each class has one; {remedy}")
     return parts
 
 

@@ -3,7 +3,7 @@
 If the policies of the views have several sizes, X is a list with one view-major tensor per size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from typing import Any
 
@@ -44,6 +44,7 @@ class MultiViewLoader:
         self.epochs, self.resolutions = epochs, resolutions
         self.device = data.mean.device
         self.steps_per_epoch = len(data.pretrain) // batch_size
+        self.after_batch: Callable[[], object] = lambda: None  # called after each batch of `batches`
         self._rewind()
 
     def _rewind(self) -> None:
@@ -109,6 +110,7 @@ class MultiViewLoader:
             chosen = view_format._replace(side=self.resolution(first + number))
             X = self._views(images, self.view_generator, rank, ranks, chosen)
             yield X, Batch(indices, labels, self.V, len(self.data.classes))
+            self.after_batch()
 
     def fixed_batch(self, images: Images, positions: Tensor) -> tuple[ViewTensors, Batch]:
         """X (V n, C, H, W), the same views in every call, of the images at positions (n,), and its Batch."""

@@ -36,8 +36,9 @@ def names(cfg: DictConfig) -> dict[str, object]:
 class RunRecord:
     """Context manager that maintains run.json. Only rank 0 writes the file.
 
-    `status` is `running` on entry and `done` on exit. It is `preempted` after a Preempted exception, and
-    `failed`, with error and traceback, after any other exception.
+    A new run writes the file from `begin` on: what fails before leaves none. A run that resumes writes it on
+    entry. `status` is `running` until the exit, then `done`. It is `preempted` after a Preempted exception,
+    and `failed`, with error and traceback, after any other exception.
 
     `facts` are further fields. When a run resumes, `wall_seconds` (s) continues from its previous value and
     `starts` increases by one.
@@ -46,7 +47,8 @@ class RunRecord:
     def __init__(self, folder: Path, identity: str, **facts: Any):
         self.path = folder / "run.json"
         self.start, self.lock = time.time(), threading.Lock()
-        before = read_record(self.path) if self.path.exists() else {}
+        self.begun = self.path.exists()
+        before = read_record(self.path) if self.begun else {}
         self.seconds_before = before.get("wall_seconds") or 0.0
         kept = {"tags": [], "note": None} | {name: before[name] for name in KEPT if name in before}
         self.content: dict[str, Any] = (
@@ -75,12 +77,17 @@ class RunRecord:
             | facts
         )
 
+    def begin(self) -> None:
+        """Record that training begins."""
+        self.begun = True
+        self.update()
+
     def update(self, **facts: Any) -> None:
-        """Add or update fields, then write the file. May be called from another thread."""
+        """Add or update fields, then write the file if the run has begun. May be called from any thread."""
         with self.lock:
             self.content |= facts
             self.content["wall_seconds"] = round(self.seconds_before + time.time() - self.start, 3)
-            if distributed.is_main_process():
+            if self.begun and distributed.is_main_process():
                 write_json(self.path, self.content)
 
     def fail(self, code: int, message: str) -> None:

@@ -190,9 +190,10 @@ def plan_resume(folder: Path, given: Collection[str], config_dir: str | None) ->
 def refuse_finished(folder: Path) -> None:
     """Raise UsageError if the run is done."""
     if read_record(folder / "run.json")["status"] == "done":
+        epochs = saved.load(folder).epochs
         raise UsageError(
-            f"resume={folder}: this run is done; add epochs=<more> to train it longer, or start a new run to"
-            " change other options"
+            f"resume={folder}: this run is done with its {epochs} epochs; give more, such as"
+            f" epochs={2 * epochs}, to train it longer, or start a new run to change other options"
         )
 
 

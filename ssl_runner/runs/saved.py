@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from ssl_runner.config import check, compose, hydra_internals, paths, renamed, rules
 from ssl_runner.config.run_id import NO_RESULT, changes_result, compared
 from ssl_runner.errors import UsageError, one_line
+from ssl_runner.runs.files import atomic_write
 
 
 def load(folder: Path) -> DictConfig:
@@ -108,6 +109,25 @@ def refuse_changes(cfg: DictConfig, config: DictConfig) -> None:
     for key in NO_RESULT:
         if (value := OmegaConf.select(cfg, key)) is not None:
             OmegaConf.update(config, key, paths.escape(value), merge=False)
+
+
+def keep_given(cfg: DictConfig, folder: Path) -> None:
+    """Write the options of the command line that change no result to .hydra/, where the next resume reads
+    them. `cfg` is the configuration of the run that resumes."""
+    task = {check.key_of(one): str(one.input_line) for one in compose.parse(HydraConfig.get().overrides.task)}
+    given = {key: line for key, line in task.items() if key != "resume" and not changes_result(key)}
+    before = {check.key_of(one): str(one.input_line) for one in compose.parse(overrides(folder))}
+    replaced = {key for key in before if "logger" in given and key.startswith("logger.")} | given.keys()
+    lines = [line for key, line in before.items() if key not in replaced] + list(given.values())
+    if set(lines) == set(before.values()):
+        return
+    config = load(folder)
+    for key in NO_RESULT:
+        if any(f"{one}.".startswith(f"{key}.") for one in given):
+            OmegaConf.update(config, key, paths.escape(OmegaConf.select(cfg, key)), merge=False)
+    for name, content in (("config", config), ("overrides", OmegaConf.create(lines))):
+        with atomic_write(folder / ".hydra" / f"{name}.yaml") as file:
+            file.write(OmegaConf.to_yaml(content).encode())
 
 
 def matches(cfg: DictConfig, folder: Path) -> bool:

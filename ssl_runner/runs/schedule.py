@@ -56,7 +56,8 @@ def extend(cfg: DictConfig, folder: Path) -> DictConfig:
     if cfg.epochs < planned:
         raise UsageError(
             f"epochs={cfg.epochs}: expected more than the {planned} epochs that {folder} was planned for;"
-            " give more, or start a new run"
+            f" {'give more' if record['status'] == 'done' else 'leave epochs out'}, or leave resume out to"
+            " start a new run"
         )
     cfg = extended_config(cfg, folder)
     solver: Any = get_class(cfg.solver._target_)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ssl_runner.errors import UsageError, one_line
+from ssl_runner.config.rules import format_value
+from ssl_runner.errors import UsageError
 from ssl_runner.runs import foreign
 from ssl_runner.runs.files import atomic_write
 
@@ -68,12 +70,45 @@ def load_exported(module: nn.Module, path: Path) -> None:
     module.load_state_dict({names.get(name, name): tensor for name, tensor in state.items()})
 
 
-def load_backbone(backbone: nn.Module, path: Path) -> str:
+def mismatch(backbone: nn.Module, path: Path, options: Mapping[str, Any] | None) -> str:
+    """Say what a file of `export` has instead of a backbone's tensors: other options, or a first tensor."""
+    header = read_header(path) or {}
+    if options is not None and header.keys() >= options.keys():
+        ours, theirs = _options(options), _options(header)
+        keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        if "backbone" in keys:
+            keys = ["backbone"]
+        if keys:
+            expected, found = (
+                " ".join(f"{key}={format_value(one.get(key))}" for key in keys) for one in (ours, theirs)
+            )
+            return f"expected weights for {expected}, found those for {found}; set {found}"
+    tensors = plain_names(safetensors.torch.load_file(path))
+    full = plain_names(backbone.state_dict())
+    shapes = [{name: tuple(value.shape) for name, value in one.items()} for one in (full, tensors)]
+    name = next((name for name in {**full, **tensors} if shapes[0].get(name) != shapes[1].get(name)), "")
+    return (
+        f"expected {name} of shape {shapes[0].get(name)}, found {shapes[1].get(name)}; give the"
+        " backbone.safetensors of a run with this backbone"
+    )
+
+
+def _options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a run by which the tensors of its backbone differ. `backbone` is a choice of the group."""
+    settings = dict(options["backbone"])
+    kind = settings.pop("_target_").rpartition(".")[2]
+    name = {"from_timm": "timm", "resnet": settings.get("name")}.get(kind, kind)
+    images = {"dataset.channels": options["channels"], "dataset.size": options["image_size"]}
+    return {"backbone": name, **{f"backbone.{key}": value for key, value in settings.items()}, **images}
+
+
+def load_backbone(backbone: nn.Module, path: Path, options: Mapping[str, Any] | None = None) -> str:
     """Load initial weights into a backbone. Returns a line that states which tensors were loaded.
 
     A file that `export` wrote must contain all tensors of the backbone. From another safetensors file, or
     from a checkpoint of torch.save, the tensors with the backbone's names and shapes are loaded. `foreign`
-    describes which names are recognised.
+    describes which names are recognised. `options` are those of the backbone, as `export` writes them
+    (`backbone`, `channels`, `image_size`), for the error message.
 
     Raises UsageError if the file does not exist, cannot be read without executing pickled code, does not
     match the backbone (own files) or has none of its tensors (other files).
@@ -90,11 +125,7 @@ def load_backbone(backbone: nn.Module, path: Path) -> str:
         try:
             load_exported(backbone, path)
         except RuntimeError as error:
-            reason = one_line(error)[:200]
-            raise UsageError(
-                f"init_weights={path}: expected safetensors weights of this backbone; use the backbone"
-                f" options of the run that wrote the file ({reason})"
-            ) from error
+            raise UsageError(f"init_weights={path}: {mismatch(backbone, path, options)}") from error
         return f"init_weights: {len(full)} of {len(full)} tensors matched"
     body = backbone if plain is full else backbone.get_submodule("body")
     found = foreign.match(body, plain, content := foreign.read(path))

@@ -68,6 +68,15 @@ class ClosedForm(Solver):
     def result_features(self) -> str:
         return "projector" if count_parameters(self.model.projector) else "backbone"
 
+    def warnings(self) -> list[str]:
+        images, features = len(self.loader.data.pretrain), split_linear_layer(self.model)[1].in_features
+        if self.ridge or images >= features:
+            return []
+        return [
+            f"warning: solver=closed_form: {images} images for {features} features, so the map overfits them;"
+            " add solver.ridge=0.1, or use more images"
+        ]
+
     def epochs(self) -> Iterator[dict[str, Any]]:
         """Solve, and yield the only row. Raises UsageError if all features are constant."""
         if not self.last_row:

@@ -1,0 +1,103 @@
+"""What ends before training leaves no run folder, and nothing else is removed."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+import ssl_runner
+from ssl_runner.errors import UsageError
+from tests.helpers import TINY, raising
+
+REFUSED = f"{TINY} relation=edges relation.path=none.csv"
+MESSAGE = "relation.path=none.csv: expected an existing file"
+
+
+def tree(folder: Path) -> set[str]:
+    """The paths below a folder, without those of data sets."""
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    return {name for name in names if not name.startswith("data")}
+
+
+@pytest.fixture
+def existing(tmp_path: Path) -> set[str]:
+    """Files and folders of a user."""
+    (tmp_path / "mine" / "empty").mkdir(parents=True)
+    for name in ("notes.txt", ".lock", "ssl-run.log"):
+        (tmp_path / "mine" / name).write_text("kept")
+    return tree(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "resume=auto",
+        "hydra.run.dir=mine",
+        "hydra.run.dir=mine/empty",
+        "hydra.run.dir=mine/a/b/c hydra.job.chdir=true",
+        "hydra.run.dir=mine/d hydra/job_logging=default hydra.output_subdir=hydra",
+        "hydra.run.dir=mine hydra/job_logging=default",
+    ],
+)
+def test_refused_run_leaves_what_there_was(
+    ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: set[str], options: str
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+    code, out, err = ssl_run(f"{REFUSED} {options}")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert MESSAGE in err
+    assert tree(tmp_path) == existing
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "kept"
+
+
+def test_refused_run_from_python_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: set[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in (None, "mine/a/b"):
+        with pytest.raises(UsageError, match=MESSAGE) as error:
+            ssl_runner.run(*REFUSED.split(), folder=folder)
+        assert not hasattr(error.value, "__notes__")
+        assert tree(tmp_path) == existing
+
+
+def test_refused_job_leaves_the_folder_of_the_sweep(ssl_run, tmp_path: Path) -> None:
+    """With a launcher on the command line the jobs are not built ahead."""
+    code, out, err = ssl_run(f"-m hydra/launcher=basic hydra.sweep.dir=swept {REFUSED} seed=0,1")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"job #0 (seed=0): {MESSAGE}")
+    assert err.splitlines()[2] == "failed sweep jobs (2): #0 (seed=0); #1 (seed=1)"
+    assert tree(tmp_path) == {"swept", "swept/multirun.yaml"}
+
+
+ENDS = [
+    (None, 75, "preempted by SIGTERM before the run began; repeat the command\n"),
+    (
+        KeyboardInterrupt(),
+        130,
+        "interrupted; resume=auto resumes a run that has begun\n",
+    ),
+    (KeyError("width"), 1, "KeyError: 'width'\n"),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "line"), ENDS, ids=["signal", "interrupt", "error"])
+def test_run_that_ends_before_training_says_so_and_leaves_nothing(
+    ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, line: str
+) -> None:
+    monkeypatch.setattr("ssl_runner.pipeline.build", raising(error))
+    found, out, err = ssl_run(f"{TINY} hydra.run.dir=a/b")
+    assert (found, out, err.endswith(line)) == (code, "", True)
+    assert err == line or (isinstance(error, KeyError) and "in call" in err)  # with its traceback
+    assert tree(tmp_path) == set()
+
+
+def test_signal_while_torch_is_imported_leaves_nothing(
+    ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssl_runner.distributed.start", raising(None))
+    code, out, err = ssl_run(f"{TINY} hydra.run.dir=a/b")
+    assert (code, out) == (75, "")
+    assert err.startswith("preempted by SIGTERM; repeat the command")
+    assert tree(tmp_path) == set()
