@@ -1,0 +1,141 @@
+"""Comparisons: the runs on the same images that were evaluated in the same way. Only these are ranked."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pandas as pd
+
+from ssl_runner.data.skipped import printable
+from ssl_runner.report.configurations import effect, finished, summarise, swept_keys
+from ssl_runner.report.read import Run
+from ssl_runner.report.tables import NAMED_BY, Row, data_of, main_probe, runs_table, scores
+
+Protocol = tuple[tuple[str, str], ...]
+
+
+@dataclass
+class Comparison:
+    """Runs whose results may be ranked.
+
+    title     the images, and how they were evaluated
+    runs      row of `table` -> run
+    table     the rows of the table of all runs, of this comparison and not failed
+    results   those that have finished with a result, with their `configuration`
+    keys      the options in which the runs differ, largest effect first
+    summary   one row per configuration, best validation top-1 first
+    """
+
+    title: str
+    runs: dict[int, Run]
+    table: pd.DataFrame
+    results: pd.DataFrame
+    keys: list[str]
+    summary: pd.DataFrame
+
+    @property
+    def names(self) -> list[str]:
+        """The columns that tell configurations apart: `keys`, and the class of the loss if it differs."""
+        several = "loss" not in self.keys and self.table.method.nunique() > 1
+        return ["method", *self.keys] if several else self.keys
+
+
+def compare(runs: list[Run]) -> tuple[pd.DataFrame, list[Comparison]]:
+    """The table of all runs, and the comparisons that they form, those with most runs first.
+
+    Unfinished runs, which have no protocol yet, join the largest comparison on their images.
+    """
+    groups = grouped(runs)
+    keys = [swept_keys([runs[row] for row in rows]) for rows in groups.values()]
+    table = runs_table(runs, list(dict.fromkeys(key for some in keys for key in some)))
+    names = data_names(runs)
+    table.insert(1, "data", [names[data_of(run)] for run in runs])
+    comparisons = []
+    for (data, protocol), rows, swept in zip(groups, groups.values(), keys, strict=True):
+        part = table.loc[rows]
+        results = finished(part, swept)
+        swept.sort(key=lambda key: -effect(results, key))
+        comparisons.append(
+            Comparison(
+                title=title(names[data], dict(protocol), groups),
+                runs={row: runs[row] for row in rows},
+                table=part,
+                results=results,
+                keys=swept,
+                summary=summarise(results, swept),
+            )
+        )
+    return table, comparisons
+
+
+def grouped(runs: list[Run]) -> dict[tuple[str, Protocol], list[int]]:
+    """(data, protocol) -> indices of runs that have not failed, in order; most runs first."""
+    groups: dict[tuple[str, Protocol], list[int]] = {}
+    unfinished = []
+    for row, run in enumerate(runs):
+        if is_scored(run):
+            groups.setdefault((data_of(run), protocol_of(run)), []).append(row)
+        elif run.status != "failed":
+            unfinished.append(row)
+    largest = {
+        data: (data, protocol) for (data, protocol), _ in sorted(groups.items(), key=lambda g: len(g[1]))
+    }
+    for row in unfinished:
+        data = data_of(runs[row])
+        groups.setdefault(largest.get(data, (data, ())), []).append(row)
+    return {key: sorted(rows) for key, rows in sorted(groups.items(), key=lambda group: -len(group[1]))}
+
+
+def is_scored(run: Run) -> bool:
+    """Whether a run has finished with a top-1, if only of ssl-probe."""
+    return run.status == "done" and any(value is not None for value in scores(run).values())
+
+
+def protocol_of(run: Run) -> Protocol:
+    """What must agree for two results on the same images to be comparable; () without a result on them."""
+    test, _ = main_probe(run)
+    if not test:
+        return ()
+    split = str(test.get("eval_split"))
+    values: Row = {name: test.get(name) for name in ("probe", "features", "train_split")}
+    images = (run.record.get("images") or {}).get(split)
+    return tuple((key, str(value)) for key, value in (values | {"split": split, "images": images}).items())
+
+
+def title(name: str, protocol: dict[str, str], groups: Iterable[tuple[str, Protocol]]) -> str:
+    """Such as `mnist5k: knn on backbone, 1000 test images`; the split that is fitted, if it differs."""
+    if not protocol:
+        return name
+    number = f"{protocol['images']} " if protocol["images"] != "None" else ""
+    several = len({dict(other).get("train_split") for _, other in groups if other}) > 1
+    fitted = f", fitted on {protocol['train_split']}" if several else ""
+    return (
+        f"{name}: {protocol['probe']} on {protocol['features']}, {number}{protocol['split']} images{fitted}"
+    )
+
+
+def data_names(runs: list[Run]) -> dict[str, str]:
+    """Data -> its name, different for different data: with root and file list or the digest where needed."""
+    of = {data_of(run): run for run in reversed(runs)}
+    names = {
+        data: printable(run.config.get("dataset.name") or run.choices.get("dataset") or "data")
+        for data, run in of.items()
+    }
+    for more in (lambda run, data: [run.config.get(key) for key in NAMED_BY[1:]], lambda run, data: [data]):
+        count = Counter(names.values())
+        for data, run in of.items():
+            if count[names[data]] > 1:
+                words = [printable(word) for word in more(run, data) if word not in (None, "null")]
+                names[data] = " ".join([names[data], *words])
+    return names
+
+
+def table_of_configurations(comparisons: list[Comparison]) -> pd.DataFrame:
+    """The summaries of all comparisons: title, loss, options, number of seeds, means and intervals."""
+    parts = []
+    for part in comparisons:
+        first = ["method", *part.keys, "n"]
+        rest = [column for column in part.summary if column not in ("rows", *first)]
+        parts.append(part.summary[first + rest].assign(comparison=part.title))
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    return table[["comparison", *table.columns.drop("comparison")]] if parts else table
