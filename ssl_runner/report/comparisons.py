@@ -22,7 +22,7 @@ class Comparison:
     runs      row of `table` -> run
     table     the rows of the table of all runs, of this comparison and not failed
     results   those that have finished with a result, with their `configuration`
-    keys      the options in which the runs differ, largest effect first
+    keys      the options in which the runs differ: the loss, then those with the largest effect
     summary   one row per configuration, best validation top-1 first
     """
 
@@ -54,7 +54,7 @@ def compare(runs: list[Run]) -> tuple[pd.DataFrame, list[Comparison]]:
     for (data, protocol), rows, swept in zip(groups, groups.values(), keys, strict=True):
         part = table.loc[rows]
         results = finished(part, swept)
-        swept.sort(key=lambda key: -effect(results, key))
+        swept.sort(key=lambda key: (key != "loss", -effect(results, key)))
         comparisons.append(
             Comparison(
                 title=title(names[data], dict(protocol), groups),

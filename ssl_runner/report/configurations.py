@@ -143,9 +143,13 @@ def binned(values: pd.Series, bins: int, most: int) -> pd.Series:
 
 
 def effect(results: pd.DataFrame, key: str) -> float:
-    """The range of mean validation top-1 over the values of a key; many numbers are put in five bins."""
-    means = results.val_top1.astype(float).groupby(binned(results[key], 5, 8)).mean()
-    return float(np.nan_to_num(means.max() - means.min()))
+    """The range of mean validation top-1 over the values of a key, the largest of all losses.
+
+    Many numbers are put in five bins.
+    """
+    values = binned(results[key], 5, 8)
+    means = results.val_top1.astype(float).groupby([results.method, values]).mean().groupby(level=0)
+    return float(np.nan_to_num((means.max() - means.min()).max()))
 
 
 def with_interval(mean: float, half: float, unit: float = 1) -> str:

@@ -142,14 +142,17 @@ def embeddings(runs: list[Run], table: pd.DataFrame, keys: list[str]) -> tuple[l
         {
             "row": row,
             "path": printable(runs[row].path),
-            "label": ", ".join(
-                f"{key}={value}" for key, value in table.loc[row, ["method", *keys]].dropna().items()
-            ),
+            "label": ", ".join([table.data[row], table.method[row], *options_of(table.loc[row, keys])]),
             "pictures": embedding_pictures(runs[row]),
         }
         for row in mapped[:MAX_MAPS]
     ]
     return maps, len(mapped) - MAX_MAPS
+
+
+def options_of(values: pd.Series) -> list[str]:
+    """`key=value` of each value that is not missing, except the loss."""
+    return [f"{key}={value}" for key, value in values.dropna().items() if key != "loss"]
 
 
 def embedding_pictures(run: Run) -> list[tuple[str, str]]:

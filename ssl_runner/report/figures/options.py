@@ -56,7 +56,7 @@ def draw_means(ax: Axes, results: pd.DataFrame, key: str, others: list[str]) -> 
     at = pd.Series([float(value) for value in values] if numeric else range(len(values)), values, dtype=float)
     few = len(values) <= MAX_MEANS
     shift = 0 if numeric else 0.08
-    joined = numeric and few and is_balanced(results, key, others)
+    joined = comparable(results, key, others) if numeric and few else []
     for sign, (split, (name, marker, colour)) in zip((-1, 1), splits_of(results).items(), strict=False):
         mean, half = 100 * table[split][values], 100 * table[f"± {split}"][values]
         single = results[results[key].map(half).isna()] if few else results[:0]
@@ -69,11 +69,12 @@ def draw_means(ax: Axes, results: pd.DataFrame, key: str, others: list[str]) -> 
             lw=0,
         )
         limits = np.stack([mean - (mean - half).clip(lower=0), (mean + half).clip(upper=100) - mean])
-        style: Any = {"ms": 5 if few else 3, "ls": "-" if joined else "", "lw": 1.2, "capsize": 3}
+        style: Any = {"ms": 5 if few else 3, "ls": "", "lw": 1.2, "capsize": 3}
         ax.errorbar(
             at + sign * shift, mean, limits if few else None, fmt=marker, label=name, color=colour, **style
         )
-    if numeric and spans_decades(at):
+        ax.plot(at[joined], mean[joined], color=colour, lw=1.2)
+    if numeric and spans_decades(at, factor=9):
         set_log_scale(ax, "x")
     if not numeric:
         crowded = len(values) > 4 or max(map(len, map(str, values))) > 10
@@ -85,7 +86,11 @@ def draw_means(ax: Axes, results: pd.DataFrame, key: str, others: list[str]) -> 
         ax.minorticks_off()
 
 
-def is_balanced(results: pd.DataFrame, key: str, others: list[str]) -> bool:
-    """Whether the runs at each value of a key have the same settings of the other options."""
+def comparable(results: pd.DataFrame, key: str, others: list[str]) -> list[Any]:
+    """The values of a key, in order, at which the other options have the same settings.
+
+    These are the settings that most values have.
+    """
     settings = results[others].fillna("").apply(tuple, axis=1) if others else pd.Series("", results.index)
-    return settings.groupby(results[key]).agg(frozenset).nunique() == 1
+    of_value = settings.groupby(results[key]).agg(frozenset)
+    return [value for value in distinct(results[key]) if of_value[value] == of_value.mode()[0]]

@@ -111,9 +111,9 @@ def set_log_scale(ax: Axes, name: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def spans_decades(values: pd.Series) -> bool:
-    """Whether values suit a logarithmic axis: all positive, the largest over 30 times the smallest."""
-    return bool(values.min() > 0 and values.max() > 30 * values.min())
+def spans_decades(values: pd.Series, factor: float = 30) -> bool:
+    """Whether values suit a logarithmic axis: all positive, the largest over `factor` times the smallest."""
+    return bool(values.min() > 0 and values.max() > factor * values.min())
 
 
 def label(row: Mapping[Any, Any]) -> str:
