@@ -16,7 +16,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from ssl_runner.report import cli, configurations, label_free, page, tables
+from ssl_runner.report import cli, configurations, figures, label_free, page, tables
 from ssl_runner.report.comparisons import Comparison, compare
 from ssl_runner.report.figures.heat import heat
 from ssl_runner.report.figures.options import by_option
