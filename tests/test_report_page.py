@@ -112,11 +112,27 @@ def test_options_that_change_no_accuracy_are_not_swept(tmp_path: Path, key: str)
 
 
 def test_unfinished_runs_join_the_largest_comparison_and_failed_ones_none(tmp_path: Path) -> None:
+    """The last two have not read their images, so they have no digest."""
     for i, (images, status) in enumerate([(7, "done"), (9, "done"), (9, "done"), (9, "running")]):
         top1 = 0.5 if status == "done" else None
-        write(tmp_path / str(i), top1, gamma=i, images={"test": images}, status=status)
-    write(tmp_path / "failed", None, gamma=9, status="failed", error="Boom")
-    assert [sorted(part.runs) for part in compared(tmp_path)] == [[1, 2, 3], [0]]
+        named = {"dataset__name": "a", "data_digest": None if status == "running" else "x"}
+        write(tmp_path / str(i), top1, gamma=i, images={"test": images}, status=status, **named)
+    write(tmp_path / "failed", None, gamma=9, status="failed", error="Boom", dataset__name="a")
+    table, parts = compare(read_runs([tmp_path], tmp_path / "report"))
+    assert [sorted(part.runs) for part in parts] == [[1, 2, 3], [0]]
+    assert set(table.data) == {"a"}
+
+
+def test_numbers_of_any_size_and_missing_files_are_drawn_or_left_out(tmp_path: Path) -> None:
+    for i, rank in enumerate((1.0, 2.0, 1e300, -1e300, np.inf, np.nan)):
+        write(tmp_path / str(i), 0.1 * i, gamma=i, rank=rank)
+    (tmp_path / "0" / "spectrum.csv").unlink()
+    (tmp_path / "1" / "spectrum.csv").write_text("k,Z\n1,x\n2,0.5\n")
+    [part] = compared(tmp_path)
+    axes = {ax.get_title(): ax for ax in drawn(measures(part)).figure.axes}
+    assert len(axes["rank"].collections[0].get_offsets()) == 2
+    assert spectra(part) is None
+    assert set(figures.draw(part)) == {"keys", "measures", "curves"}
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pandas as pd
 from ssl_runner.data.skipped import printable
 from ssl_runner.report.configurations import effect, finished, summarise, swept_keys
 from ssl_runner.report.read import Run
-from ssl_runner.report.tables import NAMED_BY, Row, data_of, main_probe, runs_table, scores
+from ssl_runner.report.tables import NAMED_BY, Row, data_of, main_probe, named_data, runs_table, scores
 
 Protocol = tuple[tuple[str, str], ...]
 
@@ -45,19 +45,20 @@ def compare(runs: list[Run]) -> tuple[pd.DataFrame, list[Comparison]]:
 
     Unfinished runs, which have no protocol yet, join the largest comparison on their images.
     """
-    groups = grouped(runs)
+    data = data_of_all(runs)
+    groups = grouped(runs, data)
     keys = [swept_keys([runs[row] for row in rows]) for rows in groups.values()]
     table = runs_table(runs, list(dict.fromkeys(key for some in keys for key in some)))
-    names = data_names(runs)
-    table.insert(1, "data", [names[data_of(run)] for run in runs])
+    names = data_names(dict(zip(reversed(data), reversed(runs), strict=True)))
+    table.insert(1, "data", [names[one] for one in data])
     comparisons = []
-    for (data, protocol), rows, swept in zip(groups, groups.values(), keys, strict=True):
+    for (one, protocol), rows, swept in zip(groups, groups.values(), keys, strict=True):
         part = table.loc[rows]
         results = finished(part, swept)
         swept.sort(key=lambda key: (key != "loss", -effect(results, key)))
         comparisons.append(
             Comparison(
-                title=title(names[data], dict(protocol), groups),
+                title=title(names[one], dict(protocol), groups),
                 runs={row: runs[row] for row in rows},
                 table=part,
                 results=results,
@@ -68,21 +69,35 @@ def compare(runs: list[Run]) -> tuple[pd.DataFrame, list[Comparison]]:
     return table, comparisons
 
 
-def grouped(runs: list[Run]) -> dict[tuple[str, Protocol], list[int]]:
+def data_of_all(runs: list[Run]) -> list[str]:
+    """`data_of` each run. An unfinished one without digest has that of the runs with the same data options.
+
+    A run that failed or was stopped while it read its images has recorded none.
+    """
+    digests: dict[str, set[str]] = {}
+    for run in runs:
+        if run.record.get("data_digest"):
+            digests.setdefault(named_data(run), set()).add(data_of(run))
+    found = []
+    for run in runs:
+        [*known] = digests.get(named_data(run), ())
+        unread = run.status != "done" and not run.record.get("data_digest")
+        found.append(known[0] if unread and len(known) == 1 else data_of(run))
+    return found
+
+
+def grouped(runs: list[Run], data: list[str]) -> dict[tuple[str, Protocol], list[int]]:
     """(data, protocol) -> indices of runs that have not failed, in order; most runs first."""
     groups: dict[tuple[str, Protocol], list[int]] = {}
     unfinished = []
     for row, run in enumerate(runs):
         if is_scored(run):
-            groups.setdefault((data_of(run), protocol_of(run)), []).append(row)
+            groups.setdefault((data[row], protocol_of(run)), []).append(row)
         elif run.status != "failed":
             unfinished.append(row)
-    largest = {
-        data: (data, protocol) for (data, protocol), _ in sorted(groups.items(), key=lambda g: len(g[1]))
-    }
+    largest = {group[0]: group for group in sorted(groups, key=lambda group: len(groups[group]))}
     for row in unfinished:
-        data = data_of(runs[row])
-        groups.setdefault(largest.get(data, (data, ())), []).append(row)
+        groups.setdefault(largest.get(data[row], (data[row], ())), []).append(row)
     return {key: sorted(rows) for key, rows in sorted(groups.items(), key=lambda group: -len(group[1]))}
 
 
@@ -114,9 +129,11 @@ def title(name: str, protocol: dict[str, str], groups: Iterable[tuple[str, Proto
     )
 
 
-def data_names(runs: list[Run]) -> dict[str, str]:
-    """Data -> its name, different for different data: with root and file list or the digest where needed."""
-    of = {data_of(run): run for run in reversed(runs)}
+def data_names(of: dict[str, Run]) -> dict[str, str]:
+    """Data -> its name, different for different data: with root and file list or the digest where needed.
+
+    `of` has a run on each.
+    """
     names = {
         data: printable(run.config.get("dataset.name") or run.choices.get("dataset") or "data")
         for data, run in of.items()

@@ -54,7 +54,7 @@ EMBEDDING_ALTS = {  # files of a run folder
 }
 UNLABELLED = "No finished run has a top-1: its images have no labels, and ssl-probe has probed none."
 FAILURES = (
-    ("Refusals", "Runs that ended before training, because an option or a file was not accepted."),
+    ("Refusals", "Runs that ended because an option or a file was not accepted."),
     ("Failures", "Runs that an error ended."),
 )
 MIN_PIXELS = 10  # of the smallest text of a figure; narrower screens scroll
@@ -81,7 +81,7 @@ def render(
     )
     keys = list(dict.fromkeys(key for part in comparisons for key in part.keys))
     options = [key for key in overridden_keys(runs) if key not in ("seed", *keys)]
-    same = [key for key in options if table[key].nunique() == 1]
+    same = [key for key in options if table[key].nunique(dropna=False) == 1 and table[key].notna().all()]
     maps, more_maps = embeddings(runs, table, keys)
     drawn = [*pictures, *({} for _ in comparisons[len(pictures) :])]
     return environment.get_template("report.html").render(
@@ -90,7 +90,7 @@ def render(
         written=time.strftime("%Y-%m-%d %H:%M"),
         statuses=count_by_status(table),
         total=count_runs(len(table)),
-        shared={key: table[key].dropna().iloc[0] for key in same},
+        shared={key: table[key].iloc[0] for key in same},
         choices={
             "data": sorted(set(table.data)),
             "status": sorted(set(table.status)),
@@ -136,7 +136,8 @@ def section(part: Comparison, number: int, drawn: Drawn) -> dict[str, Any]:
 
 def embeddings(runs: list[Run], table: pd.DataFrame, keys: list[str]) -> tuple[list[dict[str, Any]], int]:
     """The pictures of the embeddings of the runs with the highest validation top-1, and how many more."""
-    best = table.val_top1.astype(float).sort_values(ascending=False, kind="stable").index
+    val_top1 = pd.to_numeric(table.val_top1, errors="coerce")
+    best = val_top1.sort_values(ascending=False, kind="stable").index
     mapped = [row for row in best if any((runs[row].path / name).is_file() for name in EMBEDDING_ALTS)]
     maps = [
         {
@@ -164,8 +165,8 @@ def embedding_pictures(run: Run) -> list[tuple[str, str]]:
     return found
 
 
-def failures(runs: list[Run], table: pd.DataFrame, out: Path) -> list[tuple[str, str, list[dict[str, Any]]]]:
-    """Heading, explanation and errors, most frequent first, of refused runs and of those that failed."""
+def failures(runs: list[Run], table: pd.DataFrame, out: Path) -> list[dict[str, Any]]:
+    """Sections of refused runs and of those that failed: heading, explanation, errors by frequency."""
     by_kind: dict[str, list[dict[str, Any]]] = {heading: [] for heading, _ in FAILURES}
     for error, rows in errors(table):
         refused = error.startswith("UsageError")
@@ -186,4 +187,8 @@ def failures(runs: list[Run], table: pd.DataFrame, out: Path) -> list[tuple[str,
                 ],
             }
         )
-    return [(heading, text, by_kind[heading][:MAX_ERRORS]) for heading, text in FAILURES if by_kind[heading]]
+    return [
+        {"heading": heading, "text": text, "errors": found[:MAX_ERRORS], "more": len(found) - MAX_ERRORS}
+        for (heading, text), found in zip(FAILURES, by_kind.values(), strict=True)
+        if found
+    ]

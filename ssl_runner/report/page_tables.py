@@ -157,7 +157,7 @@ def shown(names: Sequence[str] | map) -> list[dict[str, Any]]:
 
 def accuracy(mean: object, half: float = np.nan) -> Cell:
     """A fraction in per cent."""
-    value = pd.to_numeric(pd.Series([mean]), errors="coerce").iloc[0]
+    value = float(mean) if isinstance(mean, int | float) else np.nan
     text = "" if np.isnan(value) else with_interval(value, half, unit=0.01)
     return {"text": text, "key": "" if np.isnan(value) else value, "links": []}
 

@@ -54,8 +54,12 @@ def method(run: Run) -> str:
 
 def data_of(run: Run) -> str:
     """Text that is equal for runs on the same images and labels, of any folder."""
-    named = ",".join(f"{key}={run.config.get(key)}" for key in NAMED_BY)
-    return str(run.record.get("data_digest") or named)
+    return str(run.record.get("data_digest") or named_data(run))
+
+
+def named_data(run: Run) -> str:
+    """The options that name a run's images."""
+    return ",".join(f"{key}={run.config.get(key)}" for key in NAMED_BY)
 
 
 def error_text(error: object) -> str | None:

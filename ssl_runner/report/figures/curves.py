@@ -14,6 +14,7 @@ from ssl_runner.report.configurations import number_configurations
 from ssl_runner.report.figures.style import (
     COLOURS,
     INK,
+    LARGEST,
     WIDTH,
     Picture,
     distinct,
@@ -30,7 +31,6 @@ from ssl_runner.report.tables import own_probes
 
 MAX_NAMED = 10  # lines of a row with a legend entry each
 MAX_BANDS = 6  # lines of a row with a band each
-LARGEST = 1e100  # larger numbers, which no run writes, overflow in a plot
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("", "o", "s", "^", "v", "D")
 

@@ -9,6 +9,7 @@ from ssl_runner.report.configurations import MEASURES
 from ssl_runner.report.figures.style import (
     COLOURS,
     INK,
+    LARGEST,
     MIN_FONT,
     Picture,
     distinct,
@@ -36,9 +37,9 @@ def measures(part: Comparison) -> Picture | None:
     methods = distinct(summary.method)
     contents = []
     for column, name in MEASURES.items():
-        values = (
-            summary[summary[column].notna() & summary[split].notna()] if column in summary else summary[:0]
-        )
+        if column not in summary:
+            continue
+        values = summary[(summary[column].abs() < LARGEST) & summary[split].notna()]
         groups = [values[values.method == one] for one in methods] if "gap" in column else [values]
         contents += [(column, name, group) for group in groups if len(group) > 1]
     if not contents:
@@ -75,7 +76,7 @@ def spectra(part: Comparison) -> Picture | None:
         if len(contents) == MAX_SPECTRA:
             break
         found = [read_spectrum(part.runs[run]) for run in row["rows"]]
-        found = [spectrum for spectrum in found if len(spectrum) and np.isfinite(spectrum[:, :2]).all()]
+        found = [spectrum for spectrum in found if len(spectrum) and (abs(spectrum[:, :2]) < LARGEST).all()]
         if found:
             contents.append((label({key: row[key] for key in part.names}), found))
     if not contents:

@@ -25,6 +25,7 @@ COLOURS = [
 ]  # Okabe and Ito: safe for the colour-blind
 INK, PAPER = "#1b1b1c", "#fefeff"
 WIDTH = 12.6  # inches of a figure of several columns
+LARGEST = 1e100  # larger numbers, which no run writes, overflow in a plot
 MIN_FONT = 9  # points of the smallest text
 SPLITS = {"val_top1": ("validation", "o", COLOURS[1]), "top1": ("test", "s", COLOURS[0])}
 STYLE: Any = {
