@@ -425,7 +425,7 @@ def test_page_shows_embeddings_of_first_runs(tmp_path: Path) -> None:
     names = ("embedding.png", "neighbors.png")
     expected = ["embedding.png 0", *(f"{name} {i}" for i in range(1, page.MAX_MAPS) for name in names)]
     assert contents[-len(expected) :] == expected
-    assert "The 12 runs with the highest validation top-1 are shown; 2 more have the pictures" in text
+    assert "The 12 runs with the highest validation top-1 on their data set are shown; 2 more" in text
 
 
 @pytest.mark.usefixtures("unrendered")

@@ -335,3 +335,15 @@ def test_spectra_show_files_of_each_seed_and_the_best_of_each_loss_first(part: C
     assert [line.get_ydata().tolist() for line in measured] == [[10, 0.5], [11, 0.5], [12, 0.5]]
     assert [line.get_ydata().tolist() for line in optimal] == [[2, 1]] * 3
     assert picture.notes == []
+
+
+def test_pictures_of_embeddings_start_with_the_best_run_on_each_data_set(tmp_path: Path) -> None:
+    for name, top1 in (("a", 0.9), ("b", 0.1), ("c", 0.8), ("d", 0.2)):
+        folder = write(tmp_path / name, top1, dataset__name="x" if top1 > 0.5 else "y", gamma=top1)
+        (folder / "embedding.png").write_bytes(b"map")
+    runs = read_runs([tmp_path], tmp_path / "report")
+    maps, more = page_module.embeddings(runs, compare(runs)[0], ["gamma"])
+    assert [found["label"] for found in maps] == [
+        *("x, VICReg, gamma=0.9", "y, VICReg, gamma=0.2", "x, VICReg, gamma=0.8", "y, VICReg, gamma=0.1")
+    ]
+    assert more <= 0

@@ -98,6 +98,7 @@ def render(
         },
         comparisons=[section(part, number, drawn[number]) for number, part in enumerate(comparisons)],
         undrawn=len(comparisons) - len(pictures),
+        several_measured=len(correlations[0]) > 0 and correlations[0].n.max() > 1,
         measures=correlation_table(correlations[0]),
         notes=correlations[1],
         runs=runs_table(runs, table, keys, out),
@@ -135,9 +136,9 @@ def section(part: Comparison, number: int, drawn: Drawn) -> dict[str, Any]:
 
 
 def embeddings(runs: list[Run], table: pd.DataFrame, keys: list[str]) -> tuple[list[dict[str, Any]], int]:
-    """The pictures of the embeddings of the runs with the highest validation top-1, and how many more."""
-    val_top1 = pd.to_numeric(table.val_top1, errors="coerce")
-    best = val_top1.sort_values(ascending=False, kind="stable").index
+    """The pictures of the embeddings of the best runs on each data set, and how many more have pictures."""
+    val_top1 = pd.to_numeric(table.val_top1, errors="coerce").groupby(table.data)
+    best = val_top1.rank("first", ascending=False, na_option="bottom").sort_values(kind="stable").index
     mapped = [row for row in best if any((runs[row].path / name).is_file() for name in EMBEDDING_ALTS)]
     maps = [
         {

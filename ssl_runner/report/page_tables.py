@@ -18,7 +18,7 @@ from ssl_runner.report.terminal import format_cell
 
 TITLES = {"val_top1": "validation top-1 (%)", "top1": "test top-1 (%)"}
 RUN_COLUMNS = {
-    "metrics.loss": "loss",
+    "metrics.loss": "loss value",
     "epochs_done": "epochs done",
     "epochs_asked": "epochs planned",
     "wall_seconds": "time (s)",
@@ -89,6 +89,8 @@ def runs_table(runs: list[Run], table: pd.DataFrame, keys: list[str], out: Path)
     names = {"data": "data set", "status": "status", **TITLES, "method": "loss", **{key: key for key in keys}}
     names |= {"seed": "seed", **RUN_COLUMNS, **MEASURES}
     names = {column: name for column, name in names.items() if column in table}
+    if "loss" in names:
+        del names["method"]
     columns = [{"name": name, "shown": column not in MEASURES} for column, name in names.items()]
     rows = []
     for row in table.index[table.error.isna()]:
