@@ -344,6 +344,6 @@ def test_pictures_of_embeddings_start_with_the_best_run_on_each_data_set(tmp_pat
     runs = read_runs([tmp_path], tmp_path / "report")
     maps, more = page_module.embeddings(runs, compare(runs)[0], ["gamma"])
     assert [found["label"] for found in maps] == [
-        *("x, VICReg, gamma=0.9", "y, VICReg, gamma=0.2", "x, VICReg, gamma=0.8", "y, VICReg, gamma=0.1")
+        *("x, VICReg, gamma=0.9", "y, VICReg, gamma=0.2", "y, VICReg, gamma=0.1", "x, VICReg, gamma=0.8")
     ]
     assert more <= 0
