@@ -281,6 +281,9 @@ def test_heat_map_notes_configurations_that_it_does_not_show(part: Comparison, t
     [other] = compared(tmp_path)
     assert other.keys == ["V", "gamma"]
     assert drawn(heat(other)).notes == ["Not in the map: 1 of VICReg, without V or gamma."]
+    columns = {"V": ["1", None, "2", None], "gamma": [None, "1", None, "2"]}  # no run has both options
+    other.results = pd.concat([other.results, other.results.iloc[:1]]).assign(**columns)
+    assert heat(other) is None
 
 
 def test_curves_have_rows_per_loss_and_legends_in_numeric_order(part: Comparison) -> None:

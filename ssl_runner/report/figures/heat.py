@@ -16,7 +16,6 @@ from ssl_runner.report.figures.style import (
     Picture,
     in_order,
     shorten,
-    splits_of,
     varying,
 )
 
@@ -39,15 +38,19 @@ def heat(part: Comparison) -> Picture | None:
         complete = of_one[of_one[keys].notna().all(axis=1)]
         if lacking := total - complete.configuration.nunique():
             notes.append(f"Not in the map: {lacking} of {method}, without {' or '.join(keys)}.")
-        grids[str(method)] = keys, cells(complete, keys)
+        if len(complete):
+            grids[str(method)] = keys, cells(complete, keys)
     if not grids:
         return None
-    splits = splits_of(results)
+    values = {
+        split: np.concatenate([grid[split].to_numpy().ravel() for _, grid in grids.values()])
+        for split in SPLITS
+    }
+    splits = {split: name for split, (name, _, _) in SPLITS.items() if np.isfinite(values[split]).any()}
     figure = Figure(figsize=(1 + 5.8 * len(splits), 0.6 + 3.2 * len(grids)), layout="constrained")
     axes = figure.subplots(len(grids), len(splits), squeeze=False)
-    for (split, (name, _, _)), column in zip(splits.items(), axes.T, strict=True):
-        drawn = [grid[split] for _, grid in grids.values()]
-        norm = Normalize(min(map(np.nanmin, drawn)), max(map(np.nanmax, drawn)))
+    for (split, name), column in zip(splits.items(), axes.T, strict=True):
+        norm = Normalize(np.nanmin(values[split]), np.nanmax(values[split]))
         for (method, (keys, grid)), ax in zip(grids.items(), column, strict=True):
             mesh = draw_cells(ax, grid[split], norm)
             ax.set(xlabel=keys[1], ylabel=keys[0], title=f"{method}: {name}")
