@@ -312,7 +312,7 @@ def test_legend_of_many_curves_names_the_options_it_does_not_show(tmp_path: Path
     [part] = compared(tmp_path)
     legend = drawn(curves(part)).figure.axes[-1].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["1", "2", "10"]
-    assert legend.get_title().get_text() == "gamma\n(lines of one colour differ in optimizer.lr)"
+    assert legend.get_title().get_text() == "gamma (lines of one colour differ in\noptimizer.lr)"
 
 
 def test_scatter_of_measures_shows_means_and_a_loss_gap_per_loss(part: Comparison) -> None:

@@ -1,7 +1,7 @@
 """Comparisons: the runs on the same images that were evaluated in the same way. Only these are ranked."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -58,7 +58,7 @@ def compare(runs: list[Run]) -> tuple[pd.DataFrame, list[Comparison]]:
         swept.sort(key=lambda key: (key != "loss", -effect(results, key)))
         comparisons.append(
             Comparison(
-                title=title(names[one], dict(protocol), groups),
+                title=title(names[one], protocol, [other for data, other in groups if data == one]),
                 runs={row: runs[row] for row in rows},
                 table=part,
                 results=results,
@@ -117,16 +117,18 @@ def protocol_of(run: Run) -> Protocol:
     return tuple((key, str(value)) for key, value in (values | {"split": split, "images": images}).items())
 
 
-def title(name: str, protocol: dict[str, str], groups: Iterable[tuple[str, Protocol]]) -> str:
-    """Such as `mnist5k: knn on backbone, 1000 test images`; the split that is fitted, if it differs."""
+def title(name: str, protocol: Protocol, others: Sequence[Protocol]) -> str:
+    """Such as `mnist5k: knn on backbone, 1000 test images`.
+
+    The split that is fitted follows if it differs between the protocols on the same images.
+    """
     if not protocol:
         return name
-    number = f"{protocol['images']} " if protocol["images"] != "None" else ""
-    several = len({dict(other).get("train_split") for _, other in groups if other}) > 1
-    fitted = f", fitted on {protocol['train_split']}" if several else ""
-    return (
-        f"{name}: {protocol['probe']} on {protocol['features']}, {number}{protocol['split']} images{fitted}"
-    )
+    named = dict(protocol)
+    number = f"{named['images']} " if named["images"] != "None" else ""
+    several = len({dict(other)["train_split"] for other in others if other}) > 1
+    fitted = f", fitted on {named['train_split']}" if several else ""
+    return f"{name}: {named['probe']} on {named['features']}, {number}{named['split']} images{fitted}"
 
 
 def data_names(of: dict[str, Run]) -> dict[str, str]:

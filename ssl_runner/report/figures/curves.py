@@ -23,8 +23,10 @@ from ssl_runner.report.figures.style import (
     limit_to_accuracies,
     palette,
     set_log_scale,
+    shorten,
     spans_decades,
     varying,
+    wrapped,
 )
 from ssl_runner.report.read import Run
 from ssl_runner.report.tables import own_probes
@@ -48,16 +50,23 @@ def curves(part: Comparison) -> Picture | None:
     probed = any(len(top1) for _, _, top1 in rows.values())
     styles = [line_styles(group, varying(group, part.keys)) for group, _, _ in rows.values()]
     columns = 1 + probed + any(handles for _, handles, _ in styles)
-    figure = Figure(figsize=(max(5.5, WIDTH * columns / 3), 3 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
+    heights = [max(3, 0.17 * lines_of(heading, handles)) for _, handles, heading in styles]
+    figure = Figure(figsize=(max(5.5, WIDTH * columns / 3), sum(heights)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for column, titles in enumerate(
         (("loss", "loss"), ("validation top-1", "validation top-1 (%)"))[: 1 + probed]
     ):
         draw_column(list(axes[:, column]), rows, column, titles, [style for style, _, _ in styles])
     for ax, (_, handles, heading) in zip(axes[:, 1 + probed :].flat, styles, strict=False):
         ax.set_axis_off()
-        ax.legend(handles=handles, title=heading, loc="center left", alignment="left")
+        legend = ax.legend(handles=handles, title=heading, loc="center left", alignment="left")
+        legend.set_in_layout(False)
     return Picture(figure)
+
+
+def lines_of(heading: str, handles: list[Line2D]) -> int:
+    """The number of lines of a legend."""
+    return len("\n".join([heading, *(str(handle.get_label()) for handle in handles)]).splitlines())
 
 
 def draw_column(
@@ -119,9 +128,9 @@ def line_styles(shown: pd.DataFrame, keys: list[str]) -> tuple[dict[Any, Any], l
     styles: dict[Any, Any] = {number: {"color": colours[value]} for number, value in first.items()}
     if len(configurations) > MAX_NAMED:
         some = values if len(values) <= MAX_NAMED else values[:: -(-len(values) // MAX_NAMED)]
-        rest = f"\n(lines of one colour differ in {', '.join(keys[1:])})" if keys[1:] else ""
-        handles = [Line2D([], [], color=colours[value], label=str(value)) for value in some]
-        return styles, handles, f"{keys[0]}{rest}"
+        rest = f" (lines of one colour differ in {', '.join(keys[1:])})" if keys[1:] else ""
+        handles = [Line2D([], [], color=colours[value], label=shorten(value)) for value in some]
+        return styles, handles, wrapped(f"{keys[0]}{rest}")
     for number, nth in first.groupby(first).cumcount().items():
         styles[number] |= {"ls": DASHES[nth % 4], "marker": MARKERS[nth // 4]}
     rows = zip(configurations.index, configurations.to_dict("records"), strict=True)

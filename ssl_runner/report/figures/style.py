@@ -124,6 +124,10 @@ def label(row: Mapping[Any, Any]) -> str:
         for key, value in row.items()
         if pd.notna(value)
     )
+    return wrapped(text)
+
+
+def wrapped(text: str) -> str:
     return "\n".join(textwrap.wrap(text, 44))
 
 
