@@ -350,3 +350,16 @@ def test_pictures_of_embeddings_start_with_the_best_run_on_each_data_set(tmp_pat
         *("x, VICReg, gamma=0.9", "y, VICReg, gamma=0.2", "y, VICReg, gamma=0.1", "x, VICReg, gamma=0.8")
     ]
     assert more <= 0
+
+
+def test_lines_and_spectra_of_configurations_without_an_option_are_told_apart(tmp_path: Path) -> None:
+    for i, options in enumerate([{"V": 2}, {"V": 2, "gamma": 1}, {"V": 2, "gamma": 2}]):
+        write(tmp_path / str(i), 0.1 * i, **options)
+    [part] = compared(tmp_path)
+    assert [ax.get_title() for ax in drawn(spectra(part)).figure.axes[:3]] == [
+        "gamma=2",
+        "gamma=1",
+        "without gamma",
+    ]
+    legend = drawn(curves(part)).figure.axes[-1].get_legend()
+    assert sorted(text.get_text() for text in legend.get_texts()) == ["gamma=1", "gamma=2", "without gamma"]

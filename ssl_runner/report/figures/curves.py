@@ -18,6 +18,7 @@ from ssl_runner.report.figures.style import (
     WIDTH,
     Picture,
     distinct,
+    distinguishing,
     in_order,
     label,
     limit_to_accuracies,
@@ -25,7 +26,6 @@ from ssl_runner.report.figures.style import (
     set_log_scale,
     shorten,
     spans_decades,
-    varying,
     wrapped,
 )
 from ssl_runner.report.read import Run
@@ -48,7 +48,7 @@ def curves(part: Comparison) -> Picture | None:
     if not rows:
         return None
     probed = any(len(top1) for _, _, top1 in rows.values())
-    styles = [line_styles(group, varying(group, part.keys)) for group, _, _ in rows.values()]
+    styles = [line_styles(group, distinguishing(group, part.keys)) for group, _, _ in rows.values()]
     columns = 1 + probed + any(handles for _, handles, _ in styles)
     heights = [max(3, 0.17 * lines_of(heading, handles)) for _, handles, heading in styles]
     figure = Figure(figsize=(max(5.5, WIDTH * columns / 3), sum(heights)), layout="constrained")

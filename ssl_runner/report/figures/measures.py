@@ -1,5 +1,7 @@
 """What the embeddings are like, against the accuracy: rank, alignment, loss gap and label energy; spectra."""
 
+from typing import Any
+
 import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -13,6 +15,7 @@ from ssl_runner.report.figures.style import (
     MIN_FONT,
     Picture,
     distinct,
+    distinguishing,
     label,
     limit_to_accuracies,
     palette,
@@ -70,23 +73,26 @@ def spectra(part: Comparison) -> Picture | None:
 
     The best of each loss comes first, then the second best, and so on.
     """
-    contents: list[tuple[str, list[np.ndarray]]] = []
+    contents: dict[int, list[np.ndarray]] = {}
     order = part.summary.groupby("method").cumcount().sort_values(kind="stable").index
-    for row in part.summary.loc[order].to_dict("records"):
+    for row in map(int, order):
         if len(contents) == MAX_SPECTRA:
             break
-        found = [read_spectrum(part.runs[run]) for run in row["rows"]]
+        members: Any = part.summary.at[row, "rows"]
+        found = [read_spectrum(part.runs[run]) for run in members]
         found = [spectrum for spectrum in found if len(spectrum) and (abs(spectrum[:, :2]) < LARGEST).all()]
         if found:
-            contents.append((label({key: row[key] for key in part.names}), found))
+            contents[row] = found
     if not contents:
         return None
     figure, axes = panels(len(contents), extra=0.4, sharex=True)
-    for ax, (name, found) in zip(axes, contents, strict=True):
+    shown = part.summary.loc[list(contents)]
+    keys = distinguishing(shown, part.names)
+    for ax, (row, found) in zip(axes, contents.items(), strict=True):
         for k, Z, closed_form in (spectrum.T for spectrum in found):
             ax.plot(k, Z, color=COLOURS[0], marker=".", ms=4, lw=1, alpha=0.7)
             ax.plot(k, closed_form, color=INK, ls="--", lw=1)
-        ax.set_title(name, fontsize=MIN_FONT)
+        ax.set_title(label(shown[keys].loc[row].to_dict()), fontsize=MIN_FONT)
         ax.set(xlabel="direction k", ylabel="singular value / √N")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylim(bottom=0)
@@ -95,5 +101,5 @@ def spectra(part: Comparison) -> Picture | None:
         Line2D([], [], color=INK, ls="--", label="closed form"),
     ]
     figure.legend(handles=handles, loc="outside lower left", ncols=2)
-    shown = f"{len(contents)} of {len(part.summary)} configurations, the best of each loss first."
-    return Picture(figure, [shown] if len(contents) < len(part.summary) else [])
+    note = f"{len(contents)} of {len(part.summary)} configurations, the best of each loss first."
+    return Picture(figure, [note] if len(contents) < len(part.summary) else [])

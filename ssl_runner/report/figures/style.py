@@ -78,6 +78,11 @@ def varying(frame: pd.DataFrame, keys: list[str]) -> list[str]:
     return [key for key in keys if frame[key].nunique() > 1]
 
 
+def distinguishing(frame: pd.DataFrame, keys: list[str]) -> list[str]:
+    """The keys with more than one value, or with a value in some rows only."""
+    return [key for key in keys if frame[key].nunique(dropna=False) > 1]
+
+
 def in_order(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """The rows in ascending order of the keys, numbers by size."""
     numbers = {key: pd.to_numeric(frame[key]) if is_numeric(frame[key]) else frame[key] for key in keys}
@@ -118,13 +123,16 @@ def spans_decades(values: pd.Series, factor: float = 30) -> bool:
 
 
 def label(row: Mapping[Any, Any]) -> str:
-    """`gamma=1, optimizer.lr=0.01`, in lines of up to 44 characters, without missing values."""
+    """`gamma=1, optimizer.lr=0.01`, in lines of up to 44 characters, without missing values.
+
+    `without gamma` if all values are missing.
+    """
     text = ", ".join(
         f"{'loss' if key == 'method' else key}={shorten(value)}"
         for key, value in row.items()
         if pd.notna(value)
     )
-    return wrapped(text)
+    return wrapped(text or (f"without {', '.join(row)}" if row else ""))
 
 
 def wrapped(text: str) -> str:
