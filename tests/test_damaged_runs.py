@@ -216,7 +216,7 @@ def test_report_survives_damaged_files_and_names_them(tmp_path: Path, monkeypatc
         assert lines <= {str(folder / name)}
         assert lines or (name.replace("probe", "metrics"), content) in READABLE, (name, content)
         named += problems
-    monkeypatch.setattr("ssl_runner.report.plots.draw", lambda *arguments: {})  # of a hundred gammas
+    monkeypatch.setattr("ssl_runner.report.figures.draw", lambda *arguments: {})  # of a hundred gammas
     code, out, err = ssl_report(monkeypatch, capsys, tmp_path)
     assert (code, err) == (0, "")
     assert out.startswith(f"{len(cases) + 1} runs: ")

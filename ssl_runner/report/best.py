@@ -6,31 +6,37 @@ from pathlib import Path
 from ssl_runner.config.run_id import changes_result
 from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError
+from ssl_runner.report.comparisons import Comparison
+from ssl_runner.report.configurations import with_interval
 from ssl_runner.report.read import Run, of_hydra, read_yaml, split_override
-from ssl_runner.report.tables import finished, over_seeds, runs_table, swept_keys, with_interval
 
 
-def best_command(runs: list[Run]) -> str:
-    """The command line of the configuration with the best mean validation top-1 over its seeds.
+def best_commands(comparisons: list[Comparison]) -> str:
+    """The command line of the configuration with the best mean validation top-1, of each comparison.
 
     Lines that begin with # precede it, so that a shell accepts the whole text. Test top-1 selects nothing.
     Raises UsageError if no finished run has a validation top-1.
     """
-    keys = swept_keys(runs)
-    results = finished(runs_table(runs, keys), keys)
-    if not results.val_top1.notna().any():
+    found = [part for part in comparisons if part.summary.val_top1.notna().any()]
+    if not found:
         raise UsageError("--best: expected a finished run with a validation top-1, found none; wait for one")
-    means = over_seeds(results, "configuration", ["val_top1"])
-    means = means.sort_values("val_top1", ascending=False, kind="stable")
-    best, configuration = means.iloc[0], results.configuration == means.index[0]
+    titles = [[f"# {printable(part.title)}"] if len(found) > 1 else [] for part in found]
+    return "\n".join(
+        line for part, title in zip(found, titles, strict=True) for line in [*title, *best(part)]
+    )
+
+
+def best(part: Comparison) -> list[str]:
+    """The lines of one comparison."""
+    first = part.summary.iloc[0]
     comments = [
-        f"# best of {len(means)} by validation top-1 (test top-1 is not used):"
-        f" {with_interval(best.val_top1, best['± val_top1'])}, seeds: {best.n:.0f}"
+        f"# best of {len(part.summary)} by validation top-1 (test top-1 is not used):"
+        f" {with_interval(first.val_top1, first['± val_top1'])}, seeds: {first.n:.0f}"
     ]
-    members = [runs[row] for row in results.index[configuration]]
+    members = [part.runs[row] for row in first["rows"]]
     if (cwd := str(members[0].record.get("cwd") or "")) not in ("", str(Path.cwd())):
         comments.append(f"# started in {' '.join(printable(cwd).split())}")
-    return "\n".join([*comments, printable(shlex.join(command(members, keys)))])
+    return [*comments, printable(shlex.join(command(members, part.keys)))]
 
 
 def command(members: list[Run], keys: list[str]) -> list[str]:

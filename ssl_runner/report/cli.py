@@ -1,6 +1,7 @@
 """Report on runs: read every run below FOLDER and write runs.csv, plots and report.html."""
 
 import argparse
+import re
 import sys
 import time
 from contextlib import suppress
@@ -10,13 +11,14 @@ from ssl_runner import console
 from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError
 from ssl_runner.report import label_free
-from ssl_runner.report.best import best_command
+from ssl_runner.report.best import best_commands
+from ssl_runner.report.comparisons import compare, table_of_configurations
 from ssl_runner.report.read import Run, read_runs
-from ssl_runner.report.tables import effect, finished, runs_table, summarise, swept_keys
 from ssl_runner.report.terminal import format_terminal
 from ssl_runner.runs.files import atomic_write
 
 INTERVAL = 30  # seconds between reports with --watch
+MAX_DRAWN = 8  # comparisons with figures
 
 
 def main() -> None:
@@ -33,7 +35,8 @@ def main() -> None:
     parser.add_argument(
         "--best",
         action="store_true",
-        help="print the configuration with the best validation top-1 as a command line, and write nothing",
+        help="print the configuration with the best validation top-1 on each data set as a command line, and"
+        " write nothing",
     )
     parser.add_argument("--watch", action="store_true", help=f"repeat every {INTERVAL} s, until Ctrl-C")
     args = parser.parse_args()
@@ -45,7 +48,7 @@ def execute(args: argparse.Namespace) -> str:
     out = args.out or args.folders[0] / "report"
     runs = tagged(read_runs(args.folders, without=out), args.tag)
     if args.best:
-        return best_command(runs)
+        return best_commands(compare(runs)[1])
     return report(runs, out, title=", ".join(folder.resolve().name for folder in args.folders))
 
 
@@ -78,32 +81,42 @@ def report(runs: list[Run], out: Path, title: str) -> str:
 
     Raises UsageError if it cannot be written.
     """
-    from ssl_runner.report import page, plots  # import matplotlib, which is slow, after the arguments' check
+    from ssl_runner.report import (
+        figures,
+        page,
+    )  # import matplotlib, which is slow, after the arguments' check
 
-    keys = swept_keys(runs)
-    table = runs_table(runs, keys)
-    results = finished(table, keys)
-    keys.sort(key=lambda key: -effect(results, key))
-    summary = summarise(results, keys)
-    correlations = label_free.correlations(runs, results)
-    pictures = plots.draw(runs, table, results, keys)
+    table, comparisons = compare(runs)
+    correlations = label_free.correlations(comparisons)
+    pictures = [figures.draw(part) for part in comparisons[:MAX_DRAWN]]
+    text = page.render(title, out, runs, table, comparisons, correlations, pictures)
     files = {
         "runs.csv": table.to_csv(index=False).encode(errors="replace"),
-        "report.html": page.render(title, runs, table, summary, keys, correlations, pictures).encode(
-            errors="replace"
-        ),
-        **pictures,
+        "configurations.csv": table_of_configurations(comparisons)
+        .to_csv(index=False)
+        .encode(errors="replace"),
+        "report.html": text.encode(errors="replace"),
     }
+    for number, drawn in enumerate(pictures, 1):
+        suffix = f"-{number}" if number > 1 else ""
+        for name, (_, contents) in drawn.items():
+            files |= {f"{name}{suffix}.{kind}": content for kind, content in contents.items()}
+    write(files, out, earlier=f"({'|'.join(figures.FIGURES)})(-[0-9]+)?.(svg|png)")
+    summary = format_terminal(runs, table, comparisons, correlations)
+    return f"{summary}\nwritten to {printable(out)}: {', '.join(sorted(files))}"
+
+
+def write(files: dict[str, bytes], out: Path, earlier: str) -> None:
+    """Write the files into `out`, and remove others whose name matches the regular expression `earlier`."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             with atomic_write(out / name) as file:
                 file.write(content)
-        for name in set(plots.FILES) - set(pictures):  # of an earlier report
-            (out / name).unlink(missing_ok=True)
+        for path in out.iterdir():
+            if path.name not in files and re.fullmatch(earlier, path.name):
+                path.unlink()
     except OSError as error:
         raise UsageError(
             f"--out={out}: cannot write there ({error.strerror}); give a writable folder"
         ) from error
-    summary_text = format_terminal(runs, table, summary, keys, correlations)
-    return f"{summary_text}\nwritten to {printable(out)}: {', '.join(sorted(files))}"

@@ -4,127 +4,157 @@ import time
 from base64 import b64encode
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ssl_runner import __version__
 from ssl_runner.data.skipped import printable
+from ssl_runner.report.comparisons import Comparison
+from ssl_runner.report.figures.style import MIN_FONT, Picture
 from ssl_runner.report.label_free import Correlations
-from ssl_runner.report.plots import NAMES
-from ssl_runner.report.read import Run
-from ssl_runner.report.tables import (
-    count_by_status,
-    count_runs,
-    error_text,
-    errors,
-    overridden_keys,
-    scored,
-    with_interval,
+from ssl_runner.report.page_tables import (
+    attributes,
+    correlation_table,
+    folder_link,
+    protocol_table,
+    runs_table,
+    summary_table,
 )
-from ssl_runner.report.terminal import format_cell
+from ssl_runner.report.read import Run
+from ssl_runner.report.tables import count_by_status, count_runs, error_text, errors, overridden_keys
 
 CAPTIONS = {
-    "curves": "Training curves: mean over the runs of a configuration. With few configurations the band"
-    " spans the lowest to the highest run. Failed runs are left out. Losses of different configurations may"
-    " be on different scales.",
     "keys": "Top-1 against each option that differs between runs: mean over the configurations with that"
-    " value. Error bars: 95 % CI with pooled seed variance. Options are sorted by their effect on validation"
-    " top-1.",
+    " value, for each loss by itself. Error bars: 95 % CI with pooled seed variance; below three seeds, small"
+    " points show each seed instead. Lines join values for which the other options are the same. Options are"
+    " sorted by their effect on validation top-1.",
     "heat": "Mean top-1 over the two options with the largest effect on validation top-1, averaged over other"
-    " options and seeds.",
+    " options and seeds. The losses share the colour scale.",
+    "measures": "Top-1 against what is measured of the embeddings Z: one point per configuration, mean over"
+    " seeds, at the last epoch. Loss gaps of different losses have different units and panels of their own.",
+    "spectra": "Singular values of Z on the images of the diagnostics, divided by √N, compared with those of"
+    " the loss's closed-form optimum, where it is known.",
+    "curves": "Training curves: mean over the runs of a configuration, one row per loss. With few"
+    " configurations the band spans the lowest to the highest run. Failed runs are left out.",
 }
 ALTS = {
-    "curves": "Line plots of the training loss, and of validation top-1 if it was probed, against the epoch,"
-    " with one line per configuration",
     "keys": "Plots of validation and test top-1 against each option that differs between runs",
     "heat": "Heat maps of mean validation top-1 and of mean test top-1 over the values of two options",
+    "measures": "Scatter plots of top-1 against rank, effective rank, alignment, loss gap and label energy",
+    "spectra": "Line plots of the singular values of the embeddings and of the closed form, with one panel"
+    " per configuration",
+    "curves": "Line plots of the training loss, and of validation top-1 if it was probed, against the epoch,"
+    " with one line per configuration",
 }
 EMBEDDING_ALTS = {  # files of a run folder
     "embedding.png": "Scatter plot of the features of images in two dimensions, coloured by class",
     "neighbors.png": "Rows of pictures: an image, followed by its nearest training images",
 }
-RUN_COLUMNS = {
-    "metrics.loss": "loss",
-    "epochs_done": "epochs done",
-    "epochs_asked": "epochs planned",
-    "wall_seconds": "time (s)",
-    "device_seconds": "device time (s)",
-    "images_per_s": "images/s",
-    "run.device": "device",
-    "path": "path",
-    "tags": "tags",
-    "note": "note",
-}
-PROTOCOL_COLUMNS = {
-    "protocol.features": "features",
-    "protocol.probe": "probe",
-    "protocol.selection": "hyperparameter",
-    "protocol.train_split": "fitted on",
-    "protocol.n_train": "images fitted on",
-    "protocol.eval_split": "evaluated on",
-    "run.images.test": "test images",
-    "run.images.val": "validation images",
-    "protocol.relation.target": "relation",
-    "protocol.relation.normalized": "normalized",
-    "run.device": "device",
-    "run.precision": "precision",
-    "run.git_commit": "git commit",
-    "run.versions.ssl_runner": "ssl_runner",
-    "run.versions.torch": "torch",
-}
-TITLES = {"val_top1": "validation top-1", "top1": "test top-1"}
-MAX_ERRORS = 50
+UNLABELLED = "No finished run has a top-1: its images have no labels, and ssl-probe has probed none."
+FAILURES = (
+    ("Refusals", "Runs that ended because an option or a file was not accepted."),
+    ("Failures", "Runs that an error ended."),
+)
+MIN_PIXELS = 10  # of the smallest text of a figure; narrower screens scroll
+MAX_ERRORS = 50  # of each kind
 MAX_MAPS = 12  # runs whose embedding is shown
-Cell = tuple[str, float | str]  # displayed text, sort key
+Drawn = dict[str, tuple[Picture, dict[str, bytes]]]
 
 
 def render(
     title: str,
+    out: Path,
     runs: list[Run],
     table: pd.DataFrame,
-    summary: pd.DataFrame,
-    keys: list[str],
+    comparisons: list[Comparison],
     correlations: Correlations,
-    pictures: dict[str, bytes],
+    pictures: list[Drawn],
 ) -> str:
-    """The page as text. `pictures` maps file names to contents; the PNG files are embedded."""
-    measures, notes = correlations
+    """The page as text, for the folder `out`, to which links are relative.
+
+    `pictures` are the figures of the first comparisons; their PNG files are embedded.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
+    keys = list(dict.fromkeys(key for part in comparisons for key in part.keys))
     options = [key for key in overridden_keys(runs) if key not in ("seed", *keys)]
-    same = [key for key in options if table[key].nunique() == 1]
-    tracebacks = {error_text(run.record.get("error")): run.record.get("traceback") for run in reversed(runs)}
-    found = [(error, paths, tracebacks.get(error)) for error, paths in errors(table)]
-    mapped = [run for run in runs if any((run.path / name).is_file() for name in EMBEDDING_ALTS)]
+    same = [key for key in options if table[key].nunique(dropna=False) == 1 and table[key].notna().all()]
+    maps, more_maps = embeddings(runs, table, keys)
+    drawn = [*pictures, *({} for _ in comparisons[len(pictures) :])]
     return environment.get_template("report.html").render(
         title=title,
         version=__version__,
         written=time.strftime("%Y-%m-%d %H:%M"),
         statuses=count_by_status(table),
         total=count_runs(len(table)),
-        shared={key: table[key].dropna().iloc[0] for key in same},
-        summary=summary_table(summary, keys),
-        no_results="No finished run has a top-1: its images have no labels, and ssl-probe has probed none."
-        if (table.status == "done").any()
-        else "No run has finished yet.",
-        measures=(list(measures), [list(map(format_cell, row)) for row in measures.itertuples(index=False)]),
-        notes=notes,
-        runs=table_of_runs(table, keys),
-        pictures=[
-            (ALTS[name], CAPTIONS[name], b64encode(pictures[f"{name}.png"]).decode())
-            for name in NAMES
-            if f"{name}.png" in pictures
-        ],
-        maps=[(printable(run.path), embedding_pictures(run)) for run in mapped[:MAX_MAPS]],
-        more_maps=len(mapped) - MAX_MAPS,
-        errors=found[:MAX_ERRORS],
-        more_errors=len(found) - MAX_ERRORS,
+        shared={key: table[key].iloc[0] for key in same},
+        choices={
+            "data": sorted(set(table.data)),
+            "status": sorted(set(table.status)),
+            "tags": sorted({tag for run in runs for tag in run.tags}),
+        },
+        comparisons=[section(part, number, drawn[number]) for number, part in enumerate(comparisons)],
+        undrawn=len(comparisons) - len(pictures),
+        several_measured=len(correlations[0]) > 0 and correlations[0].n.max() > 1,
+        measures=correlation_table(correlations[0]),
+        notes=correlations[1],
+        runs=runs_table(runs, table, keys, out),
+        maps=maps,
+        more_maps=more_maps,
+        failures=failures(runs, table, out),
         problems=[problem for run in runs for problem in run.problems],
-        protocols=protocols(table),
+        protocols=protocol_table(table),
     )
+
+
+def section(part: Comparison, number: int, drawn: Drawn) -> dict[str, Any]:
+    """A comparison: its runs, table and figures."""
+    pictures = [
+        {
+            "id": f"{name}-{number + 1}",
+            "alt": f"{ALTS[name]} ({part.title})",
+            "caption": CAPTIONS[name],
+            "notes": picture.notes,
+            "width": round(96 * picture.figure.get_figwidth()),
+            "least": round(72 * MIN_PIXELS / MIN_FONT * picture.figure.get_figwidth()),
+            "png": b64encode(contents["png"]).decode(),
+        }
+        for name, (picture, contents) in drawn.items()
+    ]
+    rows = " ".join(map(str, part.table.index))
+    missing = UNLABELLED if (part.table.status == "done").any() else "No run has finished yet."
+    return {
+        "title": part.title,
+        "runs": rows,
+        "pictures": pictures,
+        "missing": missing,
+        **summary_table(part),
+    }
+
+
+def embeddings(runs: list[Run], table: pd.DataFrame, keys: list[str]) -> tuple[list[dict[str, Any]], int]:
+    """The pictures of the embeddings of the best runs on each data set, and how many more have pictures."""
+    val_top1 = pd.to_numeric(table.val_top1, errors="coerce").groupby(table.data)
+    best = val_top1.rank("first", ascending=False, na_option="bottom").sort_values(kind="stable").index
+    mapped = [row for row in best if any((runs[row].path / name).is_file() for name in EMBEDDING_ALTS)]
+    maps = [
+        {
+            "row": row,
+            "path": printable(runs[row].path),
+            "label": ", ".join([table.data[row], table.method[row], *options_of(table.loc[row, keys])]),
+            "pictures": embedding_pictures(runs[row]),
+        }
+        for row in mapped[:MAX_MAPS]
+    ]
+    return maps, len(mapped) - MAX_MAPS
+
+
+def options_of(values: pd.Series) -> list[str]:
+    """`key=value` of each value that is not missing, except the loss."""
+    return [f"{key}={value}" for key, value in values.dropna().items() if key != "loss"]
 
 
 def embedding_pictures(run: Run) -> list[tuple[str, str]]:
@@ -136,57 +166,30 @@ def embedding_pictures(run: Run) -> list[tuple[str, str]]:
     return found
 
 
-def summary_table(summary: pd.DataFrame, keys: list[str]) -> tuple[list[str], list[list[Cell]]]:
-    """Header and rows, one per configuration: result, number of seeds, keys, other probes."""
-    means = [str(column) for column in summary if f"± {column}" in summary]
-    main = [column for column in TITLES if column in means]
-    others = [column for column in means if column not in main]
-    header = [
-        *(TITLES[column] for column in main),
-        "seeds",
-        *keys,
-        *(" ".join(c.split(".", 2)[1:]) for c in others),
+def failures(runs: list[Run], table: pd.DataFrame, out: Path) -> list[dict[str, Any]]:
+    """Sections of refused runs and of those that failed: heading, explanation, errors by frequency."""
+    by_kind: dict[str, list[dict[str, Any]]] = {heading: [] for heading, _ in FAILURES}
+    for error, rows in errors(table):
+        refused = error.startswith("UsageError")
+        by_kind[FAILURES[not refused][0]].append(
+            {
+                "error": error.removeprefix("UsageError: "),
+                "rows": rows,
+                "trace": "" if refused else runs[rows[0]].record.get("traceback"),
+                "runs": [
+                    {
+                        "attributes": attributes(runs[row], row, table.data[row])
+                        | {"data-error": error_text(error)},
+                        "href": folder_link(runs[row], out),
+                        "path": printable(runs[row].path),
+                        "options": " ".join(f"{key}={value}" for key, value in runs[row].overrides.items()),
+                    }
+                    for row in rows
+                ],
+            }
+        )
+    return [
+        {"heading": heading, "text": text, "errors": found[:MAX_ERRORS], "more": len(found) - MAX_ERRORS}
+        for (heading, text), found in zip(FAILURES, by_kind.values(), strict=True)
+        if found
     ]
-
-    def result(row: dict, column: str) -> Cell:
-        mean = row[column]
-        return with_interval(mean, row[f"± {column}"]), "" if np.isnan(mean) else mean
-
-    rows = [
-        [result(row, c) for c in main]
-        + [cell(row[c]) for c in ("n", *keys)]
-        + [result(row, c) for c in others]
-        for row in summary.to_dict("records")
-    ]
-    return header, rows
-
-
-def table_of_runs(table: pd.DataFrame, keys: list[str]) -> tuple[list[str], list[list[Cell]]]:
-    """Header and rows, one per run, with the most used columns; runs.csv has all."""
-    names = {"status": "status", **TITLES, **{key: key for key in [*keys, "seed"]}, **RUN_COLUMNS}
-    columns = [column for column in names if column in table]
-    rows = [[cell(value) for value in row] for row in table[columns].itertuples(index=False)]
-    return [names[column] for column in columns], rows
-
-
-def cell(value: object) -> Cell:
-    """Numbers, also those in text, sort as numbers."""
-    if value is None or (isinstance(value, float) and np.isnan(value)):
-        return "", ""
-    try:
-        number = float(str(value))
-    except ValueError:
-        return str(value), str(value)
-    return str(value) if isinstance(value, str) else f"{number:.6g}", number
-
-
-def protocols(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: protocol, machine and versions of finished runs, with the number of runs of each."""
-    done = scored(table)
-    columns = [column for column in PROTOCOL_COLUMNS if column in done]
-    facts = done[columns].copy()
-    selection = facts["protocol.selection"].fillna("")  # its value is left out, as runs differ in it
-    facts["protocol.selection"] = selection.str.replace(r"=.*?\((\w+)\)", r" on \1", regex=True)
-    counts = facts.map(lambda value: cell(value)[0]).value_counts(sort=True)
-    rows = [[str(n), *row] for *row, n in counts.reset_index().itertuples(index=False, name=None)]
-    return ["runs", *(PROTOCOL_COLUMNS[column] for column in columns)], rows

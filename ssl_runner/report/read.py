@@ -21,8 +21,8 @@ MAX_DEPTH, MAX_NODES = 40, 100_000  # of a YAML file or run.json; a run's own ha
 # What YAML's constructors raise besides YAMLError, for example for `!!bool x`
 BROKEN = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError, yaml.YAMLError)
 RESERVED = {  # columns of the tables, which an option may not replace
-    *("path", "status", "error", "top1", "val_top1", "configuration", "n", "by", "epochs_done"),
-    *("epochs_asked", "wall_seconds", "processes", "device_seconds", "images_per_s"),
+    *("path", "status", "error", "method", "data", "rows", "top1", "val_top1", "configuration", "n", "by"),
+    *("epochs_done", "epochs_asked", "wall_seconds", "processes", "device_seconds", "images_per_s"),
 }
 RESERVED_PREFIXES = ("top1.", "metrics.", "run.", "protocol.", "± ")
 
@@ -211,16 +211,27 @@ def choices_of(hydra_yaml: str) -> str:
     return block[1]
 
 
-def read_csv(path: Path, problems: list[str]) -> tuple[list[str], list[list[str]]]:
-    """The header of a CSV file and its complete rows: those that end with a newline and have every column."""
+def read_spectrum(run: Run) -> np.ndarray:
+    """spectrum.csv as an array (rows, 3) of k, Z and closed_form; nan where it has no number."""
+    header, rows = read_csv(run.path / "spectrum.csv", run.problems, "k")
+    columns = dict(zip(header, zip(*rows, strict=True), strict=True)) if rows else {}
+    missing = [""] * len(rows)
+    return np.stack([numbers(columns.get(name, missing)) for name in ("k", "Z", "closed_form")], axis=1)
+
+
+def read_csv(path: Path, problems: list[str], index: str = "epoch") -> tuple[list[str], list[list[str]]]:
+    """The header of a CSV file and its complete rows: those that end with a newline and have every column.
+
+    A file without the column `index` is a problem, and has no rows.
+    """
     try:
         text = path.read_bytes().decode(errors="replace") if path.exists() else ""
         header, rows = parse_csv(text)
     except (OSError, csv.Error) as error:
         add_problem(problems, path, "the table that ssl-run writes", error)
         return [], []
-    if header and "epoch" not in header:
-        add_problem(problems, path, "a column epoch", ",".join(header))
+    if header and index not in header:
+        add_problem(problems, path, f"a column {index}", ",".join(header))
         return [], []
     return header, [row for row in rows if len(row) == len(header)]
 

@@ -1,13 +1,11 @@
-"""Tables of many runs: one row per run or per configuration, with confidence intervals over seeds."""
+"""The table of runs: one row per run, from its files."""
 
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
-from ssl_runner.config.run_id import changes_result
 from ssl_runner.data.skipped import printable
 from ssl_runner.report.read import Row, Run
 
@@ -16,6 +14,7 @@ ELSEWHERE = {  # keys of run.json that other columns show, or that say nothing a
     *("top1", "val_top1", "relation", "loss", "skipped", "tags", "note"),
 }
 MAIN = ("val_top1", "top1")  # the results by which configurations are compared
+NAMED_BY = ("dataset.name", "dataset.root", "dataset.files")
 PROTOCOL = ("features", "probe", "selection", "train_split", "n_train", "eval_split")
 
 
@@ -28,8 +27,8 @@ def overridden_keys(runs: list[Run]) -> list[str]:
 def runs_table(runs: list[Run], swept: list[str]) -> pd.DataFrame:
     """One row per run.
 
-    The columns are path, status, error; overridden and swept keys as text; top-1; protocol; metrics; cost;
-    run.json.
+    The columns are path, status, error, method; overridden and swept keys as text; top-1; protocol; metrics;
+    cost; run.json.
     """
     keys = list(dict.fromkeys([*overridden_keys(runs), *swept]))
     parts = [state, lambda run: options(run, keys), scores, protocol, metrics, cost, facts]
@@ -43,8 +42,24 @@ def runs_table(runs: list[Run], swept: list[str]) -> pd.DataFrame:
 
 def state(run: Run) -> Row:
     row = {"path": printable(run.path), "status": run.status, "error": error_text(run.record.get("error"))}
+    row |= {"method": method(run)}
     names = {"tags": ",".join(run.tags), "note": run.record.get("note")}
     return row | {name: text for name, text in names.items() if text}
+
+
+def method(run: Run) -> str:
+    """The class of a run's loss, such as VICReg."""
+    return run.config.get("loss._target_", "").rpartition(".")[2] or run.choices.get("loss") or "unknown"
+
+
+def data_of(run: Run) -> str:
+    """Text that is equal for runs on the same images and labels, of any folder."""
+    return str(run.record.get("data_digest") or named_data(run))
+
+
+def named_data(run: Run) -> str:
+    """The options that name a run's images."""
+    return ",".join(f"{key}={run.config.get(key)}" for key in NAMED_BY)
 
 
 def error_text(error: object) -> str | None:
@@ -160,38 +175,6 @@ def facts(run: Run) -> Row:
     }
 
 
-def swept_keys(runs: list[Run]) -> list[str]:
-    """The options in which runs differ, except the seed and seeds that follow it.
-
-    These are overridden keys, then keys of the resolved configuration that differ among runs which agree in
-    all others: for example a default that has changed. A key that a run's configuration lacks does not
-    differ.
-    """
-    first = overridden_keys(runs)
-    table = pd.DataFrame([run.config | options(run, first) for run in runs])
-    differ = [str(key) for key in table if table[key].nunique() > 1 and not follows_seed(table, str(key))]
-    keys = [key for key in first if key in differ]
-    for key in differ:
-        if key not in keys and table.groupby(number_configurations(table, keys))[key].nunique().max() > 1:
-            keys.append(key)
-    return keys
-
-
-def follows_seed(table: pd.DataFrame, key: str) -> bool:
-    """Whether a key only separates runs of one configuration.
-
-    This holds for the seed, and for another seed that has one value per seed.
-    """
-    if key == "seed" or not changes_result(key):
-        return True
-    return key.rpartition(".")[2].endswith("seed") and table.groupby("seed")[key].nunique().max() == 1
-
-
-def number_configurations(table: pd.DataFrame, keys: list[str]) -> pd.Series:
-    """A number for each row, equal for rows that agree in all keys."""
-    return table.groupby(keys, dropna=False, sort=False).ngroup() if keys else pd.Series(0, index=table.index)
-
-
 def scored(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of finished runs with a top-1, if only of ssl-probe; runs without labels have none."""
     return table[(table.status == "done") & table[top1_columns(table)].notna().any(axis=1)]
@@ -202,86 +185,6 @@ def top1_columns(table: pd.DataFrame) -> list[str]:
     return [column for column in map(str, table) if column in MAIN or column.startswith("top1.")]
 
 
-def finished(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """The rows of `scored` with the number of their `configuration`. Without a seed, each run has its own."""
-    results = scored(table).copy()
-    results["seed"] = results.seed.fillna(results.path)
-    results["configuration"] = number_configurations(results, keys)
-    columns = top1_columns(results)
-    values = results[columns].apply(pd.to_numeric, errors="coerce")
-    results[columns] = values.where((values >= 0) & (values <= 1))
-    return results.copy()  # in one block
-
-
-def over_seeds(results: pd.DataFrame, by: str, values: list[str]) -> pd.DataFrame:
-    """Means of the columns `values` for each value of `by`, with 95 % confidence intervals over seeds.
-
-    A mean is taken over the configurations' means over seeds. Column "± name" is the half-width of the
-    interval, `n` the number of seeds of all configurations together. For m configurations of n_i seeds, whose
-    variances over seeds are pooled into s^2 with f = sum (n_i - 1) degrees of freedom,
-
-        half-width = t(f) s sqrt(sum 1 / n_i) / m
-
-    which is Student's interval for one configuration, and nan if no configuration has a second seed. Runs
-    with the same seed are averaged first.
-    """
-    seeds = results.groupby([results[by].rename("by"), "configuration", "seed"], sort=False)[values]
-    means = seeds.mean().astype(float)
-    groups = means.groupby(level=["by", "configuration"], sort=False)
-    n, mean, variance = groups.count(), groups.mean(), groups.var().fillna(0)
-    n = n.where(n > 0)
-
-    def total(table: pd.DataFrame) -> pd.DataFrame:
-        return table.groupby(level="by", sort=False).sum()
-
-    f = total(n - 1)
-    t = pd.DataFrame(stdtrit(f.clip(lower=1).to_numpy(), 0.975), f.index, f.columns)
-    half = t * (total((n - 1) * variance) / f * total(1 / n)) ** 0.5 / total(n / n)
-    table = mean.groupby(level="by", sort=False).mean().join(half.add_prefix("± "))
-    return table.assign(n=means.groupby(level="by").size())
-
-
-def summarise(results: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """One row per configuration, sorted by validation top-1: the keys, and every top-1 by `over_seeds`."""
-    values = [column for column in top1_columns(results) if not repeats_main(results, column)]
-    configurations = results.groupby("configuration", sort=False)[keys].first()
-    summary = configurations.join(over_seeds(results, "configuration", values))
-    return summary.sort_values("val_top1", ascending=False, kind="stable").reset_index(drop=True)
-
-
-def repeats_main(results: pd.DataFrame, column: str) -> bool:
-    """Whether a column is `val_top1` or `top1` under the name of its probe, in every run."""
-    split = column.split(".")[1] if column not in MAIN else ""
-    main = {"val": "val_top1", "test": "top1"}.get(split)
-    if main is None or not results[column].equals(results[main]):
-        return False
-    names = f"top1.{split}." + results["protocol.features"] + "." + results["protocol.probe"]
-    return bool((names[results[column].notna()] == column).all())
-
-
-def is_numeric(values: pd.Series) -> bool:
-    """Whether all values of an option are finite numbers."""
-    return bool(np.isfinite(pd.to_numeric(values.dropna(), errors="coerce")).all())
-
-
-def binned(values: pd.Series, bins: int, most: int) -> pd.Series:
-    """The values, or for more than `most` different numbers their quantile bins; missing values stay so."""
-    if not is_numeric(values) or values.nunique() <= most:
-        return values
-    return pd.qcut(pd.to_numeric(values), bins, duplicates="drop").astype(object)
-
-
-def effect(results: pd.DataFrame, key: str) -> float:
-    """The range of mean validation top-1 over the values of a key; many numbers are put in five bins."""
-    means = results.val_top1.astype(float).groupby(binned(results[key], 5, 8)).mean()
-    return float(np.nan_to_num(means.max() - means.min()))
-
-
-def with_interval(mean: float, half: float) -> str:
-    """`0.9660 ± 0.0021`, without the interval if there is none."""
-    return "-" if np.isnan(mean) else f"{mean:.4f}" if np.isnan(half) else f"{mean:.4f} ± {half:.4f}"
-
-
 def count_runs(number: int) -> str:
     return f"{number} run" if number == 1 else f"{number} runs"
 
@@ -290,8 +193,8 @@ def count_by_status(table: pd.DataFrame) -> str:
     return ", ".join(f"{n} {status}" for status, n in Counter(table.status).most_common())
 
 
-def errors(table: pd.DataFrame) -> list[tuple[str, list[str]]]:
-    """Each error with the paths of the runs it ended, most frequent first."""
+def errors(table: pd.DataFrame) -> list[tuple[str, list[int]]]:
+    """Each error with the rows of the runs it ended, most frequent first."""
     failed = table[table.error.notna()]
-    paths = [(str(error), list(group)) for error, group in failed.groupby("error", sort=False).path]
-    return sorted(paths, key=lambda item: -len(item[1]))
+    rows = [(str(error), list(group)) for error, group in failed.groupby("error", sort=False).groups.items()]
+    return sorted(rows, key=lambda item: -len(item[1]))

@@ -5,40 +5,38 @@ import shutil
 
 import pandas as pd
 
+from ssl_runner.report.comparisons import Comparison
+from ssl_runner.report.configurations import MIN_SEEDS, with_interval
 from ssl_runner.report.label_free import Correlations
 from ssl_runner.report.read import Run
-from ssl_runner.report.tables import (
-    MAIN,
-    count_by_status,
-    count_runs,
-    errors,
-    scored,
-    top1_columns,
-    with_interval,
-)
+from ssl_runner.report.tables import MAIN, count_by_status, count_runs, errors, scored, top1_columns
 
 TITLES = {"val_top1": "val top-1", "top1": "test top-1"}
-MAX_LINES = 30  # configurations
+MAX_COMPARISONS = 10
+MAX_LINES = 30  # configurations of each
 MAX_PROBLEMS = 10
 MAX_OTHERS = 4  # results of other data sets, where no run has one of its own
 
 
 def format_terminal(
-    runs: list[Run], table: pd.DataFrame, summary: pd.DataFrame, keys: list[str], correlations: Correlations
+    runs: list[Run], table: pd.DataFrame, comparisons: list[Comparison], correlations: Correlations
 ) -> str:
-    """Counts, the best configurations, correlations of label-free measures and the most frequent errors.
+    """Counts, the best configurations of each comparison, rank correlations and the most frequent errors.
 
     The lines fit the terminal. Lines that name damaged files are not cut off.
     """
     width = shutil.get_terminal_size((160, 24)).columns
     lines = [f"{count_runs(len(table))}: {count_by_status(table)}"]
-    if len(summary):
-        lines.append("sorted by validation accuracy; mean ± 95 % confidence interval over n seeds")
-        lines += format_results(summary.head(MAX_LINES), keys)
-        if summary[list(MAIN)].isna().all(axis=None):
-            lines.append(f"the first {MAX_OTHERS} results of ssl-probe on other images; runs.csv has all")
-    if len(summary) > MAX_LINES:
-        lines.append(f"and {len(summary) - MAX_LINES} more configurations, in report.html")
+    finished = [part for part in comparisons if len(part.summary)]
+    if finished:
+        lines.append(
+            "sorted by validation accuracy; mean over n seeds, with the 95 % confidence interval for"
+            f" n >= {MIN_SEEDS}"
+        )
+    for part in finished[:MAX_COMPARISONS]:
+        lines += format_comparison(part, with_title=len(finished) > 1)
+    if len(finished) > MAX_COMPARISONS:
+        lines.append(f"and {len(finished) - MAX_COMPARISONS} more data sets or protocols, in report.html")
     measures, notes = correlations
     if len(measures) and measures.n.max() > 1:
         lines.append("Spearman's rank correlation of label-free measures with top-1 over n configurations")
@@ -46,8 +44,8 @@ def format_terminal(
         lines += notes
     if unscored := int((table.status == "done").sum()) - len(scored(table)):
         lines.append(f"no top-1 for {unscored} done: their images have no labels; runs.csv has the losses")
-    for error, paths in errors(table)[:3]:
-        lines.append(f"failed ({len(paths)}): {error} [{paths[0]}]")
+    for error, rows in errors(table)[:3]:
+        lines.append(f"failed ({len(rows)}): {error} [{table.path[rows[0]]}]")
     lines = [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
     problems = [problem for run in runs for problem in run.problems]
     lines += problems[:MAX_PROBLEMS]
@@ -56,25 +54,33 @@ def format_terminal(
     return "\n".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", line) for line in lines)
 
 
-def format_results(summary: pd.DataFrame, keys: list[str]) -> list[str]:
-    """Results first, so that a narrow terminal cuts off the keys with the smallest effect.
+def format_comparison(part: Comparison, with_title: bool) -> list[str]:
+    """The title and the best configurations.
 
-    If no run has a result on its own data set, the first ones of `ssl-probe` on other data sets are shown.
+    Results come first, so that a narrow terminal cuts off the keys with the smallest effect. If no run has a
+    result on its own data set, the first ones of `ssl-probe` on other data sets are shown.
     """
-    main = list(MAIN)
-    if summary[main].isna().all(axis=None):
-        main = [column for column in top1_columns(summary) if column not in MAIN][:MAX_OTHERS]
+    main, best = list(MAIN), part.summary.head(MAX_LINES)
+    lines = [part.title] if with_title else []
+    other = part.summary[main].isna().all(axis=None)
+    if other:
+        main = [column for column in top1_columns(best) if column not in MAIN][:MAX_OTHERS]
     columns: dict[str, list[str]] = {
         **{
             TITLES.get(name) or " ".join(name.split(".", 2)[1:]): list(
-                map(with_interval, summary[name], summary[f"± {name}"])
+                map(with_interval, best[name], best[f"± {name}"])
             )
             for name in main
         },
-        "n": list(map(str, summary.n)),
-        **{key: list(summary[key].fillna("-")) for key in keys},
+        "n": list(map(str, best.n)),
+        **{key: list(best[key].fillna("-")) for key in part.keys},
     }
-    return align(columns)
+    lines += align(columns)
+    if other:
+        lines.append(f"the first {MAX_OTHERS} results of ssl-probe on other images; runs.csv has all")
+    if len(part.summary) > MAX_LINES:
+        lines.append(f"and {len(part.summary) - MAX_LINES} more configurations, in report.html")
+    return lines
 
 
 def format_cell(value: object) -> str:
