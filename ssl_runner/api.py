@@ -132,8 +132,8 @@ def job(cfg: DictConfig, ended: list[tuple[Path, dict[str, float | None]] | Exce
     """Execute the run and add its folder and result to `ended`, or its error, which Hydra would print."""
     folder = hydra_internals.output_dir()
     try:
-        with start.opened(cfg) as (cfg, folder):
-            ended.append((folder, cli.run_or_skip(cfg, folder)))
+        with start.opened(cfg) as (cfg, folder, abandon):
+            ended.append((folder, cli.run_or_skip(cfg, folder, abandon)))
     except BaseException as error:
         if (folder / "run.json").exists():
             error.add_note(f"folder of the run: {folder}")

@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -187,8 +188,8 @@ def job(cfg: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     folder = hydra_internals.output_dir()
     try:
-        with start.opened(cfg) as (cfg, folder):
-            result = run_or_skip(cfg, folder)
+        with start.opened(cfg) as (cfg, folder, abandon):
+            result = run_or_skip(cfg, folder, abandon)
         distributed.finish()
         top1 = "" if result["top1"] is None else f"top1={result['top1']:.4f} "
         print(f"{top1}loss={result['loss']:.6g} run={folder}", flush=True)
@@ -225,10 +226,11 @@ def preempted_line(error: Preempted, folder: Path) -> str:
     return f"{error}: {paths.override('resume', folder)}, or the same command with resume=auto"
 
 
-def run_or_skip(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
+def run_or_skip(cfg: DictConfig, folder: Path, abandon: Callable[[], None] | None) -> dict[str, float | None]:
     """Start or resume the run in a locked folder, on all ranks. Returns its result.
 
-    A run that is done is not repeated. Raises UsageError if it cannot be resumed with this configuration.
+    `abandon` removes the folder if a new run ends before training. A run that is done is not repeated. Raises
+    UsageError if it cannot be resumed with this configuration.
     """
     from ssl_runner import distributed
 
@@ -244,14 +246,13 @@ def run_or_skip(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
         print(f"already done: started {record['started']}, commit {record['git_commit']}", flush=True)
         return record
     if record is None:
-        write_config = partial(resume.write_hydra_files, cfg, folder)
+        resume.write_hydra_files(cfg, folder)
     elif schedule.is_extension(cfg, folder):
         cfg = schedule.extend(cfg, folder)
-        write_config = partial(saved.keep_given, cfg, folder)
     else:
         resume.refuse_finished(folder)
         cfg = saved.resumed(cfg, folder)
-        write_config = partial(saved.keep_given, cfg, folder)
+    at_begin = None if record is None else partial(saved.keep_given, cfg, folder)
     hydra = HydraConfig.get()
     places = hydra_internals.launch_folder(), hydra_internals.config_sources(hydra).get("command-line")
     compose.find_modules(*places)
@@ -261,7 +262,7 @@ def run_or_skip(cfg: DictConfig, folder: Path) -> dict[str, float | None]:
     )
     from ssl_runner.pipeline import run
 
-    return run(cfg, folder, write_config)
+    return run(cfg, folder, at_begin, abandon)
 
 
 def run_as_follower() -> float | None:

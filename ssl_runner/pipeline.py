@@ -33,14 +33,17 @@ from ssl_runner.theory.gamma import describe_gamma
 
 
 def run(
-    cfg: DictConfig, folder: Path, write_config: Callable[[], None] = lambda: None
+    cfg: DictConfig,
+    folder: Path,
+    at_begin: Callable[[], None] | None = None,
+    abandon: Callable[[], None] | None = None,
 ) -> dict[str, float | None]:
     """Pretrain, probe, and write the files of the run to `folder`.
 
     These are metrics.csv, probe.csv, spectrum.csv, run.json, checkpoint.pt, the weights in
     backbone.safetensors and projector.safetensors, and the map of the embedding. Resumes from the checkpoint
-    in `folder` if there is one. Every rank calls this; the main process writes, and calls `write_config`,
-    when every check has passed and training begins. A new run that ends before leaves `folder` as it was.
+    in `folder` if there is one. Every rank calls this; the main process writes. It calls `at_begin` when all
+    checks have passed and training begins, and `abandon` if a new run ends before.
 
     Returns the last `loss` and the first probe's top-1 on the test split (`top1`) and on the validation split
     (`val_top1`). Without test images, `top1` is `val_top1`; without labels, both are None.
@@ -50,7 +53,7 @@ def run(
     """
     is_main = distributed.is_main_process()
     schedule = distributed.broadcast_object(read_schedule(folder, cfg.epochs) if is_main else None)
-    record = RunRecord(folder, identity(cfg, schedule), schedule=schedule, **names(cfg))
+    record = RunRecord(folder, identity(cfg, schedule), abandon, schedule=schedule, **names(cfg))
     with (
         Preemption() as preemption,
         Feed() as feed,  # after the record: a slow logger does not delay its status
@@ -92,7 +95,8 @@ def run(
         probes.truncate_at_repeat(("epoch", "features", "probe", "eval_split"))
         record.update(**facts(experiment))
         if is_main:
-            write_config()
+            if at_begin is not None:
+                at_begin()
             record.begin()
             print("\n".join(first_lines(experiment, solver, record)), flush=True)
             if experiment.logger is not None:

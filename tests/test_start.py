@@ -1,13 +1,14 @@
 """What ends before training leaves no run folder, and nothing else is removed."""
 
-import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import ssl_runner
+from ssl_runner import pipeline
 from ssl_runner.errors import UsageError
-from tests.helpers import TINY, raising
+from tests.helpers import TINY, raising, run_folder
 
 REFUSED = f"{TINY} relation=edges relation.path=none.csv"
 MESSAGE = "relation.path=none.csv: expected an existing file"
@@ -22,7 +23,7 @@ def tree(folder: Path) -> set[str]:
 @pytest.fixture
 def existing(tmp_path: Path) -> set[str]:
     """Files and folders of a user."""
-    (tmp_path / "mine" / "empty").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
     for name in ("notes.txt", ".lock", "ssl-run.log"):
         (tmp_path / "mine" / name).write_text("kept")
     return tree(tmp_path)
@@ -34,16 +35,11 @@ def existing(tmp_path: Path) -> set[str]:
         "",
         "resume=auto",
         "hydra.run.dir=mine",
-        "hydra.run.dir=mine/empty",
-        "hydra.run.dir=mine/a/b/c hydra.job.chdir=true",
-        "hydra.run.dir=mine/d hydra/job_logging=default hydra.output_subdir=hydra",
-        "hydra.run.dir=mine hydra/job_logging=default",
+        "hydra.run.dir=mine/new hydra.job.chdir=true",
+        "hydra.run.dir=.",
     ],
 )
-def test_refused_run_leaves_what_there_was(
-    ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: set[str], options: str
-) -> None:
-    monkeypatch.setattr(logging.root, "handlers", [])
+def test_refused_run_leaves_what_there_was(ssl_run, tmp_path: Path, existing: set[str], options: str) -> None:
     code, out, err = ssl_run(f"{REFUSED} {options}")
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert MESSAGE in err
@@ -51,11 +47,35 @@ def test_refused_run_leaves_what_there_was(
     assert (tmp_path / "mine" / "notes.txt").read_text() == "kept"
 
 
+@pytest.mark.parametrize("name", [".hydra/config.yaml", "metrics.csv", "backbone.safetensors"])
+def test_folder_with_files_that_a_run_would_overwrite_is_refused(ssl_run, tmp_path: Path, name: str) -> None:
+    (tmp_path / "mine" / name).parent.mkdir(parents=True)
+    (tmp_path / "mine" / name).write_text("kept")
+    code, out, err = ssl_run(f"{TINY} hydra.run.dir=mine")
+    assert (code, out) == (1, "")
+    assert f"contains {name.partition('/')[0]}, which a run would overwrite: choose another folder" in err
+    assert (tmp_path / "mine" / name).read_text() == "kept"
+    assert tree(tmp_path) == {"mine", f"mine/{name}", str(Path(f"mine/{name}").parent)}
+
+
+def test_run_is_found_before_it_trains(ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second process with resume=auto refuses to train the same run while the first reads its data."""
+    build, found = pipeline.build, []
+
+    def slow_build(*args: Any, **options: Any) -> Any:
+        found.extend(tmp_path.rglob("run.json"))
+        return build(*args, **options)
+
+    monkeypatch.setattr("ssl_runner.pipeline.build", slow_build)
+    folder = run_folder(ssl_run(TINY)[1])
+    assert found == [folder / "run.json"]
+
+
 def test_refused_run_from_python_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: set[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for folder in (None, "mine/a/b"):
+    for folder in (None, "mine/new"):
         with pytest.raises(UsageError, match=MESSAGE) as error:
             ssl_runner.run(*REFUSED.split(), folder=folder)
         assert not hasattr(error.value, "__notes__")
@@ -87,7 +107,7 @@ def test_run_that_ends_before_training_says_so_and_leaves_nothing(
     ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, line: str
 ) -> None:
     monkeypatch.setattr("ssl_runner.pipeline.build", raising(error))
-    found, out, err = ssl_run(f"{TINY} hydra.run.dir=a/b")
+    found, out, err = ssl_run(f"{TINY} hydra.run.dir=new")
     assert (found, out, err.endswith(line)) == (code, "", True)
     assert err == line or (isinstance(error, KeyError) and "in call" in err)  # with its traceback
     assert tree(tmp_path) == set()
@@ -97,7 +117,7 @@ def test_signal_while_torch_is_imported_leaves_nothing(
     ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ssl_runner.distributed.start", raising(None))
-    code, out, err = ssl_run(f"{TINY} hydra.run.dir=a/b")
+    code, out, err = ssl_run(f"{TINY} hydra.run.dir=new")
     assert (code, out) == (75, "")
     assert err.startswith("preempted by SIGTERM; repeat the command")
     assert tree(tmp_path) == set()

@@ -21,7 +21,6 @@ from hydra._internal.grammar import grammar_functions
 from hydra._internal.hydra import Hydra
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import _run_hydra, create_config_search_path
-from hydra.core import utils
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -31,7 +30,6 @@ from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.config_source import ConfigResult
-from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from ssl_runner.errors import UsageError, one_line
@@ -46,7 +44,6 @@ __all__ = [
     "config_sources",
     "enumerate_jobs",
     "environment",
-    "existing_before",
     "launch_folder",
     "output_dir",
     "preserved_state",
@@ -138,36 +135,6 @@ def output_dir() -> Path:
     return Path(_texts(HydraConfig.get())["output_dir"])
 
 
-_existing: dict[Path, tuple[Path, frozenset[str]]] = {}  # by the folder that Hydra has made
-
-
-def existing_before(folder: Path) -> tuple[Path, frozenset[str]]:
-    """Return the deepest folder on the path to `folder` before Hydra made the rest, and, if that is `folder`
-    itself, the names in it.
-
-    In a job that another process has launched this is the folder of the sweep.
-    """
-    hydra = HydraConfig.get()
-    sweep = _absolute(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else folder.parent
-    return _existing.get(folder, (sweep, frozenset()))
-
-
-class _NotedPath(type(Path())):  # type: ignore[misc]
-    """A path that notes in `_existing` what there is of a folder before it makes it."""
-
-    def mkdir(self, *args: Any, **options: Any) -> None:
-        if options.get("parents"):  # else pathlib, which has made the parents
-            path = _absolute(self)
-            found = next(parent for parent in (path, *path.parents) if parent.is_dir())
-            names = (entry.name for entry in path.iterdir()) if found == path else ()
-            _existing[path] = found, frozenset(names)
-        super().mkdir(*args, **options)
-
-
-def _absolute(path: str | Path) -> Path:
-    return Path(os.path.abspath(path))  # noqa: PTH100, as Hydra does
-
-
 def config_sources(hydra: Any) -> dict[str, str]:
     """Return the folder of configs of each provider: "main", and "command-line" for that of --config-dir."""
     return {source["provider"]: source["path"] for source in _texts(hydra)["config_sources"]}
@@ -256,7 +223,6 @@ def run_hydra(
     version.setbase("1.3")  # no warnings about changes since Hydra 1.1
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    path, utils.Path = utils.Path, _NotedPath  # type: ignore[misc]
     try:
         _run_hydra(
             args=args,
@@ -266,5 +232,4 @@ def run_hydra(
             config_name="config",
         )
     finally:
-        utils.Path = path  # type: ignore[misc]
         os.environ["HYDRA_FULL_ERROR"] = before or "0"

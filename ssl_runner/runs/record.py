@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -36,19 +37,19 @@ def names(cfg: DictConfig) -> dict[str, object]:
 class RunRecord:
     """Context manager that maintains run.json. Only rank 0 writes the file.
 
-    A new run writes the file from `begin` on: what fails before leaves none. A run that resumes writes it on
-    entry. `status` is `running` until the exit, then `done`. It is `preempted` after a Preempted exception,
-    and `failed`, with error and traceback, after any other exception.
+    `status` is `running` until the exit, then `done`. It is `preempted` after a Preempted exception, and
+    `failed`, with error and traceback, after any other exception. If a run with `abandon` ends before `begin`
+    is called, `abandon` removes its files instead.
 
     `facts` are further fields. When a run resumes, `wall_seconds` (s) continues from its previous value and
     `starts` increases by one.
     """
 
-    def __init__(self, folder: Path, identity: str, **facts: Any):
+    def __init__(self, folder: Path, identity: str, abandon: Callable[[], None] | None = None, **facts: Any):
         self.path = folder / "run.json"
         self.start, self.lock = time.time(), threading.Lock()
-        self.begun = self.path.exists()
-        before = read_record(self.path) if self.begun else {}
+        self.abandon, self.abandoned = abandon, False
+        before = read_record(self.path) if self.path.exists() else {}
         self.seconds_before = before.get("wall_seconds") or 0.0
         kept = {"tags": [], "note": None} | {name: before[name] for name in KEPT if name in before}
         self.content: dict[str, Any] = (
@@ -78,24 +79,33 @@ class RunRecord:
         )
 
     def begin(self) -> None:
-        """Record that training begins."""
-        self.begun = True
-        self.update()
+        """Note that training begins: from now on the record stays."""
+        self.abandon = None
 
     def update(self, **facts: Any) -> None:
-        """Add or update fields, then write the file if the run has begun. May be called from any thread."""
+        """Add or update fields, then write the file. May be called from any thread."""
         with self.lock:
             self.content |= facts
             self.content["wall_seconds"] = round(self.seconds_before + time.time() - self.start, 3)
-            if self.begun and distributed.is_main_process():
+            if distributed.is_main_process() and not self.abandoned:
                 write_json(self.path, self.content)
 
     def fail(self, code: int, message: str) -> None:
         """Record that another rank ended the run, given its exit code and error message."""
+        if self._abandoned():
+            return
         if code == EXIT:
             self.update(status="preempted")
         else:
             self.update(status="failed", error=message)
+
+    def _abandoned(self) -> bool:
+        """Call `abandon` if the run has not begun. Returns whether it was called, now or before."""
+        with self.lock:
+            if self.abandon is not None:
+                self.abandoned, abandon, self.abandon = True, self.abandon, None
+                abandon()
+        return self.abandoned
 
     def __enter__(self) -> Self:
         self.update()
@@ -110,6 +120,8 @@ class RunRecord:
             except Preempted:  # a signal while the file was written; the run is done
                 self.update(status="done")
                 raise
+        elif self._abandoned():
+            pass
         elif isinstance(error, Preempted):
             self.update(status="preempted")
         else:

@@ -23,14 +23,22 @@ from ssl_runner.runs.run_json import read_record
 EXTENDED = "epochs-*"  # folders in that of an extended run: its results before the extension
 
 
+WRITTEN = (".hydra", "metrics.csv", "probe.csv", "spectrum.csv", "checkpoint.pt", "backbone.safetensors")
+
+
 def refuse_occupied(folder: Path) -> None:
-    """Raise UsageError if the folder, or a direct subfolder, already contains a run."""
+    """Raise UsageError if the folder or a direct subfolder contains a run, or the folder files of one."""
     for taken in (folder, *folder.glob("*")):
         if (taken / "run.json").exists():
             raise UsageError(
                 f"{taken} already contains a run: choose another folder, or resume it with"
                 f" {paths.override('resume', taken)}"
             )
+    if there := [name for name in WRITTEN if (folder / name).exists()]:
+        raise UsageError(
+            f"{folder} contains {', '.join(there)}, which a run would overwrite: choose another folder, or"
+            " remove these files"
+        )
 
 
 def check_creatable(option: str, folder: Path) -> None:
