@@ -41,5 +41,5 @@ def progress(*args: Any, hidden: bool = False, rate: str = "rate_fmt", **kwargs:
 
 def image_progress(name: str, total: int, done: int = 0, hidden: bool = False, leave: bool = True) -> tqdm:
     """The progress of work on `total` images, of which `done` are finished."""
-    kwargs = {"unit": " images", "unit_scale": True, "rate": "rate_noinv_fmt", "hidden": hidden, "leave": leave}
-    return progress(desc=name, total=total, initial=done, **kwargs)
+    options: Any = {"unit": " images", "unit_scale": True, "hidden": hidden, "leave": leave}
+    return progress(desc=name, total=total, initial=done, rate="rate_noinv_fmt", **options)
