@@ -1,6 +1,7 @@
 """cfg -> Experiment: build every part of a run, and check what needs data or libraries, before training."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from ssl_runner.data import dataset
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.loader import MultiViewLoader
 from ssl_runner.device import choose_device, choose_precision, keep_freed_memory
-from ssl_runner.errors import UsageError, one_line
+from ssl_runner.errors import UsageError, of_part
 from ssl_runner.evaluator import Evaluator, check_columns
 from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel
@@ -200,7 +201,9 @@ def build_node(
     except InstantiationException as error:
         if isinstance(error.__cause__, torch.OutOfMemoryError | MemoryError):
             raise error.__cause__ from error
-        raise UsageError(f"{key}: {one_line(error.__cause__ or error)}") from error
+        nested = re.search(r"full_key: (\S+)", str(error))
+        part = f"{key}.{nested[1]}" if nested else key
+        raise UsageError(of_part(part, error.__cause__ or error)) from error
 
 
 def build_classifiers(cfg: DictConfig, names: Iterable[str]) -> dict[str, Classifier]:

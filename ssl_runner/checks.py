@@ -15,7 +15,7 @@ from ssl_runner.config.rules import format_value
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.splits import balanced_size
 from ssl_runner.degenerate import check_features, check_gradient, check_pairs, sample_batch
-from ssl_runner.errors import UsageError, one_line
+from ssl_runner.errors import UsageError, of_part
 from ssl_runner.loss import Loss
 from ssl_runner.model import SSLModel, eval_mode
 from ssl_runner.probe import check_layer
@@ -83,7 +83,7 @@ def check_arguments(partials: Mapping[str, Any]) -> None:
         try:
             signature(part.func).bind_partial(**part.keywords)
         except TypeError as error:
-            raise UsageError(f"{key}: {one_line(error)}; leave the option out") from error
+            raise UsageError(of_part(key, error)) from error
 
 
 def check_blur(cfg: DictConfig, augment: Augment, data: DataSet) -> None:

@@ -93,18 +93,20 @@ def execute(processes: int, failed: list[hydra_internals.JobReturn]) -> None:
     if args.shell_completion:
         completion.complete(args, partial(hydra_internals.run_hydra, args, parser, job, compose.CONF))
         return
+    count = 0  # of the jobs of a grid
     if not (args.hydra_help or args.info):
-        asked = args.multirun
         jobs = prepare(args, processes)
         if args.multirun and args.cfg == "job":
             sweeps.print_jobs(compose.parse(args.overrides), [overrides for overrides, _ in jobs])
             return
         if args.multirun and not args.cfg:
-            build_jobs(args, jobs)
-            if not asked:
-                print(f"the experiment sweeps: {len(jobs)} jobs", flush=True)
+            count = 0 if build_jobs(args, jobs) else len(jobs)
+    if count:
+        print(f"sweep: {count} job{'s' * (count > 1)}", flush=True)
     with hydra_internals.collected_failures(failed):
         hydra_internals.run_hydra(args, parser, job, compose.CONF)
+    if count and not failed:
+        print("all jobs are done", flush=True)
 
 
 def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictConfig]]:
@@ -160,14 +162,18 @@ def prepare(args: argparse.Namespace, processes: int) -> list[tuple[str, DictCon
     return jobs
 
 
-def build_jobs(args: argparse.Namespace, jobs: list[tuple[str, DictConfig]]) -> None:
-    """Build every job of a sweep on this machine. Raises UsageError for the first that cannot run."""
+def build_jobs(args: argparse.Namespace, jobs: list[tuple[str, DictConfig]]) -> bool:
+    """Build every job of a sweep on this machine. Raises UsageError for the first that cannot run.
+
+    Returns whether it is a search, whose jobs are not known in advance.
+    """
+    environment, search = grid.sweep_settings(args)
     if not any(line.lstrip("+").startswith("hydra/launcher") for line in args.overrides):
         from ssl_runner.build import check_jobs
 
-        environment, search = grid.sweep_settings(args)
         os.environ.update(environment)
         check_jobs(jobs, search)
+    return search
 
 
 def job(cfg: DictConfig) -> float | None:
@@ -187,6 +193,8 @@ def job(cfg: DictConfig) -> float | None:
         return run_as_follower()
     hydra_config = HydraConfig.get()
     folder = hydra_internals.output_dir()
+    if hydra_config.mode == RunMode.MULTIRUN:
+        print(f"job {name(hydra_config)}", flush=True)
     try:
         with start.opened(cfg) as (cfg, folder, abandon):
             result = run_or_skip(cfg, folder, abandon)
@@ -195,8 +203,11 @@ def job(cfg: DictConfig) -> float | None:
         print(f"{top1}loss={result['loss']:.6g} run={folder}", flush=True)
     except Preempted as error:
         distributed.report_failure(error)
-        print(preempted_line(error, folder), file=sys.stderr, flush=True)
+        print(stopped_line(str(error), folder), file=sys.stderr, flush=True)
         error.reported = True
+        raise
+    except KeyboardInterrupt as error:  # printed by `console.call`
+        error.args = (stopped_line("interrupted; the run can be resumed", folder),)
         raise
     except BrokenPipeError:  # of stdout, which says nothing about the run
         raise
@@ -216,14 +227,14 @@ def job(cfg: DictConfig) -> float | None:
     return result["val_top1"]
 
 
-def preempted_line(error: Preempted, folder: Path) -> str:
-    """Return the line that reports a signal, and how to continue: the run may not have begun, or be done."""
-    by = str(error).partition(";")[0]
+def stopped_line(message: str, folder: Path) -> str:
+    """Return the line for "<reason>; the run can be resumed": it may not have begun, or be done."""
+    by = message.partition(";")[0]
     if not (folder / "run.json").exists():
         return f"{by} before the run began; repeat the command"
     if read_record(folder / "run.json")["status"] == "done":
         return f"{by} after the end of the run; run={folder}"
-    return f"{error}: {paths.override('resume', folder)}, or the same command with resume=auto"
+    return f"{message}: {paths.override('resume', folder)}, or the same command with resume=auto"
 
 
 def run_or_skip(cfg: DictConfig, folder: Path, abandon: Callable[[], None] | None) -> dict[str, float | None]:

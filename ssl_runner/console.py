@@ -11,15 +11,16 @@ from ssl_runner.errors import format_error
 def call(command: Callable[[], None], interrupted: str = "interrupted") -> None:
     """Execute a command. An error is printed on one line, with exit code 1.
 
-    Ctrl-C prints the line `interrupted` and exits with 130. HYDRA_FULL_ERROR=1 raises errors as they are.
+    Ctrl-C prints the message of its exception, or the line `interrupted`, and exits with 130.
+    HYDRA_FULL_ERROR=1 raises errors as they are.
     Characters of a path that the encoding of the terminal lacks are printed as escapes.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command()
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or interrupted, file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of stdout closed it, as in `ssl-run --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

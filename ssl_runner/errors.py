@@ -17,6 +17,17 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def of_part(key: str, error: BaseException) -> str:
+    """Return the error of a part of the configuration on one line that begins with the option.
+
+    error: raised by the class or function at `key`, as for an option that it does not have.
+    """
+    message = one_line(error)
+    if match := re.match(r"(?:\S+\(\) )?got an unexpected keyword argument '(\w+)'\.? ?(.*)", message):
+        return f"{key}.{match[1]}: expected an option of the chosen {key}; {match[2] or 'leave it out'}"
+    return message if message.startswith(f"{key}.") else f"{key}: {message}"
+
+
 def format_error(error: BaseException) -> str:
     """Format an error on one line.
 
@@ -29,5 +40,9 @@ def format_error(error: BaseException) -> str:
             " in .submitit/ in the sweep folder. Other jobs keep running; when they have ended, rerun the"
             " command with resume=auto to run only the missing jobs"
         )
+    if key := getattr(error, "full_key", None):  # raised by OmegaConf, with more lines about its classes
+        problem = str(error).partition("\n")[0]
+        todo = r"; correct it, or write \${ for the text ${" if "nterpolation" in problem else ""
+        return f"{key}: {problem}{todo}"
     from_us = isinstance(error, UsageError) or type(error).__module__.startswith("ssl_runner")
     return one_line(error) if from_us else f"{type(error).__name__}: {one_line(error)}"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, of_part
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 CHOSEN = {"fused", "foreach", "differentiable"}  # keywords that select an implementation
@@ -38,7 +38,7 @@ def build(
     try:
         return algorithm([group for group in groups if group["params"]], lr=lr, **fused)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"optimizer: {error}") from error
+        raise UsageError(of_part("optimizer", error)) from error
 
 
 def learning_rate(

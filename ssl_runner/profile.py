@@ -1,5 +1,6 @@
 """Profile of the first steps of the training, for `profile=true`."""
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -34,7 +35,9 @@ def profiled(
         with atomic_write(folder / "profile.txt") as file:
             table = profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=ROWS)
             file.write(table.encode())
+        print(f"profile: {folder}/profile.txt, and trace.json for Perfetto or chrome://tracing", flush=True)
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # which writes to stderr that there is no GPU
     with profile(activities=activities, schedule=action, on_trace_ready=write) as profiler:
         loader.after_batch = profiler.step
         yield from epochs

@@ -6,14 +6,15 @@ from typing import Any
 from tqdm import tqdm
 
 FIRST_LINE, LINES = 10.0, 30.0  # seconds to the first line, and between further ones
-FORMAT = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f}%), {rate_fmt}, {remaining} left{postfix}"
+LINE = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f}%), {rate_fmt}, {remaining} left{postfix}"
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"  # tqdm's own
 
 
 class Lines(tqdm):
     """tqdm that writes lines to stderr instead of a bar. Short work writes none."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        given = {"mininterval": FIRST_LINE, "miniters": 1, "delay": FIRST_LINE, "bar_format": FORMAT}
+        given = {"mininterval": FIRST_LINE, "miniters": 1, "delay": FIRST_LINE}
         super().__init__(*args, **kwargs | given | {"leave": False})
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
@@ -29,14 +30,16 @@ class Lines(tqdm):
             super().refresh(lock_args=lock_args)
 
 
-def progress(*args: Any, hidden: bool = False, **kwargs: Any) -> tqdm:
-    """tqdm(*args, **kwargs): a bar if stderr is a terminal, else lines. `hidden`: nothing."""
-    kind = tqdm if sys.stderr.isatty() else Lines
-    return kind(*args, disable=hidden, **kwargs)
+def progress(*args: Any, hidden: bool = False, rate: str = "rate_fmt", **kwargs: Any) -> tqdm:
+    """tqdm(*args, **kwargs): a bar if stderr is a terminal, else lines. `hidden`: nothing.
+
+    `rate` is a field of tqdm's format: rate_fmt changes to seconds per iteration if that exceeds 1.
+    """
+    kind, text = (tqdm, BAR) if sys.stderr.isatty() else (Lines, LINE)
+    return kind(*args, disable=hidden, bar_format=text.replace("rate_fmt", rate), **kwargs)
 
 
 def image_progress(name: str, total: int, done: int = 0, hidden: bool = False, leave: bool = True) -> tqdm:
     """The progress of work on `total` images, of which `done` are finished."""
-    return progress(
-        desc=name, total=total, initial=done, unit=" images", unit_scale=True, hidden=hidden, leave=leave
-    )
+    options: Any = {"unit": " images", "unit_scale": True, "hidden": hidden, "leave": leave}
+    return progress(desc=name, total=total, initial=done, rate="rate_noinv_fmt", **options)

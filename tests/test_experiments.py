@@ -51,7 +51,8 @@ def test_grid_of_experiment_runs_all_jobs_without_m(ssl_run, tmp_path: Path) -> 
     )
     code, out, _ = ssl_run(f"--config-dir mine experiment=grid gamma=7 hydra.sweep.dir=all {TINY}")
     assert code == 0
-    assert out.startswith("the experiment sweeps: 2 jobs\n")
+    assert out.startswith(f"sweep: 2 jobs\nsweep={tmp_path}/all\njob #0 (seed=0)\n")
+    assert out.endswith("all jobs are done\n")
     configs = [OmegaConf.load(tmp_path / "all" / str(job) / ".hydra" / "config.yaml") for job in (0, 1)]
     assert [(config["seed"], config["gamma"]) for config in configs] == [(0, 7), (1, 7)]
 

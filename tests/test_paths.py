@@ -208,7 +208,7 @@ def test_option_with_dashes_names_the_override(words: str, write: str) -> None:
     [
         (
             "resume=a,b",
-            "resume=a,b is a sweep: add -m for one run per value, or write a list",
+            "resume=a,b is a sweep: add -m for one run per value (in Python: a loop), or write a list",
         ),
         ("hydra.run.dir=a,b", """or quote a path as "hydra.run.dir='a,b'\""""),
         ("dataset=folder 'dataset.root=my images (1)'", """write "dataset.root='my images (1)'\""""),

@@ -24,6 +24,17 @@ def test_lines_come_after_10_seconds_and_then_every_30(capsys, monkeypatch) -> N
     )
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_slow_work_is_in_images_per_second(capsys, monkeypatch, terminal) -> None:
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+    with image_progress("pretrain", 200) as bar:
+        now[0] = 20.0
+        bar.update(8)
+    assert "0.40 images/s" in capsys.readouterr().err
+
+
 def test_short_or_hidden_work_writes_nothing(capsys) -> None:
     for hidden in (False, True):
         with image_progress("embed", 10, hidden=hidden) as bar:

@@ -660,6 +660,7 @@ def test_report_states_why_there_is_no_correlation(tmp_path: Path, capsys, monke
     _, text, _ = ssl_report(monkeypatch, capsys, tmp_path)
     note = "a: linear on backbone, test images: 3 configurations with diagnostics; at least 4 needed."
     assert note in text
+    assert not re.search("^data set ", text, re.MULTILINE)  # no table of dashes
     assert note in (tmp_path / "report" / "report.html").read_text()
     write_measured(tmp_path / "4", 0, 0.5, 0.4, 1.0, dataset__name="a", optimizer__lr=4)
     _, text, _ = ssl_report(monkeypatch, capsys, tmp_path)

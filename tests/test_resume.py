@@ -238,8 +238,8 @@ def test_signal_while_done_is_recorded_leaves_the_run_done(
         record.begin()
     assert status(tmp_path) == "done"
     after = f"preempted by SIGTERM after the end of the run; run={tmp_path}"
-    assert cli.preempted_line(raised.value, tmp_path) == after
-    line = cli.preempted_line(raised.value, tmp_path / "other")
+    assert cli.stopped_line(str(raised.value), tmp_path) == after
+    line = cli.stopped_line(str(raised.value), tmp_path / "other")
     assert line == "preempted by SIGTERM before the run began; repeat the command"
 
 
@@ -395,8 +395,9 @@ def test_damaged_checkpoint_is_reported_and_run_resumes_from_previous(
     unfinished(folder)
     with open(folder / "checkpoint.pt", "r+b") as file:
         file.truncate(1000)
-    code, _, err = ssl_run(f"{command}mine")
+    code, out, err = ssl_run(f"{command}mine")
     assert code == 0
+    assert "\nresumed: 3 of 4 epochs are done\n" in out
     assert err == f"{folder / 'checkpoint.pt'} is damaged (SHA-256 mismatch): skipped\n"
     for name in ("metrics.csv", "probe.csv", "spectrum.csv"):
         assert table(folder / name) == table(whole / name)

@@ -85,7 +85,7 @@ def test_refused_run_from_python_leaves_nothing(
 def test_refused_job_leaves_the_folder_of_the_sweep(ssl_run, tmp_path: Path) -> None:
     """With a launcher on the command line the jobs are not built ahead."""
     code, out, err = ssl_run(f"-m hydra/launcher=basic hydra.sweep.dir=swept {REFUSED} seed=0,1")
-    assert (code, out) == (1, "")
+    assert (code, out) == (1, f"sweep: 2 jobs\nsweep={tmp_path}/swept\njob #0 (seed=0)\njob #1 (seed=1)\n")
     assert err.startswith(f"job #0 (seed=0): {MESSAGE}")
     assert err.splitlines()[2] == "failed sweep jobs (2): #0 (seed=0); #1 (seed=1)"
     assert tree(tmp_path) == {"swept", "swept/multirun.yaml"}
@@ -93,11 +93,7 @@ def test_refused_job_leaves_the_folder_of_the_sweep(ssl_run, tmp_path: Path) -> 
 
 ENDS = [
     (None, 75, "preempted by SIGTERM before the run began; repeat the command\n"),
-    (
-        KeyboardInterrupt(),
-        130,
-        "interrupted; resume=auto resumes a run that has begun\n",
-    ),
+    (KeyboardInterrupt(), 130, "interrupted before the run began; repeat the command\n"),
     (KeyError("width"), 1, "KeyError: 'width'\n"),
 ]
 
@@ -111,6 +107,13 @@ def test_run_that_ends_before_training_says_so_and_leaves_nothing(
     assert (found, out, err.endswith(line)) == (code, "", True)
     assert err == line or (isinstance(error, KeyError) and "in call" in err)  # with its traceback
     assert tree(tmp_path) == set()
+
+
+def test_interrupted_run_is_named(ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssl_runner.pipeline.compile_solver", raising(KeyboardInterrupt()))
+    code, _, err = ssl_run(f"{TINY} hydra.run.dir=a/b")
+    line = f"resume={tmp_path}/a/b, or the same command with resume=auto\n"
+    assert (code, err) == (130, f"interrupted; the run can be resumed: {line}")
 
 
 def test_signal_while_torch_is_imported_leaves_nothing(

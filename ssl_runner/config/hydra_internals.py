@@ -177,6 +177,7 @@ def collected_failures(failed: list[JobReturn]) -> Iterator[None]:
     Other jobs of a grid continue. A search counts a failed job as a failed trial.
     """
     logging.getLogger("hydra_plugins").setLevel(logging.CRITICAL)  # repeats the errors
+    logging.getLogger("optuna.storages").setLevel(logging.WARNING)  # names the study, which is in memory
     of_hydra: Any = JobReturn.return_value
 
     def return_value(self: JobReturn) -> Any:

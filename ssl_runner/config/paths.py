@@ -130,7 +130,9 @@ def sweep(line: str) -> UsageError:
     """Return the error for a sweep in a single run."""
     key, _, text = line.partition("=")
     path = f", or quote a path as {in_shell(f'{key}={quote(text)}')}" if OPTIONS.fullmatch(key) else ""
-    return UsageError(f"{line} is a sweep: add -m for one run per value, or write a list as [a,b]{path}")
+    return UsageError(
+        f"{line} is a sweep: add -m for one run per value (in Python: a loop), or write a list as [a,b]{path}"
+    )
 
 
 def _value(line: str) -> Any:

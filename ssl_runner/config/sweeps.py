@@ -2,8 +2,11 @@
 
 from collections.abc import Iterable
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.types import Override
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_runner.config.rules import check_rules, format_value
@@ -28,6 +31,15 @@ RULES = {
     "hydra.launcher.timeout_min": Rule(int, low=1, optional=True),
     "hydra.launcher.array_parallelism": Rule(int, low=1, optional=True),
 }
+
+
+class Folders(Callback):
+    """Prints the folder of a sweep before its first job."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir).absolute()
+        slurm = "submitit" in config.hydra.launcher._target_
+        print(f"sweep={folder}{', logs of the jobs in its .submitit' if slurm else ''}", flush=True)
 
 
 def check_plugins(choices: Iterable[str]) -> None:

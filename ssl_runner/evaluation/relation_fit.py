@@ -32,7 +32,7 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 LAYOUT = ("size", "count")  # keys of a policy that are not operations
 BATCH = 256  # images
-WIDTH = 24  # characters of the first column in the terminal
+WIDTH = 26  # characters of the first column in the terminal
 
 
 def variants(policies: Mapping[str, Mapping[str, Any]]) -> dict[str, Policies]:

@@ -7,7 +7,7 @@ import pandas as pd
 
 from ssl_runner.report.comparisons import Comparison
 from ssl_runner.report.configurations import MIN_SEEDS, with_interval
-from ssl_runner.report.label_free import Correlations
+from ssl_runner.report.label_free import MIN_CONFIGURATIONS, Correlations
 from ssl_runner.report.read import Run
 from ssl_runner.report.tables import MAIN, count_by_status, count_runs, errors, scored, top1_columns
 
@@ -40,7 +40,8 @@ def format_terminal(
     measures, notes = correlations
     if len(measures) and measures.n.max() > 1:
         lines.append("Spearman's rank correlation of label-free measures with top-1 over n configurations")
-        lines += align({name: list(map(format_cell, measures[name])) for name in map(str, measures)})
+        if measures.n.max() >= MIN_CONFIGURATIONS:
+            lines += align({name: list(map(format_cell, measures[name])) for name in map(str, measures)})
         lines += notes
     if unscored := int((table.status == "done").sum()) - len(scored(table)):
         lines.append(f"no top-1 for {unscored} done: their images have no labels; runs.csv has the losses")
