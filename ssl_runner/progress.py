@@ -13,13 +13,16 @@ BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{post
 class Lines(tqdm):
     """tqdm that writes lines to stderr instead of a bar. Short work writes none."""
 
+    next_line = 0.0
+
     def __init__(self, *args: Any, **kwargs: Any):
         given = {"mininterval": FIRST_LINE, "miniters": 1, "delay": FIRST_LINE}
         super().__init__(*args, **kwargs | given | {"leave": False})
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        if msg is None:  # not the empty text that removes a bar
-            self.mininterval = LINES
+        now = self._time()
+        if msg is None and now >= self.next_line:  # the empty text removes a bar
+            self.next_line = now + LINES
             print(self, file=sys.stderr, flush=True)
 
     def clear(self, *args: Any, **kwargs: Any) -> None:

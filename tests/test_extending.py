@@ -167,3 +167,16 @@ def test_evaluator_adds_a_column(run_command) -> None:
     with open(run_command("+evaluators") / "metrics.csv", newline="") as file:
         [row] = csv.DictReader(file)
     assert float(row["feature_norm"]) > 0
+
+
+def test_own_loss_of_the_readme_trains(ssl_run, tmp_path: Path) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for path, content in re.findall(r'^```\w+ title="(.+?)"\n(.*?)^```', readme, re.M | re.S):
+        (tmp_path / path).write_text(content)
+    [command] = re.findall(r"^    ssl-run (.*loss=uniformity.*)$", readme, re.M)
+    code, out, err = ssl_run(f"{TINY} {command}")
+    assert (code, err) == (0, "")
+    row = last_row(run_folder(out))
+    assert float(row["loss"]) == pytest.approx(
+        3 * float(row["distance"]) + float(row["uniformity"]), rel=1e-4
+    )

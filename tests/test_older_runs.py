@@ -188,17 +188,17 @@ def test_caches_and_names_do_not_identify_a_run(preempted: Path, ssl_run) -> Non
     again = read_record(preempted / "run.json") | {"status": "preempted"}
     assert (again["tags"], again["note"]) == (["a"], "to the end")
     write_json(preempted / "run.json", again | {"note": "of .hydra"})
-    code, _, err = ssl_run(f"resume='{preempted}' tags=[a,2]")
+    code, _, err = ssl_run(rf"""resume='{preempted}' tags=[a,2] "note='to \${{x}}'" """)
     assert (code, err) == (0, "")
-    lines = OmegaConf.load(preempted / ".hydra" / "overrides.yaml")
+    lines = OmegaConf.to_container(OmegaConf.load(preempted / ".hydra" / "overrides.yaml"), resolve=False)
     named = [line for line in lines if line.startswith(("tags", "note", "probe.cache"))]
-    assert sorted(named) == ["note=to the end", "probe.cache=false", "tags=[a,2]"]
+    assert sorted(named) == [r"note='to \${x}'", "probe.cache=false", "tags=[a,2]"]
     assert (config(preempted).tags, config(preempted).probe.cache) == (["a", 2], False)
     again = read_record(preempted / "run.json") | {"status": "preempted"}
     write_json(preempted / "run.json", again)
     code, out, err = ssl_run(f"{COMMAND} resume=auto hydra.run.dir='{preempted}'")
     assert (code, err) == (0, "")
-    assert (record(preempted)["tags"], record(preempted)["note"]) == (["a", "2"], "to the end")
+    assert (record(preempted)["tags"], record(preempted)["note"]) == (["a", "2"], "to ${x}")
     code, out, err = ssl_run(f"{COMMAND} probe.cache=true tags=c resume=auto hydra.run.dir='{preempted}'")
     assert (code, err) == (0, "")
     assert "already done" in out

@@ -9,6 +9,14 @@ from ssl_runner.progress import image_progress
 from tests.helpers import TINY, run_folder, table
 
 
+def test_lines_count_the_items_of_an_iterable(capsys, monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    for _ in progress.progress(range(5), "probe"):
+        now[0] += 20.0
+    assert re.findall(r"probe: (\S+)", capsys.readouterr().err) == ["1/5", "3/5", "5/5"]
+
+
 def test_lines_come_after_10_seconds_and_then_every_30(capsys, monkeypatch) -> None:
     now = [0.0]
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from scipy import stats
 
+from ssl_runner.errors import UsageError
 from ssl_runner.report import cli, configurations, figures, label_free, page, tables
 from ssl_runner.report.comparisons import Comparison, compare
 from ssl_runner.report.figures.heat import heat
@@ -360,6 +361,23 @@ def test_report_removes_plots_of_earlier_report(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.usefixtures("unrendered")
+def test_report_keeps_files_that_it_has_not_written(tmp_path: Path) -> None:
+    for i in range(3):
+        write_run(tmp_path / str(i), 0.5, 0.5, gamma=i // 2, V=i % 2)
+    out = tmp_path / "mine"
+    out.mkdir()
+    for name in ("heat-2.svg", "spectra_png"):
+        (out / name).write_text("mine")
+    cli.report(read_runs([tmp_path], out), out, "title")
+    assert {"heat-2.svg", "spectra_png", "report.html"} <= {file.name for file in out.iterdir()}
+    cli.report(read_runs([tmp_path], out), out, "title")
+    assert (out / "spectra_png").read_text() == "mine"
+    (out / "report.html").unlink()
+    with pytest.raises(UsageError, match=r"--out=.*: expected a folder without .*curves\.png, .*another one"):
+        cli.report(read_runs([tmp_path], out), out, "title")
+
+
 def test_report_of_one_run_counts_it_in_the_singular(tmp_path: Path) -> None:
     write_run(tmp_path / "a", 0.5, 0.5)
     told = cli.report(read_runs([tmp_path], tmp_path / "report"), tmp_path / "report", "title")
@@ -655,6 +673,7 @@ def test_correlations_are_per_images_with_a_note_on_several_methods(tmp_path: Pa
 
 @pytest.mark.usefixtures("unrendered")
 def test_report_states_why_there_is_no_correlation(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     for lr in (1, 2, 3):
         write_measured(tmp_path / f"{lr}", 0, lr, lr / 10, 1.0, dataset__name="a", optimizer__lr=lr)
     _, text, _ = ssl_report(monkeypatch, capsys, tmp_path)
@@ -787,6 +806,7 @@ def test_best_prints_every_option_in_which_runs_differ(tmp_path: Path, monkeypat
                 "logger.experiment=x",
                 "probe.cache=false",
                 "+optimizer.betas=[0.9,0.95]",
+                "gamma=1",  # the last one counts
                 f"gamma={gamma}",
                 f"seed={seed}",
             ]

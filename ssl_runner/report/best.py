@@ -47,8 +47,8 @@ def command(members: list[Run], keys: list[str]) -> list[str]:
     """
     lines: dict[str, str] = {}
     for run in members:
-        for line in overrides(run):
-            lines.setdefault(split_override(line)[0], line)
+        last = {split_override(line)[0]: line for line in overrides(run)}  # of several lines for a key
+        lines = last | lines
     shared = {key: line for key, line in lines.items() if len({value(run, key) for run in members}) == 1}
     values = {key: value(members[0], key) for key in keys if key not in shared}
     defaults = [f"{key}={given}" for key, given in values.items() if given is not None]

@@ -101,19 +101,28 @@ def report(runs: list[Run], out: Path, title: str) -> str:
         suffix = f"-{number}" if number > 1 else ""
         for name, (_, contents) in drawn.items():
             files |= {f"{name}{suffix}.{kind}": content for kind, content in contents.items()}
-    write(files, out, earlier=f"({'|'.join(figures.FIGURES)})(-[0-9]+)?.(svg|png)")
+    write(files, out, earlier=rf"({'|'.join(figures.FIGURES)})(-[0-9]+)?\.(svg|png)")
     summary = format_terminal(runs, table, comparisons, correlations)
     return f"{summary}\nwritten to {printable(out)}: {', '.join(sorted(files))}"
 
 
 def write(files: dict[str, bytes], out: Path, earlier: str) -> None:
-    """Write the files into `out`, and remove others whose name matches the regular expression `earlier`."""
+    """Write the files into `out`, and remove those of an earlier report, which match `earlier`.
+
+    Raises UsageError if `out` cannot be written, or has files of these names and no report.
+    """
+    again = (out / "report.html").exists()
+    if not again and (taken := sorted(name for name in files if (out / name).exists())):
+        raise UsageError(
+            f"--out={out}: expected a folder without {', '.join(taken)}, or one with a report; give"
+            " another one"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             with atomic_write(out / name) as file:
                 file.write(content)
-        for path in out.iterdir():
+        for path in out.iterdir() if again else ():
             if path.name not in files and re.fullmatch(earlier, path.name):
                 path.unlink()
     except OSError as error:

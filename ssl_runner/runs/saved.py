@@ -114,7 +114,8 @@ def refuse_changes(cfg: DictConfig, config: DictConfig) -> None:
 def keep_given(cfg: DictConfig, folder: Path) -> None:
     """Write the options of the command line that change no result to .hydra/, where the next resume reads
     them. `cfg` is the configuration of the run that resumes."""
-    task = {check.key_of(one): str(one.input_line) for one in compose.parse(HydraConfig.get().overrides.task)}
+    words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # \${ stays
+    task = {check.key_of(one): str(one.input_line) for one in compose.parse(words)}
     given = {key: line for key, line in task.items() if key != "resume" and not changes_result(key)}
     before = {check.key_of(one): str(one.input_line) for one in compose.parse(overrides(folder))}
     replaced = {key for key in before if "logger" in given and key.startswith("logger.")} | given.keys()
