@@ -20,7 +20,7 @@ class Lines(tqdm):
         super().__init__(*args, **kwargs | given | {"leave": False})
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        now = self._time()
+        now = self._time()  # type: ignore[attr-defined]
         if msg is None and now >= self.next_line:  # the empty text removes a bar
             self.next_line = now + LINES
             print(self, file=sys.stderr, flush=True)
