@@ -76,7 +76,7 @@ def test_evaluators_with_a_period_are_built(settings: str, number: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("optimizer=sgd +optimizer.nonsense=1", "optimizer.nonsense: expected an option of the chosen optimizer"),
+        ("optimizer=sgd +optimizer.nonsense=1", "optimizer.nonsense: expected an option of the chosen"),
         (
             "solver=closed_form projector=linear +loss.prototypes=3"
             " loss._target_=tests.test_build.PrototypeLoss",
