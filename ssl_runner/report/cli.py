@@ -81,10 +81,8 @@ def report(runs: list[Run], out: Path, title: str) -> str:
 
     Raises UsageError if it cannot be written.
     """
-    from ssl_runner.report import (
-        figures,
-        page,
-    )  # import matplotlib, which is slow, after the arguments' check
+    # after the arguments' check, because these import matplotlib, which is slow
+    from ssl_runner.report import figures, page
 
     table, comparisons = compare(runs)
     correlations = label_free.correlations(comparisons)

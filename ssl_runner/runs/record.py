@@ -92,20 +92,18 @@ class RunRecord:
 
     def fail(self, code: int, message: str) -> None:
         """Record that another rank ended the run, given its exit code and error message."""
-        if self._abandoned():
-            return
+        self._abandon_unless_begun()
         if code == EXIT:
             self.update(status="preempted")
         else:
             self.update(status="failed", error=message)
 
-    def _abandoned(self) -> bool:
-        """Call `abandon` if the run has not begun. Returns whether it was called, now or before."""
+    def _abandon_unless_begun(self) -> None:
+        """Call `abandon`, once, if the run has not begun. Then `update` writes nothing any more."""
         with self.lock:
             if self.abandon is not None:
                 self.abandoned, abandon, self.abandon = True, self.abandon, None
                 abandon()
-        return self.abandoned
 
     def __enter__(self) -> Self:
         self.update()
@@ -114,14 +112,14 @@ class RunRecord:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self._abandon_unless_begun()
         if error is None:
             try:
                 self.update(status="done")
             except Preempted:  # a signal while the file was written; the run is done
                 self.update(status="done")
                 raise
-        elif self._abandoned():
-            pass
         elif isinstance(error, Preempted):
             self.update(status="preempted")
         else:
