@@ -12,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from ssl_runner import cli
+from ssl_runner.views import Augment
 from tests import composition
 from tests.helpers import run_script
 
@@ -28,6 +29,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: one thread each,
 os.environ.setdefault(
     "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 )  # before CUDA is used, for deterministic runs on it
+
+
+def pytest_sessionstart() -> None:
+    """Compile the kernels of views before the first test, which otherwise announces it on standard error."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+        Augment({"all": {}})(images, 2, torch.zeros(3), torch.ones(3), torch.Generator())
 
 
 @pytest.fixture(autouse=True)
