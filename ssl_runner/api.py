@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from ssl_runner import cli
 from ssl_runner.config import arguments, compose, hydra_internals, paths
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, counted
 from ssl_runner.runs import start
 
 RESULT = ("loss", "top1", "val_top1")
@@ -95,8 +95,8 @@ def execute(words: list[str]) -> tuple[Path, dict[str, float | None]]:
         jobs = cli.prepare(args, processes=1)
         if args.multirun:
             raise UsageError(
-                f"run: expected a single run, but the experiment sweeps ({len(jobs)} jobs, the first with"
-                f" {jobs[0][0]}); give one value for each option, or use ssl-run"
+                f"run: expected a single run, but the experiment sweeps ({counted(len(jobs), 'job')}, the"
+                f" first with {jobs[0][0]}); give one value for each option, or use ssl-run"
             )
         hydra_internals.run_hydra(args, parser, partial(job, ended=ended), compose.CONF)
     [outcome] = ended

@@ -245,7 +245,7 @@ def read_data(cfg: DictConfig, device: torch.device) -> DataSet:
     check_arguments({"dataset": reader})
     settings = {name: cfg.dataset[name] for name in DATASET_SETTINGS}
     if cfg.profile and cfg.dataset.subset is not None:
-        settings["subset"] = dataset.AtMost(cfg.dataset.subset)  # debug=profile does not know the data set
+        settings["subset"] = dataset.Nearest(cfg.dataset.subset)  # debug=profile does not know the data set
     with distributed.rank_zero_first():
         data = dataset.load(reader, device=device, **settings)
     return data.with_transform(*(cfg.dataset[name] for name in EVALUATION))

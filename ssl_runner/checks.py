@@ -186,7 +186,6 @@ def check_unlabelled(cfg: DictConfig, data: DataSet) -> None:
     for key in ("every", "probes", "features", "labels", "layer"):
         if cfg.probe[key] != (expected := OmegaConf.select(default, key)):
             raise UsageError(
-                f"probe.{key}={format_value(cfg.probe[key])}: expected the default, since {data.name} has no"
-                f" labels and probes need them; set probe.{key}={format_value(expected)}, or use labelled"
-                " images"
+                f"probe.{key}={format_value(cfg.probe[key])}: expected images with labels, which probes need,"
+                f" but {data.name} has none; use labelled images, or leave it at {format_value(expected)}"
             )

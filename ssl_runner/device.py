@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssl_runner.distributed import RankInfo
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, counted
 
 AUTOCAST_DTYPES = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # malloc.h
@@ -37,12 +37,12 @@ def choose_device(device: str, ranks: RankInfo | None = None) -> torch.device:
         count = torch.cuda.device_count()
         if ranks and 0 < count <= int(index or 0):
             raise UsageError(
-                f"device=cuda: expected at most {count} processes on this machine, one per GPU, but"
-                f" rank {ranks.rank} is its process {ranks.local_rank + 1}; start fewer processes, or"
-                " use device=cpu"
+                f"device=cuda: expected at most {counted(count, 'process', 'processes')} on this machine, one"
+                f" per GPU, but rank {ranks.rank} is its process {ranks.local_rank + 1}; start fewer"
+                " processes, or use device=cpu"
             )
         if int(index or 0) >= count:
-            found = f"{count} CUDA devices, numbered from 0" if count else "no CUDA device"
+            found = f"{counted(count, 'CUDA device')}, numbered from 0" if count else "no CUDA device"
             raise UsageError(f"device={device}: this machine has {found}; use device=auto")
         return torch.device("cuda", int(index or 0))
     if kind == "mps" and not torch.backends.mps.is_available():

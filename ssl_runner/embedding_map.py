@@ -20,6 +20,7 @@ from ssl_runner import distributed
 from ssl_runner.data.dataset import DataSet
 from ssl_runner.data.images import Images
 from ssl_runner.data.splits import balanced_order
+from ssl_runner.errors import counted
 from ssl_runner.probe import extract
 from ssl_runner.runs.files import atomic_write
 
@@ -58,7 +59,7 @@ def write_map(
         warnings.filterwarnings(
             "ignore", "Glyph .* missing from"
         )  # class names in letters that the font lacks
-        title = f"{len(shown):,} {SPLITS[split]} images"
+        title = counted(len(shown), f"{SPLITS[split]} image")
         save(scatter(xy, labels, data.classes, axis_labels, title), folder / "embedding.png")
         first = first_of_each_class(labels, QUERIES)
         queries = subset(shown, first)

@@ -1,6 +1,7 @@
-"""The exception for invalid user input, and error messages on one line."""
+"""The exception for invalid user input, error messages on one line, and numbers and lists in messages."""
 
 import re
+from collections.abc import Iterable
 
 
 class UsageError(Exception):
@@ -8,6 +9,17 @@ class UsageError(Exception):
 
     The command line prints only this message, without a traceback, and exits with code 1.
     """
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun: "1 epoch", "2,000 epochs". `plural` is by default the noun with an s."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def listed(names: Iterable[str], last: str = "and") -> str:
+    """Return names as a list in a sentence: "a", "a and b", "a, b and c". `last` may be "or"."""
+    *others, end = names
+    return f"{', '.join(others)} {last} {end}" if others else end
 
 
 def one_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from torch import nn
 from ssl_runner import __version__, distributed
 from ssl_runner.build import Experiment
 from ssl_runner.data.dataset import DataSet
+from ssl_runner.errors import counted
 from ssl_runner.model import count_parameters
 from ssl_runner.probe import affordable
 from ssl_runner.runs.record import RunRecord
@@ -70,7 +71,7 @@ def headline(cfg: DictConfig, record: RunRecord) -> str:
     """One line: data set and splits, views and positives, parameters, device and precision."""
     content = record.content
     images = " ".join(f"{split}={n}" for split, n in content["images"].items())
-    classes = f", {len(content['classes'])} classes" if content["classes"] else ""
+    classes = f", {counted(len(content['classes']), 'class', 'classes')}" if content["classes"] else ""
     layout = f" ({content['layout']}{classes})" if content["layout"] else ""
     positives = content["relation"]["target"].split(".")[-1].removeprefix("From").lower()
     positives += " (normalized)" if content["relation"]["normalized"] else ""

@@ -17,6 +17,7 @@ from ssl_runner.data.preview import preview
 from ssl_runner.degenerate import warnings
 from ssl_runner.device import release_freed_memory
 from ssl_runner.embedding_map import write_map
+from ssl_runner.errors import counted
 from ssl_runner.evaluator import Columns, Evaluator, merge
 from ssl_runner.facts import description, facts, format_table, headline, notes
 from ssl_runner.loggers import Feed
@@ -154,7 +155,7 @@ def first_lines(experiment: Experiment, solver: Solver, record: RunRecord) -> li
     cfg, data = experiment.cfg, experiment.data
     lines = [experiment.initial_weights, headline(cfg, record), *notes(data, cfg.probe.features)]
     if solver.epoch:
-        lines.append(f"resumed: {solver.epoch} of {solver.total_epochs} epochs are done")
+        lines.append(f"resumed after {solver.epoch} of {counted(solver.total_epochs, 'epoch')}")
     if experiment.solver_class.trains:
         lines += warnings(cfg, experiment.loss, experiment.relation, data, experiment.model.K)
     lines += [*solver.warnings(), describe_gamma(record.content["gamma_limits"])]

@@ -6,11 +6,26 @@ from typing import Any
 from tqdm import tqdm
 
 FIRST_LINE, LINES = 10.0, 30.0  # seconds to the first line, and between further ones
-LINE = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f}%), {rate_fmt}, {remaining} left{postfix}"
-BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"  # tqdm's own
+LINE = "{desc}: {counts} ({percentage:.0f}%), {rate_fmt}, {remaining} left{postfix}"
+BAR = "{l_bar}{bar}| {counts} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"  # tqdm's, but for the counts
 
 
-class Lines(tqdm):
+class Bar(tqdm):
+    """tqdm whose format may hold {counts}: 8/176, or 1.20k/90.0k."""
+
+    @property
+    def format_dict(self) -> Any:
+        found = super().format_dict
+        counts = (short(found["n"]), "?" if found["total"] is None else short(found["total"]))
+        return found | {"counts": "/".join(counts)}
+
+
+def short(number: float) -> str:
+    """A number of at most four digits, with k or M for larger ones."""
+    return f"{number:.0f}" if number < 10_000 else tqdm.format_sizeof(number)
+
+
+class Lines(Bar):
     """tqdm that writes lines to stderr instead of a bar. Short work writes none."""
 
     next_line = 0.0
@@ -38,7 +53,7 @@ def progress(*args: Any, hidden: bool = False, rate: str = "rate_fmt", **kwargs:
 
     `rate` is a field of tqdm's format: rate_fmt changes to seconds per iteration if that exceeds 1.
     """
-    kind, text = (tqdm, BAR) if sys.stderr.isatty() else (Lines, LINE)
+    kind, text = (Bar, BAR) if sys.stderr.isatty() else (Lines, LINE)
     return kind(*args, disable=hidden, bar_format=text.replace("rate_fmt", rate), **kwargs)
 
 

@@ -29,21 +29,21 @@ INVALID = [
     # options of another loss
     (
         "loss=simclr gamma=25",
-        "gamma is an option of loss=frossl and loss=sigreg and loss=vicreg, not of loss=simclr"
+        "gamma is an option of loss=frossl, loss=sigreg and loss=vicreg, not of loss=simclr"
         " (options: tau, reduction, denominator)",
     ),
-    ("loss=simclr +gamma=25", "gamma is an option of loss=frossl and loss=sigreg and loss=vicreg, not of"),
+    ("loss=simclr +gamma=25", "gamma is an option of loss=frossl, loss=sigreg and loss=vicreg, not of"),
     (
         "loss=vicreg tau=0.5",
         "tau is an option of loss=simclr, not of loss=vicreg (options: alpha, beta, gamma, variance)",
     ),
     (
         "loss=simclr alpha=1",
-        "alpha is an option of loss=barlow and loss=mmcr and loss=sigreg and loss=vicreg, not of",
+        "alpha is an option of loss=barlow, loss=mmcr, loss=sigreg and loss=vicreg, not of",
     ),
     (
         "-m loss=vicreg,simclr gamma=1,25",
-        "gamma is an option of loss=frossl and loss=sigreg and loss=vicreg, not of loss=simclr",
+        "gamma is an option of loss=frossl, loss=sigreg and loss=vicreg, not of loss=simclr",
     ),
     ("loss=sigreg directions=0", "directions=0: expected an integer >= 1"),
     # unknown keys and choices
@@ -67,7 +67,7 @@ INVALID = [
     ("++something=1", "Unknown option 'something'. List all: ssl-run --cfg job"),
     (
         "dataset.root=/x",
-        "dataset.root is an option of dataset=cifar10 and dataset=cifar100 and dataset=folder and",
+        "dataset.root is an option of dataset=cifar10, dataset=cifar100, dataset=folder,",
     ),
     ("views.policies.all.flip=0.5", "Add it as a new argument: +views.policies.all.flip=0.5"),
     ("loss.gamma=3", "loss.gamma=3: options of a loss are set at the top level; write gamma=3"),
@@ -468,7 +468,7 @@ def test_experiment_file_is_validated_like_command_line(ssl_run, tmp_path: Path)
         (
             "other",
             "gamma: 25",
-            "gamma is an option of loss=frossl and loss=sigreg and loss=vicreg, not of loss=simclr",
+            "gamma is an option of loss=frossl, loss=sigreg and loss=vicreg, not of loss=simclr",
         ),
         ("typo", "epoch: 3", "Unknown option 'epoch'. Did you mean 'epochs'? List all: ssl-run --cfg job"),
         (

@@ -265,7 +265,7 @@ def test_custom_loss_needs_only_module_and_yaml(
     code, _, err = ssl_run(f"--config-dir conf loss=pull gamma=3 {TINY}")
     assert (code, err) == (
         1,
-        "gamma is an option of loss=frossl and loss=sigreg and loss=vicreg, not of loss=pull"
+        "gamma is an option of loss=frossl, loss=sigreg and loss=vicreg, not of loss=pull"
         " (options: strength)\n",
     )
     code, _, err = ssl_run(f"--config-dir conf loss=vicreg strength=3 {TINY}")

@@ -28,7 +28,7 @@ def test_lines_come_after_10_seconds_and_then_every_30(capsys, monkeypatch) -> N
     lines = capsys.readouterr().err.splitlines()
     assert [re.search(r"loss=(\d+)", line)[1] for line in lines] == ["10", "40", "70", "100"]
     assert re.fullmatch(
-        r"pretrain: 5\.00k/20\.0k \(25%\), 100 images/s, 02:(29|30) left, loss=40, val=0\.9", lines[1]
+        r"pretrain: 5000/20\.0k \(25%\), 100 images/s, 02:(29|30) left, loss=40, val=0\.9", lines[1]
     )
 
 

@@ -34,7 +34,7 @@ IMPORTS = """
 
     views           batch distributed errors numerics rule view_layout
     relation        batch device distributed errors
-    loss            distributed names relation
+    loss            distributed errors names relation
     data            batch device distributed errors names numerics progress runs views
     model           backbone
     evaluator       errors model
@@ -57,11 +57,11 @@ IMPORTS = """
                     numerics optimizer preemption probe relation runs solver
     profile         data evaluator runs
     compiler        data distributed solver views
-    embedding_map   data distributed probe runs
-    facts           build data distributed model probe runs theory views
+    embedding_map   data distributed errors probe runs
+    facts           build data distributed errors model probe runs theory views
     loggers         config errors preemption
-    pipeline        background build compiler data degenerate device distributed embedding_map evaluator
-                    facts loggers numerics preemption probe profile progress runs solver theory
+    pipeline        background build compiler data degenerate device distributed embedding_map errors
+                    evaluator facts loggers numerics preemption probe profile progress runs solver theory
     evaluation      build checks config console data device errors model names numerics pretrained probe
                     progress relation runs theory views
     cli             build config console distributed errors pipeline preemption runs version

@@ -59,11 +59,11 @@ def test_closed_form_solves_without_labels(ssl_run, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ("relation=labels", "relation: expected a label for every image, but folder has unlabelled images"),
-        ("probe.every=1", "probe.every=1: expected the default, since folder has no labels"),
+        ("probe.every=1", "probe.every=1: expected images with labels, which probes need"),
         (
             "probe.probes=[knn]",
-            "probe.probes=[knn]: expected the default, since folder has no labels and probes need them; set"
-            " probe.probes=[linear,knn], or use labelled images",
+            "probe.probes=[knn]: expected images with labels, which probes need, but folder has none; use"
+            " labelled images, or leave it at [linear,knn]",
         ),
         ("dataset.test_fraction=0.1", "dataset.test_fraction=0.1: expected 0, since folder has no labels"),
         (

@@ -15,7 +15,7 @@ from ssl_runner.config import compose, grid, renamed, sweeps
 from ssl_runner.config.compose import Composer
 from ssl_runner.config.rules import LOSS_RULES, RULES, check_values, dotted_keys, format_value, nearest
 from ssl_runner.config.training import check_training
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, listed
 from ssl_runner.rule import Rule
 
 OPEN_MAPS = ("evaluators", "probe.classifiers")  # name -> {_target_: ...}, to which users add entries
@@ -128,8 +128,10 @@ def missing_part(composer: Composer, path: str, chosen: DictConfig) -> str:
     """Return the error message for a nested config, such as relation.base, that no chosen config has."""
     group, _, name = path.rpartition(".")
     owners = composer.owners_of_part(group, name)
-    use = " or ".join(f"{group}={choice}" for choice in owners)
-    return f"{group}={chosen.get(group)} has no '{name}'" + (f"; it belongs to {use}" if use else "")
+    use = [f"{group}={choice}" for choice in owners]
+    return f"{group}={chosen.get(group)} has no '{name}'" + (
+        f"; it belongs to {listed(use, 'or')}" if use else ""
+    )
 
 
 def check_key(composer: Composer, override: Override, reference: DictConfig, chosen: DictConfig) -> None:
@@ -155,7 +157,7 @@ def check_key(composer: Composer, override: Override, reference: DictConfig, cho
         raise UsageError(f"{line}: {key} exists already; write {line.lstrip('+')}")
     if override.is_delete() and known:
         raise UsageError(f"{line}: {key} cannot be removed; set another value, or null if allowed")
-    if not known and (not (override.is_add() and open_ended) or renamed.message(key, None)):
+    if not known and (not (override.is_add() and open_ended) or renamed.message(key)):
         add = f". Add it as a new argument: +{line}" if open_ended else ""
         raise UsageError(unknown(composer, key, override.value(), reference, chosen, add))
 
@@ -178,7 +180,7 @@ def unknown(
             place = f"{group}.{key}"
             return f"{key}: expected {place}, as in the YAML file of {group}={chosen[group]}; write {place}"
         own = ", ".join(composer.options(group.partition("@")[0], chosen[group])) or "none"
-        use = " and ".join(f"{group}={choice}" for choice in owners)
+        use = listed(f"{group}={choice}" for choice in owners)
         return f"{key} is an option of {use}, not of {group}={chosen[group]} (options: {own})"
     outer = path.rpartition(".")[0]
     if outer in choices and composer.owners_of_part(outer, path.rpartition(".")[2]):
@@ -188,7 +190,7 @@ def unknown(
     if synonym is not None and OmegaConf.select(reference, synonym, default=missing) is missing:
         group, _, option = synonym.rpartition(".")
         owners = composer.owners(group := group or "loss", option) if not group.startswith("hydra") else []
-        of = f" of {group}={f' or {group}='.join(owners)}" if owners else ""
+        of = f" of {listed([f'{group}={choice}' for choice in owners], 'or')}" if owners else ""
         suggestion = f" Did you mean '{synonym}'{of}?"
     elif synonym is not None:
         suggestion = f" Did you mean '{synonym}'?"

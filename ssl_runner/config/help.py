@@ -19,7 +19,7 @@ from ssl_runner.config import compose, hydra_internals, renamed
 from ssl_runner.config.check import OPEN_MAPS, check_groups, key_of
 from ssl_runner.config.compose import CHANGING
 from ssl_runner.config.rules import LOSS_RULES, RULES, format_value
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, listed
 from ssl_runner.rule import Rule
 
 WIDTH, COLUMN = 110, 34  # characters per line, and before a description
@@ -111,13 +111,13 @@ def section(name: str, config_name: str, chosen: dict[str, str | None], files: "
 
 def unknown(name: str, known: Iterable[str]) -> str:
     """Return the error message for a name that is not among the known groups and options."""
-    if message := renamed.message(name, None):
+    if message := renamed.message(name):
         return message
     given = renamed.SYNONYMS.get(name, name).rpartition(".")[2]
     tails = {option: option.rpartition(".")[2] for option in known}  # optimizer.lr is known as lr
     close = [given] if given in tails.values() else difflib.get_close_matches(given, tails.values(), 3, 0.7)
     near = [option for last in dict.fromkeys(close) for option, tail in tails.items() if tail == last]
-    hint = f" Did you mean {' or '.join(near[:3])}?" if near else ""
+    hint = f" Did you mean {listed(near[:3], 'or')}?" if near else ""
     return f"--help {name}: expected a group or an option.{hint} List all: ssl-run --help"
 
 

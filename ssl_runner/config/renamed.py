@@ -66,17 +66,21 @@ WITHOUT = {  # key -> why there is no such option
 }
 
 
-def message(key: str, value: object) -> str | None:
-    """Return the error message for a former key, or for a former choice of the group `key`, else None."""
+def message(key: str, *value: object) -> str | None:
+    """Return the error message for a former key, or for a former choice of the group `key`, else None.
+
+    `value` is left out for a key without a value.
+    """
     if key in REMOVED:
         return f"{key} was removed: {REMOVED[key]}"
     if key in WITHOUT:
         return f"Unknown option '{key}': {WITHOUT[key]}"
-    if key in SHARES and isinstance(value, float):
-        return f"{key}={value}: a share of the images is {SHARES[key]}={value}; use it"
+    for given in value:
+        if key in SHARES and isinstance(given, float):
+            return f"{key}={given}: a share of the images is {SHARES[key]}={given}; use it"
+        if isinstance(given, str) and (key, given) in CHOICES:
+            return f"{key}={given} was renamed: use {key}={CHOICES[key, given]}"
     if key in RENAMED:
-        new = VALUES.get((key, str(value)), format_value(value))
-        return f"{key} was renamed: use {RENAMED[key]}={new}"
-    if isinstance(value, str) and (key, value) in CHOICES:
-        return f"{key}={value} was renamed: use {key}={CHOICES[key, value]}"
+        new = "".join(f"={VALUES.get((key, str(given)), format_value(given))}" for given in value)
+        return f"{key} was renamed: use {RENAMED[key]}{new}"
     return None

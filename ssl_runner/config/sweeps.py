@@ -10,7 +10,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from ssl_runner.config.rules import check_rules, format_value
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, counted
 from ssl_runner.rule import Rule
 
 PLUGINS = {  # override -> Hydra plugin, and the extra of this package that installs it
@@ -147,7 +147,7 @@ def print_jobs(overrides: list[Override], jobs: list[str]) -> None:
         print(f"#{number} {job_overrides}")
     sampled = [str(override.input_line) for override in overrides if is_sampled(override)]
     sweeper = [str(override.input_line) for override in overrides if override.key_or_group == "hydra/sweeper"]
-    summary = f"{len(jobs)} job{'s' if len(jobs) > 1 else ''}"
+    summary = counted(len(jobs), "job")
     if sweeper:
         summary += f" in the grid, from which {sweeper[0]} samples"
     if sampled:

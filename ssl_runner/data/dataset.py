@@ -14,7 +14,7 @@ from ssl_runner.data.images import Images
 from ssl_runner.data.skipped import Skipped
 from ssl_runner.data.splits import balanced_order, hold_out, nearest_fraction, smallest_subset
 from ssl_runner.device import release_freed_memory
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, counted
 from ssl_runner.numerics import usual_defaults
 
 MEMORY_FRACTION = 0.5  # storage="auto": largest fraction of the free device memory that images may use
@@ -125,8 +125,8 @@ class DataSet:
         return replace(data, train=train, val=val, test=test)
 
 
-class AtMost(int):
-    """A number of images that a data set may lack."""
+class Nearest(int):
+    """A number of images, for which the nearest number that a data set allows is taken."""
 
 
 @usual_defaults()
@@ -147,7 +147,8 @@ def load(
     val_fraction   fraction of the training images to hold out, stratified by class; not used for a data set
                    with a validation split
     subset         number of training images to keep, class-balanced, or None for all; also the largest number
-                   of unlabelled images to keep. Of an AtMost, as many as there are, and as the splits need
+                   of unlabelled images to keep. For a Nearest, as many as
+                   there are, or as the splits need
     split_seed     seed of the subset and of the splits
     storage        where to store the images: "device", "host", or "auto" for the device if they use at most
                    half of its free memory
@@ -169,7 +170,7 @@ def load(
     if subset is not None:
         trained, what = (train, "training") if data.classes else (unlabeled, "unlabelled")
         least = max(1, len(data.classes))
-        if isinstance(subset, AtMost):
+        if isinstance(subset, Nearest):
             enough = smallest_subset(least, val_fraction) if data.classes and data.val is None else least
             subset = min(max(subset, enough), len(trained))
         if not least <= subset <= len(trained):
@@ -245,7 +246,7 @@ def _held_out(
     labels = data.labels.numpy()
     if (parts := hold_out(rows, labels, fraction, seed)) is None:
         sizes, n = np.bincount(labels[rows], minlength=len(data.classes)), len(rows)
-        cause = f"of {n} training images in {len(data.classes)} classes"
+        cause = f"of {counted(n, 'training image')} in {counted(len(data.classes), 'class', 'classes')}"
         if (usable := nearest_fraction(sizes, fraction)) is not None:
             found = "held out" if usable > fraction else "left in some classes"
             raise UsageError(f"{key}={fraction}: {cause} none would be {found}; use {key}={usable}")

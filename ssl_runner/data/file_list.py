@@ -8,7 +8,7 @@ import pandas as pd
 
 from ssl_runner.data.layouts import FOLDERS, SPLITS, Listing
 from ssl_runner.data.skipped import Skipped, printable
-from ssl_runner.errors import UsageError, one_line
+from ssl_runner.errors import UsageError, counted, one_line
 
 COLUMNS = ("path", "label", "split")
 
@@ -79,13 +79,13 @@ def _read_table(file: Path) -> pd.DataFrame:
     if header.count("path") != 1 or len(set(header)) < len(header) or not rows:
         raise UsageError(
             f"{key}: expected a header with a column path, and rows, found the columns"
-            f" {printable(', '.join(header)) or 'none'} and {len(rows)} rows; add them"
+            f" {printable(', '.join(header)) or 'none'} and {counted(len(rows), 'row')}; add them"
         )
     for line, row in rows.items():
         if len(row) != len(header):
             raise UsageError(
-                f"{key}: expected {len(header)} columns in line {line}, found {len(row)}; put quotes around a"
-                " path with a comma"
+                f"{key}: expected {counted(len(header), 'column')} in line {line}, found {len(row)}; put"
+                " quotes around a path with a comma"
             )
     cells = [
         [cell if name == "path" else cell.strip() for name, cell in zip(header, row, strict=True)]

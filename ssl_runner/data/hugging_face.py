@@ -14,7 +14,7 @@ from torch import Tensor
 from ssl_runner.data import decode
 from ssl_runner.data.dataset import Source
 from ssl_runner.data.decoded import decode_images
-from ssl_runner.errors import UsageError, one_line
+from ssl_runner.errors import UsageError, counted, one_line
 
 
 class Splits(TypedDict):
@@ -130,8 +130,9 @@ def _labels(splits: list[Any], column: str | None) -> tuple[list[str], np.ndarra
     number = {value: row for row, value in enumerate(classes if names is None else range(len(names)))}
     if odd := [value for value in values if value not in number]:
         raise UsageError(
-            f"dataset.label={column}: expected one of {len(classes)} classes for each image, found {odd[0]}"
-            f" ({len(odd)} such images); set dataset.label, or use splits with labels"
+            f"dataset.label={column}: expected one of {counted(len(classes), 'class', 'classes')} for each"
+            f" image, found {odd[0]} ({counted(len(odd), 'such image')});"
+            " set dataset.label, or use splits with labels"
         )
     return [str(value) for value in classes], np.array([number[value] for value in values], dtype=np.int64)
 

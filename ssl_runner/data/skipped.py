@@ -4,6 +4,8 @@ from collections import Counter
 from os import PathLike, fspath
 from typing import Any
 
+from ssl_runner.errors import counted
+
 MOST_NAMES, MOST_KINDS = 100, 10
 
 
@@ -33,7 +35,7 @@ class Skipped:
         """One line, or "" if no file was skipped."""
         total = self.counts.total()
         kinds = ", ".join(f"{n:,} {kind}" for kind, n in self.most_common().items())
-        return f"skipped {total:,} file{'s' if total > 1 else ''}: {kinds}" if total else ""
+        return f"skipped {counted(total, 'file')}: {kinds}" if total else ""
 
 
 def printable(path: str | PathLike[str]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from ssl_runner import console
 from ssl_runner.config import arguments
 from ssl_runner.config.rules import check_device
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, counted
 
 DESCRIPTION = """\
 Write the features of the trained network of a finished run to a file.
@@ -93,4 +93,6 @@ def execute() -> None:
     rows = embed.embed_to_file(network, batches, total, args.projections, args.out, args.overwrite)
     if str(skipped):
         print(f"{skipped} ({', '.join(skipped.names)})", file=sys.stderr)
-    print(f"{rows} images, {network.backbone.width} features each: {args.out}", flush=True)
+    print(
+        f"{counted(rows, 'image')}, {counted(network.backbone.width, 'feature')} each: {args.out}", flush=True
+    )

@@ -23,6 +23,10 @@ Writes relation.csv and relation.png to the folder --out. For C classes, k is C 
   rho_k     correlation of two views of an image along direction k
 The directions are linear functions of the features of the backbone, which is not trained.
 """
+LEGEND = (
+    "energy_k: share of the label variance in the k directions that views preserve best; area: mean of all"
+    " energies;\nrho_k: correlation of two views of an image along direction k"
+)
 SETTABLE = ("dataset", "views", "V", "backbone", "init_weights", "channels_last", "seed", "device")
 
 
@@ -86,4 +90,5 @@ def execute() -> None:
         print("-: these operations do not change the images")
     args.out.mkdir(parents=True, exist_ok=True)
     relation_fit.write(rows, f"{cfg.dataset.name}, V = {cfg.V}", table, chart)
-    print(f"{table}, {chart}", flush=True)
+    print(LEGEND)
+    print(f"written to {args.out}: {table.name}, {chart.name}", flush=True)

@@ -15,7 +15,7 @@ from ssl_runner.checks import check_blur, check_view_sizes
 from ssl_runner.data.images import Images
 from ssl_runner.data.loader import MultiViewLoader
 from ssl_runner.data.splits import balanced_order, hold_out
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, counted
 from ssl_runner.probe import extract
 from ssl_runner.relation.builders import FromViews
 from ssl_runner.runs import weights
@@ -129,8 +129,9 @@ class RelationFit:
         chosen = balanced_order(y, seed)[:images]
         if len(chosen) < 4 * len(data.classes) or (np.bincount(y[chosen]) > 1).sum() < 2:
             raise UsageError(
-                f"{len(chosen)} labelled images of {len(data.classes)} classes: expected at least 4 per class"
-                " and 2 classes; use more images"
+                f"{counted(len(chosen), 'labelled image')} of"
+                f" {counted(len(data.classes), 'class', 'classes')}: expected at least 4 per class and 2"
+                " classes; use more images"
             )
         halves = hold_out(chosen, y, 0.5, seed)
         assert halves is not None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_runner.distributed import world_size
+from ssl_runner.errors import counted
 from ssl_runner.relation import Relation
 
 
@@ -71,7 +72,8 @@ class Loss(nn.Module, ABC):
         """Raise ValueError if the loss is not defined for Z (N, K), the rows of all ranks, with V as G.V."""
         if self.min_rows > N:
             raise ValueError(
-                f"{N} rows: expected at least {self.min_rows} for {type(self).__name__}; give more embeddings"
+                f"{counted(N, 'row')}: expected at least {self.min_rows} for {type(self).__name__}; give"
+                " more embeddings"
             )
 
     def check_relation(self, G: Relation) -> None:

@@ -8,6 +8,8 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
+from ssl_runner.errors import counted
+
 
 def read_pairs(path: Path) -> tuple[Tensor, Tensor]:
     """Read i and j, (E,) int64 each, from the two columns of a CSV or from the arrays i and j of an npz.
@@ -22,8 +24,8 @@ def read_pairs(path: Path) -> tuple[Tensor, Tensor]:
         table, columns = read_table(path, "i,j")
         if (columns, table.shape[1]) != (2, 2):
             raise ValueError(
-                f"{columns} columns in the header and {table.shape[1]} in the rows: expected 2 in both;"
-                " give two image indices per line"
+                f"{counted(columns, 'column')} in the header and {table.shape[1]} in the rows: expected 2 in"
+                " both; give two image indices per line"
             )
         sides = [table[column].to_numpy() for column in table]
     for side in sides:
@@ -46,8 +48,8 @@ def read_labels(path: Path, num: int) -> scipy.sparse.csr_array:
         table, columns = read_table(path, "cat,dog")
         if table.shape[1] != columns:
             raise ValueError(
-                f"{columns} columns in the header and {table.shape[1]} in the rows: expected the same number;"
-                " give one column per label"
+                f"{counted(columns, 'column')} in the header and {table.shape[1]} in the rows: expected the"
+                " same number; give one column per label"
             )
         Y = table.to_numpy()
     if Y.ndim != 2 or len(Y) != num:

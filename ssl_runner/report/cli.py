@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ssl_runner import console
+from ssl_runner.config import arguments
 from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError
 from ssl_runner.report import label_free
@@ -21,9 +22,9 @@ INTERVAL = 30  # seconds between reports with --watch
 MAX_DRAWN = 8  # comparisons with figures
 
 
-def main() -> None:
-    """Console script `ssl-report`. Exits with 1 and one line on standard error on failure."""
-    parser = argparse.ArgumentParser(prog="ssl-report", description=__doc__)
+def parser() -> arguments.Parser:
+    """Return the parser of the command line."""
+    parser = arguments.Parser(prog="ssl-report", description=__doc__)
     parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="contains runs, at any depth")
     parser.add_argument("--out", type=Path, help="output folder (default: report in the first FOLDER)")
     parser.add_argument(
@@ -39,8 +40,21 @@ def main() -> None:
         " write nothing",
     )
     parser.add_argument("--watch", action="store_true", help=f"repeat every {INTERVAL} s, until Ctrl-C")
-    args = parser.parse_args()
-    console.call(lambda: watch(args) if args.watch else print(execute(args), flush=True))
+    return parser
+
+
+def main() -> None:
+    """Entry point of `ssl-report`. Exit codes: 0, 1 after an error, 130 after Ctrl-C."""
+    console.call(call)
+
+
+def call() -> None:
+    """Parse the command line, then do what it asks for."""
+    args = parser().read()
+    if args.watch:
+        watch(args)
+    else:
+        print(execute(args), flush=True)
 
 
 def execute(args: argparse.Namespace) -> str:

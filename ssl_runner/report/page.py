@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ssl_runner import __version__
 from ssl_runner.data.skipped import printable
+from ssl_runner.errors import counted
 from ssl_runner.report.comparisons import Comparison
 from ssl_runner.report.figures.style import MIN_FONT, Picture
 from ssl_runner.report.label_free import Correlations
@@ -23,7 +24,7 @@ from ssl_runner.report.page_tables import (
     summary_table,
 )
 from ssl_runner.report.read import Run
-from ssl_runner.report.tables import count_by_status, count_runs, error_text, errors, overridden_keys
+from ssl_runner.report.tables import count_by_status, error_text, errors, overridden_keys
 
 CAPTIONS = {
     "keys": "Top-1 against each option that differs between runs: mean over the configurations with that"
@@ -89,7 +90,7 @@ def render(
         version=__version__,
         written=time.strftime("%Y-%m-%d %H:%M"),
         statuses=count_by_status(table),
-        total=count_runs(len(table)),
+        total=counted(len(table), "run"),
         shared={key: table[key].iloc[0] for key in same},
         choices={
             "data": sorted(set(table.data)),

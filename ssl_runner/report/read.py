@@ -1,6 +1,5 @@
 """Read the files of many runs, in any state: running, failed, or killed while writing a line."""
 
-import csv
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -227,7 +226,7 @@ def read_csv(path: Path, problems: list[str], index: str = "epoch") -> tuple[lis
     try:
         text = path.read_bytes().decode(errors="replace") if path.exists() else ""
         header, rows = parse_csv(text)
-    except (OSError, csv.Error) as error:
+    except (OSError, ValueError) as error:
         add_problem(problems, path, "the table that ssl-run writes", error)
         return [], []
     if header and index not in header:

@@ -185,10 +185,6 @@ def top1_columns(table: pd.DataFrame) -> list[str]:
     return [column for column in map(str, table) if column in MAIN or column.startswith("top1.")]
 
 
-def count_runs(number: int) -> str:
-    return f"{number} run" if number == 1 else f"{number} runs"
-
-
 def count_by_status(table: pd.DataFrame) -> str:
     return ", ".join(f"{n} {status}" for status, n in Counter(table.status).most_common())
 

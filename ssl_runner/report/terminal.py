@@ -5,11 +5,12 @@ import shutil
 
 import pandas as pd
 
+from ssl_runner.errors import counted
 from ssl_runner.report.comparisons import Comparison
 from ssl_runner.report.configurations import MIN_SEEDS, with_interval
 from ssl_runner.report.label_free import MIN_CONFIGURATIONS, Correlations
 from ssl_runner.report.read import Run
-from ssl_runner.report.tables import MAIN, count_by_status, count_runs, errors, scored, top1_columns
+from ssl_runner.report.tables import MAIN, count_by_status, errors, scored, top1_columns
 
 TITLES = {"val_top1": "val top-1", "top1": "test top-1"}
 MAX_COMPARISONS = 10
@@ -26,7 +27,7 @@ def format_terminal(
     The lines fit the terminal. Lines that name damaged files are not cut off.
     """
     width = shutil.get_terminal_size((160, 24)).columns
-    lines = [f"{count_runs(len(table))}: {count_by_status(table)}"]
+    lines = [f"{counted(len(table), 'run')}: {count_by_status(table)}"]
     finished = [part for part in comparisons if len(part.summary)]
     if finished:
         lines.append(

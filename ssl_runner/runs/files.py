@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ssl_runner.errors import UsageError, one_line
+from ssl_runner.errors import UsageError, counted, one_line
 
 
 @contextmanager
@@ -80,17 +80,24 @@ class CsvLog:
             return
         header, rows = self._read()
         with self._damaged():
-            self._write(header, [row for row in rows if int(row[header.index("epoch")]) <= epoch])
+            for column in positions(header, ["epoch"]):
+                for line, row in enumerate(rows, start=2):
+                    if not row[column].isdecimal():
+                        found = f"found {row[column]!r:.80}"
+                        raise ValueError(f"line {line}: expected an integer in the column epoch, {found}")
+                rows = [row for row in rows if int(row[column]) <= epoch]
+        self._write(header, rows)
 
     def truncate_at_repeat(self, columns: Sequence[str]) -> None:
         """Drop the first row whose values in `columns` are those of an earlier row, and all rows after it."""
         if self.path is None or not self.path.exists():
             return
         header, rows = self._read()
+        with self._damaged():
+            chosen = positions(header, columns)
         seen: set[tuple[str, ...]] = set()
         for number, row in enumerate(rows):
-            with self._damaged():
-                key = tuple(row[header.index(column)] for column in columns)
+            key = tuple(row[position] for position in chosen)
             if key in seen:
                 self._write(header, rows[:number])
                 return
@@ -106,18 +113,24 @@ class CsvLog:
     def _read(self) -> tuple[list[str], list[list[str]]]:
         """The header and the cells of all complete lines. Raises UsageError if the file is damaged."""
         with self._damaged():
-            text = self.path.read_bytes().decode() if self.path is not None else ""
-            return parse_csv(text)
+            header, rows = parse_csv(decoded(self.path.read_bytes()) if self.path is not None else "")
+            for line, row in enumerate(rows, start=2):
+                if len(row) > len(header):
+                    raise ValueError(
+                        f"line {line}: expected {counted(len(header), 'column')}, found {len(row)}"
+                    )
+            return header, [row + [""] * (len(header) - len(row)) for row in rows]
 
     @contextmanager
     def _damaged(self) -> Iterator[None]:
         """Turn the errors of a file that is not a table with the expected columns into a UsageError."""
         try:
             yield
-        except (ValueError, IndexError, IsADirectoryError, csv.Error) as error:
+        except (ValueError, IsADirectoryError) as error:
+            problem = "found a folder" if isinstance(error, IsADirectoryError) else one_line(error)
             raise UsageError(
-                f"{self.path}: expected the table that ssl-run writes ({one_line(error)}); restore it, or"
-                " remove it to resume without its rows"
+                f"{self.path}: expected the table that ssl-run writes ({problem}); restore it, or remove it"
+                " to resume without its rows"
             ) from error
 
     def _write(self, header: list[str], rows: list[list[str]]) -> None:
@@ -130,9 +143,31 @@ class CsvLog:
 
 
 def parse_csv(text: str) -> tuple[list[str], list[list[str]]]:
-    """The header of a table and the cells of all lines that end with a newline."""
-    header, *rows = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))) or [[]]
+    """The header of a table and the cells of all lines that end with a newline. Raises ValueError."""
+    reader = csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+    try:
+        header, *rows = list(reader) or [[]]
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: expected shorter cells") from error
     return renamed(header), rows
+
+
+def decoded(content: bytes) -> str:
+    """The text of a file in UTF-8. Raises ValueError with the line of the first other byte."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line}: expected text in UTF-8, found other bytes") from error
+
+
+def positions(header: list[str], columns: Sequence[str]) -> list[int]:
+    """The positions of these columns in a header. Raises ValueError for one that a header lacks, unless that
+    is empty."""
+    if header and (missing := [column for column in columns if column not in header]):
+        found = ", ".join(header) or "none"
+        raise ValueError(f"line 1: expected the column {missing[0]}, found the columns {found:.80}")
+    return [header.index(column) for column in columns if header]
 
 
 def renamed(header: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ssl_runner.errors import UsageError, one_line
+from ssl_runner.errors import UsageError, counted, one_line
 
 # Names of modules that contain a backbone, in the order of preference among equal matches.
 WRAPPERS = (
@@ -57,10 +57,10 @@ class Match:
     def __str__(self) -> str:
         total = len(self.found) + len(self.mismatched) + len(self.missing)
         parts = [
-            f"{len(self.found)} of {total} tensors matched{self.source}",
+            f"{len(self.found)} of {counted(total, 'tensor')} matched{self.source}",
             f"not loaded: {shorten(self.mismatched)}" if self.mismatched else "",
             f"not in the file: {shorten(self.missing)}" if self.missing else "",
-            f"ignored: {self.ignored} other tensors of the file" if self.ignored else "",
+            f"ignored: {counted(self.ignored, 'other tensor')} of the file" if self.ignored else "",
         ]
         return "; ".join(filter(None, parts))
 

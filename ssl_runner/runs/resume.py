@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssl_runner.config import compose, paths, rules
 from ssl_runner.config.run_id import run_id
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, counted
 from ssl_runner.runs import saved
 from ssl_runner.runs.run_json import read_record
 
@@ -200,7 +200,7 @@ def refuse_finished(folder: Path) -> None:
     if read_record(folder / "run.json")["status"] == "done":
         epochs = saved.load(folder).epochs
         raise UsageError(
-            f"resume={folder}: this run is done with its {epochs} epochs; give more, such as"
+            f"resume={folder}: this run is done with its {counted(epochs, 'epoch')}; give more, such as"
             f" epochs={2 * epochs}, to train it longer, or start a new run to change other options"
         )
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ssl_runner.config import compose, paths, rules
 from ssl_runner.config.run_id import run_id
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, counted
 from ssl_runner.runs import resume, saved
 from ssl_runner.runs.files import atomic_write, write_json
 from ssl_runner.runs.run_json import read_record
@@ -55,9 +55,9 @@ def extend(cfg: DictConfig, folder: Path) -> DictConfig:
     new_run = f"start a new run with {paths.override('init_weights', folder / 'backbone.safetensors')}"
     if cfg.epochs < planned:
         raise UsageError(
-            f"epochs={cfg.epochs}: expected more than the {planned} epochs that {folder} was planned for;"
-            f" {'give more' if record['status'] == 'done' else 'leave epochs out'}, or leave resume out to"
-            " start a new run"
+            f"epochs={cfg.epochs}: expected more than the {counted(planned, 'epoch')} that {folder} was"
+            f" planned for; {'give more' if record['status'] == 'done' else 'leave epochs out'}, or"
+            " leave resume out to start a new run"
         )
     cfg = extended_config(cfg, folder)
     solver: Any = get_class(cfg.solver._target_)

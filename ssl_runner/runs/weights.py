@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_runner.config.rules import format_value
-from ssl_runner.errors import UsageError
+from ssl_runner.errors import UsageError, counted
 from ssl_runner.runs import foreign
 from ssl_runner.runs.files import atomic_write
 
@@ -42,8 +42,10 @@ def export(module: nn.Module, path: Path, metadata: dict[str, Any]) -> None:
         if isinstance(tensor, Tensor)
     }
     if left_out := len(module.state_dict()) - len(state):
+        entries = counted(left_out, "entry", "entries")
         print(
-            f"{path.name}: {left_out} entries of the state that are not tensors are left out", file=sys.stderr
+            f"{path.name}: left out {entries} of the state, since only tensors can be exported",
+            file=sys.stderr,
         )
     if state:
         with atomic_write(path) as file:
@@ -126,7 +128,7 @@ def load_backbone(backbone: nn.Module, path: Path, options: Mapping[str, Any] | 
             load_exported(backbone, path)
         except RuntimeError as error:
             raise UsageError(f"init_weights={path}: {mismatch(backbone, path, options)}") from error
-        return f"init_weights: {len(full)} of {len(full)} tensors matched"
+        return f"init_weights: {len(full)} of {counted(len(full), 'tensor')} matched"
     body = backbone if plain is full else backbone.get_submodule("body")
     found = foreign.match(body, plain, content := foreign.read(path))
     if found.size == 0:
