@@ -261,7 +261,7 @@ INVALID = [
     ),
     ("proj_hidden_dim=64", "Unknown option 'proj_hidden_dim'. Did you mean 'projector.width'?"),
     ("loss=simclr sim_loss_weight=25", "Did you mean 'gamma' of loss="),
-    ("data_dir=images", "Did you mean 'dataset.root' of dataset=cifar10 or"),
+    ("data_dir=images", "Did you mean 'dataset.root' of dataset=cifar10, dataset=cifar100,"),
     ("output_dir=a", "Did you mean 'hydra.run.dir'?"),
     ("num_workers=4", "Unknown option 'num_workers': the images are in memory"),
     ("debug=slow", "Unknown debug 'slow'. Available: fast, profile"),

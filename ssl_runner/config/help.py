@@ -22,6 +22,7 @@ from ssl_runner.config.rules import LOSS_RULES, RULES, format_value
 from ssl_runner.errors import UsageError, listed
 from ssl_runner.rule import Rule
 
+HYDRA = "https://hydra.cc/docs/configure_hydra/intro"
 WIDTH, COLUMN = 110, 34  # characters per line, and before a description
 # the part of a line before its comment: a # within quotes, or right behind a character, begins no comment
 CODE = re.compile(r"""(?:'[^']*'|"[^"]*"|(?<=\S)\#|[^\#'"])*""")
@@ -65,7 +66,7 @@ def help_text(args: argparse.Namespace) -> str:
         chosen = {group: chosen[group] for group in order}
         if names:
             return "\n\n".join(
-                section(name, composer.config_name, chosen, files) for name in dict.fromkeys(names)
+                section(name, composer.config_name, chosen, files, hydra) for name in dict.fromkeys(names)
             )
         comments = files.comments(composer.config_name, chosen)
         ours = config.loss.get("_target_", "").startswith("ssl_runner.")
@@ -79,7 +80,9 @@ def help_text(args: argparse.Namespace) -> str:
         )
 
 
-def section(name: str, config_name: str, chosen: dict[str, str | None], files: "Files") -> str:
+def section(
+    name: str, config_name: str, chosen: dict[str, str | None], files: "Files", hydra: DictConfig
+) -> str:
     """Return the help for one group, with the options of its choice in `chosen`, or for one option.
 
     An option of several choices is shown for each. Of a config that changes other options, the whole file is
@@ -97,16 +100,32 @@ def section(name: str, config_name: str, chosen: dict[str, str | None], files: "
             blocks += ["\n".join(map(str, shared + own))]
         return "\n\n".join(filter(None, blocks))
     groups = [group for group in chosen if "@" not in group and group not in CHANGING]
+    if nested := re.match(r"relation(\.base)+(?=\.|$)", name):
+        groups.append(f"relation@{nested[0]}")
     tables |= {f"{group}={it}": files.options(group, it) for group in groups for it in files.choices(group)}
     lines = []
     for title, table in tables.items():
-        found = [option for option in table if f"{option.name}.".startswith(f"{name}.")]
+        found = [option for option in table if concerns(option.name, name)]
         lines += [title, *map(str, found)] if found else []
+    if not lines and (found := [line for line in of_hydra(hydra) if concerns(line.partition("=")[0], name)]):
+        return "\n".join([f"of Hydra: {HYDRA}", *found])
     if not lines:
         raise UsageError(
             unknown(name, [*chosen, *(option.name for table in tables.values() for option in table)])
         )
     return "\n".join(filter(None, lines))
+
+
+def concerns(option: str, name: str) -> bool:
+    """Return whether an option is the named one, below it, or the map that holds the named entry."""
+    return f"{option}.".startswith(f"{name}.") or (option in OPEN_MAPS and name.startswith(f"{option}."))
+
+
+def of_hydra(hydra: DictConfig) -> Iterator[str]:
+    """Yield a line for each of Hydra's own options, without what it fills in itself, and texts of help."""
+    for key, value in options(hydra):
+        if not re.match("runtime|overrides|help|hydra_help|job.(id|num|config_name)$", key):
+            yield f"hydra.{key}={format_value(value)}"
 
 
 def unknown(name: str, known: Iterable[str]) -> str:
@@ -192,7 +211,13 @@ class Files:
 
     def choices(self, group: str) -> list[str]:
         """Return the names of the files of a group."""
-        return sorted({path.stem for folder in self.folders for path in (folder / group).glob("*.yaml")})
+        return sorted(
+            {
+                path.stem
+                for folder in self.folders
+                for path in (folder / group.partition("@")[0]).glob("*.yaml")
+            }
+        )
 
     def text(self, group: str, choice: str) -> str:
         """Return the content of a yaml file, or "" if no folder has it."""
@@ -223,15 +248,11 @@ class Files:
         of_loss = folder == "loss" and str(OmegaConf.select(config, "loss._target_")).startswith(
             "ssl_runner."
         )
+        relative = [(key.removeprefix(prefix), key, value) for key, value in options(config, prefix)]
         return [
-            Option(
-                prefix + key,
-                format_value(value),
-                accepted(prefix + key, value, of_loss),
-                comments.get(key, ""),
-            )
-            for key, value in options(config)
-            if key.partition(".")[0] not in ("defaults", "hydra")
+            Option(key, format_value(value), accepted(key, value, of_loss), comments.get(name, ""))
+            for name, key, value in relative
+            if name.partition(".")[0] not in ("defaults", "hydra")
         ]
 
     def comments(self, config_name: str, choices: dict[str, str | None]) -> dict[str, str]:

@@ -112,13 +112,12 @@ def refuse(line: str, error: HydraException) -> UsageError:
     _, of_function, problem = (
         " ".join(str(error).split()).split(" See https")[0].partition(" while evaluating ")
     )
+    as_text = f"or write {in_shell(f'{key}={quote(text)}')} for a text"
     if of_function and not is_path:
-        return UsageError(f"{line}: {problem.partition(': ')[2]}; correct the call")
+        problem = re.sub(r"('\w+') Available: (.*)", r"\1, expected one of \2", problem.partition(": ")[2])
+        return UsageError(f"{line}: {problem.replace(',', ', ')}; correct the call, {as_text}")
     if not special or (syntax and not is_path):
-        return UsageError(
-            f"{line}: expected complete brackets and quotes, and nothing after them; or write"
-            f" {in_shell(f'{key}={quote(text)}')} for a text"
-        )
+        return UsageError(f"{line}: expected complete brackets and quotes, and nothing after them; {as_text}")
     quoted = _quoted(text) if _is_list(text) else quote(text)
     return UsageError(
         f"{line}: expected quotes around a value that contains {special[0]!r}; write"

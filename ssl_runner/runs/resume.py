@@ -52,8 +52,9 @@ def check_creatable(option: str, folder: Path) -> None:
     try:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         for path in reversed(missing):
-            path.mkdir()
-            made.append(path)
+            if not path.exists():  # x/.. exists when x does
+                path.mkdir()
+                made.append(path)
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
