@@ -3,6 +3,7 @@
 import contextlib
 import os
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -98,7 +99,8 @@ def execute(words: list[str]) -> tuple[Path, dict[str, float | None]]:
                 f"run: expected a single run, but the experiment sweeps ({counted(len(jobs), 'job')}, the"
                 f" first with {jobs[0][0]}); give one value for each option, or use ssl-run"
             )
-        hydra_internals.run_hydra(args, parser, partial(job, ended=ended), compose.CONF)
+        task = partial(job, ended=ended, kept=start.existing(args.overrides))
+        hydra_internals.run_hydra(args, parser, task, compose.CONF)
     [outcome] = ended
     if isinstance(outcome, Exception):
         raise outcome
@@ -128,11 +130,16 @@ def refuse_unsupported(
         raise UsageError("run: expected a single process; start several with torchrun -m ssl_runner")
 
 
-def job(cfg: DictConfig, ended: list[tuple[Path, dict[str, float | None]] | Exception]) -> None:
-    """Execute the run and add its folder and result to `ended`, or its error, which Hydra would print."""
+def job(
+    cfg: DictConfig, ended: list[tuple[Path, dict[str, float | None]] | Exception], kept: Collection[Path]
+) -> None:
+    """Execute the run and add its folder and result to `ended`, or its error, which Hydra would print.
+
+    The folders `kept` are not removed.
+    """
     folder = hydra_internals.output_dir()
     try:
-        with start.opened(cfg) as (cfg, folder, abandon):
+        with start.opened(cfg, kept) as (cfg, folder, abandon):
             ended.append((folder, cli.run_or_skip(cfg, folder, abandon)))
     except BaseException as error:
         if (folder / "run.json").exists():

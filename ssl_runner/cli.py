@@ -8,10 +8,10 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from ssl_runner import console
 from ssl_runner.config import arguments, check, completion, compose, grid, hydra_internals, paths, sweeps
 from ssl_runner.config.help import help_text
-from ssl_runner.errors import UsageError, format_error
+from ssl_runner.errors import UsageError, counted, format_error
 from ssl_runner.preemption import Preempted, Preemption
 from ssl_runner.runs import resume, saved, schedule, start
 from ssl_runner.runs.run_json import read_record
@@ -61,21 +61,8 @@ def run_as_main(processes: int = 1) -> None:
             print(f"{by}; repeat the command (resume=auto resumes runs that have begun)", file=sys.stderr)
         raise
     if failed:
-        print(f"failed sweep jobs ({len(failed)}): {'; '.join(map(summary, failed))}", file=sys.stderr)
+        print(f"failed sweep jobs ({len(failed)}): {'; '.join(map(sweeps.failure, failed))}", file=sys.stderr)
         sys.exit(1)
-
-
-def summary(failure: hydra_internals.JobReturn) -> str:
-    """Name a failed job of a sweep, and its error if that is only in the log of another process."""
-    hydra_config = failure.hydra_cfg.hydra  # type: ignore[union-attr]
-    error = format_error(failure._return_value) if "submitit" in hydra_config.launcher._target_ else ""
-    return f"{name(hydra_config)}{error and f': {error}'}"
-
-
-def name(hydra_config: Any) -> str:
-    """Return the number of a job of a sweep, and the overrides that the sweep sets."""
-    swept = hydra_config.job.override_dirname
-    return f"#{hydra_config.job.num}{f' ({swept})' if swept else ''}"
 
 
 def execute(processes: int, failed: list[hydra_internals.JobReturn]) -> None:
@@ -102,9 +89,13 @@ def execute(processes: int, failed: list[hydra_internals.JobReturn]) -> None:
         if args.multirun and not args.cfg:
             count = 0 if build_jobs(args, jobs) else len(jobs)
     if count:
-        print(f"sweep: {count} job{'s' * (count > 1)}", flush=True)
-    with hydra_internals.collected_failures(failed):
-        hydra_internals.run_hydra(args, parser, job, compose.CONF)
+        print(f"sweep: {counted(count, 'job')}", flush=True)
+    before: list[hydra_internals.JobReturn] = []
+    task = partial(job, kept=start.existing(args.overrides))
+    with hydra_internals.collected_failures(failed, before):
+        hydra_internals.run_hydra(args, parser, task, compose.CONF)
+    if before:
+        print(f"{len(before)} of {counted(count, 'job')} done before", flush=True)
     if count and not failed:
         print("all jobs are done", flush=True)
 
@@ -176,27 +167,36 @@ def build_jobs(args: argparse.Namespace, jobs: list[tuple[str, DictConfig]]) -> 
     return search
 
 
-def job(cfg: DictConfig) -> float | None:
-    """Execute one run, in the folder that `start.opened` chooses.
+def job(cfg: DictConfig, kept: Collection[Path] = ()) -> hydra_internals.Returned | None:
+    """Execute one run. The lines of jobs that run at the same time begin with their numbers."""
+    hydra_config = HydraConfig.get()
+    parallel = "joblib" in hydra_config.launcher._target_ and hydra_config.mode == RunMode.MULTIRUN
+    with console.numbered(f"#{hydra_config.job.num}: ") if parallel else nullcontext():
+        return run_job(cfg, kept)
+
+
+def run_job(cfg: DictConfig, kept: Collection[Path]) -> hydra_internals.Returned | None:
+    """Execute one run, in the folder that `start.opened` chooses. The folders `kept` are not removed.
 
     Returns the validation accuracy, which a sweeper may maximise. In a distributed run, rank 0 makes all
-    decisions and the other ranks execute `run_as_follower`.
+    decisions and the other ranks execute `run_as_follower`, and return None.
 
     A failure is reported at once, on one line. A single run then exits; a job of a sweep raises its error,
     which Hydra keeps for `collected_failures`.
     """
-    with start.undone_on_error():  # the import of torch takes seconds
+    with start.undone_on_error(kept):  # the import of torch takes seconds
         from ssl_runner import distributed
 
         distributed.start()
     if not distributed.is_main_process():
-        return run_as_follower()
+        run_as_follower()
+        return None
     hydra_config = HydraConfig.get()
     folder = hydra_internals.output_dir()
     if hydra_config.mode == RunMode.MULTIRUN:
-        print(f"job {name(hydra_config)}", flush=True)
+        print(f"job {sweeps.job_name(hydra_config)}", flush=True)
     try:
-        with start.opened(cfg) as (cfg, folder, abandon):
+        with start.opened(cfg, kept) as (cfg, folder, abandon):
             result = run_or_skip(cfg, folder, abandon)
         distributed.finish()
         top1 = "" if result["top1"] is None else f"top1={result['top1']:.4f} "
@@ -222,9 +222,11 @@ def job(cfg: DictConfig) -> float | None:
         if hydra_config.mode == RunMode.RUN:
             print(format_error(error) + more, file=sys.stderr)
             sys.exit(1)
-        print(f"job {name(hydra_config)}: {format_error(error)}{more}", file=sys.stderr, flush=True)
+        print(
+            f"job {sweeps.job_name(hydra_config)}: {format_error(error)}{more}", file=sys.stderr, flush=True
+        )
         raise
-    return result["val_top1"]
+    return hydra_internals.Returned(result["val_top1"], "status" in result)  # in the record of an earlier run
 
 
 def stopped_line(message: str, folder: Path) -> str:
@@ -276,15 +278,11 @@ def run_or_skip(cfg: DictConfig, folder: Path, abandon: Callable[[], None] | Non
     return run(cfg, folder, at_begin, abandon)
 
 
-def run_as_follower() -> float | None:
-    """Execute the run that rank 0 broadcasts. Entry point of all other ranks.
-
-    Returns the validation accuracy, or None if there was nothing to run.
-    """
+def run_as_follower() -> None:
+    """Execute the run that rank 0 broadcasts, if there is one. Entry point of all other ranks."""
     from ssl_runner import distributed
 
     try:
-        result = {}
         if (task := distributed.broadcast_object(None)) is not None:
             cfg, folder, cwd, places, environment = task
             os.environ.update(environment)
@@ -292,8 +290,7 @@ def run_as_follower() -> float | None:
             compose.find_modules(*places)
             from ssl_runner.pipeline import run
 
-            result = run(OmegaConf.create(cfg), Path(folder))
+            run(OmegaConf.create(cfg), Path(folder))
         distributed.finish()
     except (Exception, Preempted, KeyboardInterrupt) as error:  # rank 0 prints the message
         sys.exit(distributed.report_failure(error)[0])
-    return result.get("val_top1")

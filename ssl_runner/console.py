@@ -1,9 +1,11 @@
-"""Exit codes and one-line errors of the console scripts."""
+"""Exit codes and one-line errors of the console scripts, and the lines of parallel jobs."""
 
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import TextIO
 
 from ssl_runner.errors import format_error
 
@@ -30,3 +32,30 @@ def call(command: Callable[[], None], interrupted: str = "interrupted") -> None:
             raise
         print(format_error(error), file=sys.stderr)
         sys.exit(1)
+
+
+class Numbered(io.TextIOBase):
+    """Text stream that writes whole lines to another stream, each after `prefix` unless it names its job."""
+
+    def __init__(self, stream: TextIO, prefix: str):
+        self.stream, self.prefix, self.line = stream, prefix, ""
+
+    def write(self, text: str) -> int:
+        *lines, self.line = (self.line + text).split("\n")
+        if lines:
+            named = [line if line.startswith("job #") else self.prefix + line for line in lines]
+            self.stream.write("".join(f"{line}\n" for line in named))  # at once, between those of other jobs
+            self.stream.flush()
+        return len(text)
+
+
+@contextmanager
+def numbered(prefix: str) -> Iterator[None]:
+    """Context manager in which lines of stdout and stderr begin with `prefix`."""
+    streams = Numbered(sys.stdout, prefix), Numbered(sys.stderr, prefix)
+    with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+        try:
+            yield
+        finally:
+            for stream in streams:
+                stream.write("\n" if stream.line else "")

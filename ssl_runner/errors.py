@@ -52,6 +52,12 @@ def format_error(error: BaseException) -> str:
             " in .submitit/ in the sweep folder. Other jobs keep running; when they have ended, rerun the"
             " command with resume=auto to run only the missing jobs"
         )
+    if type(error).__name__ == "FailedJobError" and "sbatch: " in str(error):  # raised by submitit
+        problem = str(error).rpartition("sbatch: ")[2].strip()
+        return (
+            f"hydra/launcher=slurm: expected sbatch to submit the jobs, found '{problem}'; start where Slurm"
+            " can be reached, and check the options hydra.launcher.*"
+        )
     if key := getattr(error, "full_key", None):  # raised by OmegaConf, with more lines about its classes
         problem = str(error).partition("\n")[0]
         todo = r"; correct it, or write \${ for the text ${" if "nterpolation" in problem else ""

@@ -17,7 +17,7 @@ class Bar(tqdm):
     def format_dict(self) -> Any:
         found = super().format_dict
         counts = (short(found["n"]), "?" if found["total"] is None else short(found["total"]))
-        return found | {"counts": "/".join(counts)}
+        return {**found, "counts": "/".join(counts)}
 
 
 def short(number: float) -> str:
@@ -53,6 +53,7 @@ def progress(*args: Any, hidden: bool = False, rate: str = "rate_fmt", **kwargs:
 
     `rate` is a field of tqdm's format: rate_fmt changes to seconds per iteration if that exceeds 1.
     """
+    kind: Any
     kind, text = (Bar, BAR) if sys.stderr.isatty() else (Lines, LINE)
     return kind(*args, disable=hidden, bar_format=text.replace("rate_fmt", rate), **kwargs)
 

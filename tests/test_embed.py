@@ -123,7 +123,7 @@ def test_unreadable_image_is_refused_by_name_or_counted(tmp_path: Path) -> None:
         ("run . -o no/f.npz", "expected an existing folder no"),
         ("run . -o f.npz --batch-size 0", "--batch-size=0: expected an integer >= 1"),
         ("run dataset=mnist5k -o f.npz", "run: expected the folder of a run"),
-        ("run .", "the following arguments are required: -o/--out; list the options with ssl-embed --help"),
+        ("run .", "expected -o/--out; list the options with ssl-embed --help"),
     ],
 )
 def test_ssl_embed_rejects_invalid_input_in_one_line(

@@ -109,7 +109,10 @@ def test_failures_of_jobs_are_collected_without_messages_of_hydra(capsys) -> Non
     failed: list[JobReturn] = []
     grid, search = failed_job(hydra_internals.BASIC_SWEEPER), failed_job("mine.Search")
     done = JobReturn(status=JobStatus.COMPLETED, _return_value=0.5)
-    with hydra_internals.collected_failures(failed):
+    before: list[JobReturn] = []
+    again = JobReturn(status=JobStatus.COMPLETED, _return_value=hydra_internals.Returned(0.5, True))
+    with hydra_internals.collected_failures(failed, before):
+        assert (again.return_value, again.return_value, before) == (0.5, 0.5, [again])
         assert (done.return_value, grid.return_value) == (0.5, None)
         for _ in range(2):
             with pytest.raises(LookupError, match="from the job"):
@@ -117,7 +120,7 @@ def test_failures_of_jobs_are_collected_without_messages_of_hydra(capsys) -> Non
         raise search._return_value
     assert [id(job) for job in failed] == [id(grid), id(search)]
     assert capsys.readouterr() == ("", "")
-    with pytest.raises(LookupError, match="of another kind"), hydra_internals.collected_failures(failed):
+    with pytest.raises(LookupError, match="of another kind"), hydra_internals.collected_failures(failed, []):
         raise LookupError("of another kind")
     with pytest.raises(LookupError, match="from the job"):
         _ = grid.return_value

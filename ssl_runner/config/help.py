@@ -107,8 +107,8 @@ def section(
     for title, table in tables.items():
         found = [option for option in table if concerns(option.name, name)]
         lines += [title, *map(str, found)] if found else []
-    if not lines and (found := [line for line in of_hydra(hydra) if concerns(line.partition("=")[0], name)]):
-        return "\n".join([f"of Hydra: {HYDRA}", *found])
+    if not lines and (values := [line for line in of_hydra(hydra) if concerns(line.partition("=")[0], name)]):
+        return "\n".join([f"of Hydra: {HYDRA}", *values])
     if not lines:
         raise UsageError(
             unknown(name, [*chosen, *(option.name for table in tables.values() for option in table)])

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from hydra import version
@@ -37,6 +37,7 @@ from ssl_runner.errors import UsageError, one_line
 __all__ = [
     "IConfigRepository",
     "JobReturn",
+    "Returned",
     "allow_null_choices",
     "collected_failures",
     "config_folders",
@@ -49,6 +50,7 @@ __all__ = [
     "preserved_state",
     "remove_plugin_schemas",
     "run_hydra",
+    "silence_submitit",
 ]
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
@@ -170,9 +172,24 @@ def allow_null_choices() -> None:
     grammar_functions.choice.__annotations__["args"] |= None
 
 
+def silence_submitit() -> None:
+    """Make submitit not print the errors of sbatch, which it also raises."""
+    from submitit.core import utils
+
+    vars(utils)["print"] = lambda *args, **options: None
+
+
+class Returned(NamedTuple):
+    """What a job returns: the value that a search maximises, and whether the run was done before."""
+
+    value: float | None
+    done_before: bool
+
+
 @contextmanager
-def collected_failures(failed: list[JobReturn]) -> Iterator[None]:
-    """Context manager of a sweep, in which failed jobs are added to `failed` in place of Hydra's messages.
+def collected_failures(failed: list[JobReturn], before: list[JobReturn]) -> Iterator[None]:
+    """Context manager of a sweep, in which failed jobs are added to `failed` in place of Hydra's messages,
+    and those that were done before to `before`.
 
     Other jobs of a grid continue. A search counts a failed job as a failed trial.
     """
@@ -182,7 +199,11 @@ def collected_failures(failed: list[JobReturn]) -> Iterator[None]:
 
     def return_value(self: JobReturn) -> Any:
         if self.status == JobStatus.COMPLETED:
-            return self._return_value
+            if isinstance(returned := self._return_value, Returned):
+                if returned.done_before and all(one is not self for one in before):
+                    before.append(self)
+                return returned.value
+            return returned
         if all(one is not self for one in failed):
             failed.append(self)
         if self.hydra_cfg.hydra.sweeper._target_ == BASIC_SWEEPER:  # type: ignore[union-attr]

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from ssl_runner.config import hydra_internals
 from ssl_runner.config.rules import check_rules, format_value
-from ssl_runner.errors import UsageError, counted
+from ssl_runner.errors import UsageError, counted, format_error
 from ssl_runner.rule import Rule
 
 PLUGINS = {  # override -> Hydra plugin, and the extra of this package that installs it
@@ -38,7 +40,8 @@ class Folders(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir).absolute()
-        slurm = "submitit" in config.hydra.launcher._target_
+        if slurm := "submitit" in config.hydra.launcher._target_:
+            hydra_internals.silence_submitit()
         print(f"sweep={folder}{', logs of the jobs in its .submitit' if slurm else ''}", flush=True)
 
 
@@ -121,6 +124,19 @@ def names(job: list[Override], overrides: list[Override]) -> str:
         for override in job
         if not override.is_hydra_override() and (not swept or override.get_key_element() in swept)
     )
+
+
+def job_name(hydra_config: Any) -> str:
+    """Return the number of a job of a sweep, and the overrides that the sweep sets."""
+    swept = hydra_config.job.override_dirname
+    return f"#{hydra_config.job.num}{f' ({swept})' if swept else ''}"
+
+
+def failure(job: JobReturn) -> str:
+    """Name a failed job of a sweep, and its error if that is only in the log of another process."""
+    hydra_config = job.hydra_cfg.hydra  # type: ignore[union-attr]
+    error = format_error(job._return_value) if "submitit" in hydra_config.launcher._target_ else ""
+    return f"{job_name(hydra_config)}{error and f': {error}'}"
 
 
 def short_names(overrides: list[Override]) -> list[str]:

@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from ssl_runner import console
 from ssl_runner.config import arguments
@@ -93,6 +94,5 @@ def execute() -> None:
     rows = embed.embed_to_file(network, batches, total, args.projections, args.out, args.overwrite)
     if str(skipped):
         print(f"{skipped} ({', '.join(skipped.names)})", file=sys.stderr)
-    print(
-        f"{counted(rows, 'image')}, {counted(network.backbone.width, 'feature')} each: {args.out}", flush=True
-    )
+    width: Any = network.backbone.width
+    print(f"{counted(rows, 'image')}, {counted(width, 'feature')} each: {args.out}", flush=True)

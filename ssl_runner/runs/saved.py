@@ -126,9 +126,9 @@ def keep_given(cfg: DictConfig, folder: Path) -> None:
     for key in NO_RESULT:
         if any(f"{one}.".startswith(f"{key}.") for one in given):
             OmegaConf.update(config, key, paths.escape(OmegaConf.select(cfg, key)), merge=False)
-    hydra = _read(folder, "hydra", lambda saved: saved)
+    hydra: Any = _read(folder, "hydra", lambda saved: saved)
     if "logger" in given:
-        hydra.hydra.runtime.choices.logger = HydraConfig.get().runtime.choices.logger
+        hydra.hydra.runtime.choices.logger = HydraConfig.get().runtime.choices["logger"]
     for name, content in (("config", config), ("overrides", OmegaConf.create(lines)), ("hydra", hydra)):
         with atomic_write(folder / ".hydra" / f"{name}.yaml") as file:
             file.write(OmegaConf.to_yaml(content).encode())
