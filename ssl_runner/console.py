@@ -1,13 +1,57 @@
-"""Exit codes and one-line errors of the console scripts, and the lines of parallel jobs."""
+"""Arguments, exit codes and one-line errors of the console scripts, and the lines of parallel jobs."""
 
+import argparse
 import io
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import TextIO
+from difflib import get_close_matches
+from typing import Any, NoReturn, TextIO
 
-from ssl_runner.errors import format_error
+from ssl_runner.errors import UsageError, format_error
+
+MESSAGES = {  # of argparse -> ours, one after the other
+    r"the following arguments are required: ": "expected ",
+    r"argument (?:\S+/)?(--[\w-]+)(?:/\S+)?: ": r"\1: ",
+    r": invalid int value: '(.*)'": r"=\1: expected an integer",
+    r": invalid choice: '(.*)' \(choose from (.*)\)": r"=\1: expected one of \2",
+    r": ignored explicit argument '(.*)'": r"=\1: expected no value",
+    r": expected (?:at least )?one argument": ": expected a value",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser whose errors are UsageErrors. The lines of its description and epilog are kept."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
+
+    def read(self, words: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse `words`, by default those of sys.argv. Raises UsageError for an unknown option."""
+        words = sys.argv[1:] if words is None else list(words)
+        args, unknown = self.parse_known_intermixed_args(words)
+        lists = [value for value in vars(args).values() if isinstance(value, list)]
+        unknown += [word for value in lists for word in map(str, value) if word.startswith("-")]
+        for word in unknown:
+            near = self.instead(word, words[words.index(word) + 1 :] if word in words else [])
+            todo = f"write {near}, or list" if near else "list"
+            raise UsageError(
+                f"{word}: expected an option of {self.prog}; {todo} the options with {self.prog} --help"
+            )
+        return args
+
+    def instead(self, word: str, following: Sequence[str]) -> str:
+        """What to write for an unknown option before the words `following`: the option with nearly this name,
+        or ""."""
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        return "".join(get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.75))
+
+    def error(self, message: str) -> NoReturn:
+        for pattern, ours in MESSAGES.items():
+            message = re.sub(pattern, ours, message)
+        raise UsageError(f"{message}; list the options with {self.prog} --help")
 
 
 def call(command: Callable[[], None], interrupted: str = "interrupted") -> None:

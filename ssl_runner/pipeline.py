@@ -25,7 +25,7 @@ from ssl_runner.preemption import Preemption
 from ssl_runner.probe import affordable, evaluate_seeded, feature_networks, label_draws, layer_names
 from ssl_runner.profile import profiled
 from ssl_runner.progress import progress
-from ssl_runner.runs import checkpoint, resume, saved, weights
+from ssl_runner.runs import checkpoint, filenames, resume, saved, weights
 from ssl_runner.runs.files import CsvLog
 from ssl_runner.runs.record import RunRecord, names
 from ssl_runner.runs.schedule import identity, read_schedule, remove_outdated
@@ -124,8 +124,8 @@ def run(
         for evaluator in evaluators:
             record.update(**(evaluator.finish(model) or {}))
         if is_main:
-            weights.export(model.backbone, folder / weights.BACKBONE, description(experiment))
-            weights.export(model.projector, folder / weights.PROJECTOR, description(experiment))
+            weights.export(model.backbone, folder / filenames.BACKBONE, description(experiment))
+            weights.export(model.projector, folder / filenames.PROJECTOR, description(experiment))
 
         scores = probe(experiment, solver, probes, record.content.get("exported_epoch", solver.epoch))
         if is_main and scores:

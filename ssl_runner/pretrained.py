@@ -20,7 +20,7 @@ from ssl_runner.data.resize import resize
 from ssl_runner.device import choose_device
 from ssl_runner.errors import UsageError, one_line
 from ssl_runner.numerics import usual_defaults
-from ssl_runner.runs import weights
+from ssl_runner.runs import filenames, weights
 from ssl_runner.views import normalize, to_unit
 
 # settings that would download or read other weights
@@ -144,10 +144,10 @@ def load(
     """
     file = Path(path).expanduser()
     if file.is_dir():
-        file /= weights.BACKBONE
-    if file.name == weights.PROJECTOR:
+        file /= filenames.BACKBONE
+    if file.name == filenames.PROJECTOR:
         raise UsageError(
-            f"path={file}: expected the folder of a run or its {weights.BACKBONE}; with_projector=True adds"
+            f"path={file}: expected the folder of a run or its {filenames.BACKBONE}; with_projector=True adds"
             " the projector"
         )
     settings = _settings(file)
@@ -170,15 +170,15 @@ def _settings(file: Path) -> dict[str, Any]:
     """Return the header of a file of weights. Raises UsageError if ssl_runner did not write it."""
     if not file.is_file():
         raise UsageError(
-            f"path={file}: expected an existing file; give the folder or the {weights.BACKBONE} of a"
+            f"path={file}: expected an existing file; give the folder or the {filenames.BACKBONE} of a"
             " finished run"
         )
     try:
         settings = weights.read_header(file)
     except (OSError, safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise UsageError(
-            f"path={file}: expected a safetensors file ({one_line(error)}); give the {weights.BACKBONE} of a"
-            " finished run"
+            f"path={file}: expected a safetensors file ({one_line(error)}); give the"
+            f" {filenames.BACKBONE} of a finished run"
         ) from error
     if settings is None or "backbone" not in settings:
         raise UsageError(
@@ -200,7 +200,7 @@ def _projector(file: Path, settings: dict[str, Any], backbone: nn.Module) -> nn.
     node = settings["projector"] | {"features": backbone.width}
     projector = _rebuild(file, "projector", node)
     if projector.state_dict():
-        weights_file = file.with_name(weights.PROJECTOR)
+        weights_file = file.with_name(filenames.PROJECTOR)
         _settings(weights_file)
         _load_weights(projector, weights_file)
     return projector

@@ -146,7 +146,7 @@ def test_folder_that_cannot_be_created_is_refused(
     assert f"found '{reason}'; choose another one" in str(error.value)
 
 
-@pytest.mark.parametrize("path", ["a/b/c", "kept", "kept/b", ".", "${oc.env:NONE}/x"])
+@pytest.mark.parametrize("path", ["a/b/c", "a/../b", "kept", "kept/b", ".", "${oc.env:NONE}/x"])
 def test_folder_that_can_be_created_is_left_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:

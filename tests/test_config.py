@@ -792,6 +792,18 @@ def test_help_of_a_choice_shows_its_part_of_the_page_of_options(ssl_run) -> None
             "loss=",
         ),
         ("experiment=supcon loss=vicreg", ["tau: 0.1 #", "* vicreg VICReg", "beta="], "epochs="),
+        (
+            "relation.base.k",
+            ["relation@relation.base=neighbors relation.base.k=1 neigh", "=walks rel"],
+            "seed",
+        ),
+        ("probe.classifiers.knn", ["probe.classifiers={linear,knn,ridge} by the names"], "every"),
+        ("hydra.run.dir", ["of Hydra: https", "hydra.run.dir=outputs/${hydra:"], "sweep"),
+        (
+            "hydra.launcher.timeout_min",
+            ["hydra/launcher=slurm hydra.launcher.timeout_min=240 time"],
+            "joblib",
+        ),
         ("hydra/launcher=slurm", ["* slurm Run the jobs", "hydra.launcher.timeout_min=240 time"], "[an int"),
     ],
 )
@@ -811,6 +823,7 @@ def test_help_of_named_groups_and_options(ssl_run, command: str, parts: list[str
             "--help temperature: expected a group or an option. Did you mean tau? List all: ssl-run",
         ),
         ("optimiser", "Did you mean optimizer?"),
+        ("weights", "weights was renamed: use init_weights\n"),
         ("views nonsense", "--help nonsense: expected a group or an option. List all: ssl-run --help"),
         ("loss=simclrr", "Unknown loss 'simclrr'. Did you mean 'simclr'?"),
     ],

@@ -60,7 +60,10 @@ RECORDS = {  # run.json -> what the message says
     },
 }
 TABLE = "expected the table that ssl-run writes"
-TABLES = dict.fromkeys((BINARY, FOLDER, "a,loss\n1,2\n", "epoch,loss\nx,1\n", "loss,epoch\n3\n"), TABLE)
+TABLES = dict.fromkeys((BINARY, FOLDER, "loss,epoch\n3\n"), TABLE)
+TABLES["a,loss\n1,2\n"] = "line 1: expected the column epoch, found the columns a, loss"
+TABLES["epoch,loss\n1,2\nx,1\n"] = "line 3: expected an integer in the column epoch, found 'x'"
+TABLES["epoch,loss\n1,2,3\n"] = "line 2: expected 2 columns, found 3"
 TABLES |= dict.fromkeys(("epoch\n1.5\n", "epoch\n\n", f"epoch,a\n1,{'x' * 2**18}\n"), TABLE)
 YAML = "expected the YAML that ssl-run writes"
 CONFIGS = dict.fromkeys(("", "- 1\n", "a: 1\n\tb: 2\n", "x: &a [*a]\n", "{", "3", BINARY, FOLDER), YAML)
@@ -189,7 +192,8 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
     f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghijk")
 )
 READABLE = {  # damaged for a resume only: ssl-report shows the other cells and rows
-    ("metrics.csv", "epoch,loss\nx,1\n"),
+    ("metrics.csv", "epoch,loss\n1,2\nx,1\n"),
+    ("metrics.csv", "epoch,loss\n1,2,3\n"),
     ("metrics.csv", "loss,epoch\n3\n"),
     ("metrics.csv", "epoch\n1.5\n"),
     ("metrics.csv", "epoch\n\n"),

@@ -16,6 +16,7 @@ import torch
 from hydra._internal.core_plugins import basic_launcher
 from omegaconf import OmegaConf
 
+from ssl_runner.runs import filenames
 from ssl_runner.theory.diagnostics import Diagnostics
 from tests.helpers import TINY, make_pictures, run_folder, start, table
 
@@ -94,6 +95,7 @@ def test_debug_run_writes_its_files(debug: str, ssl_run) -> None:
     metrics = table(folder / "metrics.csv")
     assert [int(row["step"]) for row in metrics] == [{"fast": 9, "profile": 7}[debug]]
     files = {path.name for path in folder.iterdir()}
+    assert files <= {*filenames.BEGIN, *filenames.REPLACED}
     if debug == "fast":
         assert {"views.png", "spectrum.csv"} <= files
         assert {row["probe"] for row in table(folder / "probe.csv")} == {"linear", "knn", "ridge"}

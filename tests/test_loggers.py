@@ -19,6 +19,7 @@ from ssl_runner.loggers.mlflow import MLflow
 from ssl_runner.loggers.tensorboard import TensorBoard
 from ssl_runner.loggers.wandb import Wandb
 from ssl_runner.preemption import Preempted
+from ssl_runner.runs import saved
 from ssl_runner.runs.files import CsvLog, read_json
 from tests.helpers import TINY, preempt_after
 
@@ -282,6 +283,7 @@ def test_run_resumes_with_another_logger(ssl_run, tmp_path: Path) -> None:
     code, _, err = ssl_run("resume=run logger=tensorboard")
     assert (code, err) == (0, "")
     folder = tmp_path / "run"
+    assert saved.choices(folder).logger == "tensorboard"
     assert read_json(folder / "run.json")["loggers"].keys() == {"recorded", "tensorboard"}
     curves, pictures = tensorboard_curves(folder)
     assert pictures == {"views"}

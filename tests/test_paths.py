@@ -221,6 +221,7 @@ def test_option_with_dashes_names_the_override(words: str, write: str) -> None:
         ),
         ("gamma=choice(1", "gamma=choice(1: expected complete brackets and quotes"),
         ("gamma = 25", "gamma: expected <group>=<name> or <key>=<value>, without spaces around ="),
+        ("note=test(2)", """correct the call, or write "note='test(2)'\" for a text"""),
         ("gamma=intervall(1,2)", "gamma=intervall(1,2): Unknown function 'intervall'"),
     ],
 )

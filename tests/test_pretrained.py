@@ -25,7 +25,7 @@ from ssl_runner.data import readers
 from ssl_runner.errors import UsageError
 from ssl_runner.pretrained import Transform
 from ssl_runner.probe.protocol import extract
-from ssl_runner.runs import weights
+from ssl_runner.runs import filenames, weights
 from ssl_runner.views import normalize, to_unit
 from tests.helpers import TINY, make_pictures, run_folder
 
@@ -61,8 +61,8 @@ def export(folder: Path, node: dict[str, Any] = CONVNET, image_size: int = 8, ch
         "std": [0.25] * channels,
     }
     folder.mkdir(exist_ok=True)
-    weights.export(body, folder / weights.BACKBONE, header)
-    weights.export(head, folder / weights.PROJECTOR, header)
+    weights.export(body, folder / filenames.BACKBONE, header)
+    weights.export(head, folder / filenames.PROJECTOR, header)
     return network
 
 
@@ -222,7 +222,7 @@ def test_embeddings_without_projector_are_the_features(tmp_path: Path) -> None:
     model, _ = ssl_runner.load(tmp_path)
     header = model.settings | {"projector": None}
     (tmp_path / "alone").mkdir()
-    weights.export(model.backbone, tmp_path / "alone" / weights.BACKBONE, header)
+    weights.export(model.backbone, tmp_path / "alone" / filenames.BACKBONE, header)
     embed, _ = ssl_runner.load(tmp_path / "alone", with_projector=True)
     x = torch.randn(5, 3, 8, 8)
     torch.testing.assert_close(embed(x), model(x), rtol=0, atol=0)
@@ -239,8 +239,8 @@ def test_load_downloads_no_initial_weights(tmp_path: Path, monkeypatch: pytest.M
     ):
         plain = {key: value for key, value in node.items() if key not in ("weights", "pretrained")}
         export(tmp_path, plain, image_size=32)
-        header = weights.read_header(tmp_path / weights.BACKBONE) | {"backbone": node}
-        file = tmp_path / weights.BACKBONE
+        header = weights.read_header(tmp_path / filenames.BACKBONE) | {"backbone": node}
+        file = tmp_path / filenames.BACKBONE
         tensors = safetensors.torch.load_file(file)
         safetensors.torch.save_file(tensors, file, {weights.HEADER: json.dumps(header)})
         state = ssl_runner.load(file)[0].backbone.body.state_dict()
@@ -249,7 +249,7 @@ def test_load_downloads_no_initial_weights(tmp_path: Path, monkeypatch: pytest.M
 
 def test_load_accepts_files_with_body_prefix(tmp_path: Path) -> None:
     network = export(tmp_path)
-    file = tmp_path / weights.BACKBONE
+    file = tmp_path / filenames.BACKBONE
     header = weights.read_header(file)
     del header["projector"]  # as earlier versions wrote it
     names = {name: tensor.contiguous() for name, tensor in network[0].state_dict().items()}
@@ -288,7 +288,7 @@ def test_mode_of_exported_files_follows_umask(umask: int, tmp_path: Path) -> Non
         export(tmp_path)
     finally:
         os.umask(before)
-    for name in (weights.BACKBONE, weights.PROJECTOR):
+    for name in (filenames.BACKBONE, filenames.PROJECTOR):
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask
 
 
@@ -297,7 +297,7 @@ def test_load_refuses_other_files(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no weights")
     safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "foreign.safetensors")
     (tmp_path / "empty").mkdir()
-    wrong = weights.read_header(tmp_path / weights.BACKBONE)
+    wrong = weights.read_header(tmp_path / filenames.BACKBONE)
     wrong["backbone"] = {**CONVNET, "widths": [4, 9]}
     weights.export(nn.Linear(2, 2), tmp_path / "other.safetensors", wrong)
     wrong["backbone"] = {"_target_": "nowhere.network"}
@@ -314,7 +314,7 @@ def test_load_refuses_other_files(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=message) as error:
             ssl_runner.load(tmp_path / name)
         assert "\n" not in str(error.value)
-    (tmp_path / weights.PROJECTOR).unlink()
+    (tmp_path / filenames.PROJECTOR).unlink()
     with pytest.raises(UsageError, match=r"projector.safetensors: expected an existing file"):
         ssl_runner.load(tmp_path, with_projector=True)
 

@@ -40,7 +40,9 @@ def test_slow_work_is_in_images_per_second(capsys, monkeypatch, terminal) -> Non
     with image_progress("pretrain", 200) as bar:
         now[0] = 20.0
         bar.update(8)
-    assert "0.40 images/s" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "0.40 images/s" in err
+    assert " 8/200 " in err
 
 
 def test_short_or_hidden_work_writes_nothing(capsys) -> None:

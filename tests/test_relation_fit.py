@@ -149,6 +149,7 @@ def test_ssl_relation_writes_equal_tables_and_a_chart(relation: Callable, tmp_pa
     assert kept.rho_9.between(0, 1).all()
     assert frame.area["all operations"] == frame.area["without grayscale"] != frame.area["only crop"]
     assert "-: these operations do not change the images" in out
+    assert out.endswith("\nwritten to relation: relation.csv, relation.png\n")
     assert (tmp_path / "relation" / "relation.png").read_bytes().startswith(b"\x89PNG")
     code, _, err = relation(f"{SMALL} {views} --passes 1")
     assert code == 1

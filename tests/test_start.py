@@ -26,6 +26,7 @@ def existing(tmp_path: Path) -> set[str]:
     (tmp_path / "mine").mkdir()
     for name in ("notes.txt", ".lock", "ssl-run.log"):
         (tmp_path / "mine" / name).write_text("kept")
+    (tmp_path / "mine" / "empty").mkdir()
     return tree(tmp_path)
 
 
@@ -35,6 +36,7 @@ def existing(tmp_path: Path) -> set[str]:
         "",
         "resume=auto",
         "hydra.run.dir=mine",
+        "hydra.run.dir=mine/../mine/empty",
         "hydra.run.dir=mine/new hydra.job.chdir=true",
         "hydra.run.dir=.",
     ],
@@ -47,7 +49,7 @@ def test_refused_run_leaves_what_there_was(ssl_run, tmp_path: Path, existing: se
     assert (tmp_path / "mine" / "notes.txt").read_text() == "kept"
 
 
-@pytest.mark.parametrize("name", [".hydra/config.yaml", "metrics.csv", "backbone.safetensors"])
+@pytest.mark.parametrize("name", [".hydra/config.yaml", "metrics.csv", "views.png"])
 def test_folder_with_files_that_a_run_would_overwrite_is_refused(ssl_run, tmp_path: Path, name: str) -> None:
     (tmp_path / "mine" / name).parent.mkdir(parents=True)
     (tmp_path / "mine" / name).write_text("kept")
@@ -75,7 +77,7 @@ def test_refused_run_from_python_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: set[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for folder in (None, "mine/new"):
+    for folder in (None, "mine/new", "mine/empty"):
         with pytest.raises(UsageError, match=MESSAGE) as error:
             ssl_runner.run(*REFUSED.split(), folder=folder)
         assert not hasattr(error.value, "__notes__")

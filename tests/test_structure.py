@@ -29,7 +29,7 @@ IMPORTS = """
     device          distributed errors
     guard           device
     numerics        errors
-    config          errors names rule view_layout
+    config          console errors names rule view_layout
     runs            background config distributed errors host_copy preemption version
 
     views           batch distributed errors numerics rule view_layout

@@ -2,68 +2,35 @@
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
 
+from ssl_runner import console
 from ssl_runner.config import paths
-from ssl_runner.errors import UsageError
 
-MESSAGES = {  # of argparse -> ours, one after the other
-    r"the following arguments are required: ": "expected ",
-    r"argument (?:\S+/)?(--[\w-]+)(?:/\S+)?: ": r"\1: ",
-    r": invalid int value: '(.*)'": r"=\1: expected an integer",
-    r": invalid choice: '(.*)' \(choose from (.*)\)": r"=\1: expected one of \2",
-    r": ignored explicit argument '(.*)'": r"=\1: expected no value",
-    r": expected (?:at least )?one argument": ": expected a value",
-}
 OVERRIDES = ("overrides", "source")  # destinations of the words that may be overrides
 
 
-class Parser(argparse.ArgumentParser):
-    """Parser whose errors are UsageErrors. Paths in overrides are quoted as `paths.complete` describes.
-
-    The lines of its description and epilog are printed as they are.
-    """
-
-    def __init__(self, **options: Any):
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
+class Parser(console.Parser):
+    """Parser of options and overrides. Paths in overrides are quoted as `paths.complete` describes."""
 
     def read(self, words: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse `words`, by default those of sys.argv. Overrides and options may be given in any order."""
-        words = sys.argv[1:] if words is None else list(words)
-        args, unknown = self.parse_known_intermixed_args(words)
-        given = {name: getattr(args, name) for name in OVERRIDES if name in args}
-        if unknown := [*unknown, *(word for line in given.values() for word in line if word.startswith("-"))]:
-            raise UsageError(
-                f"{unknown[0]}: expected an option of {self.prog}; {self.instead(unknown[0], words)}list the"
-                f" options with {self.prog} --help"
-            )
-        for name, lines in given.items():
-            setattr(args, name, paths.complete(lines, getattr(args, "multirun", False)))
+        args = super().read(words)
+        for name in OVERRIDES:
+            if name in args:
+                lines = paths.complete(getattr(args, name), getattr(args, "multirun", False))
+                setattr(args, name, lines)
         return args
 
-    def instead(self, word: str, words: Sequence[str]) -> str:
-        """What to write for an unknown option, or "": the option of this name but for a few letters, or the
-        override batch_size=8 for --batch-size=8 and for --batch-size 8."""
-        known = [option for option in self._option_string_actions if option.startswith("--")]
-        if near := get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.75):
-            return f"write {near[0]}, or "
-        if not any(action.dest in OVERRIDES for action in self._actions):
-            return ""
+    def instead(self, word: str, following: Sequence[str]) -> str:
+        """The option with nearly this name, or the override batch_size=8 for --batch-size=8 and for
+        --batch-size 8."""
         name, equals, value = word.lstrip("-").partition("=")
-        following = words[words.index(word) + 1 : words.index(word) + 2] if word in words else []
         if not equals and following and not re.match(r"-(?![\d.])|[+~]?\w[\w.@/]*=", following[0]):
             equals, value = "=", following[0]
         name = name.replace("-", "_")
-        return f"write {paths.in_shell(f'{name}={value}')}, or " if equals else ""
-
-    def error(self, message: str) -> NoReturn:
-        for pattern, ours in MESSAGES.items():
-            message = re.sub(pattern, ours, message)
-        raise UsageError(f"{message}; list the options with {self.prog} --help")
+        return super().instead(word, following) or (paths.in_shell(f"{name}={value}") if equals else "")
 
 
 def parser() -> Parser:

@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from ssl_runner import console
-from ssl_runner.config import arguments
 from ssl_runner.data.skipped import printable
 from ssl_runner.errors import UsageError
 from ssl_runner.report import label_free
@@ -22,9 +21,9 @@ INTERVAL = 30  # seconds between reports with --watch
 MAX_DRAWN = 8  # comparisons with figures
 
 
-def parser() -> arguments.Parser:
+def parser() -> console.Parser:
     """Return the parser of the command line."""
-    parser = arguments.Parser(prog="ssl-report", description=__doc__)
+    parser = console.Parser(prog="ssl-report", description=__doc__)
     parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="contains runs, at any depth")
     parser.add_argument("--out", type=Path, help="output folder (default: report in the first FOLDER)")
     parser.add_argument(

@@ -16,9 +16,9 @@ from ssl_runner.background import Background
 from ssl_runner.errors import UsageError
 from ssl_runner.host_copy import HostCopy
 from ssl_runner.runs import foreign
+from ssl_runner.runs.filenames import CHECKPOINT, PREVIOUS
 from ssl_runner.runs.files import atomic_write
 
-NAME, PREVIOUS = "checkpoint.pt", "checkpoint-before.pt"
 # Written after the archive of torch.save, followed by its SHA-256 in hex. torch.load ignores both.
 CHECKSUM_TAG = b"\nsha256 "
 
@@ -42,14 +42,14 @@ def save(state: dict[str, Any], folder: Path) -> None:
 
     A crash at any time leaves at least one intact checkpoint.
     """
-    with atomic_write(folder / NAME) as file:
+    with atomic_write(folder / CHECKPOINT) as file:
         writer: Any = ChecksumWriter(file)
         torch.save(state, writer)
         file.write(CHECKSUM_TAG + writer.sha256.hexdigest().encode())
         file.flush()
         os.fsync(file.fileno())  # before the existing checkpoint is renamed
-        if (folder / NAME).exists():
-            os.replace(folder / NAME, folder / PREVIOUS)
+        if (folder / CHECKPOINT).exists():
+            os.replace(folder / CHECKPOINT, folder / PREVIOUS)
 
 
 class Writer:
@@ -115,7 +115,7 @@ def find(folder: Path) -> Path | None:
     `save` does not overwrite the intact checkpoint-before.pt with it. Raises UsageError if all checkpoints
     are damaged.
     """
-    existing = [path for path in (folder / NAME, folder / PREVIOUS) if path.exists()]
+    existing = [path for path in (folder / CHECKPOINT, folder / PREVIOUS) if path.exists()]
     for path in existing:
         if is_intact(path):
             if path != existing[0]:

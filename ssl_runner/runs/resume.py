@@ -17,13 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from ssl_runner.config import compose, paths, rules
 from ssl_runner.config.run_id import run_id
 from ssl_runner.errors import UsageError, counted
-from ssl_runner.runs import saved
+from ssl_runner.runs import filenames, saved
 from ssl_runner.runs.run_json import read_record
 
 EXTENDED = "epochs-*"  # folders in that of an extended run: its results before the extension
-
-
-WRITTEN = (".hydra", "metrics.csv", "probe.csv", "spectrum.csv", "checkpoint.pt", "backbone.safetensors")
 
 
 def refuse_occupied(folder: Path) -> None:
@@ -34,7 +31,7 @@ def refuse_occupied(folder: Path) -> None:
                 f"{taken} already contains a run: choose another folder, or resume it with"
                 f" {paths.override('resume', taken)}"
             )
-    if there := [name for name in WRITTEN if (folder / name).exists()]:
+    if there := [name for name in filenames.REPLACED if (folder / name).exists()]:
         raise UsageError(
             f"{folder} contains {', '.join(there)}, which a run would overwrite: choose another folder, or"
             " remove these files"

@@ -12,15 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 from ssl_runner.config import compose, paths, rules
 from ssl_runner.config.run_id import run_id
 from ssl_runner.errors import UsageError, counted
-from ssl_runner.runs import resume, saved
+from ssl_runner.runs import filenames, resume, saved
 from ssl_runner.runs.files import atomic_write, write_json
 from ssl_runner.runs.run_json import read_record
 
 # Parts in order, {"from_epoch": a, "to_epoch": b}: the learning rate of epochs a + 1 .. b has a warm-up and a
 # decay of its own. A part that an extension cut short keeps its planned to_epoch.
 Schedule = list[dict[str, int]]
-
-RESULTS = ("run.json", ".hydra", "*.csv", "*.safetensors", "*.png")
 
 
 def read_schedule(folder: Path, epochs: int) -> Schedule:
@@ -90,7 +88,7 @@ def extend(cfg: DictConfig, folder: Path) -> DictConfig:
 def remove_outdated(folder: Path) -> None:
     """Remove the weights and pictures of a shorter run, which was extended. They are in epochs-<planned>/."""
     if any(folder.glob(f"{resume.EXTENDED}/run.json")):
-        for path in (path for pattern in ("*.safetensors", "*.png") for path in folder.glob(pattern)):
+        for path in (path for pattern in filenames.OUTDATED for path in folder.glob(pattern)):
             path.unlink()
 
 
@@ -135,7 +133,7 @@ def copy_results(folder: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    for path in (path for pattern in RESULTS for path in folder.glob(pattern)):
+    for path in (path for pattern in filenames.RESULTS for path in folder.glob(pattern)):
         copy = shutil.copytree if path.is_dir() else shutil.copy2
         copy(path, partial / path.name)
     os.replace(partial, target)

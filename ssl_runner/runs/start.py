@@ -9,9 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ssl_runner.config import compose, hydra_internals, paths
-from ssl_runner.runs import resume
-
-FILES = ("run.json", *(f".hydra/{name}.yaml" for name in ("config", "overrides", "hydra")), ".lock")
+from ssl_runner.runs import filenames, resume
 
 
 def existing(lines: Iterable[str]) -> frozenset[Path]:
@@ -44,7 +42,7 @@ def opened(
     if folder != made:
         remove_empty(made, kept)
     folder.mkdir(parents=True, exist_ok=True)
-    new = [folder / name for name in FILES if not (folder / name).exists()]
+    new = [folder / name for name in filenames.BEGIN if not (folder / name).exists()]
     with resume.lock_folder(folder):
         try:
             yield cfg, folder, partial(remove, folder, new, kept) if folder / "run.json" in new else None

@@ -16,7 +16,6 @@ from ssl_runner.errors import UsageError, counted
 from ssl_runner.runs import foreign
 from ssl_runner.runs.files import atomic_write
 
-BACKBONE, PROJECTOR = "backbone.safetensors", "projector.safetensors"
 HEADER = "ssl_runner"  # key of the JSON in the header of a file
 
 
