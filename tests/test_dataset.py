@@ -14,7 +14,7 @@ import torchvision
 from torch import Tensor
 
 from ssl_runner.data import dataset, readers
-from ssl_runner.data.dataset import AtMost, DataSet, Source
+from ssl_runner.data.dataset import DataSet, Nearest, Source
 from ssl_runner.data.splits import balanced_order, hold_out
 from ssl_runner.errors import UsageError
 from tests.helpers import CPU, load, toy
@@ -87,7 +87,7 @@ def test_value_named_for_an_impossible_split_works(subset: int, val: float) -> N
 
 @pytest.mark.parametrize(("number", "images"), [(1, 6), (40, 40), (10_000, 80)])
 def test_number_of_images_at_most_fits_the_data_set(number: int, images: int) -> None:
-    assert len(load(toy(), 0.25, AtMost(number)).train) == images * 3 // 4 + (images == 6)
+    assert len(load(toy(), 0.25, Nearest(number)).train) == images * 3 // 4 + (images == 6)
 
 
 def test_test_fraction_is_seeded_stratified_and_taken_before_the_subset() -> None:

@@ -173,9 +173,11 @@ def allow_null_choices() -> None:
 
 
 def silence_submitit() -> None:
-    """Make submitit not print the errors of sbatch, which it also raises."""
+    """Make submitit not print the errors of sbatch, which it also raises, nor, twice, that Slurm has no
+    accounting, which it does not need."""
     from submitit.core import utils
 
+    logging.getLogger("submitit").setLevel(logging.ERROR)
     vars(utils)["print"] = lambda *args, **options: None
 
 
