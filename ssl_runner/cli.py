@@ -94,8 +94,9 @@ def execute(processes: int, failed: list[hydra_internals.JobReturn]) -> None:
     task = partial(job, kept=start.existing(args.overrides))
     with hydra_internals.collected_failures(failed, before):
         hydra_internals.run_hydra(args, parser, task, compose.CONF)
-    if before:
-        print(f"{len(before)} of {counted(count, 'job')} done before", flush=True)
+    if before and args.multirun:  # a search has no count
+        number = f"{len(before)} of {count}" if count else str(len(before))
+        print(f"jobs done before: {number}", flush=True)
     if count and not failed:
         print("all jobs are done", flush=True)
 

@@ -372,12 +372,12 @@ def test_list_without_labels_leaves_out_validation_and_test(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("file\na.png", "expected a header with a column path, and rows, found the columns file and 1 rows"),
+        ("file\na.png", "expected a header with a column path, and rows, found the columns file and 1 row"),
         ("path", "found the columns path and 0 rows"),
         ("path,split\na.png,tran", "as split, found tran in line 2"),
         ("path\na.png\n\na.png", "each file once, found line 4"),
         ("path,label\n,x", "a path in each row, found line 2"),
-        ("path\na,b.png", "expected 1 columns in line 2, found 2; put quotes"),
+        ("path\na,b.png", "expected 1 column in line 2, found 2; put quotes"),
         ("path,label\na.png,x", "expected at least 2 labels in train, found 1"),
         ("path,label,split\na.png,x,\nb.png,y,\nc.png,,val", "a label in each row of val and test, line 4"),
         ("path,label,split\na.png,x,\nb.png,y,\nc.png,z,val", "only labels of train, found z in line 4"),

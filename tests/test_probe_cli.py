@@ -338,7 +338,7 @@ def test_settings_are_optional(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["ssl-probe"])
     with pytest.raises(SystemExit):
         probe_cli.main()
-    assert "the following arguments are required: RUN; list" in capsys.readouterr().err
+    assert "expected RUN; list" in capsys.readouterr().err
 
 
 def labelled_folder(root: Path) -> Path:

@@ -500,7 +500,7 @@ def test_repeated_sweep_runs_only_missing_or_failed_jobs(launcher: str, ssl_run,
 
     code, out, _ = ssl_run(command)
     assert code == 1
-    assert "\n1 of 3 jobs done before\n" in out
+    assert "\njobs done before: 1 of 3\n" in out
     again = {path.parent for path in tmp_path.rglob("run.json")}
     assert len(again) == 3
     assert {folders[0], folders[1]} < again
@@ -518,7 +518,7 @@ def test_extended_sweep_keeps_existing_runs(ssl_run, tmp_path: Path) -> None:
     code, out, err = ssl_run(f"{command}4,5,6,7")
     assert (code, err) == (0, "")
     assert out.count("already done") == 2
-    assert out.endswith("\n2 of 4 jobs done before\nall jobs are done\n")
+    assert out.endswith("\njobs done before: 2 of 4\nall jobs are done\n")
     after = {path: path.read_bytes() for path in (tmp_path / "swept").rglob("run.json")}
     assert len(after) == 4
     assert before.items() <= after.items()

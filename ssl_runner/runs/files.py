@@ -188,7 +188,11 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError(f"found {content!r:.80}")
     except (OSError, ValueError, RecursionError) as error:
+        problem = one_line(error)
+        if isinstance(error, json.JSONDecodeError):
+            where = f"line {error.lineno}, column {error.colno}: found no JSON"
+            problem = where if error.doc.strip() else "found an empty file"
         raise UsageError(
-            f"{path}: expected a JSON object ({one_line(error)}); it is damaged, restore or remove it"
+            f"{path}: expected a JSON object ({problem}); it is damaged, restore or remove it"
         ) from error
     return content
