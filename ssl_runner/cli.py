@@ -209,8 +209,8 @@ def job(cfg: DictConfig) -> float | None:
     except KeyboardInterrupt as error:  # printed by `console.call`
         error.args = (stopped_line("interrupted; the run can be resumed", folder),)
         raise
-    except BrokenPipeError:  # of stdout, which says nothing about the run
-        raise
+    except BrokenPipeError:
+        console.exit_without_stdout()
     except Exception as error:
         distributed.report_failure(error)
         more = ""

@@ -4,6 +4,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from ssl_runner.errors import format_error
 
@@ -22,11 +23,16 @@ def call(command: Callable[[], None], interrupted: str = "interrupted") -> None:
     except KeyboardInterrupt as error:
         print(str(error) or interrupted, file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of stdout closed it, as in `ssl-run --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except BrokenPipeError:
+        exit_without_stdout()
     except Exception as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         print(format_error(error), file=sys.stderr)
         sys.exit(1)
+
+
+def exit_without_stdout() -> NoReturn:
+    """Exit with 1 after the reader of stdout has closed it, as in `ssl-run --help | head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)

@@ -26,6 +26,7 @@ from ssl_runner.profile import profiled
 from ssl_runner.progress import progress
 from ssl_runner.runs import checkpoint, resume, saved, weights
 from ssl_runner.runs.files import CsvLog
+from ssl_runner.runs.other_backbone import option_lines
 from ssl_runner.runs.record import RunRecord, names
 from ssl_runner.runs.schedule import identity, read_schedule, remove_outdated
 from ssl_runner.solver import Save, Solver
@@ -123,8 +124,9 @@ def run(
         for evaluator in evaluators:
             record.update(**(evaluator.finish(model) or {}))
         if is_main:
-            weights.export(model.backbone, folder / weights.BACKBONE, description(experiment))
-            weights.export(model.projector, folder / weights.PROJECTOR, description(experiment))
+            header = description(experiment) | {"options": option_lines(cfg.backbone)}
+            weights.export(model.backbone, folder / weights.BACKBONE, header)
+            weights.export(model.projector, folder / weights.PROJECTOR, header)
 
         scores = probe(experiment, solver, probes, record.content.get("exported_epoch", solver.epoch))
         if is_main and scores:
