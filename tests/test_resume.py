@@ -472,7 +472,9 @@ def test_folder_with_run_is_rejected_within_slurm_jobs(ssl_run, monkeypatch: pyt
     command = f"{TINY} hydra.run.dir=mine"
     folder = run_folder(ssl_run(command)[1])
     unfinished(folder, "preempted")
-    assert "already contains a run" in ssl_run(command)[2]  # an interactive command in the shell of the job
+    assert (
+        "a run: choose another folder, or resume it with resume=mine" in ssl_run(command)[2]
+    )  # an interactive command in the shell of the job
     sweep = f"-m {TINY} hydra.sweep.dir=swept"
     assert ssl_run(sweep)[0] == 0
     monkeypatch.setenv("SLURM_JOB_ID", "18")
