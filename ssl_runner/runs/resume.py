@@ -209,8 +209,9 @@ def refuse_finished(folder: Path) -> None:
     """Raise UsageError if the run is done."""
     if read_record(folder / "run.json")["status"] == "done":
         epochs = saved.load(folder).epochs
+        plural = "" if epochs == 1 else "s"
         raise UsageError(
-            f"resume={folder}: this run is done with its {epochs} epoch{'s' * (epochs != 1)}; give more, such as"
+            f"resume={folder}: this run is done with its {epochs} epoch{plural}; give more, such as"
             f" epochs={2 * epochs}, to train it longer, or start a new run to change other options"
         )
 
