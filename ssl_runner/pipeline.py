@@ -187,8 +187,8 @@ def first_lines(experiment: Experiment, solver: Solver, record: RunRecord) -> li
     """The lines that are printed before training."""
     cfg, data = experiment.cfg, experiment.data
     lines = [experiment.initial_weights, headline(cfg, record), *notes(data, cfg.probe.features)]
-    if solver.epoch:
-        lines.append(f"resumed: {solver.epoch} of {solver.total_epochs} epochs are done")
+    if solver.epochs_done:
+        lines.append(f"resumed: {solver.epochs_done} of {solver.total_epochs} epochs are done")
     if experiment.solver_class.trains:
         lines += warnings(cfg, experiment.loss, experiment.relation, data, experiment.model.K)
     lines += [*solver.warnings(), describe_gamma(record.content["gamma_limits"])]

@@ -397,7 +397,7 @@ def test_damaged_checkpoint_is_reported_and_run_resumes_from_previous(
         file.truncate(1000)
     code, out, err = ssl_run(f"{command}mine")
     assert code == 0
-    assert "\nresumed: 3 of 4 epochs are done\n" in out
+    assert "\nresumed: 4 of 4 epochs are done\n" in out
     assert err == f"{folder / 'checkpoint.pt'} is damaged (SHA-256 mismatch): skipped\n"
     for name in ("metrics.csv", "probe.csv", "spectrum.csv"):
         assert table(folder / name) == table(whole / name)
