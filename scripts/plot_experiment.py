@@ -36,6 +36,8 @@ NAMES = {
     "SpectralContrastive": "spectral contrastive",
     "BarlowTwins": "Barlow Twins",
 }
+OF_GAMMA = ("#56b4e9", COLOURS["VICReg"], "#7b4fa3", "#cc79a7", "#1b1b1c")  # of lines of one gamma each
+FEW = 12  # measured points, up to which a line has markers
 MADE_BY = {  # column -> option that makes ssl-run write it
     "Z": "diagnostics.every=1",
     "moments_loss": "experiment=linear_regime",
@@ -254,8 +256,8 @@ def aligned_vs_misaligned(runs: pd.DataFrame) -> Figure:
             of(some, loss, "top1.backbone") for loss in ("VICReg", "SimCLR", "BarlowTwins")
         )
         gammas = sorted(vicreg.gamma.unique())
-        blues = matplotlib.colormaps["Blues"](np.linspace(0.45, 1, len(gammas)))
-        for gamma, colour, style in zip(gammas, blues, cycle(("-", "--", ":", "-.")), strict=False):
+        lines = zip(gammas, cycle(OF_GAMMA), cycle(("-", "--", ":", "-.")), strict=False)
+        for gamma, colour, style in lines:
             group = vicreg[vicreg.gamma == gamma]
             curve(
                 ax,
@@ -364,7 +366,9 @@ def linear_regime(runs: pd.DataFrame) -> Figure:
         tables = pd.concat([read(path / "metrics.csv", "moments_loss") for path in trained.path])
         table = tables.groupby("epoch").moments_loss.agg(["mean", "std"])
         seconds, solve = trained["metrics.seconds"].median(), solved["metrics.seconds"].median()
-        ax.plot(table.index, table["mean"], color=COLOURS[loss], label=f"gradient descent ({seconds:.1f} s)")
+        marker = "o" if len(table) <= FEW else None
+        label = f"gradient descent ({seconds:.1f} s)"
+        ax.plot(table.index, table["mean"], color=COLOURS[loss], marker=marker, label=label)
         ax.fill_between(
             table.index,
             table["mean"] - table["std"],

@@ -210,8 +210,8 @@ def run_job(cfg: DictConfig, kept: Collection[Path]) -> hydra_internals.Returned
     except KeyboardInterrupt as error:  # printed by `console.call`
         error.args = (stopped_line("interrupted; the run can be resumed", folder),)
         raise
-    except BrokenPipeError:  # of stdout, which says nothing about the run
-        raise
+    except BrokenPipeError:
+        console.exit_without_stdout()
     except Exception as error:
         distributed.report_failure(error)
         more = ""
@@ -257,7 +257,8 @@ def run_or_skip(cfg: DictConfig, folder: Path, abandon: Callable[[], None] | Non
                     f"{folder}/run.json: expected {field} of a finished run, found none; restore the file, or"
                     " start a new run in another folder"
                 )
-        print(f"already done: started {record['started']}, commit {record['git_commit']}", flush=True)
+        commit = f", commit {record['git_commit']}" if record["git_commit"] else ""  # installed from a wheel
+        print(f"already done: started {record['started']}{commit}", flush=True)
         return record
     if record is None:
         resume.write_hydra_files(cfg, folder)

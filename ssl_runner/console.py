@@ -68,9 +68,8 @@ def call(command: Callable[[], None], interrupted: str = "interrupted") -> None:
     except KeyboardInterrupt as error:
         print(str(error) or interrupted, file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of stdout closed it, as in `ssl-run --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except BrokenPipeError:
+        exit_without_stdout()
     except Exception as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
@@ -103,3 +102,9 @@ def numbered(prefix: str) -> Iterator[None]:
         finally:
             for stream in streams:
                 stream.write("\n" if stream.line else "")
+
+
+def exit_without_stdout() -> NoReturn:
+    """Exit with 1 after the reader of stdout has closed it, as in `ssl-run --help | head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)

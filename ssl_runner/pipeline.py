@@ -27,6 +27,7 @@ from ssl_runner.profile import profiled
 from ssl_runner.progress import progress
 from ssl_runner.runs import checkpoint, filenames, resume, saved, weights
 from ssl_runner.runs.files import CsvLog
+from ssl_runner.runs.other_backbone import option_lines
 from ssl_runner.runs.record import RunRecord, names
 from ssl_runner.runs.schedule import identity, read_schedule, remove_outdated
 from ssl_runner.solver import Save, Solver
@@ -66,8 +67,8 @@ def run(
     ):
         resume_from = distributed.broadcast_object(checkpoint.find(folder) if is_main else None)
         experiment = build(cfg, init_weights=resume_from is None)
-        data = experiment.data
         if resume_from is not None:
+            data = experiment.data
             resume.refuse_other_images(cfg, folder, record.content, data.digest, data.counts)
             if is_main:
                 remove_outdated(folder)
@@ -75,19 +76,9 @@ def run(
             CsvLog(folder / f"{name}.csv" if is_main else None, feed.listener(name))
             for name in ("metrics", "probe")
         )
-
-        def save(state: dict[str, Any], how: Save) -> None:
-            if is_main:
-                state |= {"evaluators": [evaluator.state_dict() for evaluator in evaluators]}
-                slow = any(
-                    evaluator.due(state["epoch"] + 1) for evaluator in evaluators if not evaluator.quick
-                )
-                (writer.hold if how is Save.HOLD and not slow else writer.write)(state)
-                if how is Save.WAIT:
-                    background.wait()
-
-        solver, model = experiment.solver(preemption, save, schedule), experiment.model
-        evaluators = experiment.evaluators(folder, probes)
+        evaluators: list[Evaluator] = []
+        solver = experiment.solver(preemption, partial(save, evaluators, writer, background), schedule)
+        evaluators += experiment.evaluators(folder, probes)
         if resume_from is not None:  # last, since it restores the random states
             restore(resume_from, solver, evaluators)
         metrics.truncate_after(solver.epoch)
@@ -98,47 +89,90 @@ def run(
         if is_main:
             if at_begin is not None:
                 at_begin()
-            record.begin()
-            print("\n".join(first_lines(experiment, solver, record)), flush=True)
-            if experiment.logger is not None:
-                ids = record.content.get("loggers", {})
-                record.update(loggers=feed.start(experiment.logger, folder, cfg, ids))
-            if cfg.views.preview:
-                preview(experiment.loader, folder / "views.png", f"views={saved.choices(folder).views}")
+            begin(experiment, solver, record, feed, folder)
         before = record.content.get("compile")
         record.update(compile=compile_solver(cfg.compile, solver, experiment.loader, before))
-
-        epochs = solver.epochs()
-        if cfg.profile and is_main:
-            epochs = profiled(epochs, experiment.loader, folder, experiment.device)
-        for row in epochs:
-            start = time.perf_counter()
-            last = solver.epoch == solver.total_epochs
-            columns = [evaluator(model, solver.epoch, last=last) for evaluator in evaluators]
-            for evaluator in evaluators:
-                solver.shown = {**solver.shown, **evaluator.shown}
-            row = with_evaluators_time(row, time.perf_counter() - start)
-            # a checkpoint of a later step is written after the row
-            background.submit(partial(append, metrics, row, columns))
-        background.wait()
+        train(experiment, solver, evaluators, metrics, background, folder)
         for evaluator in evaluators:
-            record.update(**(evaluator.finish(model) or {}))
-        if is_main:
-            weights.export(model.backbone, folder / filenames.BACKBONE, description(experiment))
-            weights.export(model.projector, folder / filenames.PROJECTOR, description(experiment))
-
-        scores = probe(experiment, solver, probes, record.content.get("exported_epoch", solver.epoch))
-        if is_main and scores:
-            print(format_table(scores, "test" if len(data.test) else "val"), flush=True)
-        val, test = (
-            scores.get((solver.result_features, cfg.probe.probes[0], split)) for split in ("val", "test")
-        )
-        result = {"loss": solver.last_row["loss"], "top1": val if test is None else test, "val_top1": val}
+            record.update(**(evaluator.finish(experiment.model) or {}))
+        result = finish(experiment, solver, probes, record, folder)
         record.update(**result)
         if cfg.embedding.method != "none":
             network = networks(experiment)[solver.result_features]()
-            write_map(network, data, folder, **cfg.embedding, seed=cfg.dataset.split_seed)
+            write_map(network, experiment.data, folder, **cfg.embedding, seed=cfg.dataset.split_seed)
     return result
+
+
+def save(
+    evaluators: Sequence[Evaluator],
+    writer: checkpoint.Writer,
+    background: Background,
+    state: dict[str, Any],
+    how: Save,
+) -> None:
+    """Write the state of a solver and the evaluators as a checkpoint. Only the main process does."""
+    if not distributed.is_main_process():
+        return
+    state |= {"evaluators": [evaluator.state_dict() for evaluator in evaluators]}
+    slow = any(evaluator.due(state["epoch"] + 1) for evaluator in evaluators if not evaluator.quick)
+    (writer.hold if how is Save.HOLD and not slow else writer.write)(state)
+    if how is Save.WAIT:
+        background.wait()
+
+
+def begin(experiment: Experiment, solver: Solver, record: RunRecord, feed: Feed, folder: Path) -> None:
+    """Print the first lines, start the logger, and draw the preview of the views, in the main process."""
+    cfg = experiment.cfg
+    record.begin()
+    print("\n".join(first_lines(experiment, solver, record)), flush=True)
+    if experiment.logger is not None:
+        ids = record.content.get("loggers", {})
+        record.update(loggers=feed.start(experiment.logger, folder, cfg, ids))
+    if cfg.views.preview:
+        preview(experiment.loader, folder / "views.png", f"views={saved.choices(folder).views}")
+
+
+def train(
+    experiment: Experiment,
+    solver: Solver,
+    evaluators: Sequence[Evaluator],
+    metrics: CsvLog,
+    background: Background,
+    folder: Path,
+) -> None:
+    """Run the solver to its last epoch. The background appends one row per epoch to `metrics`."""
+    epochs = solver.epochs()
+    if experiment.cfg.profile and distributed.is_main_process():
+        epochs = profiled(epochs, experiment.loader, folder, experiment.device)
+    for row in epochs:
+        start = time.perf_counter()
+        last = solver.epoch == solver.total_epochs
+        columns = [evaluator(experiment.model, solver.epoch, last=last) for evaluator in evaluators]
+        for evaluator in evaluators:
+            solver.shown = {**solver.shown, **evaluator.shown}
+        row = with_evaluators_time(row, time.perf_counter() - start)
+        # a checkpoint of a later step is written after the row
+        background.submit(partial(append, metrics, row, columns))
+    background.wait()
+
+
+def finish(
+    experiment: Experiment, solver: Solver, probes: CsvLog, record: RunRecord, folder: Path
+) -> dict[str, float | None]:
+    """Export the weights, and run the final probes. Returns the result of the run."""
+    cfg, data, model = experiment.cfg, experiment.data, experiment.model
+    is_main = distributed.is_main_process()
+    if is_main:
+        header = description(experiment) | {"options": option_lines(cfg.backbone)}
+        weights.export(model.backbone, folder / filenames.BACKBONE, header)
+        weights.export(model.projector, folder / filenames.PROJECTOR, header)
+    scores = probe(experiment, solver, probes, record.content.get("exported_epoch", solver.epoch))
+    if is_main and scores:
+        print(format_table(scores, "test" if len(data.test) else "val"), flush=True)
+    val, test = (
+        scores.get((solver.result_features, cfg.probe.probes[0], split)) for split in ("val", "test")
+    )
+    return {"loss": solver.last_row["loss"], "top1": val if test is None else test, "val_top1": val}
 
 
 def restore(path: Path, solver: Solver, evaluators: Sequence[Evaluator]) -> None:
@@ -154,8 +188,8 @@ def first_lines(experiment: Experiment, solver: Solver, record: RunRecord) -> li
     """The lines that are printed before training."""
     cfg, data = experiment.cfg, experiment.data
     lines = [experiment.initial_weights, headline(cfg, record), *notes(data, cfg.probe.features)]
-    if solver.epoch:
-        lines.append(f"resumed after {solver.epoch} of {counted(solver.total_epochs, 'epoch')}")
+    if solver.epochs_done:
+        lines.append(f"resumed after {solver.epochs_done} of {counted(solver.total_epochs, 'epoch')}")
     if experiment.solver_class.trains:
         lines += warnings(cfg, experiment.loss, experiment.relation, data, experiment.model.K)
     lines += [*solver.warnings(), describe_gamma(record.content["gamma_limits"])]

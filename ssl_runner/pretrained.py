@@ -1,7 +1,6 @@
 """The trained network of a run, with the preprocessing of its input, for use in other code."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,8 @@ from ssl_runner.device import choose_device
 from ssl_runner.errors import UsageError, one_line
 from ssl_runner.numerics import usual_defaults
 from ssl_runner.runs import filenames, weights
+from ssl_runner.runs.other_backbone import WITHOUT_WEIGHTS
 from ssl_runner.views import normalize, to_unit
-
-# settings that would download or read other weights
-WITHOUT_WEIGHTS: Mapping[str, Mapping[str, Any]] = {
-    "ssl_runner.backbone.resnet": {"weights": None},
-    "ssl_runner.backbone.from_timm": {"pretrained": False, "checkpoint_path": ""},
-}
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,6 +54,11 @@ class Solver(ABC):
         """Lines on a result that would mislead, printed before the solver starts."""
         return []
 
+    @property
+    def epochs_done(self) -> int:
+        """The epochs that need no further step. `epoch` may lack the last one, whose row is yielded again."""
+        return self.epoch
+
     @abstractmethod
     def epochs(self) -> Iterator[dict[str, Any]]:
         """Yield one row of metrics.csv after each remaining epoch, and count the finished ones in `epoch`.

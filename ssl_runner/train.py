@@ -85,6 +85,10 @@ class Pretraining(Solver):
         if distributed.rank():
             torch.manual_seed(loader.seed + distributed.rank())  # decorrelate dropout masks across ranks
 
+    @property
+    def epochs_done(self) -> int:
+        return self.step // self.loader.steps_per_epoch
+
     def epochs(self) -> Iterator[dict[str, Any]]:
         """Train the remaining epochs.
 

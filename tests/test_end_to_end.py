@@ -342,7 +342,10 @@ def test_run_does_not_overwrite_existing_run(ssl_run, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in (tmp_path / "outputs").rglob("*") if path.is_file()}
     code, out, err = ssl_run(command + " seed=5")
     assert (code, out) == (1, "")
-    assert "already contains a run" in err
+    assert err == (
+        "outputs/mine already contains a run: choose another folder, or train it longer with"
+        " resume=outputs/mine epochs=<more>\n"
+    )
     assert before == {path: path.read_bytes() for path in (tmp_path / "outputs").rglob("*") if path.is_file()}
 
 

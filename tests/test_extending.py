@@ -151,8 +151,15 @@ def test_data_set_trains(run_command) -> None:
     assert facts["images"] == {"pretrain": 180, "train": 180, "val": 20, "test": 200}
 
 
-def test_backbone_trains(run_command) -> None:
-    assert record(run_command("backbone=patches"))["parameters"]["backbone"] == 32 * (16 + 1)
+def test_backbone_trains_and_its_weights_name_its_choice(run_command, ssl_run) -> None:
+    folder = run_command("backbone=patches")
+    assert record(folder)["parameters"]["backbone"] == 32 * (16 + 1)
+    tiny = f"{TINY.replace('backbone.widths=[8,16]', '')} epochs=1 --config-dir conf"
+    command = f"{tiny} diagnostics.every=0 init_weights={folder}/backbone.safetensors"
+    code, _, err = ssl_run(command)
+    assert code == 1
+    assert "found those for backbone=patches backbone.width=32; set " in err
+    assert ssl_run(f"{command} {err.rpartition('; set ')[2]}")[1].startswith("init_weights: 2 of 2 tensors")
 
 
 @pytest.mark.parametrize("command", ["probe=with_means", "+probe.classifiers"])

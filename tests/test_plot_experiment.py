@@ -138,9 +138,12 @@ def test_figures_of_both_solvers_show_their_values(tmp_path: Path) -> None:
 
     for solver in ("gradient", "closed_form"):
         sweep(tmp_path / "linear" / solver, {"vicreg": {}, "squared": {}, "barlow": {}}, solver=solver)
-    for axes in figures.linear_regime(figures.finished_runs(tmp_path / "linear")).axes:
+    panels = figures.linear_regime(figures.finished_runs(tmp_path / "linear")).axes
+    assert [axes.get_title() for axes in panels] == ["VICReg", "spectral contrastive", "Barlow Twins"]
+    for axes in panels:
         line = axes.get_lines()[0]
         np.testing.assert_allclose(line.get_ydata(), [4.6, 3.6])
+        assert line.get_marker() == "o"  # two epochs
         np.testing.assert_allclose(axes.get_lines()[1].get_ydata(), [0.6, 0.6])
 
 
@@ -170,6 +173,10 @@ def test_aligned_vs_misaligned_draws_every_gamma(tmp_path: Path) -> None:
         sweep(tmp_path / solver, {"simclr": {}, "barlow": {}}, solver=solver, **noisy)
     for axes in figures.aligned_vs_misaligned(figures.finished_runs(tmp_path)).axes:
         assert axes.get_legend_handles_labels()[1][:5] == [f"VICReg, γ = {gamma:g}" for gamma in gammas]
+        lines = [container[0] for container in axes.containers]
+        assert len({line.get_color() for line in lines}) == 7
+        assert all(line.get_marker() in "os^" for line in lines)
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0.5"]
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@
 import re
 
 import pytest
+import torch
 
 from ssl_runner import progress
 from ssl_runner.progress import image_progress
-from tests.helpers import TINY, run_folder, table
+from tests.helpers import TINY, raising, run_folder, table
 
 
 def test_lines_count_the_items_of_an_iterable(capsys, monkeypatch) -> None:
@@ -75,9 +76,7 @@ def test_the_first_compilation_of_a_view_kernel_is_announced_once(capsys, monkey
     numba = pytest.importorskip("numba")
     from ssl_runner.views import cpu_kernels
 
-    notice = next(
-        one for one in numba.core.event._registered["numba:compile"] if isinstance(one, cpu_kernels.Notice)
-    )
+    notice = cpu_kernels.notice
     monkeypatch.setattr(notice, "written", False)
 
     def call(module):
@@ -91,3 +90,14 @@ def test_the_first_compilation_of_a_view_kernel_is_announced_once(capsys, monkey
     assert call("a_module_of_the_user") == ""
     assert call(cpu_kernels.__name__) == "view kernels: compiling for this machine, once, about 10 s\n"
     assert call(cpu_kernels.__name__) == ""
+    monkeypatch.setattr(notice, "written", False)
+    monkeypatch.setattr(notice, "cached", True)
+    with monkeypatch.context() as patch:
+        patch.setattr(numba.core.caching.FunctionCache, "_impl_class", raising(RuntimeError("no locator")))
+        kernel = cpu_kernels.compiled(cpu_kernels.convert.py_func)
+    image = torch.zeros(1, 2, 2, dtype=torch.uint8).numpy()
+    kernel(image, torch.zeros(1, 2, 2).numpy())
+    assert capsys.readouterr().err == (
+        "view kernels: compiling in every run, since no cache folder is writable, about 10 s;"
+        " set NUMBA_CACHE_DIR to one that is\n"
+    )

@@ -677,7 +677,7 @@ def test_report_states_why_there_is_no_correlation(tmp_path: Path, capsys, monke
     for lr in (1, 2, 3):
         write_measured(tmp_path / f"{lr}", 0, lr, lr / 10, 1.0, dataset__name="a", optimizer__lr=lr)
     _, text, _ = ssl_report(monkeypatch, capsys, tmp_path)
-    note = "a: linear on backbone, test images: 3 configurations with diagnostics; at least 4 needed."
+    note = "a: linear on backbone, test images: 3 configurations with such measures; at least 4 needed."
     assert note in text
     assert not re.search("^data set ", text, re.MULTILINE)  # no table of dashes
     assert note in (tmp_path / "report" / "report.html").read_text()
@@ -794,6 +794,28 @@ def test_report_of_unlabelled_runs_says_why_there_is_no_top1(tmp_path: Path, mon
         "no top-1 for 2 done: their images have no labels; runs.csv has the losses",
     ]
     assert pd.read_csv(tmp_path / "report" / "runs.csv")["metrics.loss"].tolist() == [7.5, 7.5]
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_report_of_labelled_runs_without_a_valid_top1_does_not_blame_the_labels(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    write_run(tmp_path / "a", record={"top1": 1.7, "classes": ["0", "1"]})
+    out = ssl_report(monkeypatch, capsys, tmp_path, "--out", tmp_path / "report")[1]
+    assert "no top-1 for 1 done: their run.json and probe.csv have none that is valid\n" in out
+    assert "run.json: expected a number in [0, 1] as top1, found 1.7" in out
+    assert "labels" not in out
+    assert "its images have no labels" not in (tmp_path / "report" / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_terminal_names_losses_that_no_override_selects(tmp_path: Path, monkeypatch, capsys) -> None:
+    for lr, loss in enumerate(("VICReg", "SimCLR")):
+        config = {"loss": {"_target_": f"ssl_runner.loss.{loss}"}, "optimizer": {"lr": lr}}
+        write_run(tmp_path / loss, 0.5, 0.5, overrides=(f"optimizer.lr={lr}",), **config)
+    out = ssl_report(monkeypatch, capsys, tmp_path)[1]
+    assert re.search(r"n +loss +optimizer\.lr\n", out)
+    assert {"VICReg", "SimCLR"} <= set(out.split())
 
 
 def test_best_prints_every_option_in_which_runs_differ(tmp_path: Path, monkeypatch, capsys) -> None:

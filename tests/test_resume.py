@@ -397,7 +397,7 @@ def test_damaged_checkpoint_is_reported_and_run_resumes_from_previous(
         file.truncate(1000)
     code, out, err = ssl_run(f"{command}mine")
     assert code == 0
-    assert "\nresumed after 3 of 4 epochs\n" in out
+    assert "\nresumed after 4 of 4 epochs\n" in out
     assert err == f"{folder / 'checkpoint.pt'} is damaged (SHA-256 mismatch): skipped\n"
     for name in ("metrics.csv", "probe.csv", "spectrum.csv"):
         assert table(folder / name) == table(whole / name)
@@ -472,7 +472,9 @@ def test_folder_with_run_is_rejected_within_slurm_jobs(ssl_run, monkeypatch: pyt
     command = f"{TINY} hydra.run.dir=mine"
     folder = run_folder(ssl_run(command)[1])
     unfinished(folder, "preempted")
-    assert "already contains a run" in ssl_run(command)[2]  # an interactive command in the shell of the job
+    assert (
+        "a run: choose another folder, or resume it with resume=mine" in ssl_run(command)[2]
+    )  # an interactive command in the shell of the job
     sweep = f"-m {TINY} hydra.sweep.dir=swept"
     assert ssl_run(sweep)[0] == 0
     monkeypatch.setenv("SLURM_JOB_ID", "18")

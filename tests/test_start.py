@@ -126,3 +126,21 @@ def test_signal_while_torch_is_imported_leaves_nothing(
     assert (code, out) == (75, "")
     assert err.startswith("preempted by SIGTERM; repeat the command")
     assert tree(tmp_path) == set()
+
+
+def test_failure_of_another_rank_before_the_run_begins_leaves_nothing(
+    ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watching thread of rank 0 ends the process while its main thread waits for the other rank."""
+    handlers: list[Any] = []
+    monkeypatch.setattr("ssl_runner.distributed.on_peer_failure", handlers.append)
+
+    def run(*_options: Any) -> None:
+        assert (tmp_path / "new" / ".lock").exists()
+        handlers.pop()(1, "rank 1 of 2: killed")
+        assert tree(tmp_path) == set()
+        raise UsageError("ended")
+
+    monkeypatch.setattr("ssl_runner.pipeline.run", run)
+    assert ssl_run(f"{TINY} hydra.run.dir=new")[::2] == (1, "ended\n")
+    assert handlers == []

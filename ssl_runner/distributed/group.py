@@ -126,24 +126,33 @@ def finish() -> None:
         _group = None
 
 
+def on_peer_failure(function: Callable[[int, str], None]) -> None:
+    """Set what the watching thread calls, with exit code and message, before it exits the process.
+
+    Replaced by that of `propagate_failures`.
+    """
+    if _group is not None:
+        _group.on_peer_failure = function
+
+
 class PeerFailed(RuntimeError):
     """Raised on a rank when another rank has failed."""
 
 
 @contextmanager
-def propagate_failures(on_peer_failure: Callable[[int, str], None]) -> Iterator[None]:
+def propagate_failures(handler: Callable[[int, str], None]) -> Iterator[None]:
     """Context manager that propagates failures: an exception on one rank ends the context on all ranks.
 
     Ranks that fail as a consequence raise PeerFailed with the message of the first failure, or Preempted if
     the first rank was preempted. Other exceptions of this package are re-raised unchanged.
 
     If this process is still running GRACE_PERIOD seconds after the failure, the watching thread calls
-    on_peer_failure(exit code, message) and exits the process.
+    handler(exit code, message) and exits the process.
     """
     if _group is None:
         yield
         return
-    _group.on_peer_failure = on_peer_failure
+    _group.on_peer_failure = handler
     try:
         yield
     except BaseException as error:

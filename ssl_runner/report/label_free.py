@@ -43,7 +43,7 @@ def correlations(comparisons: list[Comparison]) -> Correlations:
         )
         if n < MIN_CONFIGURATIONS:
             notes.append(
-                f"{part.title}: {n} configurations with diagnostics; at least {MIN_CONFIGURATIONS} needed."
+                f"{part.title}: {n} configurations with such measures; at least {MIN_CONFIGURATIONS} needed."
             )
         elif results.method.nunique() > 1:
             notes.append(f"{part.title}: {SEVERAL_LOSSES}")

@@ -54,6 +54,7 @@ EMBEDDING_ALTS = {  # files of a run folder
     "neighbors.png": "Rows of pictures: an image, followed by its nearest training images",
 }
 UNLABELLED = "No finished run has a top-1: its images have no labels, and ssl-probe has probed none."
+LOST = "No finished run has a top-1: run.json and probe.csv have none that is valid."
 FAILURES = (
     ("Refusals", "Runs that ended because an option or a file was not accepted."),
     ("Failures", "Runs that an error ended."),
@@ -126,7 +127,9 @@ def section(part: Comparison, number: int, drawn: Drawn) -> dict[str, Any]:
         for name, (picture, contents) in drawn.items()
     ]
     rows = " ".join(map(str, part.table.index))
-    missing = UNLABELLED if (part.table.status == "done").any() else "No run has finished yet."
+    done = [run for run in part.runs.values() if run.status == "done"]
+    labelled = any(run.record.get("classes") for run in done)
+    missing = (LOST if labelled else UNLABELLED) if done else "No run has finished yet."
     return {
         "title": part.title,
         "runs": rows,

@@ -44,8 +44,11 @@ def format_terminal(
         if measures.n.max() >= MIN_CONFIGURATIONS:
             lines += align({name: list(map(format_cell, measures[name])) for name in map(str, measures)})
         lines += notes
-    if unscored := int((table.status == "done").sum()) - len(scored(table)):
-        lines.append(f"no top-1 for {unscored} done: their images have no labels; runs.csv has the losses")
+    unscored = [runs[row] for row in table.index[table.status == "done"].difference(scored(table).index)]
+    if unlabelled := sum(not run.record.get("classes") for run in unscored):
+        lines.append(f"no top-1 for {unlabelled} done: their images have no labels; runs.csv has the losses")
+    if lost := len(unscored) - unlabelled:
+        lines.append(f"no top-1 for {lost} done: their run.json and probe.csv have none that is valid")
     for error, rows in errors(table)[:3]:
         lines.append(f"failed ({len(rows)}): {error} [{table.path[rows[0]]}]")
     lines = [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
@@ -75,7 +78,7 @@ def format_comparison(part: Comparison, with_title: bool) -> list[str]:
             for name in main
         },
         "n": list(map(str, best.n)),
-        **{key: list(best[key].fillna("-")) for key in part.keys},
+        **{"loss" if key == "method" else key: list(best[key].fillna("-")) for key in part.names},
     }
     lines += align(columns)
     if other:

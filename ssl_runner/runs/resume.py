@@ -27,15 +27,25 @@ def refuse_occupied(folder: Path) -> None:
     """Raise UsageError if the folder or a direct subfolder contains a run, or the folder files of one."""
     for taken in (folder, *folder.glob("*")):
         if (taken / "run.json").exists():
+            longer = is_done(taken)
             raise UsageError(
-                f"{taken} already contains a run: choose another folder, or resume it with"
-                f" {paths.override('resume', taken)}"
+                f"{taken} already contains a run: choose another folder, or"
+                f" {'train it longer' if longer else 'resume it'} with"
+                f" {paths.override('resume', taken)}{' epochs=<more>' if longer else ''}"
             )
     if there := [name for name in filenames.REPLACED if (folder / name).exists()]:
         raise UsageError(
             f"{folder} contains {', '.join(there)}, which a run would overwrite: choose another folder, or"
             " remove these files"
         )
+
+
+def is_done(folder: Path) -> bool:
+    """Return whether the run in a folder is done. False if its run.json is damaged."""
+    try:
+        return bool(read_record(folder / "run.json")["status"] == "done")
+    except UsageError:
+        return False
 
 
 def check_creatable(option: str, folder: Path) -> None:

@@ -34,6 +34,8 @@ def opened(
     directory becomes the one of the command. If the folder holds no run.json on exit, the run has not begun,
     and the folder is removed, unless it is in `kept`. Files that were in it before stay.
     """
+    from ssl_runner import distributed  # imports torch
+
     made = hydra_internals.output_dir()
     os.chdir(hydra_internals.launch_folder())  # with hydra.job.chdir relative paths would be those of the run
     with undone_on_error(kept):
@@ -43,12 +45,17 @@ def opened(
         remove_empty(made, kept)
     folder.mkdir(parents=True, exist_ok=True)
     new = [folder / name for name in filenames.BEGIN if not (folder / name).exists()]
+
+    def remove_unless_begun(*_failure: object) -> None:
+        if not (folder / "run.json").exists():
+            remove(folder, new, kept)
+
     with resume.lock_folder(folder):
+        distributed.on_peer_failure(remove_unless_begun)
         try:
             yield cfg, folder, partial(remove, folder, new, kept) if folder / "run.json" in new else None
         finally:
-            if not (folder / "run.json").exists():
-                remove(folder, new, kept)
+            remove_unless_begun()
 
 
 @contextmanager

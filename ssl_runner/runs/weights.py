@@ -11,9 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ssl_runner.config.rules import format_value
 from ssl_runner.errors import UsageError, counted
-from ssl_runner.runs import foreign
+from ssl_runner.runs import foreign, other_backbone
 from ssl_runner.runs.files import atomic_write
 
 HEADER = "ssl_runner"  # key of the JSON in the header of a file
@@ -74,16 +73,9 @@ def load_exported(module: nn.Module, path: Path) -> None:
 def mismatch(backbone: nn.Module, path: Path, options: Mapping[str, Any] | None) -> str:
     """Say what a file of `export` has instead of a backbone's tensors: other options, or a first tensor."""
     header = read_header(path) or {}
-    if options is not None and header.keys() >= options.keys():
-        ours, theirs = _options(options), _options(header)
-        keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-        if "backbone" in keys:
-            keys = ["backbone"]
-        if keys:
-            expected, found = (
-                " ".join(f"{key}={format_value(one.get(key))}" for key in keys) for one in (ours, theirs)
-            )
-            return f"expected weights for {expected}, found those for {found}; set {found}"
+    known = options or {}
+    if known and header.keys() >= known.keys() and (advice := other_backbone.advice(known, header)):
+        return advice
     tensors = plain_names(safetensors.torch.load_file(path))
     full = plain_names(backbone.state_dict())
     shapes = [{name: tuple(value.shape) for name, value in one.items()} for one in (full, tensors)]
@@ -92,15 +84,6 @@ def mismatch(backbone: nn.Module, path: Path, options: Mapping[str, Any] | None)
         f"expected {name} of shape {shapes[0].get(name)}, found {shapes[1].get(name)}; give the"
         " backbone.safetensors of a run with this backbone"
     )
-
-
-def _options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a run by which the tensors of its backbone differ. `backbone` is a choice of the group."""
-    settings = dict(options["backbone"])
-    kind = settings.pop("_target_").rpartition(".")[2]
-    name = {"from_timm": "timm", "resnet": settings.get("name")}.get(kind, kind)
-    images = {"dataset.channels": options["channels"], "dataset.size": options["image_size"]}
-    return {"backbone": name, **{f"backbone.{key}": value for key, value in settings.items()}, **images}
 
 
 def load_backbone(backbone: nn.Module, path: Path, options: Mapping[str, Any] | None = None) -> str:

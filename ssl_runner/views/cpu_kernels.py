@@ -123,18 +123,24 @@ class Notice(event.Listener):
     """Writes a line to standard error before the first of these kernels is compiled."""
 
     written = False
+    cached = True  # between processes
 
     def on_start(self, event: event.Event) -> None:
         ours = event.data["dispatcher"].py_func.__module__ == __name__
         if ours and not self.written and distributed.is_main_process():
             self.written = True
-            print("view kernels: compiling for this machine, once, about 10 s", file=sys.stderr, flush=True)
+            how = (
+                "for this machine, once" if self.cached else "in every run, since no cache folder is writable"
+            )
+            todo = "" if self.cached else "; set NUMBA_CACHE_DIR to one that is"
+            print(f"view kernels: compiling {how}, about 10 s{todo}", file=sys.stderr, flush=True)
 
     def on_end(self, event: event.Event) -> None:
         pass
 
 
-event.register("numba:compile", Notice())
+notice = Notice()
+event.register("numba:compile", notice)
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -146,6 +152,7 @@ def compiled(function: Callable[..., Any]) -> Any:
     try:
         return jit(cache=True)(function)
     except RuntimeError:  # neither the package folder nor the user cache is writable
+        notice.cached = False
         return jit()(function)
 
 

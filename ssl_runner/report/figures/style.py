@@ -26,6 +26,7 @@ COLOURS = [
 INK, PAPER = "#1b1b1c", "#fefeff"
 WIDTH = 12.6  # inches of a figure of several columns
 LARGEST = 1e100  # larger numbers, which no run writes, overflow in a plot
+DPI = 130  # of a PNG file
 MIN_FONT = 9  # points of the smallest text
 SPLITS = {"val_top1": ("validation", "o", COLOURS[1]), "top1": ("test", "s", COLOURS[0])}
 STYLE: Any = {
@@ -40,7 +41,6 @@ STYLE: Any = {
     "font.size": 10,
     "grid.alpha": 0.2,
     "legend.frameon": False,
-    "savefig.dpi": 130,
     "svg.fonttype": "none",
     "svg.hashsalt": "ssl-report",
     "text.parse_math": False,  # the value of an option may contain a dollar sign
