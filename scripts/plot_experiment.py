@@ -365,10 +365,8 @@ def linear_regime(runs: pd.DataFrame) -> Figure:
             )
         tables = pd.concat([read(path / "metrics.csv", "moments_loss") for path in trained.path])
         table = tables.groupby("epoch").moments_loss.agg(["mean", "std"])
-        seconds, solve = trained["metrics.seconds"].median(), solved["metrics.seconds"].median()
         marker = "o" if len(table) <= FEW else None
-        label = f"gradient descent ({seconds:.1f} s)"
-        ax.plot(table.index, table["mean"], color=COLOURS[loss], marker=marker, label=label)
+        ax.plot(table.index, table["mean"], color=COLOURS[loss], marker=marker, label="gradient descent")
         ax.fill_between(
             table.index,
             table["mean"] - table["std"],
@@ -377,7 +375,7 @@ def linear_regime(runs: pd.DataFrame) -> Figure:
             alpha=0.2,
         )
         floor, kind = solved["metrics.loss"].mean(), solved["metrics.loss_kind"].iloc[0]
-        ax.axhline(floor, color="black", lw=1, ls="--", label=f"closed form, {kind} ({solve:.1f} s)")
+        ax.axhline(floor, color="black", lw=1, ls="--", label=f"closed form, {kind}")
         ax.set(
             xscale="log", xlabel="epoch", ylabel="loss over all rows used for the moments", title=NAMES[loss]
         )
