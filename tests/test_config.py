@@ -277,6 +277,7 @@ INVALID = [
     ("gamma=1,2", "gamma=1,2 is a sweep: add -m"),
     ("+epochs=3", "write epochs=3"),
     ("~epochs", "epochs cannot be removed"),
+    ("hydra.output_subdir=.hydra", "hydra.output_subdir=.hydra: expected null, because a run writes .hydra/"),
     ("--config-dir nowhere", "--config-dir=nowhere: expected a folder"),
     ("--config-path nowhere", "nowhere: expected a folder that contains <group>/<name>.yaml"),
     # entries of open maps

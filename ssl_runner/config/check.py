@@ -153,6 +153,10 @@ def check_key(composer: Composer, override: Override, reference: DictConfig, cho
             f"{line}: options of a loss are set at the top level; write"
             f" {name}={override.get_value_element_as_str()}"
         )
+    if key == "hydra.output_subdir" and override.value() is not None:
+        raise UsageError(
+            f"{line}: expected null, because a run writes .hydra/ with resolved values; leave it out"
+        )
     if override.is_add() and known:
         raise UsageError(f"{line}: {key} exists already; write {line.lstrip('+')}")
     if override.is_delete() and known:
