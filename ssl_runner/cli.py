@@ -194,9 +194,10 @@ def run_job(cfg: DictConfig, kept: Collection[Path]) -> hydra_internals.Returned
         return None
     hydra_config = HydraConfig.get()
     folder = hydra_internals.output_dir()
-    if hydra_config.mode == RunMode.MULTIRUN:
-        print(f"job {sweeps.job_name(hydra_config)}", flush=True)
     try:
+        if hydra_config.mode == RunMode.MULTIRUN:
+            with start.undone_on_error(kept):
+                print(f"job {sweeps.job_name(hydra_config)}", flush=True)
         with start.opened(cfg, kept) as (cfg, folder, abandon):
             result = run_or_skip(cfg, folder, abandon)
         distributed.finish()
