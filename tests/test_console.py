@@ -55,7 +55,7 @@ def test_numbers_and_names_in_messages() -> None:
 def test_error_of_sbatch_has_one_line() -> None:
     FailedJobError = type("FailedJobError", (RuntimeError,), {})
     error = FailedJobError(
-        "sbatch: error: invalid partition specified: x\nsbatch: error: Submission failed\n"
+        "sbatch: error: invalid partition specified: x\nsbatch: error: Submission\nfailed\n"
     )
     assert format_error(error).startswith(
         "hydra/launcher=slurm: expected sbatch to submit the jobs, found 'error: Submission failed'; start"
