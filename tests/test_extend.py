@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from ssl_runner import optimizer
 from ssl_runner.report.read import read_runs
 from ssl_runner.runs import checkpoint
+from ssl_runner.runs.schedule import remove_outdated
 from tests.helpers import TINY, preempt_after, run_folder, table
 
 BASE = f"{TINY} optimizer.warmup_epochs=0.5 diagnostics.every=0"
@@ -45,6 +46,16 @@ def finished(ssl_run, cached: Path, tmp_path: Path) -> Path:
         code, _, err = ssl_run(f"{BASE} hydra.run.dir='{cached}'")
         assert (code, err) == (0, "")
     return shutil.copytree(cached, tmp_path / "mine")
+
+
+def test_only_files_that_a_run_writes_are_outdated(tmp_path: Path) -> None:
+    own = {"figure.png", "teacher.safetensors", "run.json", "epochs-2"}
+    (tmp_path / "epochs-2").mkdir()
+    (tmp_path / "epochs-2" / "run.json").touch()
+    for name in ("run.json", "figure.png", "teacher.safetensors", "backbone.safetensors", "embedding.png"):
+        (tmp_path / name).touch()
+    remove_outdated(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == own
 
 
 def test_learning_rate_restarts_in_every_part() -> None:
