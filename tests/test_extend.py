@@ -75,7 +75,7 @@ def test_finished_run_is_extended(ssl_run, tmp_path: Path) -> None:
     code, out, err = ssl_run(f"resume={folder} epochs=5")
     assert (code, err) == (0, "")
     assert run_folder(out) == folder
-    assert "\nresumed: 2 of 5 epochs are done\n" in out
+    assert "\nresumed after 2 of 5 epochs\n" in out
 
     old, new = table(folder / "epochs-2" / "metrics.csv"), table(folder / "metrics.csv")
     assert new[:2] == old
