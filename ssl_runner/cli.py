@@ -21,7 +21,7 @@ from ssl_runner import console
 from ssl_runner.config import arguments, check, completion, compose, grid, hydra_internals, paths, sweeps
 from ssl_runner.config.help import help_text
 from ssl_runner.errors import UsageError, counted, format_error
-from ssl_runner.preemption import Preempted, Preemption
+from ssl_runner.preemption import EXIT, Preempted, Preemption
 from ssl_runner.runs import resume, saved, schedule, start
 from ssl_runner.runs.run_json import read_record
 from ssl_runner.version import describe_versions
@@ -192,18 +192,21 @@ def run_job(cfg: DictConfig, kept: Collection[Path]) -> hydra_internals.Returned
     if not distributed.is_main_process():
         run_as_follower()
         return None
-    hydra_config = HydraConfig.get()
-    folder = hydra_internals.output_dir()
-    if hydra_config.mode == RunMode.MULTIRUN:
-        print(f"job {sweeps.job_name(hydra_config)}", flush=True)
+    hydra_config, folder = HydraConfig.get(), hydra_internals.output_dir()
     try:
+        if hydra_config.mode == RunMode.MULTIRUN:
+            with start.undone_on_error(kept):
+                print(f"job {sweeps.job_name(hydra_config)}", flush=True)
         with start.opened(cfg, kept) as (cfg, folder, abandon):
             result = run_or_skip(cfg, folder, abandon)
         distributed.finish()
         top1 = "" if result["top1"] is None else f"top1={result['top1']:.4f} "
         print(f"{top1}loss={result['loss']:.6g} run={folder}", flush=True)
     except Preempted as error:
-        distributed.report_failure(error)
+        code, cause = distributed.report_failure(error)
+        if cause != str(error) and code != EXIT:  # torchrun ends the other ranks when one has failed
+            print(cause, file=sys.stderr, flush=True)
+            sys.exit(code)
         print(stopped_line(str(error), folder), file=sys.stderr, flush=True)
         error.reported = True
         raise
@@ -220,12 +223,11 @@ def run_job(cfg: DictConfig, kept: Collection[Path]) -> hydra_internals.Returned
                 more = f" (traceback in {folder}/run.json)"
             else:
                 traceback.print_exception(error)
+        line = format_error(error) + more
         if hydra_config.mode == RunMode.RUN:
-            print(format_error(error) + more, file=sys.stderr)
+            print(line, file=sys.stderr)
             sys.exit(1)
-        print(
-            f"job {sweeps.job_name(hydra_config)}: {format_error(error)}{more}", file=sys.stderr, flush=True
-        )
+        print(f"job {sweeps.job_name(hydra_config)}: {line}", file=sys.stderr, flush=True)
         raise
     return hydra_internals.Returned(result["val_top1"], "status" in result)  # in the record of an earlier run
 

@@ -78,18 +78,26 @@ def call(command: Callable[[], None], interrupted: str = "interrupted") -> None:
 
 
 class Numbered(io.TextIOBase):
-    """Text stream that writes whole lines to another stream, each after `prefix` unless it names its job."""
+    """Text stream that writes whole lines to another stream, each after `prefix` unless it names its job.
+
+    Of a line that is overwritten, as by a progress bar, only the last text is written.
+    """
 
     def __init__(self, stream: TextIO, prefix: str):
         self.stream, self.prefix, self.line = stream, prefix, ""
 
     def write(self, text: str) -> int:
-        *lines, self.line = (self.line + text).split("\n")
+        *lines, self.line = (self.line + text).replace("\r\n", "\n").split("\n")
+        self.line = self.line[self.line.rfind("\r", 0, -1) + 1 :]
         if lines:
-            named = [line if line.startswith("job #") else self.prefix + line for line in lines]
+            last = [line.rpartition("\r")[2] for line in lines]
+            named = [line if line.startswith("job #") else self.prefix + line for line in last]
             self.stream.write("".join(f"{line}\n" for line in named))  # at once, between those of other jobs
             self.stream.flush()
         return len(text)
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
 
 
 @contextmanager
@@ -101,7 +109,7 @@ def numbered(prefix: str) -> Iterator[None]:
             yield
         finally:
             for stream in streams:
-                stream.write("\n" if stream.line else "")
+                stream.write("\n" if stream.line.strip() else "")
 
 
 def exit_without_stdout() -> NoReturn:

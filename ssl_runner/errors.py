@@ -53,7 +53,7 @@ def format_error(error: BaseException) -> str:
             " command with resume=auto to run only the missing jobs"
         )
     if type(error).__name__ == "FailedJobError" and "sbatch: " in str(error):  # raised by submitit
-        problem = str(error).rpartition("sbatch: ")[2].strip()
+        problem = " ".join(str(error).rpartition("sbatch: ")[2].split())
         return (
             f"hydra/launcher=slurm: expected sbatch to submit the jobs, found '{problem}'; start where Slurm"
             " can be reached, and check the options hydra.launcher.*"

@@ -86,7 +86,9 @@ def run(
         # final rows carry the epoch of the kept weights with probe.keep=best, so truncate_after keeps them
         probes.truncate_at_repeat(("epoch", "features", "probe", "eval_split"))
         record.update(**facts(experiment))
+        options: list[str] = []
         if is_main:
+            options = option_lines(cfg.backbone)  # reads a file that may change during training
             if at_begin is not None:
                 at_begin()
             begin(experiment, solver, record, feed, folder)
@@ -95,7 +97,7 @@ def run(
         train(experiment, solver, evaluators, metrics, background, folder)
         for evaluator in evaluators:
             record.update(**(evaluator.finish(experiment.model) or {}))
-        result = finish(experiment, solver, probes, record, folder)
+        result = finish(experiment, solver, probes, record, folder, options)
         record.update(**result)
         if cfg.embedding.method != "none":
             network = networks(experiment)[solver.result_features]()
@@ -157,13 +159,21 @@ def train(
 
 
 def finish(
-    experiment: Experiment, solver: Solver, probes: CsvLog, record: RunRecord, folder: Path
+    experiment: Experiment,
+    solver: Solver,
+    probes: CsvLog,
+    record: RunRecord,
+    folder: Path,
+    options: list[str],
 ) -> dict[str, float | None]:
-    """Export the weights, and run the final probes. Returns the result of the run."""
+    """Export the weights, with the `options` that select the backbone, and run the final probes.
+
+    Returns the result of the run.
+    """
     cfg, data, model = experiment.cfg, experiment.data, experiment.model
     is_main = distributed.is_main_process()
     if is_main:
-        header = description(experiment) | {"options": option_lines(cfg.backbone)}
+        header = description(experiment) | {"options": options}
         weights.export(model.backbone, folder / filenames.BACKBONE, header)
         weights.export(model.projector, folder / filenames.PROJECTOR, header)
     scores = probe(experiment, solver, probes, record.content.get("exported_epoch", solver.epoch))

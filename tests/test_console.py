@@ -1,6 +1,8 @@
 """Arguments and messages of the console scripts."""
 
+import io
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -53,7 +55,7 @@ def test_numbers_and_names_in_messages() -> None:
 def test_error_of_sbatch_has_one_line() -> None:
     FailedJobError = type("FailedJobError", (RuntimeError,), {})
     error = FailedJobError(
-        "sbatch: error: invalid partition specified: x\nsbatch: error: Submission failed\n"
+        "sbatch: error: invalid partition specified: x\nsbatch: error: Submission\nfailed\n"
     )
     assert format_error(error).startswith(
         "hydra/launcher=slurm: expected sbatch to submit the jobs, found 'error: Submission failed'; start"
@@ -68,3 +70,20 @@ def test_lines_of_parallel_jobs_begin_with_their_number(capsys) -> None:
         assert not sys.stderr.isatty()
     print("after")
     assert capsys.readouterr() == ("job #1 (gamma=5)\n#1: a\n#1: b\nafter\n", "#1: warning\n")
+
+
+def test_overwritten_line_of_a_parallel_job_is_written_once() -> None:
+    written = io.StringIO()
+    stream = console.Numbered(written, "#1: ")
+    for text in ("\r 50%", "\r 70%\r", "100%", "\n", "a\r\nb\r", "\n", "\r  \r"):
+        stream.write(text)
+    assert (written.getvalue(), stream.line) == ("#1: 100%\n#1: a\n#1: b\n", "  \r")
+
+
+def test_parallel_job_exits_after_its_stdout_is_closed(tmp_path: Path, monkeypatch) -> None:
+    with open(tmp_path / "out", "w") as file:
+        monkeypatch.setattr(sys, "stdout", console.Numbered(file, "#1: "))
+        with pytest.raises(SystemExit):
+            console.exit_without_stdout()
+        print("lost")
+    assert not (tmp_path / "out").read_text()

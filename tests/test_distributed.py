@@ -6,6 +6,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -664,6 +665,21 @@ def failure_during_rendezvous() -> list[str]:
 def test_failure_reaches_a_rank_that_waits_in_the_store() -> None:
     _, second = in_processes(2, failure_during_rendezvous)
     assert second == ["rank 0 of 2: KeyError: 'out of order'"]
+
+
+def test_process_exits_with_the_message_of_the_rank_that_failed(capsys, monkeypatch) -> None:
+    """Also if the files of the run, such as one that another user owns, cannot be removed."""
+    monkeypatch.setattr(group, "POLL_INTERVAL", 0)
+    exits = mock.Mock()
+    monkeypatch.setattr(group.os, "_exit", exits)
+    watching = object.__new__(group._Group)
+    watching.rank, watching.grace, watching.ended = 0, 0, threading.Event()
+    watching.watched = mock.Mock(get=lambda key: b"75 preempted by SIGTERM")
+    watching.on_peer_failure = mock.Mock(side_effect=PermissionError)
+    with pytest.raises(PermissionError):
+        watching.watch()
+    exits.assert_called_once_with(75)
+    assert capsys.readouterr().err == "preempted by SIGTERM\n"
 
 
 GPUS = {  # name -> the GPU of each of four ranks: PCI bus and UUID; without a bus as before torch 2.8

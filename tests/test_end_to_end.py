@@ -344,7 +344,7 @@ def test_run_does_not_overwrite_existing_run(ssl_run, tmp_path: Path) -> None:
     assert (code, out) == (1, "")
     assert err == (
         "outputs/mine already contains a run: choose another folder, or train it longer with"
-        " resume=outputs/mine epochs=<more>\n"
+        " resume=outputs/mine epochs=2\n"
     )
     assert before == {path: path.read_bytes() for path in (tmp_path / "outputs").rglob("*") if path.is_file()}
 

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from ssl_runner import optimizer
 from ssl_runner.report.read import read_runs
 from ssl_runner.runs import checkpoint
+from ssl_runner.runs.schedule import remove_outdated
 from tests.helpers import TINY, preempt_after, run_folder, table
 
 BASE = f"{TINY} optimizer.warmup_epochs=0.5 diagnostics.every=0"
@@ -47,6 +48,16 @@ def finished(ssl_run, cached: Path, tmp_path: Path) -> Path:
     return shutil.copytree(cached, tmp_path / "mine")
 
 
+def test_only_files_that_a_run_writes_are_outdated(tmp_path: Path) -> None:
+    own = {"figure.png", "teacher.safetensors", "run.json", "epochs-2"}
+    (tmp_path / "epochs-2").mkdir()
+    (tmp_path / "epochs-2" / "run.json").touch()
+    for name in ("run.json", "figure.png", "teacher.safetensors", "backbone.safetensors", "embedding.png"):
+        (tmp_path / name).touch()
+    remove_outdated(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == own
+
+
 def test_learning_rate_restarts_in_every_part() -> None:
     """Two parts are two cosines; the second one starts where it begins, not where the first was to end."""
     options = {"warmup_epochs": 1.5, "lr": 0.3, "final_ratio": 0.1}
@@ -64,7 +75,7 @@ def test_finished_run_is_extended(ssl_run, tmp_path: Path) -> None:
     code, out, err = ssl_run(f"resume={folder} epochs=5")
     assert (code, err) == (0, "")
     assert run_folder(out) == folder
-    assert "\nresumed: 2 of 5 epochs are done\n" in out
+    assert "\nresumed after 2 of 5 epochs\n" in out
 
     old, new = table(folder / "epochs-2" / "metrics.csv"), table(folder / "metrics.csv")
     assert new[:2] == old

@@ -1,12 +1,15 @@
 """The advice on weights of another backbone names the options that a run lacks, and only those."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 from torch import nn
 
-from ssl_runner.runs.other_backbone import advice
+from ssl_runner.runs.other_backbone import advice, option_lines
 
 OPTIONS = ["backbone=mine", "+backbone.drop=0.1"]
 
@@ -72,3 +75,22 @@ def test_options_that_change_no_tensor_are_not_the_reason() -> None:
 def test_function_that_only_the_file_names_is_not_called() -> None:
     """A relation to images of another size remains unknown."""
     assert "dataset.size=9" in str(advice(header(CONVNET), header("os.getcwd", 9)))
+
+
+FILES = {  # of a backbone -> the lines for width 8 and bias true
+    "width: ${projector.width}\nbias: true": ["backbone=mine", "backbone.width=8"],
+    "width: 8": ["backbone=mine", "+backbone.bias=true"],
+    "defaults: [other]\nwidth: 8": ["backbone=mine", "++backbone.bias=true"],
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_lines_set_what_the_file_of_a_backbone_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "backbone" / "mine.yaml").write_text(file)
+    sources = [{"provider": "command-line", "path": str(tmp_path)}]
+    hydra = {"runtime": {"choices": {"backbone": "mine"}, "config_sources": sources}}
+    monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create(hydra))
+    assert option_lines(OmegaConf.create({"width": 8, "bias": True})) == FILES[file]

@@ -144,3 +144,14 @@ def test_failure_of_another_rank_before_the_run_begins_leaves_nothing(
     monkeypatch.setattr("ssl_runner.pipeline.run", run)
     assert ssl_run(f"{TINY} hydra.run.dir=new")[::2] == (1, "ended\n")
     assert handlers == []
+
+
+def test_signal_after_the_failure_of_another_rank_is_reported_as_that_failure(
+    ssl_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under torchrun, which then sends SIGTERM to rank 0."""
+    cause = "rank 1 of 2: ImportError: no such module"
+    monkeypatch.setattr("ssl_runner.distributed.report_failure", lambda error: (1, cause))
+    monkeypatch.setattr("ssl_runner.pipeline.run", raising(None))
+    assert ssl_run(f"{TINY} hydra.run.dir=new") == (1, "", f"{cause}\n")
+    assert tree(tmp_path) == set()

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -80,7 +81,7 @@ class _Group:
             backend, store=self.store, rank=here.rank, world_size=here.world_size, timeout=TIMEOUT
         )
         self.control: Any = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        self.ended, self.grace = threading.Event(), GRACE_PERIOD
+        self.rank, self.ended, self.grace = here.rank, threading.Event(), GRACE_PERIOD
         self.on_peer_failure: Callable[[int, str], None] = lambda code, message: None
         self.watcher = threading.Thread(target=self.watch, daemon=True)
         self.watcher.start()
@@ -88,7 +89,8 @@ class _Group:
     def watch(self) -> None:
         """Exit this process if another rank has failed and this one is still running after the grace period.
 
-        Runs in a thread, since the main thread may block in a collective that the failed rank never joins.
+        Rank 0 prints the message. Runs in a thread, since the main thread may block in a collective that the
+        failed rank never joins.
         """
         while not self.ended.wait(POLL_INTERVAL):
             try:
@@ -99,8 +101,12 @@ class _Group:
             if failure is not None:
                 code, _, message = failure.partition(" ")
                 if not self.ended.wait(self.grace):
-                    self.on_peer_failure(int(code), message)
-                    os._exit(int(code))
+                    try:
+                        if self.rank == 0:
+                            print(message, file=sys.stderr, flush=True)
+                        self.on_peer_failure(int(code), message)
+                    finally:
+                        os._exit(int(code))
                 return
 
 

@@ -8,5 +8,5 @@ PICTURES = ("views.png", "embedding.png", "neighbors.png")
 PROFILE = ("trace.json", "profile.txt")
 
 REPLACED = (".hydra", *TABLES, BACKBONE, PROJECTOR, CHECKPOINT, PREVIOUS, *PICTURES, *PROFILE)
-OUTDATED = ("*.safetensors", "*.png")  # patterns of results that an extended run writes again at its end
-RESULTS = ("run.json", ".hydra", "*.csv", *OUTDATED)
+OUTDATED = (BACKBONE, PROJECTOR, *PICTURES)  # results that an extended run writes again
+RESULTS = ("run.json", ".hydra", "*.csv", "*.safetensors", "*.png")  # patterns

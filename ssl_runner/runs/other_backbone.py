@@ -21,16 +21,17 @@ Options = dict[str, Any]
 
 def option_lines(backbone: DictConfig) -> list[str]:
     """Return the overrides that select the backbone of the present job: its choice, and what differs from
-    the file of the choice."""
+    the file of the choice. An interpolation in the file counts as different."""
     hydra: Any = HydraConfig.get()
     choice, sources = hydra.runtime.choices.backbone, hydra_internals.config_sources(hydra)
     files = [
         Path(sources[name], f"backbone/{choice}.yaml") for name in ("main", "command-line") if name in sources
     ]
-    in_file: Any = OmegaConf.load(next(file for file in files if file.exists()))
+    in_file: Any = OmegaConf.to_container(OmegaConf.load(next(file for file in files if file.exists())))
     values: Any = OmegaConf.to_container(backbone, resolve=True)
     changed = [key for key in values if key not in in_file or in_file[key] != values[key]]
-    plus = {key: "" if key in in_file else "+" for key in changed}
+    added = "++" if "defaults" in in_file else "+"  # an option may come from the files in the defaults
+    plus = {key: "" if key in in_file else added for key in changed}
     return [
         f"backbone={choice}",
         *(f"{plus[key]}backbone.{key}={format_value(values[key])}" for key in changed),

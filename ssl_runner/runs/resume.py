@@ -27,11 +27,11 @@ def refuse_occupied(folder: Path) -> None:
     """Raise UsageError if the folder or a direct subfolder contains a run, or the folder files of one."""
     for taken in (folder, *folder.glob("*")):
         if (taken / "run.json").exists():
-            longer = is_done(taken)
+            epochs = epochs_of_finished(taken)
             raise UsageError(
                 f"{taken} already contains a run: choose another folder, or"
-                f" {'train it longer' if longer else 'resume it'} with"
-                f" {paths.override('resume', taken)}{' epochs=<more>' if longer else ''}"
+                f" {'resume it' if epochs is None else 'train it longer'} with"
+                f" {paths.override('resume', taken)}{'' if epochs is None else f' epochs={2 * epochs}'}"
             )
     if there := [name for name in filenames.REPLACED if (folder / name).exists()]:
         raise UsageError(
@@ -40,12 +40,13 @@ def refuse_occupied(folder: Path) -> None:
         )
 
 
-def is_done(folder: Path) -> bool:
-    """Return whether the run in a folder is done. False if its run.json is damaged."""
+def epochs_of_finished(folder: Path) -> int | None:
+    """Return the epochs of the run in a folder if it is done, else None, as for one with damaged files."""
     try:
-        return bool(read_record(folder / "run.json")["status"] == "done")
+        done = read_record(folder / "run.json")["status"] == "done"
+        return int(saved.load(folder).epochs) if done else None
     except UsageError:
-        return False
+        return None
 
 
 def check_creatable(option: str, folder: Path) -> None:

@@ -88,8 +88,8 @@ def extend(cfg: DictConfig, folder: Path) -> DictConfig:
 def remove_outdated(folder: Path) -> None:
     """Remove the weights and pictures of a shorter run, which was extended. They are in epochs-<planned>/."""
     if any(folder.glob(f"{resume.EXTENDED}/run.json")):
-        for path in (path for pattern in filenames.OUTDATED for path in folder.glob(pattern)):
-            path.unlink()
+        for name in filenames.OUTDATED:
+            (folder / name).unlink(missing_ok=True)
 
 
 def extended_config(cfg: DictConfig, folder: Path) -> DictConfig:
