@@ -213,9 +213,9 @@ def run_job(cfg: DictConfig, kept: Collection[Path]) -> hydra_internals.Returned
     except KeyboardInterrupt as error:  # printed by `console.call`
         error.args = (stopped_line("interrupted; the run can be resumed", folder),)
         raise
-    except BrokenPipeError:
-        console.exit_without_stdout()
     except Exception as error:
+        if isinstance(error, BrokenPipeError):
+            console.exit_if_stdout_is_closed()
         distributed.report_failure(error)
         more = ""
         if not isinstance(error, UsageError):

@@ -4,6 +4,7 @@ import argparse
 import io
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -68,9 +69,9 @@ def call(command: Callable[[], None], interrupted: str = "interrupted") -> None:
     except KeyboardInterrupt as error:
         print(str(error) or interrupted, file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        exit_without_stdout()
     except Exception as error:
+        if isinstance(error, BrokenPipeError):
+            exit_if_stdout_is_closed()
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         print(format_error(error), file=sys.stderr)
@@ -112,7 +113,10 @@ def numbered(prefix: str) -> Iterator[None]:
                 stream.write("\n" if stream.line.strip() else "")
 
 
-def exit_without_stdout() -> NoReturn:
-    """Exit with 1 after the reader of stdout has closed it, as in `ssl-run --help | head`."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(1)
+def exit_if_stdout_is_closed() -> None:
+    """Exit with 1 if the reader of stdout has closed it, as in `ssl-run --help | head`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors only
+    if poll.poll(0):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -55,6 +55,11 @@ def check(args: argparse.Namespace, evaluation: bool = False) -> list[tuple[str,
 def check_job(composer: Composer, overrides: list[Override], evaluation: bool = False) -> DictConfig:
     """Return the configuration of the job with these overrides. Raises UsageError if it cannot run."""
     task = [override for override in overrides if not override.is_hydra_override()]
+    for override in overrides:
+        if override.key_or_group == "hydra.output_subdir" and override.value() is not None:
+            raise UsageError(
+                f"{override.input_line}: expected null, because a run writes .hydra/ itself; leave it out"
+            )
     groups = [override for override in task if composer.repository.group_exists(override.key_or_group)]
     chosen = check_groups(composer, groups)
     reference = composer.reference(chosen, {key_of(override) for override in groups if override.is_add()})
@@ -152,10 +157,6 @@ def check_key(composer: Composer, override: Override, reference: DictConfig, cho
         raise UsageError(
             f"{line}: options of a loss are set at the top level; write"
             f" {name}={override.get_value_element_as_str()}"
-        )
-    if key == "hydra.output_subdir" and override.value() is not None:
-        raise UsageError(
-            f"{line}: expected null, because a run writes .hydra/ with resolved values; leave it out"
         )
     if override.is_add() and known:
         raise UsageError(f"{line}: {key} exists already; write {line.lstrip('+')}")
