@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import ssl_runner
@@ -734,6 +735,12 @@ def test_help_describes_every_choice_and_option(ssl_run, tmp_path: Path) -> None
     assert defaults == expected | classifiers
     assert "epochs=10 passes over the training images [an integer >= 1]" in flat(options)
     assert "channels_last=true memory format of images and convolutions [true or false]" in flat(options)
+
+
+def test_formatted_value_is_read_by_hydra_as_the_same_value() -> None:
+    value = {"a": 1, "b": [1.5, "true", None, "x"], "c": {"d": False}}
+    parsed = OverridesParser.create().parse_override(f"key={format_value(value)}")
+    assert parsed.value() == value
 
 
 def test_help_shows_options_of_chosen_configs(ssl_run, tmp_path: Path) -> None:
