@@ -240,7 +240,7 @@ def format_value(value: Any) -> str:
     """Format a value as on the command line, with quotes around strings such as "3", "true" and "null"."""
     if isinstance(value, ListConfig | list):
         return f"[{','.join(map(format_value, value))}]"
-    if isinstance(value, DictConfig | dict):
+    if isinstance(value, Mapping):
         return f"{{{','.join(f'{key}:{format_value(item)}' for key, item in value.items())}}}"
     if isinstance(value, str):
         return repr(value) if re.fullmatch(r"[-+.\d]+|true|false|null", value) else value
