@@ -567,7 +567,7 @@ def test_report_of_a_thousand_runs_stays_small(tmp_path: Path, monkeypatch, caps
         )
     code, out, err = ssl_report(monkeypatch, capsys, tmp_path / "runs", "--out", tmp_path / "report")
     assert (code, err) == (0, "")
-    assert out.startswith("1000 runs: 1000 done\n")
+    assert out.startswith("1,000 runs: 1,000 done\n")
     assert (tmp_path / "report" / "report.html").stat().st_size < 3e6
 
 

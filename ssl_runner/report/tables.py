@@ -186,7 +186,7 @@ def top1_columns(table: pd.DataFrame) -> list[str]:
 
 
 def count_by_status(table: pd.DataFrame) -> str:
-    return ", ".join(f"{n} {status}" for status, n in Counter(table.status).most_common())
+    return ", ".join(f"{n:,} {status}" for status, n in Counter(table.status).most_common())
 
 
 def errors(table: pd.DataFrame) -> list[tuple[str, list[int]]]:
