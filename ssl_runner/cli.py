@@ -168,7 +168,7 @@ def build_jobs(args: argparse.Namespace, jobs: list[tuple[str, DictConfig]]) -> 
     return search
 
 
-def job(cfg: DictConfig, kept: Collection[Path] = ()) -> hydra_internals.Returned | None:
+def job(cfg: DictConfig, kept: Collection[Path]) -> hydra_internals.Returned | None:
     """Execute one run. The lines of jobs that run at the same time begin with their numbers."""
     hydra_config = HydraConfig.get()
     parallel = "joblib" in hydra_config.launcher._target_ and hydra_config.mode == RunMode.MULTIRUN

@@ -147,8 +147,7 @@ def load(
     val_fraction   fraction of the training images to hold out, stratified by class; not used for a data set
                    with a validation split
     subset         number of training images to keep, class-balanced, or None for all; also the largest number
-                   of unlabelled images to keep. For a Nearest, as many as
-                   there are, or as the splits need
+                   of unlabelled images to keep. For a Nearest, as many as there are, or as the splits need
     split_seed     seed of the subset and of the splits
     storage        where to store the images: "device", "host", or "auto" for the device if they use at most
                    half of its free memory

@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -27,7 +28,9 @@ def refuse_occupied(folder: Path) -> None:
     """Raise UsageError if the folder or a direct subfolder contains a run, or the folder files of one."""
     for taken in (folder, *folder.glob("*")):
         if (taken / "run.json").exists():
-            epochs = epochs_of_finished(taken)
+            epochs = None
+            with suppress(UsageError):  # damaged files: resume says which
+                epochs = epochs_if_done(taken)
             raise UsageError(
                 f"{taken} already contains a run: choose another folder, or"
                 f" {'resume it' if epochs is None else 'train it longer'} with"
@@ -40,13 +43,10 @@ def refuse_occupied(folder: Path) -> None:
         )
 
 
-def epochs_of_finished(folder: Path) -> int | None:
-    """Return the epochs of the run in a folder if it is done, else None, as for one with damaged files."""
-    try:
-        done = read_record(folder / "run.json")["status"] == "done"
-        return int(saved.load(folder).epochs) if done else None
-    except UsageError:
-        return None
+def epochs_if_done(folder: Path) -> int | None:
+    """Return the epochs of the run in a folder, None unless it is done. Raises UsageError for damaged files."""
+    done = read_record(folder / "run.json")["status"] == "done"
+    return int(saved.load(folder).epochs) if done else None
 
 
 def check_creatable(option: str, folder: Path) -> None:
@@ -206,8 +206,7 @@ def plan_resume(folder: Path, given: Collection[str], config_dir: str | None) ->
 
 def refuse_finished(folder: Path) -> None:
     """Raise UsageError if the run is done."""
-    if read_record(folder / "run.json")["status"] == "done":
-        epochs = saved.load(folder).epochs
+    if (epochs := epochs_if_done(folder)) is not None:
         raise UsageError(
             f"resume={folder}: this run is done with its {counted(epochs, 'epoch')}; give more, such as"
             f" epochs={2 * epochs}, to train it longer, or start a new run to change other options"
@@ -244,8 +243,8 @@ def refuse_other_images(
     `data_digest` are accepted.
     """
     if change := changed_images(record, digest, counts):
-        exported = folder / "backbone.safetensors"
-        weights = exported if exported.exists() else folder / "checkpoint.pt"
+        exported = folder / filenames.BACKBONE
+        weights = exported if exported.exists() else folder / filenames.CHECKPOINT
         raise UsageError(
             f"the images of {location(cfg)} have changed since the run started: {change}; restore them, or"
             f" start a new run with {paths.override('init_weights', weights)}"

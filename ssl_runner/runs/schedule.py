@@ -50,7 +50,7 @@ def extend(cfg: DictConfig, folder: Path) -> DictConfig:
     record = read_record(folder / "run.json")
     schedule = read_schedule(folder, saved.load(folder).epochs)
     planned = schedule[-1]["to_epoch"]
-    new_run = f"start a new run with {paths.override('init_weights', folder / 'backbone.safetensors')}"
+    new_run = f"start a new run with {paths.override('init_weights', folder / filenames.BACKBONE)}"
     if cfg.epochs < planned:
         raise UsageError(
             f"epochs={cfg.epochs}: expected more than the {counted(planned, 'epoch')} that {folder} was"
