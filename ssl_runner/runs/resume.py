@@ -44,7 +44,7 @@ def refuse_occupied(folder: Path) -> None:
 
 
 def epochs_if_done(folder: Path) -> int | None:
-    """Return the epochs of the run in a folder, None unless it is done. Raises UsageError for damaged files."""
+    """Return the epochs of the run in a folder, None unless it is done. UsageError: a file is damaged."""
     done = read_record(folder / "run.json")["status"] == "done"
     return int(saved.load(folder).epochs) if done else None
 
